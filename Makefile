@@ -1,0 +1,64 @@
+# Every command of this repository. All of them first make the environment: .venv, from requirements.lock.
+# Works in a folder whose name has a space: nothing here is called by a console script or an absolute path.
+
+PY    := .venv/bin/python
+# The tools run by dvc (python -m pipelines ...) must be those of .venv.
+IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
+# The environment is up to date when the stamp for these two files, in this folder, is there. By content, not by
+# date, so that a fresh checkout or a switched branch reinstalls only what changed.
+STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help env repro test drill bench profile ui clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## the environment alone
+
+# PYTHON=... names the interpreter to build .venv with; otherwise the first that fits.
+$(STAMP):
+	@$(PY) -c '$(FITS)' 2>/dev/null || { \
+		for python in "$(PYTHON)" python3 python3.11 python3.12 python3.13; do \
+			if "$$python" -c '$(FITS)' 2>/dev/null; then exec "$$python" -m venv --clear .venv; fi; \
+		done; \
+		echo "pbe needs Python 3.11 or newer with its venv module (on Debian and Ubuntu: python3-venv), and neither" \
+			"python3 nor python3.11, 3.12 or 3.13 on PATH is one; name yours with: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@rm -f .venv/.installed-*
+	PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock \
+		$(PY) -m pip install --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PY) -m pip check
+	@touch "$@"
+
+repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and reports/index.html out
+	@$(IN_VENV) $(PY) -m dvc repro
+	@$(IN_VENV) $(PY) -m pipelines summary
+
+test: $(STAMP) ## lint, types, import contracts, tests
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	@$(IN_VENV) $(PY) -m pytest
+
+drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
+	@$(IN_VENV) $(PY) -m pytest -m drill
+
+bench: $(STAMP) ## benchmarks; they print ratios and assert none
+	@$(IN_VENV) $(PY) -m pytest -s -o python_files='bench_*.py' tests/benchmarks
+
+profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
+	@$(if $(P),,echo "which one? make profile P=name; the names: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
+	@$(IN_VENV) $(PY) -m pipelines profile $(P) $(if $(ROOT),--root "$(ROOT)")
+
+ui: $(STAMP) ## MLflow's pages at http://127.0.0.1:5000
+	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+		$(PY) -m mlflow ui --host 127.0.0.1 --workers 1 \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+clean: ## caches of the tools; data, models, runs and .venv stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build pbe.egg-info
+	find pbe pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +

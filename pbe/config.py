@@ -1,0 +1,285 @@
+"""The one reader of params.yaml: frozen models, one per stage, unknown keys refused.
+
+`load_params` turns the file into a `Params`; below this module nobody sees a dict. Every message
+names the key, the value that was given and what is allowed. Relative paths in params.yaml resolve
+against the repository root (`repo_root`), and per-user values come from the environment:
+PBE_STORAGE, MLFLOW_TRACKING_URI, RAY_ADDRESS.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pbe.errors import UserError
+
+Prob = Annotated[float, Field(ge=0, le=1)]
+Frac = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+
+
+class ParamsError(UserError, ValueError):
+    """A key of params.yaml is unknown, missing or out of range; the message is for the user."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class IngestConfig(Strict):
+    source: Literal["sample", "folder"]
+    images: str | None
+    boxes: str
+    buckets: Annotated[int, Field(ge=1, le=65536)]
+    max_reject_frac: Frac
+
+    @model_validator(mode="after")
+    def _images_go_with_folder(self) -> "IngestConfig":
+        if self.source == "folder" and not self.images:
+            raise ValueError("images: null, but source 'folder' needs the folder of images")
+        if self.source == "sample" and self.images:
+            raise ValueError("images: must be null with source 'sample' (its photos are in pip packages)")
+        return self
+
+
+class FilterConfig(Strict):
+    min_area_frac: Frac
+    max_area_frac: Frac
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FilterConfig":
+        if self.min_area_frac >= self.max_area_frac:
+            raise ValueError(f"min_area_frac {self.min_area_frac} must be below max_area_frac {self.max_area_frac}")
+        return self
+
+
+class MaterializeConfig(Strict):
+    image_px: Annotated[int, Field(ge=8, le=2048, multiple_of=8)]
+    slots: Annotated[int, Field(ge=1, le=4096)]
+    reference_px: Annotated[int, Field(ge=16, le=1024)]
+    reference_pad_px: Annotated[int, Field(ge=0)]
+    box_extend_frac: Frac
+    crop_shrink_frac: Frac
+    bezier_points_per_side: Annotated[int, Field(ge=2, le=200)]
+    bezier_jitter_px: Annotated[int, Field(ge=0, le=100)]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    cpus_per_bucket: Annotated[float, Field(gt=0)]
+
+
+class EncodeConfig(Strict):
+    codec_patch_px: Annotated[int, Field(ge=1, le=32)]
+    codec_channels: PositiveInt
+    codec_fit_crops: PositiveInt
+    backbone: Literal["efficientnet_lite0"]
+    reference_draws: Annotated[int, Field(ge=1, le=256)]
+    rows_per_group: PositiveInt
+    batch_rows: PositiveInt
+    actors: PositiveInt
+    cpus_per_actor: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _codec_fits(self) -> "EncodeConfig":
+        if self.codec_channels > 3 * self.codec_patch_px**2:
+            raise ValueError(
+                f"codec_channels {self.codec_channels} exceeds 3 * codec_patch_px^2 = {3 * self.codec_patch_px**2}"
+            )
+        return self
+
+
+class UNetConfig(Strict):
+    block_channels: tuple[PositiveInt, ...] = Field(min_length=1)
+    attention_from_block: Annotated[int, Field(ge=0)]
+    layers_per_block: PositiveInt
+    attention_heads: PositiveInt
+    norm_groups: PositiveInt
+    context_width: PositiveInt
+    mapper_width: PositiveInt
+    class_embedding: bool
+
+    @model_validator(mode="after")
+    def _divides(self) -> "UNetConfig":
+        for channels in self.block_channels:
+            if channels % self.norm_groups or channels % self.attention_heads:
+                raise ValueError(
+                    f"block_channels: {channels} must be divisible by norm_groups ({self.norm_groups}) "
+                    f"and attention_heads ({self.attention_heads})"
+                )
+        return self
+
+
+class TrainConfig(Strict):
+    steps: PositiveInt
+    batch: PositiveInt
+    lanes: PositiveInt
+    workers: PositiveInt
+    cpus_per_worker: Annotated[float, Field(gt=0)]
+    micro_batch: PositiveInt
+    lr: Annotated[float, Field(gt=0, le=1)]
+    warmup_frac: Frac
+    final_lr_frac: Frac
+    weight_decay: Annotated[float, Field(ge=0)]
+    grad_clip: Annotated[float, Field(gt=0)]
+    zero_stage: Annotated[int, Field(ge=0, le=2)]
+    precision: Literal["fp32", "bf16_autocast"]
+    objective: Literal["x0", "eps", "v"]
+    beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear"]
+    bezier_prob: Prob
+    condition_dropout_prob: Prob
+    context_dropout_prob: Prob
+    reference_augmentation: bool
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt
+    log_every: PositiveInt
+    max_failures: Annotated[int, Field(ge=0)]
+    unet: UNetConfig
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainConfig":
+        if self.lanes % self.workers:
+            raise ValueError(f"workers {self.workers} must divide lanes {self.lanes}")
+        if self.batch % self.lanes:
+            raise ValueError(f"lanes {self.lanes} must divide batch {self.batch}")
+        if (self.batch // self.workers) % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} must divide the rows per worker, batch / workers = "
+                f"{self.batch // self.workers}"
+            )
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step on one worker: batch / (workers * micro_batch)."""
+        return self.batch // (self.workers * self.micro_batch)
+
+
+class EvaluateConfig(Strict):
+    split: Literal["train", "validation", "test"]
+    crops_per_box: PositiveInt
+    max_items: PositiveInt
+    guidance_scale: Annotated[float, Field(ge=1, le=50)]
+    steps: PositiveInt
+    seed: Annotated[int, Field(ge=0)]
+    judges: tuple[Literal["efficientnet_lite0", "efficientnet_lite2"], ...] = Field(min_length=1)
+    quality_components: PositiveInt
+    quality_pca_dims: PositiveInt
+    resamples: Annotated[int, Field(ge=100)]
+    batch_rows: PositiveInt
+    items_per_unit: PositiveInt
+    actors: PositiveInt
+    cpus_per_actor: Annotated[float, Field(gt=0)]
+
+
+class Params(Strict):
+    """All of params.yaml. `variants` maps a name to the train keys that it overrides."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    ingest: IngestConfig
+    filter: FilterConfig
+    materialize: MaterializeConfig
+    encode: EncodeConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    variants: dict[VariantName, dict[str, Any]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Params":
+        if self.materialize.image_px % self.encode.codec_patch_px:
+            raise ValueError(
+                f"encode.codec_patch_px {self.encode.codec_patch_px} must divide "
+                f"materialize.image_px {self.materialize.image_px}"
+            )
+        return self
+
+    def train_variant(self, name: str) -> TrainConfig:
+        """The train config of one variant. Raises ParamsError for an unknown name."""
+        if name not in self.variants:
+            raise ParamsError(f"variant '{name}' is not in params.yaml; it names: {', '.join(self.variants)}")
+        return TrainConfig.model_validate(_merged(self.train.model_dump(), self.variants[name]))
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def repo_root() -> Path:
+    """The folder of params.yaml: the one above this package."""
+    return Path(__file__).resolve().parent.parent
+
+
+def home_root() -> Path:
+    """Where relative defaults (.store, mlflow.db) live: the parent repository in DVC's queued experiments.
+
+    DVC sets DVC_ROOT to the main repository when it runs a stage in a temporary workspace.
+    """
+    return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
+
+
+def storage_uri() -> str:
+    """PBE_STORAGE: an absolute local path or s3://bucket/prefix; default `.store` in the repository."""
+    value = os.environ.get("PBE_STORAGE") or ".store"
+    if value.startswith("s3://"):
+        return value.rstrip("/")
+    if "://" in value:
+        raise ParamsError(f"PBE_STORAGE={value}: use a local path or s3://bucket/prefix")
+    return str((home_root() / Path(value).expanduser()).resolve())
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or an absolute SQLite path in the repository (workers change directory)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
+
+
+def load_params(path: Path | None = None) -> Params:
+    """Read and check params.yaml. Raises ParamsError, one line per wrong key, each with what is allowed."""
+    path = path or repo_root() / "params.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name}: not found; `make profile P=sample` writes it") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path.name}: must be a mapping of stages to settings")
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError("\n".join(_lines(error, path.name, prefix=""))) from None
+    for name, over in params.variants.items():
+        try:
+            params.train_variant(name)
+        except ValidationError as error:
+            raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
+        _ = over
+    return params
+
+
+def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
+    out = []
+    for item in error.errors():
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        given = item["input"]
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"]) if not prefix else sorted(TrainConfig.model_fields)
+            out.append(f"{file}: {key} = {given!r}: unknown key; allowed here: {', '.join(known)}")
+        elif item["type"] == "missing":
+            out.append(f"{file}: {key}: required key is missing")
+        elif item["type"] == "value_error":
+            out.append(f"{file}: {key or 'params'}: {item['ctx']['error']}")
+        else:
+            out.append(f"{file}: {key} = {given!r}: {item['msg'][0].lower() + item['msg'][1:]}")
+    return out
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Params
+    for part in loc[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,185 @@
+"""Encoded Parquet rows to training batches, in the order of `order`, with all randomness per row.
+
+A step's loss does not depend on the number of workers beyond float summation: noise, timestep, dropout, hole
+choice and posterior sample of a row come from (seed, image_id, epoch).
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pbe.data.order import RowRef, lane_stream
+from pbe.data.rng import row_rng
+from pbe.data.schema import array_shape
+from pbe.data.slots import group_rows, slot_files
+from pbe.store import File, Manifest, Store
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """What is drawn per row; probabilities in [0, 1]."""
+
+    seed: int
+    timesteps: int
+    bezier_prob: float
+    condition_dropout_prob: float
+    context_dropout_prob: float
+    reference_augmentation: bool  # False: always draw 0, the clean reference
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the CPU, float32 unless noted. B rows, C latent channels, h x w latent pixels."""
+
+    x0: Tensor  # (B, C, h, w) a sample of the source's posterior
+    masked_latent: Tensor  # (B, C, h, w)
+    keep_mask_latent: Tensor  # (B, 1, h, w) in [0, 1], 1 = known
+    exemplar_tokens: Tensor  # (B, T, width)
+    noise: Tensor  # (B, C, h, w)
+    timestep: Tensor  # (B,) int64
+    drop_condition: Tensor  # (B,) bool: use the unconditional vector
+    drop_context: Tensor  # (B,) bool: hide the whole photo (sample profile)
+
+
+class RowReader:
+    """Reads single rows of encoded files; keeps the last row group of each lane, so memory is bounded."""
+
+    def __init__(self, store: Store, files: Sequence[Sequence[File]]) -> None:
+        self._store = store
+        self._files = files
+        self._open: tuple[tuple[int, int], pq.ParquetFile] | None = None
+        self._group: dict[int, tuple[tuple[int, int, int], list[dict[str, np.ndarray]]]] = {}
+
+    def read(self, ref: RowRef, lane: int) -> dict[str, np.ndarray]:
+        """One row: array columns as float32 arrays, the rest as 0-d objects."""
+        key = (ref.slot, ref.file, ref.group)
+        held = self._group.get(lane)
+        if held is None or held[0] != key:
+            held = (key, self._read_group(*key))
+            self._group[lane] = held
+        return held[1][ref.row]
+
+    def _read_group(self, slot: int, file: int, group: int) -> list[dict[str, np.ndarray]]:
+        if self._open is None or self._open[0] != (slot, file):
+            if self._open is not None:
+                self._open[1].close(force=True)
+            self._open = ((slot, file), self._store.open_parquet(self._files[slot][file]))
+        table = self._open[1].read_row_group(group)
+        rows: list[dict[str, np.ndarray]] = [{} for _ in range(table.num_rows)]
+        for field in table.schema:
+            values = table.column(field.name).to_pylist()
+            shape = array_shape(field) if field.metadata else None
+            for row, value in zip(rows, values, strict=True):
+                if shape is None:
+                    row[field.name] = np.array(value)
+                else:
+                    row[field.name] = np.frombuffer(value, "<f2").reshape(shape).astype(np.float32)
+        return rows
+
+
+def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict[str, np.ndarray]:
+    """One training example from one stored row; a pure function of the row, the epoch and the seed."""
+    rng = row_rng(cfg.seed, str(row["image_id"]), int(row["slot"]), "train", epoch)
+    kind = "bezier" if rng.random() < cfg.bezier_prob else "box"
+    draws = len(row["exemplar_tokens"])
+    augmented = cfg.reference_augmentation and draws > 1
+    draw = int(rng.integers(1, draws)) if augmented else 0
+    shape = row["source_mean"].shape
+
+    def normal() -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    return {
+        "drop_condition": np.array(rng.random() < cfg.condition_dropout_prob),
+        "drop_context": np.array(rng.random() < cfg.context_dropout_prob),
+        "timestep": np.array(rng.integers(0, cfg.timesteps), np.int64),
+        "noise": normal(),
+        "x0": row["source_mean"] + row["source_std"] * normal(),
+        "masked_latent": row[f"{kind}_masked_mean"] + row[f"{kind}_masked_std"] * normal(),
+        "keep_mask_latent": 1.0 - row[f"{kind}_hole_mask_latent"],
+        "exemplar_tokens": row["exemplar_tokens"][draw],
+    }
+
+
+def collate(examples: Sequence[dict[str, np.ndarray]]) -> Batch:
+    return Batch(**{f.name: torch.from_numpy(np.stack([e[f.name] for e in examples])) for f in fields(Batch)})
+
+
+def rank_batches(
+    store: Store,
+    manifest: Manifest,
+    *,
+    cfg: DrawConfig,
+    batch: int,
+    micro_batch: int,
+    lanes: int,
+    rank: int,
+    world: int,
+    rows_per_group: int,
+    start_step: int,
+) -> Iterator[Batch]:
+    """Micro-batches of one rank from optimizer step `start_step` on, endlessly.
+
+    `batch` is the global batch. Each step takes batch / lanes rows of every lane; this rank serves the lanes
+    congruent to `rank` modulo `world`, lane after lane.
+    """
+    files = slot_files(manifest)
+    rows_of_slot = [[group_rows(file, rows_per_group) for file in slot] for slot in files]
+    per_lane = batch // lanes
+    mine = list(range(rank, lanes, world))
+    streams = {
+        lane: lane_stream(rows_of_slot, lane=lane, lanes=lanes, seed=cfg.seed, skip=start_step * per_lane)
+        for lane in mine
+    }
+    reader = RowReader(store, files)
+    while True:
+        examples = []
+        for lane in mine:
+            for _ in range(per_lane):
+                ref = next(streams[lane])
+                examples.append(draw_row(reader.read(ref, lane), epoch=ref.epoch, cfg=cfg))
+        for start in range(0, len(examples), micro_batch):
+            yield collate(examples[start : start + micro_batch])
+
+
+class Prefetched:
+    """Runs an iterator in one thread, at most `depth` items ahead; errors surface in the consumer."""
+
+    def __init__(self, items: Iterator[Batch], depth: int) -> None:
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True, name="pbe-prefetch")
+        self._thread.start()
+
+    def _fill(self, items: Iterator[Batch]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def next(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)

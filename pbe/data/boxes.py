@@ -1,0 +1,105 @@
+"""Box geometry: pure functions on pixel boxes.
+
+Pixel intervals are half-open: a box covers columns x0 <= x < x1 and rows y0 <= y < y1. Upstream's
+`int(float())` end points are used as such half-open ends.
+Source: upstream ldm/data/open-images.py `OpenImageDataset.__getitem__` and scripts/read_bbox.py.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Box:
+    """x0, y0, x1, y1 in pixels, half-open; x0 < x1 and y0 < y1."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    def __post_init__(self) -> None:
+        if not (self.x0 < self.x1 and self.y0 < self.y1):
+            raise ValueError(f"empty box {self}")
+
+    @property
+    def width_px(self) -> int:
+        return self.x1 - self.x0
+
+    @property
+    def height_px(self) -> int:
+        return self.y1 - self.y0
+
+    def contains(self, other: "Box") -> bool:
+        return self.x0 <= other.x0 and self.y0 <= other.y0 and self.x1 >= other.x1 and self.y1 >= other.y1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The square (or, when squashed, whole) part of the photo that becomes the S x S source."""
+
+    box: Box
+    squashed: bool  # True: the photo was too narrow for a square around the box; its aspect ratio is lost
+
+
+def pixel_box(xmin: float, xmax: float, ymin: float, ymax: float, *, width_px: int, height_px: int) -> Box:
+    """Fractions [0, 1] to whole pixels, at least one pixel wide, inside the image."""
+    x0 = min(int(xmin * width_px), width_px - 1)
+    y0 = min(int(ymin * height_px), height_px - 1)
+    x1 = min(max(int(xmax * width_px), x0 + 1), width_px)
+    y1 = min(max(int(ymax * height_px), y0 + 1), height_px)
+    return Box(x0, y0, x1, y1)
+
+
+def padded(box: Box, pad_px: int, *, width_px: int, height_px: int) -> Box:
+    """Grow by `pad_px` on each side, less where the image ends (upstream: 10 px around the reference)."""
+    return Box(
+        max(box.x0 - pad_px, 0), max(box.y0 - pad_px, 0), min(box.x1 + pad_px, width_px), min(box.y1 + pad_px, height_px)
+    )
+
+
+def extended(box: Box, *, width_px: int, height_px: int, extend_frac: float, rng: np.random.Generator) -> Box:
+    """Push each side out by an inclusive uniform integer in [0, int(extend_frac * room)], room = px to the border.
+
+    Four independent draws, order left, top, right, bottom (REFERENCE 1.3 b).
+    """
+
+    def draw(room: int) -> int:
+        return int(rng.integers(0, int(extend_frac * room), endpoint=True))
+
+    return Box(
+        box.x0 - draw(box.x0),
+        box.y0 - draw(box.y0),
+        box.x1 + draw(width_px - box.x1),
+        box.y1 + draw(height_px - box.y1),
+    )
+
+
+def square_window(
+    ext: Box, *, width_px: int, height_px: int, shrink_frac: float, rng: np.random.Generator
+) -> Window:
+    """The crop around the extended box (REFERENCE 1.3 d).
+
+    A window of the image's short side slides along the long side, keeping `ext` inside; then r px are cut off
+    all four sides, r uniform in [0, int(shrink_frac * free)], free = the smallest distance from `ext` to the
+    window. When no square of the short side holds `ext`, the whole photo is taken and squashed, as upstream.
+    """
+    if width_px == height_px:
+        return Window(Box(0, 0, width_px, height_px), squashed=False)
+    landscape = width_px > height_px
+    side, length = (height_px, width_px) if landscape else (width_px, height_px)
+    low, high = (ext.x0, ext.x1) if landscape else (ext.y0, ext.y1)
+    first, last = max(high - side, 0), min(low + side, length) - side
+    if last <= first:
+        return Window(Box(0, 0, width_px, height_px), squashed=True)
+    start = int(rng.integers(first, last, endpoint=True))
+    x0, y0 = (start, 0) if landscape else (0, start)
+    free = min(ext.x0 - x0, ext.y0 - y0, x0 + side - ext.x1, y0 + side - ext.y1)
+    cut = int(rng.integers(0, int(shrink_frac * free), endpoint=True))
+    return Window(Box(x0 + cut, y0 + cut, x0 + side - cut, y0 + side - cut), squashed=False)
+
+
+def area_frac(xmin: np.ndarray, xmax: np.ndarray, ymin: np.ndarray, ymax: np.ndarray) -> np.ndarray:
+    """Relative box area in [0, 1] (upstream's only filter)."""
+    return (xmax - xmin) * (ymax - ymin)

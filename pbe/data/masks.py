@@ -1,0 +1,73 @@
+"""Hole masks: the extended box as a rectangle, and the Bezier shape around the tight box.
+
+`hole_mask` is uint8, 1 where the edit goes, 0 where the photo is kept.
+Source: upstream ldm/data/open-images.py (REFERENCE 1.3 c). The paper's text says 20 points per curve and
+offsets of 1-5 px; the code, which trained the published weights, samples 18 (t = 0.05 .. 0.90) and draws
+offsets from [-5, 5]. The code's values are the default.
+Deviation: upstream skips a point whose x or y equals one already taken, an accident of float ties in
+symmetric parabolas (11-17 of 18 points survive); we keep all points.
+"""
+
+import cv2
+import numpy as np
+
+from pbe.data.boxes import Box
+
+HOLE_KINDS = ("box", "bezier")
+
+
+def box_hole(ext: Box, *, width_px: int, height_px: int) -> np.ndarray:
+    """(height, width) uint8: the extended box filled with 1."""
+    hole_mask = np.zeros((height_px, width_px), np.uint8)
+    hole_mask[ext.y0 : ext.y1, ext.x0 : ext.x1] = 1
+    return hole_mask
+
+
+def bezier_ring(
+    box: Box, ext: Box, *, points_per_side: int, jitter_px: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(4 * points_per_side, 2) float64: the closed outline, x and y in pixels, clockwise from the top left.
+
+    Side k is the quadratic Bezier B(t) = (1-t)^2 p0 + 2 t (1-t) c + t^2 p1 between two corners of the tight
+    box, with c = the side's midpoint pushed out to the extended box, at t = 0.05 i, i = 1 .. points_per_side
+    (for 18 points; in general t = 0.9 i / points_per_side); then jitter in [-jitter_px, jitter_px] on x and y.
+    """
+    mid_x, mid_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    corners = np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]], np.float64)
+    controls = np.array([[mid_x, ext.y0], [ext.x1, mid_y], [mid_x, ext.y1], [ext.x0, mid_y]], np.float64)
+    t = (0.9 * np.arange(1, points_per_side + 1) / points_per_side)[:, None]
+    ends = np.roll(corners, -1, axis=0)
+    ring = np.concatenate(
+        [(1 - t) ** 2 * corners[k] + 2 * t * (1 - t) * controls[k] + t**2 * ends[k] for k in range(4)]
+    )
+    return ring + rng.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True)
+
+
+def bezier_hole(ring: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
+    """(height, width) uint8: the polygon filled with 1; points outside the image are clipped by the fill."""
+    hole_mask = np.zeros((height_px, width_px), np.uint8)
+    cv2.fillPoly(hole_mask, [np.round(ring).astype(np.int32)], 1)
+    return hole_mask
+
+
+def pack_mask(mask: np.ndarray) -> bytes:
+    """(H, W) of 0/1 to 1 bit per pixel, rows padded to bytes."""
+    return np.packbits(mask.astype(bool), axis=1).tobytes()
+
+
+def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:
+    """Inverse of pack_mask: (height, width) uint8 of 0/1."""
+    rows = np.frombuffer(data, np.uint8).reshape(height_px, -1)
+    return np.unpackbits(rows, axis=1, count=width_px)
+
+
+def keep_mask_latent(hole_mask: np.ndarray, cell_px: int) -> np.ndarray:
+    """(H, W) 0/1 hole mask to the network's (1, H/cell, W/cell) float32 keep mask in [0, 1].
+
+    Bilinear without antialias, as upstream's torchvision 0.12 Resize: for an even cell that is the mean of
+    its central 2 x 2 pixels; for an odd cell its central pixel.
+    """
+    low, high = (cell_px - 1) // 2, cell_px // 2
+    hole = hole_mask.astype(np.float32)
+    cells = [hole[dy::cell_px, dx::cell_px] for dy in (low, high) for dx in (low, high)]
+    return 1.0 - np.mean(cells, axis=0)[None].astype(np.float32)

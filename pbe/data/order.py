@@ -1,0 +1,68 @@
+"""Sample order: a pure function of (seed, epoch, lane), not of the number of workers (DESIGN 5.3).
+
+Row groups of a slot are dealt round robin to a fixed number of *lanes*. Each lane is an endless stream of its
+own epochs; epoch e reads slot e mod slots. A global batch takes batch / lanes rows from every lane, and rank r
+serves the lanes congruent to r modulo the world size. So the rows of batch b are the same on 1, 2 or 64 ranks,
+and no row is lost when lanes are uneven.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pbe.data.rng import row_rng
+
+
+@dataclass(frozen=True)
+class RowRef:
+    """Where one row of one epoch is: file index in the slot, row group, row in the group."""
+
+    epoch: int
+    slot: int
+    file: int
+    group: int
+    row: int
+
+
+def lane_groups(group_rows: list[list[int]], lane: int, lanes: int) -> list[tuple[int, int]]:
+    """(file, group) pairs of one lane. group_rows[file][group] is that group's row count."""
+    flat = [(file, group) for file, groups in enumerate(group_rows) for group in range(len(groups))]
+    return flat[lane::lanes]
+
+
+def lane_epoch(group_rows: list[list[int]], *, lane: int, lanes: int, epoch: int, slots: int, seed: int) -> list[RowRef]:
+    """The rows of one lane in one epoch, shuffled: groups first, then rows inside each group."""
+    rng = row_rng(seed, "order", lane, epoch)
+    groups = lane_groups(group_rows, lane, lanes)
+    out = []
+    for index in rng.permutation(len(groups)):
+        file, group = groups[index]
+        rows = rng.permutation(group_rows[file][group])
+        out += [RowRef(epoch, epoch % slots, file, group, int(row)) for row in rows]
+    return out
+
+
+def lane_stream(
+    group_rows_of_slot: list[list[list[int]]], *, lane: int, lanes: int, seed: int, skip: int = 0
+) -> Iterator[RowRef]:
+    """The endless stream of one lane, from its row number `skip` on. Raises ValueError for a lane without rows."""
+    slots = len(group_rows_of_slot)
+    sizes = [
+        sum(group_rows[file][group] for file, group in lane_groups(group_rows, lane, lanes))
+        for group_rows in group_rows_of_slot
+    ]
+    if not all(sizes):
+        raise ValueError(
+            f"lane {lane} of {lanes} has no rows; lower train.lanes or encode.rows_per_group (more row groups)"
+        )
+    rounds, rest = divmod(skip, sum(sizes))
+    epoch = rounds * slots
+    while rest >= sizes[epoch % slots]:
+        rest -= sizes[epoch % slots]
+        epoch += 1
+    while True:
+        rows = lane_epoch(
+            group_rows_of_slot[epoch % slots], lane=lane, lanes=lanes, epoch=epoch, slots=slots, seed=seed
+        )
+        yield from rows[rest:]
+        rest = 0
+        epoch += 1

@@ -1,0 +1,145 @@
+"""The one encode function: pixels to what the network reads. Used by the encode stage, the editor and online training.
+
+Posterior mean and std are returned, so that training draws a fresh sample at every step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pbe.data import images
+from pbe.data.masks import HOLE_KINDS, keep_mask_latent, unpack_mask
+from pbe.data.reference import augment_reference
+from pbe.data.rng import row_rng
+from pbe.data.schema import encoded_schema
+from pbe.model.backbone import EfficientNetLite
+from pbe.model.codec import PatchCodec
+
+CPU = torch.device("cpu")
+
+LATENT_COLUMNS = (
+    "source_mean",
+    "source_std",
+    *(f"{kind}_{what}" for kind in HOLE_KINDS for what in ("masked_mean", "masked_std", "hole_mask_latent")),
+)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Mean and standard deviation of latents, each (B, C, h, w) float32."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 RGB to (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1], clamped, to (B, H, W, 3) uint8 by rounding (upstream truncates)."""
+    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@torch.no_grad()
+def encode_source(codec: PatchCodec, sources: np.ndarray) -> Posterior:
+    """sources: (B, S, S, 3) uint8."""
+    return Posterior(*codec.posterior(to_pixels(sources)))
+
+
+@torch.no_grad()
+def encode_masked(
+    codec: PatchCodec, sources: np.ndarray, hole_masks: np.ndarray, *, device: torch.device = CPU
+) -> tuple[Posterior, Tensor]:
+    """The masked photo's posterior and the keep mask at latent size (B, 1, h, w) in [0, 1].
+
+    sources: (B, S, S, 3) uint8. hole_masks: (B, S, S) of 0/1, 1 = hole. The hole is 0.0 in
+    [-1, 1], mid grey, before encoding (upstream).
+    """
+    keep_px = 1.0 - torch.from_numpy(hole_masks.astype(np.float32))[:, None]
+    posterior = Posterior(*codec.posterior((to_pixels(sources) * keep_px).to(device)))
+    keep = np.stack([keep_mask_latent(mask, codec.patch_px) for mask in hole_masks])
+    return posterior, torch.from_numpy(keep).to(device)
+
+
+@torch.no_grad()
+def encode_references(
+    backbone: EfficientNetLite, references: np.ndarray, *, device: torch.device = CPU
+) -> Tensor:
+    """(B, R, R, 3) uint8 references to (B, 1, width) float32: the pooled vector, our "class token"."""
+    pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2)))
+    return backbone(pixels.to(device))[:, None]
+
+
+def encode_triplets(
+    triplets: pa.Table,
+    *,
+    image_px: int,
+    codec: PatchCodec,
+    backbone: EfficientNetLite,
+    augmenter: A.Compose,
+    draws: int,
+    batch_rows: int,
+    seed: int,
+    clean_tokens: dict[bytes, np.ndarray],
+) -> pa.Table:
+    """A TRIPLETS table to the `encoded` table with the same rows in the same order.
+
+    clean_tokens: cache of draw 0 by reference bytes; many slots share a box, hence its clean reference.
+    Images go through the backbone in batches of `batch_rows`.
+    """
+    rows = triplets.to_pylist()
+    references = [images.decode(row["reference"]) for row in rows]
+    new = {row["reference"]: reference for row, reference in zip(rows, references, strict=True)}
+    wanted = [data for data in new if data not in clean_tokens]
+    clean = _tokens([new[data] for data in wanted], backbone, batch_rows)
+    clean_tokens.update(zip(wanted, clean, strict=True))
+    augmented = [
+        augment_reference(
+            reference, augmenter=augmenter, rng=row_rng(seed, row["image_id"], row["slot"], "reference", draw)
+        )
+        for row, reference in zip(rows, references, strict=True)
+        for draw in range(1, draws)
+    ]
+    drawn = _tokens(augmented, backbone, batch_rows)
+    columns = _latent_columns(rows, codec)
+    columns["exemplar_tokens"] = [
+        np.stack([clean_tokens[row["reference"]], *drawn[index * (draws - 1) : (index + 1) * (draws - 1)]])
+        for index, row in enumerate(rows)
+    ]
+    latent_px = image_px // codec.patch_px
+    schema = encoded_schema((codec.channels, latent_px, latent_px), (draws, 1, backbone.width))
+    arrays: dict[str, list[object]] = {name: [row[name] for row in rows] for name in ("image_id", "slot", "box_index")}
+    arrays.update({name: [value.astype("<f2").tobytes() for value in values] for name, values in columns.items()})
+    return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
+
+
+def _tokens(references: list[np.ndarray], backbone: EfficientNetLite, batch_rows: int) -> list[np.ndarray]:
+    out: list[np.ndarray] = []
+    for start in range(0, len(references), batch_rows):
+        out += list(encode_references(backbone, np.stack(references[start : start + batch_rows])).numpy())
+    return out
+
+
+def _latent_columns(rows: list[dict[str, Any]], codec: PatchCodec) -> dict[str, list[np.ndarray]]:
+    """Posteriors and holes at latent size, by column name of the `encoded` schema."""
+    columns: dict[str, list[np.ndarray]] = {}
+    if not rows:
+        return {name: [] for name in LATENT_COLUMNS}
+    sources = np.stack([images.decode(row["source"]) for row in rows])
+    height_px, width_px = sources.shape[1:3]
+    source = encode_source(codec, sources)
+    columns["source_mean"], columns["source_std"] = list(source.mean.numpy()), list(source.std.numpy())
+    for kind in HOLE_KINDS:
+        holes = np.stack([unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in rows])
+        masked, keep = encode_masked(codec, sources, holes)
+        columns[f"{kind}_masked_mean"], columns[f"{kind}_masked_std"] = list(masked.mean.numpy()), list(masked.std.numpy())
+        columns[f"{kind}_hole_mask_latent"] = list(1.0 - keep.numpy())
+    return columns

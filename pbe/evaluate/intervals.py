@@ -1,0 +1,119 @@
+"""Uncertainty of a reported number: bootstrap for means, delete-d jackknife for everything else.
+
+Sources: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Davison and Hinkley 1997, section 3.8
+(whole clusters); Shao and Wu 1989 (delete-d jackknife).
+
+A bootstrap sample repeats rows, which shrinks a covariance's support: on a Frechet distance its interval lies
+beside the point estimate (STACK.md section 9: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without
+replacement repeat nothing, and their spread around their own mean is free of the bias that fewer rows bring.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval: what was resampled, and how, is in `method`.
+
+    n: items behind the value; clusters: units that were resampled (n when items are).
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    clusters: int
+    method: str
+
+
+def bootstrap_mean(
+    values: np.ndarray, *, groups: Sequence[str] | None, resamples: int, seed: int, level: float = 0.95
+) -> Estimate:
+    """The mean of values (N,) with a percentile bootstrap interval.
+
+    groups: the photo of each item; whole photos are then resampled, since items of one photo err together. A
+    resample's mean is the ratio sum of values / number of items over the photos drawn, so a crowded photo
+    keeps its weight. With few photos it is too narrow (simulated: at level 0.95 it covers about 86 % with 8
+    photos, 91 % with 20, 94 % with 40). It covers the items, not the training seed.
+    Raises ValueError for fewer than 2 clusters, values that are not finite, or groups of another length.
+    """
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError("values must be (N,) and finite")
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} values")
+    _check(resamples=resamples, level=level)
+    sums: np.ndarray
+    counts: np.ndarray
+    if groups is None:
+        sums, counts = values.astype(np.float64), np.ones(len(values))
+    else:
+        _, index = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    clusters = len(sums)
+    if clusters < 2:
+        raise ValueError(f"{clusters} cluster: an interval needs at least 2")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = rng.integers(clusters, size=clusters)
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    unit = "items" if groups is None else "whole groups"
+    return Estimate(
+        value=float(sums.sum() / counts.sum()),
+        low=float(low),
+        high=float(high),
+        n=len(values),
+        clusters=clusters,
+        method=f"{level:.0%} percentile bootstrap of {clusters} {unit}, {resamples} resamples",
+    )
+
+
+def jackknife(
+    statistic: Callable[[np.ndarray], float], n: int, *, resamples: int, seed: int, level: float = 0.95
+) -> Estimate:
+    """statistic(all n rows) with a delete-d jackknife interval, for statistics that are not means.
+
+    statistic: maps int64 row indices (sorted, no repeats) to a number; it is called resamples + 1 times. To
+    resample photos, let n be the number of photos and map their indices to rows inside it.
+
+    With theta_s the statistic on n - d rows drawn without replacement, d = n // 2:
+    se^2 = (n - d) / d * mean_s (theta_s - mean theta_s)^2, interval = value -+ z se.
+    Half, because small d makes the spread noisy and, below sqrt(n), inconsistent for such statistics.
+    Simulated on Frechet distances (n, dimensions): the true sd 0.027 (350, 64), 0.075 (111, 256), 0.070 (100,
+    1280) comes out as 0.026, 0.075, 0.069 with n // 2 and as 0.031, 0.070, 0.055 with n // 10.
+    The interval is about the expectation at this n: it does not remove the bias that a Frechet distance has
+    at any finite n, and it is not clipped at 0. Rows outside `statistic` (the real photos) count as fixed.
+    Raises ValueError for n < 4.
+    """
+    if n < 4:
+        raise ValueError(f"{n} rows: a delete-half jackknife needs at least 4")
+    _check(resamples=resamples, level=level)
+    rng = np.random.default_rng(seed)
+    deleted = n // 2
+    kept = n - deleted
+    value = float(statistic(np.arange(n)))
+    thetas = np.array(
+        [statistic(np.sort(rng.choice(n, size=kept, replace=False))) for _ in range(resamples)], np.float64
+    )
+    half_width = NormalDist().inv_cdf((1 + level) / 2) * float(np.sqrt(kept / deleted * thetas.var()))
+    return Estimate(
+        value=value,
+        low=value - half_width,
+        high=value + half_width,
+        n=n,
+        clusters=n,
+        method=f"{level:.0%} normal interval, delete-{deleted} jackknife without replacement,"
+        f" {resamples} subsets; bias at this n not removed",
+    )
+
+
+def _check(*, resamples: int, level: float) -> None:
+    if resamples < 2:
+        raise ValueError(f"resamples {resamples} must be at least 2")
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} must be between 0 and 1")

@@ -1,0 +1,119 @@
+"""All metrics of one set of edits: bench rows and edited images in, named estimates out.
+
+Names are honest (DESIGN 5.9): a metric that is not computed with the paper's extractor carries the extractor's name.
+`own_*` and `swap_*` are two different things (they are reported apart, `exemplar_gain` is their mean):
+own rises when a foreign reference makes the fill worse, swap only when the fill moves towards the foreign reference.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pbe.evaluate import similarity
+from pbe.evaluate.features import extract
+from pbe.evaluate.frechet import frechet_distance
+from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife
+from pbe.evaluate.quality import quality_ranks
+from pbe.model.backbone import EfficientNetLite
+
+PSNR_CEILING_DB = 60.0  # a fill that equals the photo has no finite PSNR
+
+
+@dataclass(frozen=True)
+class EditedItem:
+    """One bench item with its edits; images (h, w, 3) uint8, hole_mask (S, S) of 0/1."""
+
+    bench_id: str
+    image_id: str
+    hole_kind: str
+    source: np.ndarray
+    hole_mask: np.ndarray
+    own_reference: np.ndarray
+    foreign_reference: np.ndarray
+    own_edit: np.ndarray
+    foreign_edit: np.ndarray
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    quality_components: int
+    quality_pca_dims: int
+    resamples: int
+    batch_rows: int
+    seed: int
+
+
+def score(
+    items: Sequence[EditedItem], reals: Sequence[np.ndarray], *, judges: Sequence[EfficientNetLite], cfg: ScoreConfig
+) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
+    """Estimates by metric name, and the per-item values behind those that are means. reals: untouched crops."""
+    per_item: dict[str, np.ndarray] = {
+        "hole_psnr_db": np.minimum(
+            [similarity.hole_psnr(i.own_edit, i.source, i.hole_mask) for i in items], PSNR_CEILING_DB
+        )
+    }
+    colours = similarity.colour_gain(*_colours(items))
+    per_item |= _gain_columns("colour_gain", colours, "own_colour_gain", "swap_colour_gain")
+    estimates: dict[str, Estimate] = {}
+    for judge in judges:
+        columns, frechet = _judge(items, reals, judge, cfg)
+        per_item |= columns
+        estimates[f"frechet_{judge.name}"] = frechet
+    groups = [item.image_id for item in items]
+    for name, values in per_item.items():
+        estimates[name] = bootstrap_mean(values, groups=groups, resamples=cfg.resamples, seed=cfg.seed)
+    return estimates, per_item
+
+
+def _judge(
+    items: Sequence[EditedItem], reals: Sequence[np.ndarray], judge: EfficientNetLite, cfg: ScoreConfig
+) -> tuple[dict[str, np.ndarray], Estimate]:
+    def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
+        return extract(judge, list(pictures), batch_rows=cfg.batch_rows)
+
+    own_fill = features([similarity.hole_region(i.own_edit, i.hole_mask) for i in items])
+    foreign_fill = features([similarity.hole_region(i.foreign_edit, i.hole_mask) for i in items])
+    own_reference = features([_at_hole_resolution(i.own_reference, i.hole_mask) for i in items])
+    foreign_reference = features([_at_hole_resolution(i.foreign_reference, i.hole_mask) for i in items])
+    photo = features([similarity.hole_region(i.source, i.hole_mask) for i in items])
+    whole_edit, whole_photo, real = features([i.own_edit for i in items]), features([i.source for i in items]), features(reals)
+
+    columns = {
+        f"similarity_{judge.name}": similarity.cosine(own_fill, own_reference),
+        f"similarity_of_photo_{judge.name}": similarity.cosine(photo, own_reference),
+        f"qs_rank_{judge.name}": quality_ranks(
+            whole_edit,
+            fit_features=real,
+            real_features=whole_photo,
+            components=cfg.quality_components,
+            pca_dims=cfg.quality_pca_dims,
+            seed=cfg.seed,
+        ),
+    }
+    gain = similarity.exemplar_gain(own_fill, foreign_fill, own_reference, foreign_reference)
+    columns |= _gain_columns(
+        f"exemplar_gain_{judge.name}", gain, f"own_gain_{judge.name}", f"swap_gain_{judge.name}"
+    )
+    frechet = jackknife(
+        lambda rows: frechet_distance(whole_edit[rows], real), len(items), resamples=min(200, cfg.resamples), seed=cfg.seed
+    )
+    return columns, frechet
+
+
+def _gain_columns(both: str, gains: similarity.Gains, own: str, swap: str) -> Mapping[str, np.ndarray]:
+    return {own: gains.own, swap: gains.swap, both: gains.both}
+
+
+def _colours(items: Sequence[EditedItem]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    return (
+        np.stack([similarity.mean_colour(i.own_edit, i.hole_mask) for i in items]),
+        np.stack([similarity.mean_colour(i.foreign_edit, i.hole_mask) for i in items]),
+        np.stack([similarity.mean_colour(i.own_reference, None) for i in items]),
+        np.stack([similarity.mean_colour(i.foreign_reference, None) for i in items]),
+    )
+
+
+def _at_hole_resolution(reference: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
+    height_px, width_px = similarity.hole_region(hole_mask[..., None], hole_mask).shape[:2]
+    return similarity.match_resolution(reference, height_px, width_px)

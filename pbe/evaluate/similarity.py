@@ -1,0 +1,137 @@
+"""Does an edit follow its reference? Similarities, their gains over a foreign reference, and pixel fidelity.
+
+Counterpart upstream: eval_tool/clip_score/region_clip_score.py (region of the result against the reference).
+Deviations: the region keeps its last row and column (upstream's crop is end exclusive of an inclusive index),
+and the gains compare two fills of the same hole, own reference R and foreign reference Q with the same noise,
+because a similarity alone also rewards what the photo around the hole gives away.
+
+`hole_mask` is (H, W), non-zero where the edit went. Images are (H, W, 3) uint8 RGB.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pbe.data.images import resize
+
+
+@dataclass(frozen=True, eq=False)
+class Gains:
+    """Per item, (N,) float64 each; positive means the fill follows the reference it was given.
+
+    own  = sim(fill_R, R) - sim(fill_Q, R): rises too when a foreign reference merely damages the fill.
+    swap = sim(fill_Q, Q) - sim(fill_R, Q): the fill moves towards the foreign reference.
+    both = (own + swap) / 2.
+    """
+
+    own: np.ndarray
+    swap: np.ndarray
+    both: np.ndarray
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, d), (N, d) to (N,) float64 in -1..1. Raises ValueError for unequal shapes or a zero row."""
+    _same_shape(a, b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    if not norms.all():
+        raise ValueError("a feature row is all zeros: its cosine is not defined")
+    return np.sum(a * b, axis=1) / norms
+
+
+def exemplar_gain(
+    own_edit: np.ndarray,
+    foreign_edit: np.ndarray,
+    own_reference: np.ndarray,
+    foreign_reference: np.ndarray,
+) -> Gains:
+    """Gains in cosine, from features (N, d) of fill_R, fill_Q, R, Q, in this order. Raises like `cosine`."""
+    return _gains(
+        own=cosine(own_edit, own_reference) - cosine(foreign_edit, own_reference),
+        swap=cosine(foreign_edit, foreign_reference) - cosine(own_edit, foreign_reference),
+    )
+
+
+def colour_gain(
+    own_edit: np.ndarray,
+    foreign_edit: np.ndarray,
+    own_reference: np.ndarray,
+    foreign_reference: np.ndarray,
+) -> Gains:
+    """Gains in levels of 255, from mean colours (N, 3) (`mean_colour`) of fill_R, fill_Q, R, Q in this order.
+
+    The similarity is minus the mean absolute difference over the three channels.
+    Raises ValueError for unequal shapes.
+    """
+    return _gains(
+        own=_colour_distance(foreign_edit, own_reference) - _colour_distance(own_edit, own_reference),
+        swap=_colour_distance(own_edit, foreign_reference)
+        - _colour_distance(foreign_edit, foreign_reference),
+    )
+
+
+def mean_colour(image: np.ndarray, hole_mask: np.ndarray | None) -> np.ndarray:
+    """(H, W, 3) uint8 to (3,) float64 in 0..255: the mean over the hole's pixels, or over all when None.
+
+    Raises ValueError for an empty hole or one of another size.
+    """
+    if hole_mask is None:
+        return image.mean((0, 1), dtype=np.float64)
+    return image[_hole(image, hole_mask)].mean(0, dtype=np.float64)
+
+
+def hole_psnr(edit: np.ndarray, photo: np.ndarray, hole_mask: np.ndarray) -> float:
+    """10 log10(255^2 / MSE) in dB over the hole's pixels and channels; inf when they are equal.
+
+    Raises ValueError for images of unequal size or dtype other than uint8, and for an empty hole.
+    """
+    _same_shape(edit, photo)
+    if edit.dtype != np.uint8 or photo.dtype != np.uint8:
+        raise ValueError(f"images: {edit.dtype} and {photo.dtype}, expected uint8")
+    hole = _hole(edit, hole_mask)
+    error = np.mean((edit[hole].astype(np.float64) - photo[hole]) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+
+
+def hole_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) to (h, w, 3): a view of the hole's bounding box, its last row and column included.
+
+    Raises ValueError for an empty hole or one of another size.
+    """
+    hole = _hole(image, hole_mask)
+    rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
+    return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def match_resolution(reference: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height_px, width_px, 3): the reference at the pixel size of the region it fills.
+
+    Without it a sharp reference is compared with a small region, and sharpness outweighs content (SAMPLE.md
+    section 0: "low"). INTER_AREA; INTER_LINEAR where a side grows, because there INTER_AREA repeats pixels.
+    """
+    return resize(reference, width_px=width_px, height_px=height_px)
+
+
+def _gains(*, own: np.ndarray, swap: np.ndarray) -> Gains:
+    return Gains(own=own, swap=swap, both=(own + swap) / 2)
+
+
+def _colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, 3), (N, 3) to (N,) float64: mean absolute difference over the channels."""
+    _same_shape(a, b)
+    return np.abs(a.astype(np.float64) - b).mean(1)
+
+
+def _hole(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool, True in the hole."""
+    if hole_mask.shape != image.shape[:2]:
+        raise ValueError(f"hole_mask {hole_mask.shape} does not match the image {image.shape}")
+    hole = hole_mask != 0
+    if not hole.any():
+        raise ValueError("hole_mask is empty")
+    return hole
+
+
+def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {a.shape} and {b.shape} must be equal")

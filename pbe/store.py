@@ -1,0 +1,271 @@
+"""Parts and manifests: where data lives, and how a stage knows that work is already done.
+
+A *unit* is one task's work: one bucket of one stage. Its name carries the digest of all it was made from, so
+same name = same content = skip. It is a folder in the storage,
+
+    <storage>/parts/<stage>/<label>-<digest>/{<dataset>.parquet ..., record.json}
+
+and is complete when `record.json` is there, which is written last. Files are written beside and renamed
+(local disk) or put in one atomic request (S3), so a killed task leaves nothing that looks finished.
+A *manifest* is a stage's list of units; it is the only thing DVC tracks. Storage is a local path or
+s3://bucket/prefix, behind one pyarrow filesystem.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pbe.errors import UserError
+
+
+class StoreError(UserError):
+    """A part is missing or damaged; the message says which and what to do."""
+
+
+def digest(value: Any) -> str:
+    """16 hex characters of SHA-256 over canonical JSON: equal values, equal digest, on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest(paths: Iterable[Path], root: Path) -> str:
+    """Digest of the Python and CSV files at `paths` (folders: recursively), by name relative to `root` and content."""
+    files: set[Path] = set()
+    for path in paths:
+        found = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".csv", ".j2")]
+        if not found:
+            raise StoreError(f"{path}: listed as code in dvc.yaml, but there is no such file")
+        files.update(found)
+    return digest([(p.relative_to(root).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(files)])
+
+
+@dataclass(frozen=True)
+class File:
+    """One Parquet file of a unit."""
+
+    dataset: str
+    path: str  # relative to the storage root
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished unit holds. `counts` are summed over units into counts.json."""
+
+    unit: str
+    files: tuple[File, ...]
+    counts: Mapping[str, int]
+
+    def file(self, dataset: str) -> File:
+        for file in self.files:
+            if file.dataset == dataset:
+                return file
+        raise StoreError(f"unit {self.unit} has no dataset '{dataset}'")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A stage's result: its units, and the config and digests that named them."""
+
+    stage: str
+    digest: str
+    config: Mapping[str, Any]
+    code: str
+    units: tuple[Record, ...]
+    counts: Mapping[str, int]
+
+    def files(self, dataset: str) -> list[File]:
+        return [unit.file(dataset) for unit in self.units]
+
+
+class Store:
+    """Reads and writes units below one root. Cheap to make; picklable, so that tasks can carry it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        if uri.startswith("s3://"):
+            self._fs, self._root = pafs.FileSystem.from_uri(uri)
+        else:
+            self._fs, self._root = pafs.LocalFileSystem(), str(Path(uri))
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.uri,)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._fs, pafs.LocalFileSystem)
+
+    def path(self, relative: str) -> str:
+        """Path for this store's filesystem."""
+        return str(PurePosixPath(self._root) / relative)
+
+    def full_uri(self, relative: str) -> str:
+        """Absolute local path or s3:// address, for tools that take one."""
+        return self.path(relative) if self.is_local else f"{self.uri}/{relative}"
+
+    # -- bytes ----------------------------------------------------------------------------------------------
+
+    def read_bytes(self, relative: str) -> bytes:
+        """Raises StoreError when the file is not there."""
+        try:
+            with self._fs.open_input_stream(self.path(relative)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            raise StoreError(f"{self.full_uri(relative)}: not found in the storage") from None
+
+    def exists(self, relative: str) -> bool:
+        return self._fs.get_file_info(self.path(relative)).type == pafs.FileType.File
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Atomic: the file is there whole or not at all."""
+        target = self.path(relative)
+        if not self.is_local:
+            with self._fs.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        beside = f"{target}.{uuid.uuid4().hex}.tmp"
+        with open(beside, "wb") as stream:  # noqa: PTH123 - fsync needs the file object
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, target)
+
+    def list_names(self, relative: str) -> list[str]:
+        """Names of files and folders directly below `relative`, sorted; empty when there is no such folder."""
+        selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
+        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+
+    def copy_tree_in(self, source: Path, relative: str) -> None:
+        """Upload every file below the local folder `source`."""
+        for file in sorted(p for p in source.rglob("*") if p.is_file()):
+            self.write_bytes(f"{relative}/{file.relative_to(source).as_posix()}", file.read_bytes())
+
+    def copy_tree_out(self, relative: str, target: Path) -> None:
+        """Copy a folder of the storage to the local folder `target`."""
+        selector = pafs.FileSelector(self.path(relative), recursive=True)
+        for info in self._fs.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                inner = PurePosixPath(info.path).relative_to(self.path(relative))
+                local = target / inner
+                local.parent.mkdir(parents=True, exist_ok=True)
+                local.write_bytes(self.read_bytes(f"{relative}/{inner}"))
+
+    def delete_tree(self, relative: str) -> None:
+        """Remove a folder; nothing happens when it is not there."""
+        if self._fs.get_file_info(self.path(relative)).type == pafs.FileType.Directory:
+            self._fs.delete_dir(self.path(relative))
+
+    # -- units ----------------------------------------------------------------------------------------------
+
+    def find_unit(self, stage: str, unit: str) -> Record | None:
+        """The record of a finished unit; None when it is not there, not complete, or not readable."""
+        relative = f"parts/{stage}/{unit}/record.json"
+        if not self.exists(relative):
+            return None
+        raw = json.loads(self.read_bytes(relative))
+        record = Record(unit=raw["unit"], files=tuple(File(**f) for f in raw["files"]), counts=raw["counts"])
+        return record if self._complete(record) else None
+
+    def _complete(self, record: Record) -> bool:
+        infos = self._fs.get_file_info([self.path(file.path) for file in record.files])
+        sizes = [info.size if info.type == pafs.FileType.File else None for info in infos]
+        return sizes == [file.bytes for file in record.files]
+
+    def write_unit(
+        self,
+        stage: str,
+        unit: str,
+        tables: Mapping[str, pa.Table],
+        *,
+        counts: Mapping[str, int],
+        rows_per_group: int = 128,
+    ) -> Record:
+        """Write one Parquet file per dataset, then the record. The bytes depend on the tables alone."""
+        files = []
+        for dataset, table in tables.items():
+            data = _parquet_bytes(table, rows_per_group)
+            relative = f"parts/{stage}/{unit}/{dataset}.parquet"
+            self.write_bytes(relative, data)
+            files.append(File(dataset, relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest()))
+        record = Record(unit=unit, files=tuple(files), counts=dict(counts))
+        self.write_bytes(f"parts/{stage}/{unit}/record.json", _json_bytes(asdict(record)))
+        return record
+
+    def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
+        """One file of a unit as a table. Raises StoreError when it is missing or damaged."""
+        try:
+            return pq.read_table(self.path(file.path), filesystem=self._fs, columns=columns, partitioning=None)
+        except FileNotFoundError:
+            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
+        except pa.ArrowInvalid as error:
+            raise StoreError(
+                f"{self.full_uri(file.path)}: this part is damaged ({error}); delete its folder and run again"
+            ) from None
+
+    def open_parquet(self, file: File) -> pq.ParquetFile:
+        """An open file for row-group reads."""
+        return pq.ParquetFile(self._fs.open_input_file(self.path(file.path)))
+
+
+def _parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, rows_per_group),
+        compression="zstd",
+        # dictionaries help ids and names only; a blob column would build one for nothing
+        use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
+        write_statistics=False,
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    beside.write_bytes(_json_bytes(value))
+    beside.replace(path)
+
+
+def make_manifest(stage: str, *, config: Mapping[str, Any], code: str, units: Sequence[Record]) -> Manifest:
+    """The manifest of finished units, in the order given; counts are summed."""
+    counts: dict[str, int] = {}
+    for unit in units:
+        for key, value in unit.counts.items():
+            counts[key] = counts.get(key, 0) + value
+    identity = digest([stage, [[f.dataset, f.sha256] for unit in units for f in unit.files]])
+    return Manifest(stage, identity, dict(config), code, tuple(units), dict(sorted(counts.items())))
+
+
+def save_manifest(path: Path, manifest: Manifest) -> None:
+    write_json(path, asdict(manifest))
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Raises StoreError when the stage that writes it has not run."""
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{path}: not there; run `dvc repro {path.parent.name}` first") from None
+    units = tuple(
+        Record(unit=u["unit"], files=tuple(File(**f) for f in u["files"]), counts=u["counts"]) for u in raw["units"]
+    )
+    return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])

@@ -1,0 +1,141 @@
+"""MLflow, and the only file that imports it: one run per train digest, evaluations as its children."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXPERIMENT = "paint-by-example"
+
+
+def _client(tracking_uri: str) -> Any:
+    # must be set before the first import; MLflow's own usage reporting has no place in a pipeline
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri)
+
+
+def open_run(
+    tracking_uri: str,
+    *,
+    run_id: str | None,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    parent_run_id: str | None = None,
+) -> str:
+    """The id of an existing run, or of a new one that gets `params`, which MLflow never lets change.
+
+    A known `run_id` that the server no longer has (a deleted database) gives a new run.
+    """
+    client = _client(tracking_uri)
+    if run_id is not None and _exists(client, run_id):
+        client.set_terminated(run_id, "RUNNING")
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        return run_id
+    all_tags = dict(tags)
+    if parent_run_id is not None:
+        all_tags["mlflow.parentRunId"] = parent_run_id
+    run = client.create_run(_experiment(client, tracking_uri), run_name=name, tags=all_tags)
+    for key, value in flatten(params).items():
+        client.log_param(run.info.run_id, key, value)
+    return run.info.run_id
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
+
+
+def _experiment(client: Any, tracking_uri: str) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return found.experiment_id
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        # absolute: workers run in other folders, and the default ./mlruns would be lost
+        location = (Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings to dotted keys, as MLflow's comparison page shows them."""
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = str(value)
+    return out
+
+
+def log_metrics(
+    tracking_uri: str, run_id: str, metrics: Mapping[str, float], *, step: int = 0, prefix: str = ""
+) -> None:
+    import time
+
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    entries = [Metric(prefix + key, float(value), now, step) for key, value in metrics.items() if key != "step"]
+    _client(tracking_uri).log_batch(run_id, metrics=entries)
+
+
+def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, source: str, rows: int) -> None:
+    """Record which encoded data a run read; shown in MLflow's dataset column."""
+    import json
+
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=name, digest=digest, source_type="local", source=source, profile=json.dumps({"num_rows": rows})
+    )
+    _client(tracking_uri).log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_image(tracking_uri: str, run_id: str, image: np.ndarray, *, file: str) -> None:
+    """(H, W, 3) uint8 RGB as a PNG artifact."""
+    _client(tracking_uri).log_image(run_id, image, file)
+
+
+def log_files(tracking_uri: str, run_id: str, folder: Path, *, to: str) -> None:
+    _client(tracking_uri).log_artifacts(run_id, str(folder), to)
+
+
+def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    client = _client(tracking_uri)
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+
+
+def end_run(tracking_uri: str, run_id: str, *, failed: bool = False) -> None:
+    _client(tracking_uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+@contextmanager
+def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
+    """Log CPU, memory, disk and network of this machine while the block runs."""
+    _client(tracking_uri)
+    import mlflow
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    mlflow.set_tracking_uri(tracking_uri)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

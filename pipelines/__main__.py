@@ -1,0 +1,75 @@
+"""`python -m pipelines STAGE [--variant NAME]`: run one stage here, or submit it as a Ray job.
+
+With RAY_ADDRESS=http://... the heavy stages submit themselves to that cluster and bring their manifest back;
+without it the same command runs on local Ray. Also: `summary` (what `make repro` prints last) and
+`profile NAME --root DIR` (writes params.yaml from infra/profiles).
+"""
+
+import argparse
+import os
+import sys
+
+from pbe.errors import UserError
+from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, open_stage
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in STAGES:
+        stage_parser = commands.add_parser(name, help=f"run the {name} stage")
+        if name in VARIANT_STAGES:
+            stage_parser.add_argument("--variant", required=True)
+        stage_parser.add_argument("--as-job", metavar="ID", help=argparse.SUPPRESS)
+    commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
+    profile_parser = commands.add_parser("profile", help="write params.yaml from infra/profiles")
+    profile_parser.add_argument("name")
+    profile_parser.add_argument("--root", default="")
+    args = parser.parse_args(argv)
+    try:
+        _dispatch(args)
+    except UserError as error:
+        print(f"pbe: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pbe: interrupted; finished parts and checkpoints stay, the same command goes on from them", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    # imported here: a stage must not pay for the others' imports (torch, ray, mlflow)
+    if args.command == "summary":
+        from pipelines.summary import main as run_summary
+
+        return run_summary()
+    if args.command == "profile":
+        from pipelines.profile import main as run_profile
+
+        return run_profile(args.name, args.root)
+    stage = open_stage(args.command, getattr(args, "variant", None))
+    address = os.environ.get("RAY_ADDRESS", "")
+    if stage.name in CLUSTER_STAGES and address.startswith("http") and not args.as_job:
+        from pipelines.jobs import run_remotely
+
+        run_remotely(stage, address)
+    else:
+        _run_here(stage.name)(stage)
+    if args.as_job:
+        from pipelines.jobs import send_outputs
+
+        send_outputs(stage, args.as_job)
+    elif stage.name == "train":
+        from pipelines.train import fetch_export
+
+        fetch_export(stage)
+
+
+def _run_here(name: str):  # noqa: ANN202 - each stage's main has the same shape
+    import importlib
+
+    return importlib.import_module(f"pipelines.{name}").main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""The bridge to a cluster: a stage submits itself as a Ray job, follows its log and fetches its small files.
+
+With RAY_ADDRESS=http://host:port, `run_remotely` ships the code and the input manifests (a whitelist), and a
+job runs the same command there. Data stays in PBE_STORAGE, which both sides reach; what dvc.lock names comes
+back through <storage>/jobs/<job id>/. A job is known by what it is made from: the same command attaches to it
+while it runs, takes its outputs over when it is done, and numbers a new attempt when it failed (Ray refuses a
+used id). Credentials never travel: the cluster's nodes have their own.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import json
+import os
+import shlex
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from pbe.config import tracking_uri
+from pbe.store import StoreError, digest
+from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
+from pipelines.units import WORKER_ENV
+
+CODE_FOLDERS = ("pbe", "pipelines")
+CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads
+ROOT_FILES = ("params.yaml", "dvc.yaml")
+
+ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
+QUIET_S = 60  # after so long without a log line, the job's status is asked and the log opened again
+POLL_S = 2  # between two tries to reach a cluster that went away
+LOST_S = 300  # after so long without an answer the command gives up; the job does not
+LOG_LINES = 20  # of a failed job's log, repeated in the error
+
+# what requests, aiohttp and Ray's client raise for a broken connection or a refused request
+CLIENT_ERRORS = (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError)
+
+
+def run_remotely(stage: Stage, address: str) -> None:
+    """Run the stage as a job of the cluster at `address` and bring the files of `stage.outputs` back.
+
+    Raises StageError when the settings cannot work there, the address does not answer, or the job fails (with
+    its id and the end of its log). Ctrl-C detaches and raises KeyboardInterrupt; the job goes on.
+    """
+    _refuse_what_cannot_work(stage, address)
+    client = _connect(address)
+    with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
+        inputs = pack(stage, Path(folder))
+        name = job_name(stage, inputs)
+        attempt, status = _last_attempt(client, name)
+        job_id = f"{name}-{attempt}"
+        if status == JobStatus.SUCCEEDED and _take_over(stage, job_id):
+            print(f"{stage.name}: job {job_id} had finished before; its outputs are taken over", flush=True)
+            return
+        if status is None or status.is_terminal():
+            job_id = f"{name}-{attempt + 1}"
+            _submit(client, stage, job_id, Path(folder))
+            print(f"{stage.name}: submitted job {job_id} to {address}", flush=True)
+        else:
+            print(f"{stage.name}: attached again to job {job_id}, which is {status} at {address}", flush=True)
+    try:
+        job, log_end = _follow(client, job_id, address)
+    except KeyboardInterrupt:
+        print(
+            f"\n{stage.name}: detached; job {job_id} goes on, and the same command attaches to it again.\n"
+            f"To stop it: ray job stop --address {address} {job_id}",
+            flush=True,
+        )
+        raise
+    if job.status != JobStatus.SUCCEEDED:
+        raise StageError(
+            f"job {job_id} is {job.status} at {address}; the end of its log:\n{_indented(log_end)}"
+        )
+    if not _fetch(stage, job_id):
+        raise StageError(
+            f"job {job_id} succeeded, but its outputs are not in {stage.store.uri}; "
+            "is PBE_STORAGE the same place for the cluster and for this machine?"
+        )
+
+
+def send_outputs(stage: Stage, job_id: str) -> None:
+    """Inside the job: put the files of `stage.outputs` in the storage, then the marker that lists them.
+
+    Raises StageError when the stage wrote none.
+    """
+    files = {path: _sha256(stage.outputs / path) for path in _files_below(stage.outputs)}
+    if not files:
+        raise StageError(f"stage {stage.name} wrote nothing in {stage.outputs}")
+    stage.store.copy_tree_in(stage.outputs, f"jobs/{job_id}/outputs")
+    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps({"files": files}, indent=1).encode())
+
+
+# -- what is sent --------------------------------------------------------------------------------------------
+
+
+def pack(stage: Stage, folder: Path) -> dict[str, str]:
+    """Copy what the job needs to `folder`; returns the SHA-256 of each input by its path.
+
+    Inputs are the JSON files of earlier stages below data/. Ray names the package by its content, so an
+    unchanged one is not sent twice.
+    """
+    for name in CODE_FOLDERS:
+        for file in sorted((stage.root / name).rglob("*")):
+            inner = file.relative_to(stage.root)
+            hidden = any(part.startswith(".") for part in inner.parts)
+            if file.suffix in CODE_SUFFIXES and file.is_file() and not hidden:
+                _copy(file, folder / inner)
+    for name in ROOT_FILES:
+        _copy(stage.root / name, folder / name)
+    inputs = {}
+    for source in _input_folders(stage):
+        for file in sorted(source.glob("*.json")):
+            inner = file.relative_to(stage.root)
+            _copy(file, folder / inner)
+            inputs[inner.as_posix()] = _sha256(file)
+    return inputs
+
+
+def _input_folders(stage: Stage) -> list[Path]:
+    # earlier stages only: a stage's own outputs would change its identity once it has run
+    earlier = STAGES[: STAGES.index(stage.name)]
+    variants = [stage.variant if name in VARIANT_STAGES else None for name in earlier]
+    return [output_folder(stage.root, name, variant) for name, variant in zip(earlier, variants, strict=True)]
+
+
+def job_name(stage: Stage, inputs: dict[str, str]) -> str:
+    """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>."""
+    params = (stage.root / "params.yaml").read_text()
+    identity = digest([stage.name, stage.variant, params, stage.code, inputs, stage.store.uri])
+    return "-".join(["pbe", stage.name, *([stage.variant] if stage.variant else []), identity])
+
+
+def entrypoint(stage: Stage, job_id: str) -> str:
+    """The shell command of the job: this stage again, with the cluster's python."""
+    variant = ["--variant", stage.variant] if stage.variant else []
+    return shlex.join(["python", "-m", "pipelines", stage.name, *variant, "--as-job", job_id])
+
+
+def job_env(stage: Stage) -> dict[str, str]:
+    """The environment variables that travel: places, never keys."""
+    return {
+        "PBE_STORAGE": stage.store.uri,
+        "MLFLOW_TRACKING_URI": tracking_uri(),
+        # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+        **WORKER_ENV,
+    }
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
+    """Raises StageError before anything is sent."""
+    uris = {"RAY_ADDRESS": address, "PBE_STORAGE": stage.store.uri, "MLFLOW_TRACKING_URI": tracking_uri()}
+    for name, uri in uris.items():
+        where = urlsplit(uri)
+        if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc):
+            raise StageError(
+                f"{name} holds a user or a password, which everybody on the cluster could read; leave it out "
+                "and give the nodes their own credentials (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD)"
+            )
+    other = os.environ.get("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers it to what it is given
+    if other.rstrip("/") != address.rstrip("/"):
+        raise StageError(
+            f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
+        )
+    if _is_loopback(urlsplit(address).hostname or ""):
+        return
+    if stage.store.is_local:
+        raise StageError(
+            f"PBE_STORAGE={stage.store.uri} is a folder of this machine, out of reach for {address}; "
+            "set PBE_STORAGE=s3://bucket/prefix"
+        )
+    if urlsplit(tracking_uri()).scheme.split("+")[0] in ("sqlite", "file", ""):
+        raise StageError(
+            f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {address}; "
+            "set MLFLOW_TRACKING_URI=http://your-server:5000"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+# -- the cluster ---------------------------------------------------------------------------------------------
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    try:
+        # first by urllib, because Ray's client would wait for minutes for an address that swallows packets
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        pass  # somebody answers; what is wrong, the client below says better
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise StageError(
+            f"RAY_ADDRESS={address} does not answer ({reason}); it must be the cluster's dashboard, "
+            "http://host:8265 as a rule; without RAY_ADDRESS the stage runs on this machine"
+        ) from None
+    try:
+        return JobSubmissionClient(address)
+    except (*CLIENT_ERRORS, ValueError, KeyError) as error:
+        raise StageError(
+            f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}"
+        ) from None
+
+
+def _last_attempt(client: JobSubmissionClient, name: str) -> tuple[int, JobStatus | None]:
+    """Number and status of the newest job of this name, of those not over if any; (0, None) if none."""
+    attempts = {}
+    with _as_stage_error("cannot list the cluster's jobs"):
+        for job in client.list_jobs():
+            head, _, number = (job.submission_id or "").rpartition("-")
+            if head == name and number.isdigit():
+                attempts[int(number)] = job.status
+    active = [number for number, status in attempts.items() if not status.is_terminal()]
+    newest = max(active or attempts, default=0)
+    return newest, attempts.get(newest)
+
+
+def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: Path) -> None:
+    with _as_stage_error(f"the cluster did not take job {job_id} (the same command may work now)"):
+        client.submit_job(
+            entrypoint=entrypoint(stage, job_id),
+            submission_id=job_id,
+            runtime_env={"working_dir": str(package), "env_vars": job_env(stage)},
+        )
+
+
+@contextlib.contextmanager
+def _as_stage_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except CLIENT_ERRORS as error:
+        raise StageError(f"{what}: {_one_line(error)}") from None
+
+
+@dataclass
+class _Log:
+    """What of a job's log has been printed. Every connection sends it from its beginning."""
+
+    printed: int = 0  # characters
+    end: str = ""
+
+    async def follow(self, client: JobSubmissionClient, job_id: str) -> None:
+        """Print what is new until the job is over. Raises TimeoutError after QUIET_S without a line."""
+        position = 0
+        chunks = client.tail_job_logs(job_id)
+        while True:
+            async with asyncio.timeout(QUIET_S):  # a connection that died in a sleeping laptop says nothing
+                text = await anext(chunks, None)
+            if text is None:
+                return
+            new = text[max(0, self.printed - position) :]
+            position += len(text)
+            self.printed = max(self.printed, position)
+            self.end = (self.end + new)[-20_000:]
+            print(new, end="", flush=True)
+
+
+def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[JobDetails, str]:
+    """The job when it is over, and the end of its log. Raises StageError after LOST_S without an answer."""
+    log = _Log()
+    last_answer = time.monotonic()
+    while True:
+        try:
+            # a broken log connection matters only when the cluster does not answer either
+            with contextlib.suppress(*CLIENT_ERRORS):
+                asyncio.run(log.follow(client, job_id))
+            job = client.get_job_info(job_id)
+        except CLIENT_ERRORS as error:
+            if time.monotonic() - last_answer > LOST_S:
+                raise StageError(
+                    f"lost contact with {address} ({_one_line(error)}); job {job_id} may go on there, and "
+                    "the same command attaches to it again"
+                ) from None
+        else:
+            last_answer = time.monotonic()
+            if job.status.is_terminal():
+                return job, log.end or job.message or "(no log)"
+        time.sleep(POLL_S)
+
+
+# -- what comes back -----------------------------------------------------------------------------------------
+
+
+def _take_over(stage: Stage, job_id: str) -> bool:
+    """Fetch the outputs of a job that finished before; False when they, or parts that they name, are gone."""
+    marker = f"jobs/{job_id}/outputs/manifest.json"
+    if stage.store.exists(marker):
+        manifest = json.loads(stage.store.read_bytes(marker))
+        if any(stage.store.find_unit(stage.name, unit["unit"]) is None for unit in manifest.get("units", ())):
+            return False
+    return _fetch(stage, job_id)
+
+
+def _fetch(stage: Stage, job_id: str) -> bool:
+    """Bring a job's outputs to `stage.outputs`, all or nothing; False when they are not in the storage.
+
+    Raises StoreError when the storage holds others than the job listed.
+    """
+    marker = f"jobs/{job_id}/outputs.json"
+    if not stage.store.exists(marker):
+        return False
+    listed = json.loads(stage.store.read_bytes(marker))["files"]
+    stage.outputs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".job-", dir=stage.outputs.parent) as folder:
+        beside = Path(folder)
+        stage.store.copy_tree_out(f"jobs/{job_id}/outputs", beside)
+        found = {path: _sha256(beside / path) for path in _files_below(beside)}
+        if any(found.get(path) != sha256 for path, sha256 in listed.items()):
+            raise StoreError(
+                f"{stage.store.full_uri(marker)}: lists files that are missing or differ; "
+                f"delete jobs/{job_id} there and run again"
+            )
+        # the manifest last: a stage whose manifest is there is done
+        for path in sorted(listed, key=lambda path: path == "manifest.json"):
+            (stage.outputs / path).parent.mkdir(parents=True, exist_ok=True)
+            (beside / path).replace(stage.outputs / path)
+    return True
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines()[-LOG_LINES:])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

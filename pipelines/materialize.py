@@ -1,0 +1,63 @@
+"""materialize: every kept photo to `slots` triplets (source crop, two holes, reference), by Ray Data.
+
+One unit is one bucket: it reads its images and boxes, and writes one Parquet file per slot. Slot s takes the next
+box of a seeded permutation of the photo's boxes, so epoch e of training reads slot e mod slots and visits each
+photo once, as upstream's loader does.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from pbe.config import MaterializeConfig
+from pbe.data.materialize import triplet_tables
+from pbe.data.schema import BOXES, IMAGES, require
+from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.stage import Stage, StageError, cut_config, save_counts
+from pipelines.units import Unit, run_units
+
+
+def main(stage: Stage) -> None:
+    cfg, seed = stage.params.materialize, stage.params.seed
+    images = load_manifest(stage.input("ingest")).units
+    boxes = load_manifest(stage.input("filter")).units
+    units = []
+    for image_unit, box_unit in zip(images, boxes, strict=True):
+        inputs = image_unit.file("images"), box_unit.file("boxes")
+        identity = digest(["materialize", stage.code, seed, _identity(cfg), [file.sha256 for file in inputs]])
+        units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
+
+    worker = partial(_worker, stage.store, cfg, seed)
+    records = run_units("materialize", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_bucket)
+    manifest = make_manifest("materialize", config=_identity(cfg), code=stage.code, units=records)
+    counts = dict(manifest.counts)
+    assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
+    assert counts["triplets"] == counts["images_kept"] * cfg.slots
+    save_counts(stage, counts)
+    if not counts["triplets"]:
+        raise StageError("materialize: no photo of the train split has a kept box; see data/filter/counts.json")
+    save_manifest(stage.outputs / "manifest.json", manifest)
+
+
+def _identity(cfg: MaterializeConfig) -> dict[str, object]:
+    """What the bytes depend on; how many CPUs a task asks for is not among it."""
+    return cfg.model_dump(mode="json", exclude={"cpus_per_bucket"})
+
+
+def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit], Record]:
+    def work(unit: Unit) -> Record:
+        image_file, box_file = _files(unit)
+        tables, counts = triplet_tables(
+            require(store.read_table(image_file), IMAGES, image_file.path),
+            require(store.read_table(box_file), BOXES, box_file.path),
+            cfg=cut_config(cfg),
+            slots=cfg.slots,
+            jpeg_quality=cfg.jpeg_quality,
+            seed=seed,
+        )
+        return store.write_unit("materialize", unit.name, tables, counts=counts)
+
+    return work
+
+
+def _files(unit: Unit) -> tuple[File, File]:
+    return unit.payload

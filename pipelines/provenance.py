@@ -1,0 +1,31 @@
+"""Where a result came from: git commit, dvc.lock, versions. For MLflow tags and the report."""
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations", "mlflow", "dvc")
+
+
+def git_commit(root: Path) -> str:
+    """HEAD, with -dirty when tracked files differ; "unknown" outside a repository (a Ray job's package)."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def provenance_tags(root: Path) -> dict[str, str]:
+    lock = root / "dvc.lock"
+    return {
+        "git_commit": git_commit(root),
+        "dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.is_file() else "none yet",
+        "versions": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,97 @@
+"""What every stage opens first: parameters, storage, its code's digest, and the paths of its inputs and outputs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pbe.config import MaterializeConfig, Params, ParamsError, load_params, repo_root, storage_uri
+from pbe.data.triplets import CutConfig
+from pbe.errors import UserError
+from pbe.store import Store, code_digest, write_json
+
+DATA_STAGES = ("ingest", "filter", "materialize", "encode")
+VARIANT_STAGES = ("train", "evaluate")
+STAGES = (*DATA_STAGES, *VARIANT_STAGES, "report")
+# run on the cluster when RAY_ADDRESS names one; filter and report are light and stay where dvc.lock is
+CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "evaluate")
+
+
+class StageError(UserError):
+    """A stage cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml, opened. `variant` is set for train and evaluate only."""
+
+    name: str
+    variant: str | None
+    params: Params
+    store: Store
+    code: str
+    root: Path
+
+    @property
+    def outputs(self) -> Path:
+        """Folder of the small files that DVC tracks: manifest.json, counts.json, metrics.json."""
+        return output_folder(self.root, self.name, self.variant)
+
+    def input(self, stage: str) -> Path:
+        """Path of another stage's manifest (of the same variant)."""
+        return output_folder(self.root, stage, self.variant if stage in VARIANT_STAGES else None) / "manifest.json"
+
+
+def output_folder(root: Path, stage: str, variant: str | None) -> Path:
+    return root / "data" / stage / variant if variant else root / "data" / stage
+
+
+def cut_config(cfg: MaterializeConfig) -> CutConfig:
+    """The geometry part of the materialize settings, for everything that cuts crops."""
+    return CutConfig(
+        image_px=cfg.image_px,
+        reference_px=cfg.reference_px,
+        reference_pad_px=cfg.reference_pad_px,
+        box_extend_frac=cfg.box_extend_frac,
+        crop_shrink_frac=cfg.crop_shrink_frac,
+        bezier_points_per_side=cfg.bezier_points_per_side,
+        bezier_jitter_px=cfg.bezier_jitter_px,
+    )
+
+
+def load_train_manifest(stage: Stage) -> dict[str, Any]:
+    """What train@variant left: run name, digest, MLflow run, hashes of the export."""
+    path = stage.input("train")
+    if not path.is_file():
+        raise StageError(f"{path}: not there; run `dvc repro train@{stage.variant}` first")
+    return json.loads(path.read_text())
+
+
+def open_stage(name: str, variant: str | None = None) -> Stage:
+    """Raises ParamsError before any work when params.yaml or the variant is wrong."""
+    params = load_params()
+    if name in VARIANT_STAGES:
+        if variant is None:
+            raise ParamsError(f"stage {name} needs --variant; params.yaml names: {', '.join(params.variants)}")
+        params.train_variant(variant)
+    root = repo_root()
+    return Stage(name, variant, params, Store(storage_uri()), code_digest(code_paths(root, name), root), root)
+
+
+def code_paths(root: Path, stage: str) -> list[Path]:
+    """The code that dvc.yaml lists as the stage's dependencies: the same list re-runs stages and names parts.
+
+    It holds the code that shapes a stage's bytes. What only orchestrates (this file, units, jobs, config, track)
+    is left out, so that mending it does not throw away parts; settings are in the digests by value.
+    """
+    entry = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]
+    deps = entry.get("do", entry)["deps"]
+    return [root / dep for dep in deps if dep.startswith(("pbe/", "pipelines/"))]
+
+
+def save_counts(stage: Stage, counts: dict[str, int]) -> None:
+    """counts.json, a DVC metric: rows in, kept, and dropped by reason."""
+    write_json(stage.outputs / "counts.json", dict(sorted(counts.items())))
+    print(f"{stage.name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))

@@ -1,0 +1,229 @@
+"""train: fine-tune the conditioned UNet with Ray Train and DeepSpeed ZeRO; export safetensors.
+
+The run's folder is named by the digest of what shapes the result: train settings, encoded data, code. An
+unfinished run of the same digest goes on from its checkpoint; a finished one is only exported again.
+"""
+
+import csv
+import queue
+import shutil
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pbe import track
+from pbe.config import TrainConfig, tracking_uri
+from pbe.store import Manifest, digest, load_manifest, write_json
+from pbe.train.checkpoints import Run
+from pipelines.provenance import provenance_tags
+from pipelines.stage import Stage, StageError, load_train_manifest
+from pipelines.units import start_ray
+
+# Settings that change how a run is executed, not what it computes.
+EXECUTION_ONLY = {
+    "workers",
+    "cpus_per_worker",
+    "micro_batch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_failures",
+}
+
+
+def main(stage: Stage) -> None:
+    assert stage.variant is not None
+    cfg = stage.params.train_variant(stage.variant)
+    encoded = load_manifest(stage.input("encode"))
+    identity = digest(
+        [stage.code, stage.params.seed, cfg.model_dump(mode="json", exclude=EXECUTION_ONLY), encoded.digest]
+    )
+    run = Run(stage.store, f"{stage.variant}-{identity}")
+    run_id = _open_mlflow_run(stage, cfg, encoded, run, identity)
+    if run.read_json("finished.json") is None:
+        _train(stage, cfg, encoded, run, run_id)
+    else:
+        print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
+    finished = run.read_json("finished.json")
+    if finished is None:
+        raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
+    track.end_run(tracking_uri(), run_id)
+    _write_outputs(stage, run, run_id, identity, finished)
+
+
+def fetch_export(stage: Stage) -> None:
+    """Copy the finished model from the storage to models/<variant>, where DVC and people look for it."""
+    manifest = load_train_manifest(stage)
+    target = stage.root / "models" / str(stage.variant)
+    beside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    stage.store.copy_tree_out(f"runs/{manifest['run']}/export", beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+    print(f"train@{stage.variant}: model in models/{stage.variant}")
+
+
+def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, identity: str) -> str:
+    uri = tracking_uri()
+    known = run.read_json("mlflow.json") or {"run_id": None, "attempt": 0}
+    attempt = known["attempt"] + 1
+    run_id = track.open_run(
+        uri,
+        run_id=known["run_id"],
+        name=f"{stage.variant}-{identity[:8]}",
+        params={
+            "seed": stage.params.seed,
+            "train": cfg.model_dump(mode="json"),
+            "encode": dict(encoded.config),
+            "materialize": stage.params.materialize.model_dump(mode="json"),
+        },
+        tags={
+            **provenance_tags(stage.root),
+            "variant": str(stage.variant),
+            "train_digest": identity,
+            "dataset_digest": encoded.digest,
+            "world_size": str(cfg.workers),
+            "attempt": str(attempt),
+        },
+    )
+    if run_id != known["run_id"]:
+        track.log_dataset(
+            uri, run_id, name="encoded", digest=encoded.digest, source=stage.store.uri, rows=encoded.counts["rows"]
+        )
+    run.write_json("mlflow.json", {"run_id": run_id, "attempt": attempt})
+    return run_id
+
+
+def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: str) -> None:
+    import torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    from pbe.train.worker import Job, train_worker
+
+    start_ray()
+    uri = tracking_uri()
+    progress = Queue()
+    job = Job(
+        cfg=cfg,
+        seed=stage.params.seed,
+        store_uri=stage.store.uri,
+        encoded=encoded,
+        card=_model_card(stage, cfg, encoded, run),
+        run_name=run.name,
+        tracking_uri=uri,
+        mlflow_run_id=run_id,
+        progress=progress,
+    )
+    on_gpu = torch.cuda.is_available()
+    resources = {"CPU": cfg.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
+    trainer = TorchTrainer(
+        lambda config: train_worker(config["job"]),
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
+        run_config=RunConfig(
+            name=f"attempt-{(run.read_json('mlflow.json') or {})['attempt']}",
+            storage_path=stage.store.full_uri(f"{run.folder}/ray"),
+            failure_config=FailureConfig(max_failures=cfg.max_failures),
+        ),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(_progress_bar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
+        stack.enter_context(track.system_metrics(uri, run_id))
+        try:
+            trainer.fit()
+        except BaseException:
+            track.end_run(uri, run_id, failed=True)
+            raise
+
+
+class _progress_bar:
+    """A tqdm bar in the driver, fed by rank 0 through a Ray queue."""
+
+    def __init__(self, progress: Any, *, total: int, label: str) -> None:
+        self._progress, self._stop = progress, threading.Event()
+        self._bar = tqdm(total=total, desc=label, unit="step")
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="pbe-progress")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        self._bar.close()
+
+    def _follow(self) -> None:
+        from ray.util.queue import Empty
+
+        while not self._stop.is_set():
+            try:
+                step, loss = self._progress.get(timeout=0.5)
+            except (Empty, queue.Empty):
+                continue
+            self._bar.n = step
+            self._bar.set_postfix(loss=f"{loss:.4f}")
+
+
+def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:
+    from pbe.model.unet import Architecture
+    from pbe.model.weights import ModelCard
+
+    materialize = stage.params.materialize
+    unet = cfg.unet
+    return ModelCard(
+        arch=Architecture(
+            latent_channels=int(encoded.config["codec_channels"]),
+            latent_px=materialize.image_px // int(encoded.config["codec_patch_px"]),
+            backbone_width=1280,
+            block_channels=unet.block_channels,
+            attention_from_block=unet.attention_from_block,
+            layers_per_block=unet.layers_per_block,
+            attention_heads=unet.attention_heads,
+            norm_groups=unet.norm_groups,
+            context_width=unet.context_width,
+            mapper_width=unet.mapper_width,
+            class_embedding=unet.class_embedding,
+        ),
+        backbone=encoded.config["backbone"],
+        image_px=materialize.image_px,
+        reference_px=materialize.reference_px,
+        reference_pad_px=materialize.reference_pad_px,
+        objective=cfg.objective,
+        beta_schedule=cfg.beta_schedule,
+        run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
+    )
+
+
+def _write_outputs(stage: Stage, run: Run, run_id: str, identity: str, finished: dict[str, Any]) -> None:
+    history = (run.read_json("history.json") or {"history": []})["history"]
+    stage.outputs.mkdir(parents=True, exist_ok=True)
+    columns = ["step", "loss", "lr", "step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "rows_per_s"]
+    with (stage.outputs / "loss.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**point, "step": int(point["step"])} for point in history)
+    export = f"{run.folder}/export"
+    write_json(
+        stage.outputs / "manifest.json",
+        {
+            "run": run.name,
+            "digest": identity,
+            "mlflow_run_id": run_id,
+            "steps": finished["steps"],
+            "loss": finished["loss"],
+            "export": {name: digest_bytes(stage.store.read_bytes(f"{export}/{name}")) for name in stage.store.list_names(export)},
+        },
+    )
+
+
+def digest_bytes(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,124 @@
+"""Runs units of work through Ray Data: one row per unit, finished ones skipped, a progress bar over the rest."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+from tqdm import tqdm
+
+from pbe.store import File, Record, Store
+
+WORKER_ENV = {
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # its import asks the network for a newer version
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # glibc gives large blocks back to the kernel at every free: half of a CPU forward pass was page faults
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """`label` says which part (b0003), `digest` what it is made from, `payload` what the task needs."""
+
+    label: str
+    digest: str
+    payload: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.digest}"
+
+
+def start_ray() -> None:
+    """Local Ray, or the cluster that a job runs on. Does nothing when Ray already runs in this process.
+
+    A small machine offers at least four logical CPUs: with two, actors and read tasks wait for each other
+    for ever (ray issue 44687).
+    """
+    if ray.is_initialized():
+        return
+    for key, value in {**WORKER_ENV, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours shows units, not operators
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=1 << 30,
+            include_dashboard=False,
+            logging_level="warning",
+            configure_logging=True,
+            log_to_driver=True,
+            runtime_env={"env_vars": WORKER_ENV},
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def run_units(
+    stage: str,
+    units: Sequence[Unit],
+    *,
+    store: Store,
+    worker: Callable[[], Callable[[Unit], Record]],
+    cpus: float,
+    actors: int | None = None,
+) -> list[Record]:
+    """Records of all units, in the order given; those that the store already has are not run again.
+
+    worker: makes the function that does one unit. It is called once per actor when `actors` is set (for models),
+    once per task otherwise. A failing unit fails the stage; units that finished before it stay.
+    """
+    records = {index: store.find_unit(stage, unit.name) for index, unit in enumerate(units)}
+    pending = [index for index, record in records.items() if record is None]
+    print(f"{stage}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
+    if pending:
+        start_ray()
+        todo = [units[index] for index in pending]
+        rows = ray.data.range(len(todo), override_num_blocks=len(todo))
+        if actors is None:
+            results = rows.map(_task(todo, worker), num_cpus=cpus)
+        else:
+            pool = ActorPoolStrategy(size=min(actors, len(todo)))
+            results = rows.map(_actor_class(), fn_constructor_args=(todo, worker), compute=pool, num_cpus=cpus)
+        for row in tqdm(results.iter_rows(), total=len(todo), desc=stage, unit="part"):
+            raw = json.loads(row["record"])
+            files = tuple(File(**file) for file in raw["files"])
+            records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+    return [record for record in records.values() if record is not None]
+
+
+def _task(
+    units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        return _result(row["id"], worker()(units[row["id"]]))
+
+    return run
+
+
+def _actor_class() -> type:
+    class UnitActor:
+        def __init__(self, units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]) -> None:
+            self._units, self._work = units, worker()
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return _result(row["id"], self._work(self._units[row["id"]]))
+
+    return UnitActor
+
+
+def _result(index: int, record: Record) -> dict[str, Any]:
+    return {"id": index, "record": json.dumps(asdict(record))}

@@ -1,0 +1,149 @@
+"""Intervals cover what they claim to cover, in simulation with fixed seeds."""
+
+import numpy as np
+import pytest
+
+from pbe.evaluate.frechet import frechet_distance
+from pbe.evaluate.intervals import bootstrap_mean, jackknife
+
+
+def _photos(rng: np.random.Generator, clusters: int) -> tuple[np.ndarray, list[str]]:
+    """Values with mean 0, 1 to 9 items per photo, half of the variance shared within a photo."""
+    index = np.repeat(np.arange(clusters), rng.integers(1, 10, clusters))
+    return rng.standard_normal(clusters)[index] + rng.standard_normal(len(index)), [
+        f"photo{i}" for i in index
+    ]
+
+
+def test_bootstrap_covers_over_items() -> None:
+    covered = 0
+    for seed in range(200):
+        values = np.random.default_rng(seed).exponential(size=60)
+        estimate = bootstrap_mean(values, groups=None, resamples=300, seed=seed)
+        covered += estimate.low <= 1 <= estimate.high
+    assert 0.87 <= covered / 200 <= 0.98
+
+
+def test_bootstrap_covers_over_photos_where_items_do_not() -> None:
+    by_photo = by_item = 0
+    for seed in range(200):
+        values, groups = _photos(np.random.default_rng(seed), 50)
+        whole = bootstrap_mean(values, groups=groups, resamples=300, seed=seed)
+        naive = bootstrap_mean(values, groups=None, resamples=300, seed=seed)
+        by_photo += whole.low <= 0 <= whole.high
+        by_item += naive.low <= 0 <= naive.high
+    assert 0.89 <= by_photo / 200 <= 0.99
+    assert by_item / 200 < 0.8  # the reason for groups
+
+
+def test_level_is_the_coverage() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(2000)
+    estimate = bootstrap_mean(values, groups=None, resamples=4000, seed=0, level=0.8)
+    half_width = 1.2816 * values.std() / np.sqrt(2000)
+    assert (estimate.low, estimate.high) == pytest.approx(
+        (values.mean() - half_width, values.mean() + half_width), abs=0.1 * half_width
+    )
+    assert "80%" in estimate.method
+
+
+def test_bootstrap_keeps_the_weight_of_a_crowded_photo() -> None:
+    """Photo a has 9 items of value 1, photo b one of value 0: draws are aa, ab, ba, bb with means 1, .9, .9,
+    0.
+    """
+    values, groups = np.array([1.0] * 9 + [0.0]), ["a"] * 9 + ["b"]
+    estimate = bootstrap_mean(values, groups=groups, resamples=2000, seed=0, level=0.4)
+    assert estimate.value == pytest.approx(0.9)
+    assert (estimate.low, estimate.high) == pytest.approx((0.9, 0.9))
+    wide = bootstrap_mean(values, groups=groups, resamples=2000, seed=0)
+    assert (wide.low, wide.high) == pytest.approx((0, 1))
+    assert (wide.n, wide.clusters) == (10, 2)
+    assert "2 whole groups" in wide.method
+
+
+def test_bootstrap_is_a_function_of_its_arguments() -> None:
+    values, groups = _photos(np.random.default_rng(1), 10)
+    first = bootstrap_mean(values, groups=groups, resamples=100, seed=3)
+    assert first == bootstrap_mean(values, groups=groups, resamples=100, seed=3)
+    assert first != bootstrap_mean(values, groups=groups, resamples=100, seed=4)
+    order = np.random.default_rng(2).permutation(len(values))
+    shuffled = bootstrap_mean(values[order], groups=[groups[i] for i in order], resamples=100, seed=3)
+    assert (shuffled.low, shuffled.high) == pytest.approx((first.low, first.high))
+    assert first.low < first.value < first.high
+
+
+def test_bootstrap_refuses_bad_input() -> None:
+    good = np.arange(4.0)
+    with pytest.raises(ValueError, match="at least 2"):
+        bootstrap_mean(good, groups=["a"] * 4, resamples=10, seed=0)
+    with pytest.raises(ValueError, match="at least 2"):
+        bootstrap_mean(good[:0], groups=None, resamples=10, seed=0)
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_mean(np.array([1.0, np.inf]), groups=None, resamples=10, seed=0)
+    with pytest.raises(ValueError, match="3 groups for 4 values"):
+        bootstrap_mean(good, groups=["a", "b", "c"], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="resamples"):
+        bootstrap_mean(good, groups=None, resamples=1, seed=0)
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_mean(good, groups=None, resamples=10, seed=0, level=95)
+
+
+@pytest.mark.parametrize("n", [5, 30, 31])
+def test_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
+    """For a mean the delete-d formula gives s / sqrt(n) for every d, odd n included."""
+    values = np.random.default_rng(0).standard_normal(n)
+    estimate = jackknife(lambda rows: float(values[rows].mean()), n, resamples=4000, seed=0)
+    half_width = 1.95996 * values.std(ddof=1) / np.sqrt(n)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.high - estimate.value == pytest.approx(half_width, rel=0.05)
+    assert estimate.value - estimate.low == pytest.approx(estimate.high - estimate.value)
+    assert (estimate.n, estimate.clusters) == (n, n)
+
+
+SPECTRUM = 1 / np.sqrt(1 + np.arange(16))
+
+
+def _rows(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, 16)) * SPECTRUM
+
+
+def test_jackknife_covers_a_frechet_distance_where_the_bootstrap_does_not() -> None:
+    real, n, trials = _rows(100, 0), 60, 40
+    expected = np.mean([frechet_distance(1.2 * _rows(n, seed), real) for seed in range(10_000, 10_200)])
+    covered = bootstrap_above = 0
+    for seed in range(1, trials + 1):
+        edits = 1.2 * _rows(n, seed)
+
+        def distance(rows: np.ndarray, edits: np.ndarray = edits) -> float:
+            return frechet_distance(edits[rows], real)
+
+        estimate = jackknife(distance, n, resamples=25, seed=seed)
+        covered += bool(estimate.low <= expected <= estimate.high)
+        rng = np.random.default_rng(seed)
+        resampled = [distance(rng.integers(n, size=n)) for _ in range(25)]
+        bootstrap_above += bool(np.quantile(resampled, 0.025) > estimate.value)
+    assert 0.88 <= covered / trials <= 1
+    assert bootstrap_above / trials > 0.5  # beside its own point estimate: the reason for the jackknife
+
+
+def test_jackknife_subsets_are_half_sorted_and_without_repeats() -> None:
+    seen: list[np.ndarray] = []
+
+    def record(rows: np.ndarray) -> float:
+        seen.append(rows)
+        return float(len(rows))
+
+    estimate = jackknife(record, 9, resamples=20, seed=0)
+    np.testing.assert_array_equal(seen[0], np.arange(9))
+    assert len(seen) == 21
+    for rows in seen[1:]:
+        assert len(rows) == 5 and (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < 9
+    assert estimate.low == estimate.value == estimate.high == 9
+    assert "delete-4" in estimate.method and "bias" in estimate.method
+
+
+def test_jackknife_refuses_bad_input() -> None:
+    with pytest.raises(ValueError, match="at least 4"):
+        jackknife(lambda rows: 0.0, 3, resamples=10, seed=0)
+    with pytest.raises(ValueError, match="level"):
+        jackknife(lambda rows: 0.0, 10, resamples=10, seed=0, level=1.0)

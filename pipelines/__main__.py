@@ -10,6 +10,7 @@ import os
 import sys
 
 from pbe.errors import UserError
+from pipelines.memory import keep_freed_memory
 from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, open_stage
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     profile_parser.add_argument("name")
     profile_parser.add_argument("--root", default="")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         _dispatch(args)
     except UserError as error:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import ipaddress
 import json
+import logging
 import os
 import shlex
 import tempfile
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -79,9 +81,7 @@ def run_remotely(stage: Stage, address: str) -> None:
         )
         raise
     if job.status != JobStatus.SUCCEEDED:
-        raise StageError(
-            f"job {job_id} is {job.status} at {address}; the end of its log:\n{_indented(log_end)}"
-        )
+        raise StageError(f"job {job_id} is {job.status} at {address}; the end of its log:\n{_indented(log_end)}")
     if not _fetch(stage, job_id):
         raise StageError(
             f"job {job_id} succeeded, but its outputs are not in {stage.store.uri}; "
@@ -176,6 +176,14 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
         raise StageError(
             f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
         )
+    if stage.name == "ingest":
+        for key in ("images", "boxes"):
+            path = getattr(stage.params.ingest, key)
+            if path and not Path(path).is_absolute() and not path.startswith("pbe/"):
+                raise StageError(
+                    f"ingest.{key} = {path} does not travel with a job; name it by an absolute path that every node "
+                    "of the cluster sees, or run `env -u RAY_ADDRESS dvc repro ingest` here"
+                )
     if _is_loopback(urlsplit(address).hostname or ""):
         return
     if stage.store.is_local:
@@ -214,12 +222,15 @@ def _connect(address: str) -> JobSubmissionClient:
             f"RAY_ADDRESS={address} does not answer ({reason}); it must be the cluster's dashboard, "
             "http://host:8265 as a rule; without RAY_ADDRESS the stage runs on this machine"
         ) from None
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it reports each closed log
     try:
         return JobSubmissionClient(address)
-    except (*CLIENT_ERRORS, ValueError, KeyError) as error:
+    except AuthenticationError:
         raise StageError(
-            f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}"
+            f"RAY_ADDRESS={address} wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
+    except (*CLIENT_ERRORS, ValueError, KeyError) as error:
+        raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}") from None
 
 
 def _last_attempt(client: JobSubmissionClient, name: str) -> tuple[int, JobStatus | None]:
@@ -302,13 +313,33 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
 
 
 def _take_over(stage: Stage, job_id: str) -> bool:
-    """Fetch the outputs of a job that finished before; False when they, or parts that they name, are gone."""
-    marker = f"jobs/{job_id}/outputs/manifest.json"
-    if stage.store.exists(marker):
-        manifest = json.loads(stage.store.read_bytes(marker))
-        if any(stage.store.find_unit(stage.name, unit["unit"]) is None for unit in manifest.get("units", ())):
-            return False
+    """Fetch the outputs of a job that finished before; False when they are gone, or may be out of date."""
+    if stage.name == "ingest":
+        return False  # its inputs are outside: photos that were added since do not change the job's name
+    path = f"jobs/{job_id}/outputs/manifest.json"
+    if not stage.store.exists(path) or not _has_results(stage, json.loads(stage.store.read_bytes(path))):
+        return False
     return _fetch(stage, job_id)
+
+
+def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
+    """Whether all that a manifest names is in the storage: units, single parts, a model's export."""
+    parts = [*_part_paths(manifest.get("config")), *_export_paths(manifest)]
+    return all(stage.store.exists(path) for path in parts) and all(
+        stage.store.find_unit(stage.name, unit["unit"]) for unit in manifest.get("units", ())
+    )
+
+
+def _part_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _part_paths(inner)
+    elif isinstance(value, str) and value.startswith("parts/"):
+        yield value
+
+
+def _export_paths(manifest: dict[str, Any]) -> list[str]:
+    return [f"runs/{manifest['run']}/export/{name}" for name in manifest.get("export", ())]
 
 
 def _fetch(stage: Stage, job_id: str) -> bool:

@@ -12,15 +12,13 @@ from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from pbe.store import File, Record, Store
+from pipelines.memory import ENVIRONMENT
 
 WORKER_ENV = {
     "NO_ALBUMENTATIONS_UPDATE": "1",  # its import asks the network for a newer version
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # glibc gives large blocks back to the kernel at every free: half of a CPU forward pass was page faults
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
+    **ENVIRONMENT,
 }
 
 

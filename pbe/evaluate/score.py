@@ -55,20 +55,22 @@ def score(
     }
     colours = similarity.colour_gain(*_colours(items))
     per_item |= _gain_columns("colour_gain", colours, "own_colour_gain", "swap_colour_gain")
-    estimates: dict[str, Estimate] = {}
     for judge in judges:
-        columns, frechet = _judge(items, reals, judge, cfg)
-        per_item |= columns
-        estimates[f"frechet_{judge.name}"] = frechet
+        per_item |= _fill_columns(items, judge, cfg)
+    columns, frechet = _photo_columns(items, reals, judges[0], cfg)
+    per_item |= columns
+    estimates = {f"frechet_{judges[0].name}": frechet}
     groups = [item.image_id for item in items]
     for name, values in per_item.items():
         estimates[name] = bootstrap_mean(values, groups=groups, resamples=cfg.resamples, seed=cfg.seed)
     return estimates, per_item
 
 
-def _judge(
-    items: Sequence[EditedItem], reals: Sequence[np.ndarray], judge: EfficientNetLite, cfg: ScoreConfig
-) -> tuple[dict[str, np.ndarray], Estimate]:
+def _fill_columns(
+    items: Sequence[EditedItem], judge: EfficientNetLite, cfg: ScoreConfig
+) -> dict[str, np.ndarray]:
+    """Does the fill look like the reference? Hole regions against references brought to the hole's resolution."""
+
     def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
         return extract(judge, list(pictures), batch_rows=cfg.batch_rows)
 
@@ -76,29 +78,34 @@ def _judge(
     foreign_fill = features([similarity.hole_region(i.foreign_edit, i.hole_mask) for i in items])
     own_reference = features([_at_hole_resolution(i.own_reference, i.hole_mask) for i in items])
     foreign_reference = features([_at_hole_resolution(i.foreign_reference, i.hole_mask) for i in items])
-    photo = features([similarity.hole_region(i.source, i.hole_mask) for i in items])
-    whole_edit, whole_photo, real = features([i.own_edit for i in items]), features([i.source for i in items]), features(reals)
-
-    columns = {
-        f"similarity_{judge.name}": similarity.cosine(own_fill, own_reference),
-        f"similarity_of_photo_{judge.name}": similarity.cosine(photo, own_reference),
-        f"qs_rank_{judge.name}": quality_ranks(
-            whole_edit,
-            fit_features=real,
-            real_features=whole_photo,
-            components=cfg.quality_components,
-            pca_dims=cfg.quality_pca_dims,
-            seed=cfg.seed,
-        ),
-    }
     gain = similarity.exemplar_gain(own_fill, foreign_fill, own_reference, foreign_reference)
-    columns |= _gain_columns(
-        f"exemplar_gain_{judge.name}", gain, f"own_gain_{judge.name}", f"swap_gain_{judge.name}"
+    return {
+        f"similarity_{judge.name}": similarity.cosine(own_fill, own_reference),
+        **_gain_columns(f"exemplar_gain_{judge.name}", gain, f"own_gain_{judge.name}", f"swap_gain_{judge.name}"),
+    }
+
+
+def _photo_columns(
+    items: Sequence[EditedItem], reals: Sequence[np.ndarray], judge: EfficientNetLite, cfg: ScoreConfig
+) -> tuple[dict[str, np.ndarray], Estimate]:
+    """Do whole edits look like photos? Only by the first judge, which does not condition the model."""
+
+    def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
+        return extract(judge, list(pictures), batch_rows=cfg.batch_rows)
+
+    edit, photo, real = features([i.own_edit for i in items]), features([i.source for i in items]), features(reals)
+    ranks = quality_ranks(
+        edit,
+        fit_features=real,
+        real_features=photo,
+        components=cfg.quality_components,
+        pca_dims=cfg.quality_pca_dims,
+        seed=cfg.seed,
     )
     frechet = jackknife(
-        lambda rows: frechet_distance(whole_edit[rows], real), len(items), resamples=min(200, cfg.resamples), seed=cfg.seed
+        lambda rows: frechet_distance(edit[rows], real), len(items), resamples=min(200, cfg.resamples), seed=cfg.seed
     )
-    return columns, frechet
+    return {f"qs_rank_{judge.name}": ranks}, frechet
 
 
 def _gain_columns(both: str, gains: similarity.Gains, own: str, swap: str) -> Mapping[str, np.ndarray]:

@@ -1,0 +1,430 @@
+"""The bridge without a cluster: what a job is called, what travels, what is refused, what comes back.
+
+Jobs on a real cluster are in test_cluster_path.py.
+"""
+
+import json
+import shlex
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+from ray._private.runtime_env.packaging import get_uri_for_directory
+from ray.job_submission import JobDetails, JobStatus
+
+from pbe.config import Params
+from pbe.store import Store, StoreError, code_digest
+from pipelines import jobs
+from pipelines.stage import Stage, StageError, code_paths
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOOPBACK = "http://127.0.0.1:8265"
+CLUSTER = "http://ray-head.example:8265"
+
+PLANTED = {
+    "pbe/model.py": "x = 1",
+    "pbe/data/sample/boxes.csv": "ImageID",
+    "pipelines/ingest.py": "def main(stage): ...",
+    "pipelines/report.html.j2": "<html>",
+    "params.yaml": "seed: 1",
+    "dvc.yaml": "stages: {}",
+    "data/ingest/manifest.json": '{"stage": "ingest"}',
+    "data/filter/counts.json": "{}",
+    "data/train/base/manifest.json": '{"variant": "base"}',
+    # none of these may travel with materialize
+    ".env": "TOKEN=secret",
+    ".git/config": "[remote]",
+    ".dvc/config.local": "secret",
+    "pbe/.env": "TOKEN=secret",
+    "pbe/.hidden/key.py": "secret",
+    "pbe/weights.pth": "weights",
+    "pbe/__pycache__/model.cpython-311.pyc": "cache",
+    "models/base/unet/model.safetensors": "weights",
+    "data/ingest/photos.parquet": "rows",
+    "data/materialize/manifest.json": "{}",
+    "data/train/other/manifest.json": "{}",
+    "tests/test_model.py": "secret",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    root = tmp_path / "a project"
+    for name, text in PLANTED.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture
+def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    for name in ("MLFLOW_TRACKING_URI", "RAY_API_SERVER_ADDRESS", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    return open_fake(project, "materialize")
+
+
+def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any) -> Stage:
+    values = {"store": Store(str(root.parent / "store")), "code": "c0de", **changes}
+    return Stage(name=name, variant=variant, params=cast(Params, None), root=root, **values)
+
+
+# -- what is sent --------------------------------------------------------------------------------------------
+
+
+def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
+    inputs = jobs.pack(stage, tmp_path / "package")
+    assert files_below(tmp_path / "package") == {
+        "pbe/model.py",
+        "pbe/data/sample/boxes.csv",
+        "pipelines/ingest.py",
+        "pipelines/report.html.j2",
+        "params.yaml",
+        "dvc.yaml",
+        "data/ingest/manifest.json",
+        "data/filter/counts.json",
+    }
+    assert set(inputs) == {"data/ingest/manifest.json", "data/filter/counts.json"}
+
+
+def test_a_variant_gets_the_manifests_of_its_own_training(project: Path, tmp_path: Path) -> None:
+    inputs = jobs.pack(open_fake(project, "evaluate", "base"), tmp_path / "package")
+    assert "data/train/base/manifest.json" in inputs
+    assert "data/train/other/manifest.json" not in inputs
+
+
+def test_ray_gives_equal_packages_one_name(stage: Stage, tmp_path: Path) -> None:
+    uris = []
+    for name in ("first", "second"):
+        jobs.pack(stage, tmp_path / name)
+        uris.append(get_uri_for_directory(str(tmp_path / name), include_gitignore=True))
+        (stage.root / "pbe" / "model.py").touch()
+    assert uris[0] == uris[1]
+
+
+def test_the_package_holds_all_code_that_names_parts(tmp_path: Path) -> None:
+    jobs.pack(open_fake(REPOSITORY, "evaluate", "base"), tmp_path)
+    for name in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]:
+        here, there = (code_digest(code_paths(root, name), root) for root in (REPOSITORY, tmp_path))
+        assert here == there, name
+
+
+def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    env = jobs.job_env(stage)
+    assert env["PBE_STORAGE"] == stage.store.uri
+    assert env["MLFLOW_TRACKING_URI"] == "http://mlflow.example:5000"
+    assert "secret" not in env.values()
+
+
+@pytest.mark.parametrize("variant", [None, "base", "it's; rm -rf $HOME"])
+def test_the_shell_reads_the_entrypoint_as_it_was_meant(project: Path, variant: str | None) -> None:
+    stage = open_fake(project, "train", variant)
+    given = ["--variant", variant] if variant else []
+    command = jobs.entrypoint(stage, "pbe-train-1")
+    assert shlex.split(command) == ["python", "-m", "pipelines", "train", *given, "--as-job", "pbe-train-1"]
+
+
+# -- what a job is called ------------------------------------------------------------------------------------
+
+
+def test_the_name_says_stage_and_variant(project: Path) -> None:
+    assert jobs.job_name(open_fake(project, "ingest"), {}).startswith("pbe-ingest-")
+    assert jobs.job_name(open_fake(project, "train", "base"), {}).startswith("pbe-train-base-")
+
+
+def test_the_name_follows_what_the_result_depends_on(stage: Stage) -> None:
+    inputs = {"data/ingest/manifest.json": "1"}
+    name = jobs.job_name(stage, inputs)
+    assert name == jobs.job_name(stage, inputs)
+    others = [
+        jobs.job_name(stage, {"data/ingest/manifest.json": "2"}),
+        jobs.job_name(open_fake(stage.root, "materialize", code="other"), inputs),
+        jobs.job_name(open_fake(stage.root, "materialize", store=Store("/other")), inputs),
+    ]
+    (stage.root / "params.yaml").write_text("seed: 2")
+    others.append(jobs.job_name(stage, inputs))
+    assert len({name, *others}) == 5
+
+
+def test_a_stage_that_has_run_keeps_its_name(stage: Stage, tmp_path: Path) -> None:
+    before = jobs.job_name(stage, jobs.pack(stage, tmp_path / "before"))
+    (stage.outputs / "manifest.json").write_text('{"new": 1}')
+    (stage.outputs / "counts.json").write_text("{}")
+    assert jobs.job_name(stage, jobs.pack(stage, tmp_path / "after")) == before
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "storage", "mlflow", "told"),
+    [
+        (CLUSTER, "/data/store", "http://mlflow.example", "PBE_STORAGE=s3://bucket/prefix"),
+        (CLUSTER, "s3://b/p", None, "set MLFLOW_TRACKING_URI=http"),
+        (CLUSTER, "s3://b/p", "/home/me/mlruns", "set MLFLOW_TRACKING_URI=http"),
+        (CLUSTER, "s3://b/p", "http://me:secret@mlflow.example", "MLFLOW_TRACKING_URI holds a user"),
+        (LOOPBACK, "s3://KEY:secret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
+        (LOOPBACK, "s3://KEY:sec/ret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
+        ("http://me:secret@10.0.0.1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a user"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_sent(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, address: str, storage: str, mlflow: str | None, told: str
+) -> None:
+    monkeypatch.setattr(jobs, "_connect", lambda _: pytest.fail("connected"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow or "")
+    store = Store("/anywhere")
+    store.uri = storage  # a Store of a wrong address is refused by pyarrow before
+    if storage.startswith("s3://"):
+        monkeypatch.setattr(Store, "is_local", False)
+    with pytest.raises(StageError) as caught:
+        jobs.run_remotely(open_fake(stage.root, "ingest", store=store), address)
+    assert told in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_clusters_at_once_are_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(StageError, match="name two clusters"):
+        jobs.run_remotely(stage, LOOPBACK)
+
+
+def test_an_address_where_nobody_listens_is_one_clear_error(stage: Stage) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} does not answer .*without RAY_ADDRESS"):
+            jobs.run_remotely(stage, address)
+
+
+def test_an_address_that_is_silent_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StageError, match="does not answer"):
+        jobs.run_remotely(stage, f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
+def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int, told: str) -> None:
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(StageError, match=told):
+            jobs.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+# -- a cluster of one class ----------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Answers like Ray's client. `work` is what a submitted job does: it returns the job's status and log."""
+
+    def __init__(self, work: Callable[[str], tuple[JobStatus, list[str]]] | None = None) -> None:
+        self.jobs: dict[str, JobStatus] = {}
+        self.logs: dict[str, list[str]] = {}
+        self.work = work
+        self.sent: dict[str, Any] = {}
+
+    def list_jobs(self) -> list[JobDetails]:
+        return [details(job_id, status) for job_id, status in self.jobs.items()]
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str:
+        if submission_id in self.jobs:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.sent = {"entrypoint": entrypoint, "runtime_env": runtime_env}
+        assert self.work is not None
+        self.jobs[submission_id], self.logs[submission_id] = self.work(submission_id)
+        return submission_id
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for chunk in self.logs[job_id]:
+            yield chunk
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return details(job_id, self.jobs[job_id])
+
+
+def details(job_id: str, status: JobStatus) -> JobDetails:
+    return JobDetails(type="SUBMISSION", submission_id=job_id, status=status, entrypoint="")
+
+
+@pytest.fixture
+def cluster(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Its jobs succeed and write a manifest that says which attempt they are."""
+
+    def work(job_id: str) -> tuple[JobStatus, list[str]]:
+        far = open_fake(stage.root.parent / "far", stage.name, store=stage.store)
+        far.outputs.mkdir(parents=True, exist_ok=True)
+        (far.outputs / "manifest.json").write_text(json.dumps({"job": job_id, "units": []}))
+        (far.outputs / "counts.json").write_text("{}")
+        jobs.send_outputs(far, job_id)
+        return JobStatus.SUCCEEDED, ["done\n"]
+
+    fake = Cluster(work)
+    monkeypatch.setattr(jobs, "_connect", lambda _: fake)
+    monkeypatch.setattr(jobs, "POLL_S", 0)
+    return fake
+
+
+def manifest(stage: Stage) -> dict[str, Any]:
+    return json.loads((stage.outputs / "manifest.json").read_text())
+
+
+def test_a_job_is_submitted_followed_and_its_outputs_come_back(
+    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    assert job_id.endswith("-1")
+    assert manifest(stage)["job"] == job_id
+    assert (stage.outputs / "counts.json").exists()
+    assert [line for line in capsys.readouterr().out.splitlines() if "done" in line] == ["done"]
+    assert shlex.split(cluster.sent["entrypoint"])[-1] == job_id
+    assert not list(stage.outputs.parent.glob(".job-*"))
+
+
+def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    (stage.outputs / "manifest.json").unlink()
+    jobs.run_remotely(stage, LOOPBACK)
+    assert len(cluster.jobs) == 1
+    assert manifest(stage)["job"].endswith("-1")
+
+
+@pytest.mark.parametrize("lost", ["outputs", "part"])
+def test_a_finished_job_whose_results_are_gone_runs_again(stage: Stage, cluster: Cluster, lost: str) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    if lost == "outputs":
+        stage.store.delete_tree(f"jobs/{job_id}")
+        (Path(stage.store.uri) / f"jobs/{job_id}/outputs.json").unlink(missing_ok=True)
+    else:
+        stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", b'{"units": [{"unit": "b0-gone"}]}')
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"].endswith("-2")
+
+
+@pytest.mark.parametrize("over", [JobStatus.FAILED, JobStatus.STOPPED])
+def test_after_a_failure_comes_the_next_attempt(stage: Stage, cluster: Cluster, over: JobStatus) -> None:
+    name = jobs.job_name(stage, jobs.pack(stage, stage.root.parent / "package"))
+    cluster.jobs = {f"{name}-9": over, f"{name}-10": over, f"{name}-x": over, "raysubmit_1": over}
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"] == f"{name}-11"
+
+
+def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster.work is not None
+    job_id = f"{jobs.job_name(stage, jobs.pack(stage, stage.root.parent / 'package'))}-3"
+    _, cluster.logs[job_id] = cluster.work(job_id)
+    cluster.jobs = {job_id: JobStatus.RUNNING}
+
+    async def finish(job_id: str) -> AsyncIterator[str]:
+        cluster.jobs[job_id] = JobStatus.SUCCEEDED
+        yield "going on\n"
+
+    cluster.tail_job_logs = finish  # type: ignore[method-assign]
+    jobs.run_remotely(stage, LOOPBACK)
+    assert list(cluster.jobs) == [job_id]
+    assert f"attached again to job {job_id}" in capsys.readouterr().out
+
+
+def test_a_failed_job_is_an_error_with_its_id_and_the_end_of_its_log(stage: Stage, cluster: Cluster) -> None:
+    lines = [f"line {number}\n" for number in range(100)]
+    cluster.work = lambda _: (JobStatus.FAILED, [*lines, "pbe: error: boom\n"])
+    with pytest.raises(StageError) as caught:
+        jobs.run_remotely(stage, LOOPBACK)
+    text = str(caught.value)
+    assert text.splitlines()[0].startswith(f"job {next(iter(cluster.jobs))} is FAILED at {LOOPBACK}")
+    assert text.endswith("pbe: error: boom")
+    assert len(text.splitlines()) == 1 + jobs.LOG_LINES
+    assert json.loads((stage.outputs / "manifest.json").read_text()) == {}  # what was there before
+
+
+def test_success_without_outputs_names_the_storage(stage: Stage, cluster: Cluster) -> None:
+    cluster.work = lambda _: (JobStatus.SUCCEEDED, [])
+    with pytest.raises(StageError, match=r"not in .*store.* is PBE_STORAGE the same place"):
+        jobs.run_remotely(stage, LOOPBACK)
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(
+    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def interrupt(_: str) -> AsyncIterator[str]:
+        yield "working\n"
+        raise KeyboardInterrupt
+
+    cluster.tail_job_logs = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    said = capsys.readouterr().out
+    assert "the same command attaches to it again" in said
+    assert f"ray job stop --address {LOOPBACK} {job_id}" in said
+
+
+def test_a_broken_connection_repeats_no_line_and_loses_none(
+    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connections = iter([["one\n", "tw"], [], ["one\ntwo\n", "three\n"]])
+
+    async def flaky(job_id: str) -> AsyncIterator[str]:
+        cluster.jobs[job_id] = JobStatus.RUNNING
+        for chunk in next(connections):
+            yield chunk
+            if chunk == "three\n":
+                cluster.jobs[job_id] = JobStatus.SUCCEEDED
+                return
+        raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    cluster.tail_job_logs = flaky  # type: ignore[method-assign]
+    jobs.run_remotely(stage, LOOPBACK)
+    assert "\none\ntwo\nthree\n" in capsys.readouterr().out
+
+
+def test_a_cluster_that_went_away_is_given_up_in_the_end(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(job_id: str) -> JobDetails:
+        raise ConnectionError(f"no route for {job_id}")
+
+    monkeypatch.setattr(jobs, "LOST_S", 0)
+    monkeypatch.setattr(cluster, "get_job_info", gone)
+    with pytest.raises(StageError, match=r"lost contact .*no route.* attaches to it again"):
+        jobs.run_remotely(stage, LOOPBACK)
+
+
+# -- what comes back -----------------------------------------------------------------------------------------
+
+
+def test_outputs_that_differ_from_the_marker_are_refused_whole(stage: Stage, cluster: Cluster) -> None:
+    before = manifest(stage)
+    assert cluster.work is not None
+    cluster.work("job-1")
+    stage.store.write_bytes("jobs/job-1/outputs/counts.json", b"{ half")
+    with pytest.raises(StoreError, match="missing or differ"):
+        jobs._fetch(stage, "job-1")
+    assert manifest(stage) == before
+    assert files_below(stage.outputs) == {"manifest.json"}
+
+
+def test_a_job_that_wrote_nothing_does_not_send_it(project: Path) -> None:
+    with pytest.raises(StageError, match="wrote nothing"):
+        jobs.send_outputs(open_fake(project, "encode"), "job-1")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pbe", description="Paint by Example: exemplar-based image editing")
@@ -34,7 +36,9 @@ def _edit(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: must end in .png")
     photo, mask, reference = (_read(path) for path in (args.photo, args.mask, args.reference))
     if mask.shape != photo.shape:
-        raise ValueError(f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}")
+        raise ValueError(
+            f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
+        )
     edited = Editor.load(args.model).edit(
         photo,
         mask.max(axis=2) >= 128,
@@ -47,7 +51,7 @@ def _edit(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def _read(path: Path):  # noqa: ANN202
+def _read(path: Path) -> np.ndarray:
     from pbe.data import images
 
     try:

@@ -70,9 +70,7 @@ def encode_masked(
 
 
 @torch.no_grad()
-def encode_references(
-    backbone: EfficientNetLite, references: np.ndarray, *, device: torch.device = CPU
-) -> Tensor:
+def encode_references(backbone: EfficientNetLite, references: np.ndarray, *, device: torch.device = CPU) -> Tensor:
     """(B, R, R, 3) uint8 references to (B, 1, width) float32: the pooled vector, our "class token"."""
     pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2)))
     return backbone(pixels.to(device))[:, None]
@@ -138,8 +136,13 @@ def _latent_columns(rows: list[dict[str, Any]], codec: PatchCodec) -> dict[str, 
     source = encode_source(codec, sources)
     columns["source_mean"], columns["source_std"] = list(source.mean.numpy()), list(source.std.numpy())
     for kind in HOLE_KINDS:
-        holes = np.stack([unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in rows])
+        holes = np.stack(
+            [unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in rows]
+        )
         masked, keep = encode_masked(codec, sources, holes)
-        columns[f"{kind}_masked_mean"], columns[f"{kind}_masked_std"] = list(masked.mean.numpy()), list(masked.std.numpy())
+        columns[f"{kind}_masked_mean"], columns[f"{kind}_masked_std"] = (
+            list(masked.mean.numpy()),
+            list(masked.std.numpy()),
+        )
         columns[f"{kind}_hole_mask_latent"] = list(1.0 - keep.numpy())
     return columns

@@ -8,10 +8,11 @@ without it the same command runs on local Ray. Also: `summary` (what `make repro
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from pbe.errors import UserError
 from pipelines.memory import keep_freed_memory
-from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, open_stage
+from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, open_stage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pbe: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pbe: interrupted; finished parts and checkpoints stay, the same command goes on from them", file=sys.stderr)
+        print(
+            "pbe: interrupted; finished parts and checkpoints stay, the same command goes on from them", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -67,7 +70,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         fetch_export(stage)
 
 
-def _run_here(name: str):  # noqa: ANN202 - each stage's main has the same shape
+def _run_here(name: str) -> Callable[[Stage], None]:
     import importlib
 
     return importlib.import_module(f"pipelines.{name}").main

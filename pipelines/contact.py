@@ -19,7 +19,9 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], *, gap_px: int = 2) -> np.ndarra
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             top, left = gap_px + y * (TILE_PX + gap_px), gap_px + x * (TILE_PX + gap_px)
-            out[top : top + TILE_PX, left : left + TILE_PX] = images.resize(picture, width_px=TILE_PX, height_px=TILE_PX)
+            out[top : top + TILE_PX, left : left + TILE_PX] = images.resize(
+                picture, width_px=TILE_PX, height_px=TILE_PX
+            )
     return out
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from pbe.config import EncodeConfig
@@ -48,12 +49,12 @@ def main(stage: Stage) -> None:
 
 def _fit_codec(stage: Stage, triplets: Manifest, cfg: EncodeConfig) -> str:
     """Storage path of the fitted codec; its name says what it was fitted on."""
-    identity = digest(
-        [cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops, triplets.digest, stage.code]
-    )
+    identity = digest([cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops, triplets.digest, stage.code])
     path = f"parts/encode/codec-{identity}/codec.safetensors"
     if not stage.store.exists(path):
-        crops = tqdm(_crops(stage.store, triplets, cfg.codec_fit_crops), total=cfg.codec_fit_crops, desc="encode: codec")
+        crops = tqdm(
+            _crops(stage.store, triplets, cfg.codec_fit_crops), total=cfg.codec_fit_crops, desc="encode: codec"
+        )
         codec, explained = fit_patch_codec(crops, patch_px=cfg.codec_patch_px, channels=cfg.codec_channels)
         print(f"encode: {cfg.codec_channels} components keep {explained:.1%} of the patch variance")
         stage.store.write_bytes(path, codec_bytes(codec))
@@ -75,9 +76,7 @@ def _identity(cfg: EncodeConfig) -> dict[str, object]:
     return cfg.model_dump(mode="json", exclude={"actors", "cpus_per_actor"})
 
 
-def _worker(
-    store: Store, cfg: EncodeConfig, image_px: int, codec_path: str, seed: int
-) -> Callable[[Unit], Record]:
+def _worker(store: Store, cfg: EncodeConfig, image_px: int, codec_path: str, seed: int) -> Callable[[Unit], Record]:
     import torch
 
     from pbe.data.reference import make_augmenter
@@ -86,11 +85,17 @@ def _worker(
     from pbe.model.codec import codec_from_bytes
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
-    codec, backbone, augmenter = codec_from_bytes(store.read_bytes(codec_path)), load_backbone(cfg.backbone), make_augmenter()
+    codec, backbone, augmenter = (
+        codec_from_bytes(store.read_bytes(codec_path)),
+        load_backbone(cfg.backbone),
+        make_augmenter(),
+    )
 
     def work(unit: Unit) -> Record:
         slots: tuple[File, ...] = unit.payload
-        tables, rows, cache = {}, 0, {}
+        tables: dict[str, pa.Table] = {}
+        clean_tokens: dict[bytes, np.ndarray] = {}
+        rows = 0
         for file in slots:
             table = require(store.read_table(file), TRIPLETS, file.path)
             tables[file.dataset] = encode_triplets(
@@ -102,7 +107,7 @@ def _worker(
                 draws=cfg.reference_draws,
                 batch_rows=cfg.batch_rows,
                 seed=seed,
-                clean_tokens=cache,
+                clean_tokens=clean_tokens,
             )
             rows += table.num_rows
         return store.write_unit("encode", unit.name, tables, counts={"rows": rows}, rows_per_group=cfg.rows_per_group)

@@ -44,13 +44,18 @@ def main(stage: Stage) -> None:
     for number, start in enumerate(range(0, len(items), cfg.items_per_unit)):
         rows = tuple(items[start : start + cfg.items_per_unit])
         identity = digest(
-            ["evaluate", stage.code, cfg.model_dump(mode="json", exclude=NOT_EDIT), trained["export"], bench_file.sha256, rows]
+            [
+                "evaluate",
+                stage.code,
+                cfg.model_dump(mode="json", exclude=NOT_EDIT),
+                trained["export"],
+                bench_file.sha256,
+                rows,
+            ]
         )
         units.append(Unit(f"e{number:04d}", identity, rows))
     worker = partial(_worker, stage.store, cfg, f"runs/{trained['run']}/export", bench_file)
-    records = run_units(
-        "evaluate", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors
-    )
+    records = run_units("evaluate", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors)
     edits = pa.concat_tables(
         [require(stage.store.read_table(record.file("edits")), EDITS, record.unit) for record in records]
     )

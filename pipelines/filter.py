@@ -33,9 +33,9 @@ def main(stage: Stage) -> None:
     save_counts(stage, counts)
     if not counts["boxes_kept"]:
         raise StageError(
-            f"filter: no box left of {counts['boxes_in']}: {counts['rejected_area_below_min']} below filter.min_area_frac = "
-            f"{cfg.min_area_frac}, {counts['rejected_area_above_max']} above filter.max_area_frac = {cfg.max_area_frac}; "
-            "widen the range"
+            f"filter: no box left of {counts['boxes_in']}: "
+            f"{counts['rejected_area_below_min']} below filter.min_area_frac = {cfg.min_area_frac}, "
+            f"{counts['rejected_area_above_max']} above filter.max_area_frac = {cfg.max_area_frac}; widen the range"
         )
     save_manifest(stage.outputs / "manifest.json", manifest)
 

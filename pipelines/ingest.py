@@ -64,7 +64,9 @@ def _worker(store: Store, names: dict[str, str]) -> Callable[[Unit], Record]:
 def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> None:
     for kind in ("images", "boxes"):
         total, rejected = counts[f"{kind}_in"], counts[f"{kind}_rejected"]
-        reasons = ", ".join(f"{key.removeprefix('rejected_')} {n}" for key, n in counts.items() if key.startswith("rejected_") and n)
+        reasons = ", ".join(
+            f"{key.removeprefix('rejected_')} {n}" for key, n in counts.items() if key.startswith("rejected_") and n
+        )
         if counts[f"{kind}_kept"] == 0:
             raise StageError(f"ingest: none of {total} {kind} could be used ({reasons}); see data/ingest/counts.json")
         if rejected > max_reject_frac * total:

@@ -107,8 +107,7 @@ def send_outputs(stage: Stage, job_id: str) -> None:
 def pack(stage: Stage, folder: Path) -> dict[str, str]:
     """Copy what the job needs to `folder`; returns the SHA-256 of each input by its path.
 
-    Inputs are the JSON files of earlier stages below data/. Ray names the package by its content, so an
-    unchanged one is not sent twice.
+    Inputs are the JSON files of earlier stages below data/.
     """
     for name in CODE_FOLDERS:
         for file in sorted((stage.root / name).rglob("*")):
@@ -247,6 +246,8 @@ def _last_attempt(client: JobSubmissionClient, name: str) -> tuple[int, JobStatu
 
 
 def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: Path) -> None:
+    # Ray unpacks equal packages into one folder, where an attempt would find what the one before it wrote
+    (package / "job-id").write_text(job_id)
     with _as_stage_error(f"the cluster did not take job {job_id} (the same command may work now)"):
         client.submit_job(
             entrypoint=entrypoint(stage, job_id),

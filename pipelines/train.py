@@ -5,11 +5,11 @@ unfinished run of the same digest goes on from its checkpoint; a finished one is
 """
 
 import csv
+import hashlib
 import queue
 import shutil
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -134,7 +134,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         ),
     )
     with ExitStack() as stack:
-        stack.enter_context(_progress_bar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
+        stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
         stack.enter_context(track.system_metrics(uri, run_id))
         try:
             trainer.fit()
@@ -143,7 +143,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
             raise
 
 
-class _progress_bar:
+class ProgressBar:
     """A tqdm bar in the driver, fed by rank 0 through a Ray queue."""
 
     def __init__(self, progress: Any, *, total: int, label: str) -> None:
@@ -218,12 +218,9 @@ def _write_outputs(stage: Stage, run: Run, run_id: str, identity: str, finished:
             "mlflow_run_id": run_id,
             "steps": finished["steps"],
             "loss": finished["loss"],
-            "export": {name: digest_bytes(stage.store.read_bytes(f"{export}/{name}")) for name in stage.store.list_names(export)},
+            "export": {
+                name: hashlib.sha256(stage.store.read_bytes(f"{export}/{name}")).hexdigest()
+                for name in stage.store.list_names(export)
+            },
         },
     )
-
-
-def digest_bytes(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()

@@ -55,7 +55,10 @@ def pixel_box(xmin: float, xmax: float, ymin: float, ymax: float, *, width_px: i
 def padded(box: Box, pad_px: int, *, width_px: int, height_px: int) -> Box:
     """Grow by `pad_px` on each side, less where the image ends (upstream: 10 px around the reference)."""
     return Box(
-        max(box.x0 - pad_px, 0), max(box.y0 - pad_px, 0), min(box.x1 + pad_px, width_px), min(box.y1 + pad_px, height_px)
+        max(box.x0 - pad_px, 0),
+        max(box.y0 - pad_px, 0),
+        min(box.x1 + pad_px, width_px),
+        min(box.y1 + pad_px, height_px),
     )
 
 
@@ -76,9 +79,7 @@ def extended(box: Box, *, width_px: int, height_px: int, extend_frac: float, rng
     )
 
 
-def square_window(
-    ext: Box, *, width_px: int, height_px: int, shrink_frac: float, rng: np.random.Generator
-) -> Window:
+def square_window(ext: Box, *, width_px: int, height_px: int, shrink_frac: float, rng: np.random.Generator) -> Window:
     """The crop around the extended box (REFERENCE 1.3 d).
 
     A window of the image's short side slides along the long side, keeping `ext` inside; then r px are cut off

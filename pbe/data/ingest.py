@@ -97,7 +97,10 @@ def _check_box(line: BoxLine, names: dict[str, str]) -> tuple[dict[str, Any] | N
     except (TypeError, ValueError) as error:
         return None, ("box_unparsable", str(error))
     if not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
-        return None, ("box_outside_image", f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed")
+        return None, (
+            "box_outside_image",
+            f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed",
+        )
     label = cells["LabelName"]
     box = {
         "image_id": cells["ImageID"],

@@ -23,9 +23,7 @@ def box_hole(ext: Box, *, width_px: int, height_px: int) -> np.ndarray:
     return hole_mask
 
 
-def bezier_ring(
-    box: Box, ext: Box, *, points_per_side: int, jitter_px: int, rng: np.random.Generator
-) -> np.ndarray:
+def bezier_ring(box: Box, ext: Box, *, points_per_side: int, jitter_px: int, rng: np.random.Generator) -> np.ndarray:
     """(4 * points_per_side, 2) float64: the closed outline, x and y in pixels, clockwise from the top left.
 
     Side k is the quadratic Bezier B(t) = (1-t)^2 p0 + 2 t (1-t) c + t^2 p1 between two corners of the tight

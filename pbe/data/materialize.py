@@ -50,7 +50,9 @@ def triplet_tables(
     return tables, counts
 
 
-def _row(pixels: Any, box: dict[str, Any], slot: int, *, cfg: CutConfig, jpeg_quality: int, seed: int) -> dict[str, Any]:
+def _row(
+    pixels: Any, box: dict[str, Any], slot: int, *, cfg: CutConfig, jpeg_quality: int, seed: int
+) -> dict[str, Any]:
     height_px, width_px = pixels.shape[:2]
     tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px)
     triplet = cut_triplet(pixels, tight, cfg=cfg, rng=row_rng(seed, box["image_id"], slot, "triplet"))

@@ -29,7 +29,9 @@ def lane_groups(group_rows: list[list[int]], lane: int, lanes: int) -> list[tupl
     return flat[lane::lanes]
 
 
-def lane_epoch(group_rows: list[list[int]], *, lane: int, lanes: int, epoch: int, slots: int, seed: int) -> list[RowRef]:
+def lane_epoch(
+    group_rows: list[list[int]], *, lane: int, lanes: int, epoch: int, slots: int, seed: int
+) -> list[RowRef]:
     """The rows of one lane in one epoch, shuffled: groups first, then rows inside each group."""
     rng = row_rng(seed, "order", lane, epoch)
     groups = lane_groups(group_rows, lane, lanes)

@@ -39,7 +39,8 @@ def _random_affine(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     side = image.shape[0]
     centre, third, shift = side // 2, side // 3, AFFINE_SHIFT_PX * side / 224
     before = np.array(
-        [[centre + third, centre + third], [centre + third, centre - third], [centre - third, centre - third]], np.float32
+        [[centre + third, centre + third], [centre + third, centre - third], [centre - third, centre - third]],
+        np.float32,
     )
     after = before + rng.uniform(-shift, shift, size=before.shape).astype(np.float32)
     matrix = cv2.getAffineTransform(before, after)

@@ -80,7 +80,7 @@ def sample_images() -> dict[str, ImageFile]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise SourceError(
-                f"the sample photos need the package {PIP_NAMES[package]}, which is not installed: pip install 'pbe[sample]'"
+                f"the sample photos need the package {PIP_NAMES[package]}, not installed: pip install 'pbe[sample]'"
             )
         path = Path(spec.origin).parent / inner
         if not path.is_file():

@@ -49,4 +49,3 @@ def predicted_x0(objective: Objective, *, prediction: Tensor, noisy: Tensor, alp
 def loss_per_row(prediction: Tensor, wanted: Tensor) -> Tensor:
     """(B,) float32 mean squared error of each row."""
     return (prediction.float() - wanted.float()).pow(2).flatten(1).mean(1)
-

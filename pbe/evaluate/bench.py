@@ -42,7 +42,9 @@ def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchB
         if box["split"] == split:
             pixels = pixels_of[box["image_id"]]
             height_px, width_px = pixels.shape[:2]
-            tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px)
+            tight = pixel_box(
+                box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px
+            )
             out.append(BenchBox(box["image_id"], box["box_index"], box["label_name"], pixels, tight))
     return out
 
@@ -66,7 +68,9 @@ def make_bench(
         foreign = boxes[int(rng.choice(others[box.image_id]))]
         kind = HOLE_KINDS[int(rng.integers(len(HOLE_KINDS)))]
         for role in ("item", "real"):
-            triplet = cut_triplet(box.pixels, box.box, cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, role))
+            triplet = cut_triplet(
+                box.pixels, box.box, cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, role)
+            )
             rows.append(
                 {
                     "bench_id": f"{box.image_id}#{box.box_index}#{crop}",

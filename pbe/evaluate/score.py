@@ -66,9 +66,7 @@ def score(
     return estimates, per_item
 
 
-def _fill_columns(
-    items: Sequence[EditedItem], judge: EfficientNetLite, cfg: ScoreConfig
-) -> dict[str, np.ndarray]:
+def _fill_columns(items: Sequence[EditedItem], judge: EfficientNetLite, cfg: ScoreConfig) -> dict[str, np.ndarray]:
     """Does the fill look like the reference? Hole regions against references brought to the hole's resolution."""
 
     def features(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -65,8 +65,7 @@ def colour_gain(
     """
     return _gains(
         own=_colour_distance(foreign_edit, own_reference) - _colour_distance(own_edit, own_reference),
-        swap=_colour_distance(own_edit, foreign_reference)
-        - _colour_distance(foreign_edit, foreign_reference),
+        swap=_colour_distance(own_edit, foreign_reference) - _colour_distance(foreign_edit, foreign_reference),
     )
 
 

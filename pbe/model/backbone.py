@@ -62,9 +62,7 @@ class EfficientNetLite(nn.Module):
         """(B, 3, 224, 224) uint8 RGB to (B, 1280, 7, 7) float32. Raises ValueError for other input."""
         side = self.input_px
         if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
-            raise ValueError(
-                f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})"
-            )
+            raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})")
         # Features are stored and compared across processes, so the caller's autocast must not matter.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             scaled = (images.to(torch.float32) / 255 - 0.5) / 0.5

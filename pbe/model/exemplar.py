@@ -19,7 +19,9 @@ class ExemplarMapper(nn.Module):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(backbone_width))
         self.register_buffer("feature_std", torch.ones(backbone_width))
-        self.mapper = nn.Sequential(nn.Linear(backbone_width, mapper_width), nn.GELU(), nn.Linear(mapper_width, context_width))
+        self.mapper = nn.Sequential(
+            nn.Linear(backbone_width, mapper_width), nn.GELU(), nn.Linear(mapper_width, context_width)
+        )
         self.final_layer_norm = nn.LayerNorm(context_width)
         self.uncond_vector = nn.Parameter(torch.randn(1, 1, context_width))
 

@@ -1,8 +1,8 @@
 """A model folder: what `train` exports and `Editor.load` opens. Weights are safetensors, never a pickle.
 
-    <folder>/model.json            architecture, objective, schedule, pixel sizes, digests
-    <folder>/model.safetensors     UNet and exemplar mapper, float32
-    <folder>/codec.safetensors     pixel codec
+<folder>/model.json            architecture, objective, schedule, pixel sizes, digests
+<folder>/model.safetensors     UNet and exemplar mapper, float32
+<folder>/codec.safetensors     pixel codec
 """
 
 import json
@@ -62,4 +62,3 @@ def load_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
             f"unexpected {problems.unexpected_keys[:3]}"
         )
     return model.eval(), codec_from_bytes((folder / "codec.safetensors").read_bytes()), card
-

@@ -1,9 +1,9 @@
 """Checkpoints of one run: complete or absent.
 
-    <run>/checkpoints/step-00000200/<files of every rank>, COMPLETE.json     the marker is written last
-    <run>/mlflow.json        the MLflow run that this training logs to, through any number of restarts
-    <run>/export/            the finished model
-    <run>/finished.json      written last: a finished run is exported again, not trained again
+<run>/checkpoints/step-00000200/<files of every rank>, COMPLETE.json     the marker is written last
+<run>/mlflow.json        the MLflow run that this training logs to, through any number of restarts
+<run>/export/            the finished model
+<run>/finished.json      written last: a finished run is exported again, not trained again
 """
 
 import json
@@ -50,7 +50,9 @@ class Run:
 
     def complete(self, step: int, *, world: int, keep: int) -> None:
         """Mark a checkpoint whose files are all there, then remove all but the newest `keep` complete ones."""
-        self.write_json(f"checkpoints/{Path(self._checkpoint(step)).name}/COMPLETE.json", {"step": step, "world": world})
+        self.write_json(
+            f"checkpoints/{Path(self._checkpoint(step)).name}/COMPLETE.json", {"step": step, "world": world}
+        )
         for old in self.checkpoints()[:-keep]:
             self.store.delete_tree(self._checkpoint(old.step))
 

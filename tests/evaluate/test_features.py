@@ -62,11 +62,7 @@ def test_the_resize_rule_is_the_documented_one(
     with torch.no_grad():
         expected = backbone(torch.from_numpy(squashed).permute(2, 0, 1)[None])
     np.testing.assert_allclose(extract(backbone, [image], batch_rows=1), expected.numpy(), atol=1e-5)
-    assert (
-        "INTER_AREA" in RESIZE_RULE
-        and "INTER_LINEAR" in RESIZE_RULE
-        and str(backbone.input_px) in RESIZE_RULE
-    )
+    assert "INTER_AREA" in RESIZE_RULE and "INTER_LINEAR" in RESIZE_RULE and str(backbone.input_px) in RESIZE_RULE
 
 
 def test_a_cropped_view_is_accepted(backbone: EfficientNetLite) -> None:

@@ -10,9 +10,7 @@ from pbe.evaluate.frechet import frechet_distance
 def _features(n: int, d: int, seed: int) -> np.ndarray:
     """(n, d) correlated, not centred, with a decaying spectrum."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((n, d)) @ (
-        rng.standard_normal((d, d)) / (1 + np.arange(d))[:, None]
-    ) + rng.random(d)
+    return rng.standard_normal((n, d)) @ (rng.standard_normal((d, d)) / (1 + np.arange(d))[:, None]) + rng.random(d)
 
 
 def _textbook(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,9 +62,7 @@ def test_laws(n: int) -> None:
 
 def test_float32_features_are_computed_in_float64() -> None:
     a, b = (_features(50, 20, seed).astype(np.float32) + 1000 for seed in (8, 9))
-    assert frechet_distance(a, b) == pytest.approx(
-        frechet_distance(a.astype(float), b.astype(float)), rel=1e-12
-    )
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(a.astype(float), b.astype(float)), rel=1e-12)
 
 
 def test_bad_input_is_refused() -> None:

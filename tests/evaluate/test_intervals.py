@@ -10,9 +10,7 @@ from pbe.evaluate.intervals import bootstrap_mean, jackknife
 def _photos(rng: np.random.Generator, clusters: int) -> tuple[np.ndarray, list[str]]:
     """Values with mean 0, 1 to 9 items per photo, half of the variance shared within a photo."""
     index = np.repeat(np.arange(clusters), rng.integers(1, 10, clusters))
-    return rng.standard_normal(clusters)[index] + rng.standard_normal(len(index)), [
-        f"photo{i}" for i in index
-    ]
+    return rng.standard_normal(clusters)[index] + rng.standard_normal(len(index)), [f"photo{i}" for i in index]
 
 
 def test_bootstrap_covers_over_items() -> None:

@@ -28,10 +28,7 @@ def backbone(request: pytest.FixtureRequest) -> EfficientNetLite:
 def photos() -> Tensor:
     """(5, 3, 224, 224) uint8: two real photos, their mirror images and noise."""
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed; install pbe[sample]")
-    images = [
-        cv2.resize(image, (224, 224), interpolation=cv2.INTER_AREA)
-        for image in (data.chelsea(), data.coffee())
-    ]
+    images = [cv2.resize(image, (224, 224), interpolation=cv2.INTER_AREA) for image in (data.chelsea(), data.coffee())]
     images += [image[:, ::-1] for image in images]
     images.append(np.random.default_rng(0).integers(0, 256, (224, 224, 3)).astype(np.uint8))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

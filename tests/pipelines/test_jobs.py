@@ -10,14 +10,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobDetails, JobStatus
 
-from pbe.config import Params
+from pbe.config import IngestConfig, Params
 from pbe.store import Store, StoreError, code_digest
 from pipelines import jobs
 from pipelines.stage import Stage, StageError, code_paths
@@ -68,9 +68,15 @@ def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return open_fake(project, "materialize")
 
 
+def ingest_params(*, images: str | None, boxes: str) -> Params:
+    source = "folder" if images else "sample"
+    ingest = IngestConfig(source=source, images=images, boxes=boxes, buckets=1, max_reject_frac=0)
+    return Params.model_construct(ingest=ingest)
+
+
 def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any) -> Stage:
-    values = {"store": Store(str(root.parent / "store")), "code": "c0de", **changes}
-    return Stage(name=name, variant=variant, params=cast(Params, None), root=root, **values)
+    values = {"store": Store(str(root.parent / "store")), "code": "c0de", "params": Params.model_construct()}
+    return Stage(name=name, variant=variant, root=root, **{**values, **changes})
 
 
 # -- what is sent --------------------------------------------------------------------------------------------
@@ -95,15 +101,6 @@ def test_a_variant_gets_the_manifests_of_its_own_training(project: Path, tmp_pat
     inputs = jobs.pack(open_fake(project, "evaluate", "base"), tmp_path / "package")
     assert "data/train/base/manifest.json" in inputs
     assert "data/train/other/manifest.json" not in inputs
-
-
-def test_ray_gives_equal_packages_one_name(stage: Stage, tmp_path: Path) -> None:
-    uris = []
-    for name in ("first", "second"):
-        jobs.pack(stage, tmp_path / name)
-        uris.append(get_uri_for_directory(str(tmp_path / name), include_gitignore=True))
-        (stage.root / "pbe" / "model.py").touch()
-    assert uris[0] == uris[1]
 
 
 def test_the_package_holds_all_code_that_names_parts(tmp_path: Path) -> None:
@@ -185,7 +182,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
     if storage.startswith("s3://"):
         monkeypatch.setattr(Store, "is_local", False)
     with pytest.raises(StageError) as caught:
-        jobs.run_remotely(open_fake(stage.root, "ingest", store=store), address)
+        jobs.run_remotely(open_fake(stage.root, "materialize", store=store), address)
     assert told in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -209,6 +206,13 @@ def test_an_address_that_is_silent_is_given_up(stage: Stage, monkeypatch: pytest
     monkeypatch.setattr(jobs, "ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StageError, match="does not answer"):
         jobs.run_remotely(stage, f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("key", ["images", "boxes"])
+def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
+    paths = {"images": "/shared/photos", "boxes": "/shared/boxes.csv", key: "my/folder"}
+    with pytest.raises(StageError, match=f"ingest.{key} = my/folder does not travel"):
+        jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
 
 
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
@@ -237,7 +241,8 @@ class Cluster:
         self.jobs: dict[str, JobStatus] = {}
         self.logs: dict[str, list[str]] = {}
         self.work = work
-        self.sent: dict[str, Any] = {}
+        self.entrypoint = ""
+        self.packages: list[str] = []  # Ray's names of them, which name the folders on the nodes
 
     def list_jobs(self) -> list[JobDetails]:
         return [details(job_id, status) for job_id, status in self.jobs.items()]
@@ -245,7 +250,8 @@ class Cluster:
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str:
         if submission_id in self.jobs:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
-        self.sent = {"entrypoint": entrypoint, "runtime_env": runtime_env}
+        self.entrypoint = entrypoint
+        self.packages.append(get_uri_for_directory(runtime_env["working_dir"], include_gitignore=True))
         assert self.work is not None
         self.jobs[submission_id], self.logs[submission_id] = self.work(submission_id)
         return submission_id
@@ -293,7 +299,7 @@ def test_a_job_is_submitted_followed_and_its_outputs_come_back(
     assert manifest(stage)["job"] == job_id
     assert (stage.outputs / "counts.json").exists()
     assert [line for line in capsys.readouterr().out.splitlines() if "done" in line] == ["done"]
-    assert shlex.split(cluster.sent["entrypoint"])[-1] == job_id
+    assert shlex.split(cluster.entrypoint)[-1] == job_id
     assert not list(stage.outputs.parent.glob(".job-*"))
 
 
@@ -305,17 +311,37 @@ def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
     assert manifest(stage)["job"].endswith("-1")
 
 
-@pytest.mark.parametrize("lost", ["outputs", "part"])
-def test_a_finished_job_whose_results_are_gone_runs_again(stage: Stage, cluster: Cluster, lost: str) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"units": [{"unit": "b0000-gone"}]},
+        {"config": {"codec": "parts/encode/codec-gone/codec.safetensors"}},
+        {"config": {"bench": {"path": "parts/evaluate/bench-gone/bench.parquet"}}},
+        {"run": "full-gone", "export": {"unet.safetensors": "0"}},
+    ],
+)
+def test_a_finished_job_whose_results_are_gone_runs_again(
+    stage: Stage, cluster: Cluster, names: dict[str, Any]
+) -> None:
     jobs.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
-    if lost == "outputs":
-        stage.store.delete_tree(f"jobs/{job_id}")
-        (Path(stage.store.uri) / f"jobs/{job_id}/outputs.json").unlink(missing_ok=True)
-    else:
-        stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", b'{"units": [{"unit": "b0-gone"}]}')
+    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", json.dumps(names).encode())
     jobs.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
+
+
+def test_a_finished_job_whose_outputs_are_gone_runs_again(stage: Stage, cluster: Cluster) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    stage.store.delete_tree("jobs")
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"].endswith("-2")
+
+
+def test_ingest_is_never_taken_over(stage: Stage, cluster: Cluster) -> None:
+    outside = open_fake(stage.root, "ingest", params=ingest_params(images=None, boxes="pbe/data/sample"))
+    for _ in range(2):
+        jobs.run_remotely(outside, LOOPBACK)
+    assert len(cluster.jobs) == 2
 
 
 @pytest.mark.parametrize("over", [JobStatus.FAILED, JobStatus.STOPPED])
@@ -324,6 +350,14 @@ def test_after_a_failure_comes_the_next_attempt(stage: Stage, cluster: Cluster, 
     cluster.jobs = {f"{name}-9": over, f"{name}-10": over, f"{name}-x": over, "raysubmit_1": over}
     jobs.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"] == f"{name}-11"
+
+
+def test_attempts_do_not_share_a_folder(stage: Stage, cluster: Cluster) -> None:
+    cluster.work = lambda _: (JobStatus.FAILED, [])
+    for _ in range(2):
+        with pytest.raises(StageError):
+            jobs.run_remotely(stage, LOOPBACK)
+    assert len(set(cluster.packages)) == 2
 
 
 def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

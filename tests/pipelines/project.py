@@ -1,0 +1,95 @@
+"""A copy of the project in a folder of its own, with its own git, DVC, storage and MLflow database."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 280
+# the tests' own settings must not leak in from the developer's shell
+FOREIGN = ("RAY_ADDRESS", "PBE_STORAGE", "MLFLOW_TRACKING_URI", "DVC_ROOT")
+
+
+@dataclass(frozen=True)
+class Project:
+    folder: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        env = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+        python = Path(sys.executable).parent
+        env |= {"PATH": f"{python}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(self.folder), "DVC_NO_ANALYTICS": "1"}
+        return env | more
+
+    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `python -m COMMAND...` here; its output goes into the error when it fails and `check` is set."""
+        result = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=self.environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        if check and result.returncode:
+            raise AssertionError(f"{command} exited with {result.returncode}\n{result.stdout}\n{result.stderr}")
+        return result
+
+    def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / "started.log").open("wb")
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=self.folder, env=self.environment(**env), stdout=log, stderr=log
+        )
+
+    def git(self, *arguments: str) -> None:
+        identity = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True)
+
+    def edit_params(self, old: str, new: str) -> None:
+        path = self.folder / "params.yaml"
+        text = path.read_text()
+        assert old in text, f"{old!r} is not in params.yaml"
+        path.write_text(text.replace(old, new))
+
+    def part_times(self, stage: str) -> dict[str, int]:
+        """Modification time in ns of every file of the stage's parts."""
+        folder = self.folder / ".store" / "parts" / stage
+        return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def make_project(folder: Path, profile: str = "tiny") -> Project:
+    """Copy what git tracks (and what it would, new files) to `folder`, with the profile as params.yaml."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.splitlines():
+        source, target = ROOT / name, folder / name
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    project = Project(folder)
+    shutil.copy(ROOT / "infra" / "profiles" / f"{profile}.yaml", folder / "params.yaml")
+    project.git("init", "-q")
+    project.git("add", "-A")
+    project.git("commit", "-qm", "start")
+    return project
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the process and all it started (raylet, workers), as a machine that loses power would."""
+    parent = psutil.Process(process.pid)
+    family = [*parent.children(recursive=True), parent]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=20)

@@ -1,0 +1,172 @@
+"""The whole chain through `dvc repro` on real Ray, DeepSpeed, MLflow and DVC, in a folder with a space in its name."""
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pipelines.project import Project, kill_tree, make_project
+
+pytest.importorskip("skimage", reason="needs the sample extra")
+POLL_S = 0.05
+
+
+@pytest.fixture(scope="module")
+def repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = make_project(tmp_path_factory.mktemp("chain") / "my project")
+    project.run("dvc", "repro")
+    return project
+
+
+def metrics(project: Project, variant: str) -> dict:
+    return json.loads((project.folder / "data" / "evaluate" / variant / "metrics.json").read_text())
+
+
+@pytest.mark.timeout(400)
+def test_repro_leaves_every_promised_output(repro: Project) -> None:
+    for stage in ("ingest", "filter", "materialize", "encode"):
+        manifest = json.loads((repro.folder / "data" / stage / "manifest.json").read_text())
+        for unit in manifest["units"]:
+            for file in unit["files"]:
+                assert pq.read_metadata(repro.folder / ".store" / file["path"]).num_rows == file["rows"]
+    counts = json.loads((repro.folder / "data" / "filter" / "counts.json").read_text())
+    assert counts["boxes_in"] == 44
+    assert counts["boxes_kept"] + counts["boxes_rejected"] == 44
+    for variant in ("full", "no_context_dropout"):
+        assert (repro.folder / "models" / variant / "model.safetensors").is_file()
+        own = metrics(repro, variant)["own_gain_efficientnet_lite2"]
+        assert own["low"] <= own["value"] <= own["high"]
+        assert own["n"] == 12
+    html = (repro.folder / "reports" / "index.html").read_text()
+    assert "own gain" in html.lower()
+    assert 'src="http' not in html
+    assert 'href="http' not in html.split("</head>")[0]
+
+
+def test_repro_again_does_nothing(repro: Project) -> None:
+    before = {stage: repro.part_times(stage) for stage in ("ingest", "materialize", "encode")}
+    assert "up to date" in repro.run("dvc", "repro").stdout
+    assert before == {stage: repro.part_times(stage) for stage in before}
+
+
+def test_metrics_and_plots_are_shown(repro: Project) -> None:
+    assert "own_gain_efficientnet_lite2" in repro.run("dvc", "metrics", "show").stdout
+    repro.run("dvc", "plots", "show", "--out", "plots-out")
+    assert (repro.folder / "plots-out" / "index.html").is_file()
+
+
+def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(repro: Project) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repro.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("paint-by-example")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert {run.data.tags["variant"] for run in parents} == {"full", "no_context_dropout"}
+    for run in parents:
+        assert run.data.params["train.steps"] == "12"
+        assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["dataset_digest"]
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 2
+        assert "eval/own_gain_efficientnet_lite2" in run.data.metrics
+        assert any(name.startswith("system/") for name in run.data.metrics)
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png"]
+        children = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+        assert len(children) == 1
+
+
+def test_param_switched_and_switched_back_recomputes_nothing(repro: Project) -> None:
+    before = repro.part_times("materialize")
+    repro.edit_params("min_area_frac: 0.02", "min_area_frac: 0.03")
+    repro.run("pipelines", "filter")
+    repro.run("pipelines", "materialize")
+    added = repro.part_times("materialize")
+    assert added.keys() > before.keys()
+    repro.edit_params("min_area_frac: 0.03", "min_area_frac: 0.02")
+    repro.run("dvc", "repro", "encode")
+    assert repro.part_times("materialize") == added
+
+
+def test_bad_parameter_is_refused_in_one_line_before_any_work(repro: Project) -> None:
+    repro.edit_params("steps: 12", "stepz: 12")
+    try:
+        result = repro.run("pipelines", "ingest", check=False)
+    finally:
+        repro.edit_params("stepz: 12", "steps: 12")
+    assert result.returncode == 1
+    assert "train.stepz = 12: unknown key" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def _wait_for(found, process, what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, f"ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} within two minutes"
+        time.sleep(POLL_S)
+
+
+@pytest.mark.timeout(400)
+def test_killed_in_materialize_keeps_finished_parts(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "killed")
+    project.edit_params("slots: 4", "slots: 600")
+    project.run("pipelines", "ingest")
+    project.run("pipelines", "filter")
+    process = project.start("dvc", "repro", "materialize")
+    parts = project.folder / ".store" / "parts" / "materialize"
+    _wait_for(lambda: list(parts.glob("*/record.json")), process, "finished part")
+    kill_tree(process)
+    finished = {path.parent.name for path in parts.glob("*/record.json")}
+    assert 0 < len(finished) < 4
+    before = {name: when for name, when in project.part_times("materialize").items() if name.split("/")[0] in finished}
+    project.run("dvc", "repro", "materialize")
+    after = project.part_times("materialize")
+    assert len(list(parts.glob("*/record.json"))) == 4
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.timeout(500)
+def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(repro: Project) -> None:
+    straight = (repro.folder / "data" / "train" / "full" / "loss.csv").read_text().splitlines()[-1].split(",")[:2]
+    run = next((repro.folder / ".store" / "runs").glob("full-*"))
+    for path in (run / "finished.json", run / "history.json", *(run / "checkpoints").glob("step-00000008/*")):
+        path.unlink()  # as if it had been cut off between step 4's checkpoint and the end
+    result = repro.run("pipelines", "train", "--variant", "full")
+    assert "goes on from the checkpoint of step 4" in result.stdout + result.stderr
+    resumed = (repro.folder / "data" / "train" / "full" / "loss.csv").read_text().splitlines()[-1].split(",")[:2]
+    assert float(resumed[1]) == pytest.approx(float(straight[1]), rel=1e-5)
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)
+def test_killed_by_sigkill_in_train_goes_on(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "killed")
+    project.edit_params("steps: 12", "steps: 60")
+    project.run("dvc", "repro", "encode")
+    process = project.start("dvc", "repro", "train@full")
+    runs = project.folder / ".store" / "runs"
+    _wait_for(lambda: list(runs.glob("full-*/checkpoints/*/COMPLETE.json")), process, "checkpoint")
+    kill_tree(process)
+    result = project.run("dvc", "repro", "train@full")
+    assert "goes on from the checkpoint" in result.stdout + result.stderr
+    assert (project.folder / "models" / "full" / "model.safetensors").is_file()
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(1200)
+def test_experiments_land_in_the_main_mlflow_database(repro: Project) -> None:
+    from mlflow import MlflowClient
+
+    repro.git("add", "-A")
+    repro.git("commit", "-qm", "after repro")
+    repro.run("dvc", "exp", "run", "-S", "train.lr=0.001", "train@full")
+    repro.run("dvc", "exp", "run", "--queue", "-S", "train.lr=0.003", "train@full")
+    repro.run("dvc", "exp", "run", "--run-all")
+    client = MlflowClient(f"sqlite:///{repro.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("paint-by-example")
+    assert experiment is not None
+    rates = {run.data.params.get("train.lr") for run in client.search_runs([experiment.experiment_id])}
+    assert {"0.001", "0.003"} <= rates

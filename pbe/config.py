@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pbe.errors import UserError
 
@@ -27,6 +28,13 @@ class ParamsError(UserError, ValueError):
 
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise PydanticCustomError("number", "input should be a number")
+        return value
 
 
 class IngestConfig(Strict):
@@ -160,7 +168,7 @@ class EvaluateConfig(Strict):
     crops_per_box: PositiveInt
     max_items: PositiveInt
     guidance_scale: Annotated[float, Field(ge=1, le=50)]
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=1, le=1000)]
     seed: Annotated[int, Field(ge=0)]
     judges: tuple[Literal["efficientnet_lite0", "efficientnet_lite2"], ...] = Field(min_length=1)
     quality_components: PositiveInt
@@ -242,7 +250,7 @@ def load_params(path: Path | None = None) -> Params:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: not found; `make profile P=sample` writes it") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path.name}: must be a mapping of stages to settings")
@@ -250,22 +258,24 @@ def load_params(path: Path | None = None) -> Params:
         params = Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError("\n".join(_lines(error, path.name, prefix=""))) from None
-    for name, over in params.variants.items():
+    for name in params.variants:
         try:
             params.train_variant(name)
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
-        _ = over
     return params
 
 
 def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     out = []
-    for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
+    items = error.errors()
+    for item in items:
+        if any(other["loc"][:-1] == item["loc"] for other in items if other["loc"]):
+            continue  # a list is "too short" because its items are wrong
+        key = (prefix + ".".join(str(part) for part in item["loc"])).rstrip(".")
         given = item["input"]
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"]) if not prefix else sorted(TrainConfig.model_fields)
+            known = _known_keys(TrainConfig if prefix else Params, item["loc"])
             out.append(f"{file}: {key} = {given!r}: unknown key; allowed here: {', '.join(known)}")
         elif item["type"] == "missing":
             out.append(f"{file}: {key}: required key is missing")
@@ -276,8 +286,7 @@ def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     return out
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Params
+def _known_keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     for part in loc[:-1]:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -67,7 +67,8 @@ class Editor:
         rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
         size_px = self.card.image_px
         source = images.resize(photo[rows, columns], width_px=size_px, height_px=size_px)
-        small_hole = images.resize(hole[rows, columns] * 255, width_px=size_px, height_px=size_px) >= 64
+        # any cover counts: a cell that the model took for known would bring the old content back into the hole
+        small_hole = images.resize(hole[rows, columns].astype(np.float32), width_px=size_px, height_px=size_px) > 0
         filled = self.edit_crops(
             source[None],
             small_hole[None].astype(np.uint8),
@@ -99,6 +100,8 @@ class Editor:
         size_px, reference_px = self.card.image_px, self.card.reference_px
         if sources.shape[1:] != (size_px, size_px, 3):
             raise ModelError(f"this model edits {size_px} x {size_px} crops, not {sources.shape[1:3]}")
+        if steps < 1 or not np.isfinite(guidance_scale):
+            raise ValueError(f"steps {steps}, guidance scale {guidance_scale}: at least one step, a finite scale")
         squashed = np.stack([images.resize(r, width_px=reference_px, height_px=reference_px) for r in references])
         tokens = encode_references(self._backbone, squashed, device=self._device)
         masked, keep = encode_masked(self._codec, sources, hole_masks, device=self._device)

@@ -174,8 +174,11 @@ class Store:
         relative = f"parts/{stage}/{unit}/record.json"
         if not self.exists(relative):
             return None
-        raw = json.loads(self.read_bytes(relative))
-        record = Record(unit=raw["unit"], files=tuple(File(**f) for f in raw["files"]), counts=raw["counts"])
+        try:
+            raw = json.loads(self.read_bytes(relative))
+            record = Record(unit=raw["unit"], files=tuple(File(**f) for f in raw["files"]), counts=raw["counts"])
+        except (ValueError, KeyError, TypeError):
+            return None
         return record if self._complete(record) else None
 
     def _complete(self, record: Record) -> bool:
@@ -206,29 +209,41 @@ class Store:
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
         """One file of a unit as a table. Raises StoreError when it is missing or damaged."""
         try:
-            return pq.read_table(self.path(file.path), filesystem=self._fs, columns=columns, partitioning=None)
+            return pq.read_table(
+                self.path(file.path),
+                filesystem=self._fs,
+                columns=columns,
+                partitioning=None,
+                page_checksum_verification=True,
+            )
         except FileNotFoundError:
             raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(
-                f"{self.full_uri(file.path)}: this part is damaged ({error}); delete its folder and run again"
+                f"{self.full_uri(file.path)}: this part cannot be read ({error}); if it is damaged, delete its folder "
+                "and run again"
             ) from None
 
     def open_parquet(self, file: File) -> pq.ParquetFile:
-        """An open file for row-group reads."""
-        return pq.ParquetFile(self._fs.open_input_file(self.path(file.path)))
+        """An open file for row-group reads. Raises StoreError when it is missing."""
+        try:
+            stream = self._fs.open_input_file(self.path(file.path))
+        except FileNotFoundError:
+            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
+        return pq.ParquetFile(stream, page_checksum_verification=True)
 
 
 def _parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table,
+        table.combine_chunks(),  # page limits would follow the chunks
         sink,
         row_group_size=max(1, rows_per_group),
         compression="zstd",
         # dictionaries help ids and names only; a blob column would build one for nothing
         use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
         write_statistics=False,
+        write_page_checksum=True,
     )
     return sink.getvalue().to_pybytes()
 

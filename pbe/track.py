@@ -18,6 +18,7 @@ def _client(tracking_uri: str) -> Any:
     import logging
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri)
@@ -38,7 +39,7 @@ def open_run(
     """
     client = _client(tracking_uri)
     if run_id is not None and _exists(client, run_id):
-        client.set_terminated(run_id, "RUNNING")
+        client.update_run(run_id, status="RUNNING")
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
         return run_id

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pbe.data import images
-from pbe.evaluate.score import EditedItem
+from pbe.evaluate.items import EditedItem
 
 TILE_PX = 96
 HOLE_GREY = 128

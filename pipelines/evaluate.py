@@ -20,7 +20,8 @@ from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench import bench_boxes, make_bench
 from pbe.evaluate.features import RESIZE_RULE
 from pbe.evaluate.intervals import Estimate
-from pbe.evaluate.score import EditedItem, ScoreConfig, score
+from pbe.evaluate.items import EditedItem, edited_items
+from pbe.evaluate.score import ScoreConfig, score
 from pbe.model.backbone import EfficientNetLite, load_backbone
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.contact import edit_grid
@@ -60,7 +61,7 @@ def main(stage: Stage) -> None:
         [require(stage.store.read_table(record.file("edits")), EDITS, record.unit) for record in records]
     )
 
-    edited = _edited_items(bench.take(items), edits)
+    edited = edited_items(bench.take(items).to_pylist(), edits.to_pylist())
     reals = [images.decode(row["source"]) for row in bench.to_pylist() if row["role"] == "real"]
     judges = [load_backbone(name) for name in cfg.judges]
     estimates, per_item = score(
@@ -158,27 +159,6 @@ def _edit_rows(editor: Any, rows: list[dict[str, Any]], cfg: EvaluateConfig) -> 
         }
         for index, row in enumerate(rows)
     ]
-
-
-def _edited_items(bench: pa.Table, edits: pa.Table) -> list[EditedItem]:
-    out = []
-    for row, edit in zip(bench.to_pylist(), edits.to_pylist(), strict=True):
-        assert row["bench_id"] == edit["bench_id"]
-        source = images.decode(row["source"])
-        out.append(
-            EditedItem(
-                bench_id=row["bench_id"],
-                image_id=row["image_id"],
-                hole_kind=row["hole_kind"],
-                source=source,
-                hole_mask=unpack_mask(row["hole_mask"], width_px=source.shape[1], height_px=source.shape[0]),
-                own_reference=images.decode(row["own_reference"]),
-                foreign_reference=images.decode(row["foreign_reference"]),
-                own_edit=images.decode(edit["own_edit"]),
-                foreign_edit=images.decode(edit["foreign_edit"]),
-            )
-        )
-    return out
 
 
 def _write_metrics(

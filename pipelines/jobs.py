@@ -56,6 +56,7 @@ def run_remotely(stage: Stage, address: str) -> None:
     its id and the end of its log). Ctrl-C detaches and raises KeyboardInterrupt; the job goes on.
     """
     _refuse_what_cannot_work(stage, address)
+    _reach_storage(stage)
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
         inputs = pack(stage, Path(folder))
@@ -195,6 +196,16 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
             f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {address}; "
             "set MLFLOW_TRACKING_URI=http://your-server:5000"
         )
+
+
+def _reach_storage(stage: Stage) -> None:
+    try:
+        stage.store.exists("jobs")
+    except OSError as error:
+        raise StageError(
+            f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it: "
+            f"{_one_line(error)}"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

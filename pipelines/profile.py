@@ -1,4 +1,4 @@
-"""profile NAME [--root DIR]: params.yaml from infra/profiles/NAME.yaml, checked before it replaces the one that is there.
+"""profile NAME [--root DIR]: params.yaml from infra/profiles/NAME.yaml, checked before it takes the old one's place.
 
 A profile of photos on disk holds the placeholder @ROOT@ where their folder goes.
 """

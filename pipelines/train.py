@@ -44,6 +44,7 @@ def main(stage: Stage) -> None:
     run = Run(stage.store, f"{stage.variant}-{identity}")
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity)
     if run.read_json("finished.json") is None:
+        _refuse_other_world(run, cfg.workers)
         _train(stage, cfg, encoded, run, run_id)
     else:
         print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
@@ -97,9 +98,18 @@ def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run
     return run_id
 
 
+def _refuse_other_world(run: Run, workers: int) -> None:
+    saved = run.checkpoints()
+    if saved and saved[-1].world != workers:
+        raise StageError(
+            f"run {run.name} was started on {saved[-1].world} workers and can go on only with as many: set "
+            f"train.workers to {saved[-1].world}, or remove {run.store.full_uri(run.folder)} to start again"
+        )
+
+
 def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: str) -> None:
     import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
@@ -138,9 +148,18 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         stack.enter_context(track.system_metrics(uri, run_id))
         try:
             trainer.fit()
+        except TrainingFailedError as error:
+            track.end_run(uri, run_id, failed=True)
+            raise StageError(f"train@{stage.variant}: {_root_cause(error)}; checkpoints stay in the storage") from error
         except BaseException:
             track.end_run(uri, run_id, failed=True)
             raise
+
+
+def _root_cause(error: Exception) -> str:
+    """The last line that says something: Ray wraps a worker's error in several tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 class ProgressBar:

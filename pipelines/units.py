@@ -9,8 +9,10 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
+from pbe.errors import UserError
 from pbe.store import File, Record, Store
 from pipelines.memory import ENVIRONMENT
 
@@ -90,11 +92,16 @@ def run_units(
             results = rows.map(_task(todo, worker), num_cpus=cpus)
         else:
             pool = ActorPoolStrategy(size=min(actors, len(todo)))
-            results = rows.map(_actor_class(), fn_constructor_args=(todo, worker), compute=pool, num_cpus=cpus)
-        for row in tqdm(results.iter_rows(), total=len(todo), desc=stage, unit="part"):
-            raw = json.loads(row["record"])
-            files = tuple(File(**file) for file in raw["files"])
-            records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+            results = rows.map(_actor_class(todo, worker), compute=pool, num_cpus=cpus)
+        try:
+            for row in tqdm(results.iter_rows(), total=len(todo), desc=stage, unit="part"):
+                raw = json.loads(row["record"])
+                files = tuple(File(**file) for file in raw["files"])
+                records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
     return [record for record in records.values() if record is not None]
 
 
@@ -107,13 +114,13 @@ def _task(
     return run
 
 
-def _actor_class() -> type:
+def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]) -> type:
     class UnitActor:
-        def __init__(self, units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]) -> None:
-            self._units, self._work = units, worker()
+        def __init__(self) -> None:
+            self._work = worker()
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return _result(row["id"], self._work(self._units[row["id"]]))
+            return _result(row["id"], self._work(units[row["id"]]))
 
     return UnitActor
 

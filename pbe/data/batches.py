@@ -162,6 +162,7 @@ class Prefetched:
             for item in items:
                 if not self._put(item):
                     return
+            self._put(StopIteration())
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 

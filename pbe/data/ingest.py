@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pbe.data import images as image_codec
 from pbe.data.schema import BOXES, IMAGES, REJECTS
-from pbe.data.sources import FLAG_COLUMNS, BoxLine, ImageFile
+from pbe.data.sources import EXTRA_CELLS, FLAG_COLUMNS, BoxLine, ImageFile
 
 
 def read_bucket(
@@ -48,8 +48,8 @@ def read_bucket(
             height_px, width_px = image_codec.decode(data).shape[:2]
         except (image_codec.ImageError, OSError) as error:
             reject(file.image_id, "image_unreadable", f"{file.path.name}: {error}")
-            for box in boxes.pop(file.image_id):
-                reject(f"{file.image_id}#{box['box_index']}", "box_image_rejected", "its image is unreadable")
+            for index in range(len(boxes.pop(file.image_id))):
+                reject(f"{file.image_id}#{index}", "box_image_rejected", "its image is unreadable")
             continue
         images.append(
             {
@@ -91,11 +91,15 @@ def read_bucket(
 def _check_box(line: BoxLine, names: dict[str, str]) -> tuple[dict[str, Any] | None, tuple[str, str]]:
     """The box, or None and (reason, detail)."""
     cells = line.cells
+    if EXTRA_CELLS in cells:
+        return None, ("box_unparsable", f"more cells than the header has columns: {cells[EXTRA_CELLS]}")
     try:
         xmin, xmax, ymin, ymax = (float(cells[name]) for name in ("XMin", "XMax", "YMin", "YMax"))
         flags = {ours: int(cells.get(theirs) or -1) for ours, theirs in FLAG_COLUMNS.items()}
     except (TypeError, ValueError) as error:
         return None, ("box_unparsable", str(error))
+    if not cells["LabelName"] or not set(flags.values()) <= {-1, 0, 1}:
+        return None, ("box_unparsable", "LabelName is empty or a flag is not 1, 0 or -1")
     if not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
         return None, (
             "box_outside_image",

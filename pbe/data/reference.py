@@ -6,6 +6,8 @@ p 0.5 (reflect-101 border), Blur with box kernel 3, 5 or 7 p 0.3, ElasticTransfo
 current albumentations dropped, so that part is OpenCV's getAffineTransform.
 """
 
+import random
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -15,7 +17,7 @@ AFFINE_PROB = 0.3
 
 
 def make_augmenter() -> A.Compose:
-    """The albumentations part. Re-seed it per row with `set_random_seed`."""
+    """The albumentations part; `augment_reference` re-seeds it per row."""
     return A.Compose(
         [
             A.HorizontalFlip(p=0.5),
@@ -27,7 +29,9 @@ def make_augmenter() -> A.Compose:
 
 def augment_reference(reference: np.ndarray, *, augmenter: A.Compose, rng: np.random.Generator) -> np.ndarray:
     """(R, R, 3) uint8 RGB to the same shape; a pure function of the image and the generator's state."""
-    augmenter.set_random_seed(int(rng.integers(0, 2**31)))
+    seed = int(rng.integers(0, 2**31))
+    # one stream for all parts: set_random_seed gives each its own copy, and mirror, turn and blur then come together
+    augmenter.set_random_state(np.random.default_rng(seed), random.Random(seed))
     image = augmenter(image=reference)["image"]
     if rng.random() < AFFINE_PROB:
         image = _random_affine(image, rng)

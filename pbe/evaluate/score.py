@@ -14,25 +14,11 @@ from pbe.evaluate import similarity
 from pbe.evaluate.features import extract
 from pbe.evaluate.frechet import frechet_distance
 from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife
+from pbe.evaluate.items import EditedItem
 from pbe.evaluate.quality import quality_ranks
 from pbe.model.backbone import EfficientNetLite
 
 PSNR_CEILING_DB = 60.0  # a fill that equals the photo has no finite PSNR
-
-
-@dataclass(frozen=True)
-class EditedItem:
-    """One bench item with its edits; images (h, w, 3) uint8, hole_mask (S, S) of 0/1."""
-
-    bench_id: str
-    image_id: str
-    hole_kind: str
-    source: np.ndarray
-    hole_mask: np.ndarray
-    own_reference: np.ndarray
-    foreign_reference: np.ndarray
-    own_edit: np.ndarray
-    foreign_edit: np.ndarray
 
 
 @dataclass(frozen=True)

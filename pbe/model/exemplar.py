@@ -28,7 +28,7 @@ class ExemplarMapper(nn.Module):
     def set_statistics(self, tokens: Tensor) -> None:
         """Standardise with the mean and std of training references, tokens (N, backbone_width)."""
         self.feature_mean.copy_(tokens.mean(0))
-        self.feature_std.copy_(tokens.std(0).clamp_min(0.05))
+        self.feature_std.copy_(tokens.std(0, correction=min(1, len(tokens) - 1)).clamp_min(0.05))
 
     def forward(self, tokens: Tensor, drop_condition: Tensor) -> Tensor:
         """drop_condition: (B,) bool, True replaces the row's tokens by the unconditional vector.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pbe.errors import UserError
@@ -49,13 +50,22 @@ def load_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
     for name in ("model.json", "model.safetensors", "codec.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}; a model folder is what the train stage exports (models/<variant>)")
+    try:
+        return _read_model(folder)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"{folder}: its files are damaged or do not fit one another ({reason})") from error
+
+
+def _read_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
     raw = json.loads((folder / "model.json").read_text())
     arch_raw = raw.pop("arch")
     arch = Architecture(**{**arch_raw, "block_channels": tuple(arch_raw["block_channels"])})
     card = ModelCard(arch=arch, **raw)
     model = ConditionedUNet(arch)
-    tensors = load_file(folder / "model.safetensors")
-    problems = model.load_state_dict(tensors, strict=False)
+    problems = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise ModelError(
             f"{folder}/model.safetensors does not fit model.json: missing {problems.missing_keys[:3]}, "

@@ -4,6 +4,8 @@ Its config dict is derived from the train settings, there is no ds_config.json. 
 passed in: DeepSpeed's own would compile a kernel at first use.
 """
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,14 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool) -> dict[str, Any]:
 
 def make_engine(model: nn.Module, cfg: TrainConfig) -> Any:
     """A DeepSpeedEngine over the process group that Ray Train has made (gloo on CPU, nccl on GPU)."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
     import deepspeed
     import deepspeed.ops
 
-    on_gpu = torch.cuda.is_available()
+    # DeepSpeed 0.19 calls an all-gather that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if not on_gpu:
         # this op is compiled at first use and needs g++ and ninja; without it DeepSpeed uses plain gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -40,10 +40,15 @@ class Project:
         return result
 
     def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
+        """Run `python -m COMMAND...` in the background, in a process group of its own."""
         log = (self.folder / "started.log").open("wb")
-        return subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=self.folder, env=self.environment(**env), stdout=log, stderr=log
-        )
+        command = (sys.executable, "-u", "-m", *command)
+        env = self.environment(**env)
+        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True)
+
+    def started_log(self) -> str:
+        """What the process of the last `start` has printed so far."""
+        return (self.folder / "started.log").read_text()
 
     def git(self, *arguments: str) -> None:
         identity = ("-c", "user.name=test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false")

@@ -1,6 +1,8 @@
 """The whole chain through `dvc repro` on real Ray, DeepSpeed, MLflow and DVC, in a folder with a space in its name."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -110,13 +112,21 @@ def _wait_for(found, process, what: str) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_killed_in_materialize_keeps_finished_parts(tmp_path: Path) -> None:
+def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Path) -> None:
     project = make_project(tmp_path / "killed")
     project.edit_params("slots: 4", "slots: 600")
     project.run("pipelines", "ingest")
     project.run("pipelines", "filter")
-    process = project.start("dvc", "repro", "materialize")
     parts = project.folder / ".store" / "parts" / "materialize"
+
+    process = project.start("pipelines", "materialize")
+    _wait_for(lambda: "0 of 4 parts" in project.started_log(), process, "start")
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole foreground group
+    assert process.wait(timeout=60) == 130
+    assert "the same command goes on" in project.started_log()
+    assert "Traceback" not in project.started_log()
+
+    process = project.start("dvc", "repro", "materialize")
     _wait_for(lambda: list(parts.glob("*/record.json")), process, "finished part")
     kill_tree(process)
     finished = {path.parent.name for path in parts.glob("*/record.json")}

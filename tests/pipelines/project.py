@@ -41,10 +41,10 @@ class Project:
 
     def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """Run `python -m COMMAND...` in the background, in a process group of its own."""
-        log = (self.folder / "started.log").open("wb")
         command = (sys.executable, "-u", "-m", *command)
         env = self.environment(**env)
-        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True)
+        with (self.folder / "started.log").open("wb") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def started_log(self) -> str:
         """What the process of the last `start` has printed so far."""
@@ -97,4 +97,5 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family, timeout=20)
+    psutil.wait_procs(family[:-1], timeout=20)
+    process.wait(timeout=20)

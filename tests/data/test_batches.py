@@ -1,0 +1,324 @@
+"""Batches: the same rows and draws for any number of ranks and any restart; draws with the right shares and statistics."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pbe.data.batches import Batch, DrawConfig, Prefetched, RowReader, collate, draw_row, rank_batches
+from pbe.data.order import RowRef
+from pbe.data.schema import array_shape, encoded_schema
+from pbe.data.slots import group_rows, slot_files, slot_name
+from pbe.store import Manifest, Store, make_manifest
+
+LATENT, TOKENS = (2, 3, 3), (3, 1, 4)
+ROWS_OF_BUCKET, SLOTS, ROWS_PER_GROUP = (5, 0, 4, 1), 2, 2
+CFG = DrawConfig(
+    seed=23,
+    timesteps=1000,
+    bezier_prob=0.5,
+    condition_dropout_prob=0.2,
+    context_dropout_prob=0.1,
+    reference_augmentation=True,
+)
+
+
+def _table(bucket: int, slot: int, count: int) -> pa.Table:
+    schema, rng = encoded_schema(LATENT, TOKENS), np.random.default_rng([bucket, slot])
+    columns: dict[str, list] = {
+        "image_id": [f"image{bucket}_{index}" for index in range(count)],
+        "slot": [slot] * count,
+        "box_index": [0] * count,
+    }
+    for field in schema:
+        if field.metadata:
+            shape = (count, *array_shape(field))
+            values = rng.integers(0, 5, shape) / 4 if "mask_latent" in field.name else rng.standard_normal(shape)
+            columns[field.name] = [value.astype("<f2").tobytes() for value in np.abs(values)]
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+@pytest.fixture
+def encoded(store: Store) -> Manifest:
+    """Four buckets of unequal size, one of them empty; two slots; ten rows a slot."""
+    units = [
+        store.write_unit(
+            "encode",
+            f"b{bucket:04d}-x",
+            {slot_name(slot): _table(bucket, slot, count) for slot in range(SLOTS)},
+            counts={"rows": count * SLOTS},
+            rows_per_group=ROWS_PER_GROUP,
+        )
+        for bucket, count in enumerate(ROWS_OF_BUCKET)
+    ]
+    return make_manifest("encode", config={}, code="", units=units)
+
+
+def _steps(
+    store: Store, encoded: Manifest, count: int, *, world: int = 1, rank: int = 0, micro: int = 4, start: int = 0
+) -> list[list[Batch]]:
+    """`count` optimizer steps of one rank: lists of micro-batches. Global batch 8, four lanes."""
+    batches = rank_batches(
+        store,
+        encoded,
+        cfg=CFG,
+        batch=8,
+        micro_batch=micro,
+        lanes=4,
+        rank=rank,
+        world=world,
+        rows_per_group=ROWS_PER_GROUP,
+        start_step=start,
+    )
+    return [list(islice(batches, 8 // (world * micro))) for _ in range(count)]
+
+
+def _row_bytes(batches: list[Batch]) -> list[tuple[bytes, ...]]:
+    """Each row of the batches, all fields, as bytes."""
+    return [
+        tuple(getattr(batch, field.name)[row].numpy().tobytes() for field in fields(Batch))
+        for batch in batches
+        for row in range(len(batch.x0))
+    ]
+
+
+def _row(image_id: str = "a", slot: int = 0, std: float = 0.5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    row = {"image_id": np.array(image_id), "slot": np.array(slot), "box_index": np.array(0)}
+    for field in encoded_schema(LATENT, TOKENS):
+        if field.metadata:
+            row[field.name] = rng.standard_normal(array_shape(field)).astype(np.float32)
+            if field.name.endswith("_std"):
+                row[field.name][:] = std
+    return row
+
+
+def _examples(count: int, cfg: DrawConfig = CFG, std: float = 0.5) -> dict[str, np.ndarray]:
+    """Draws of one row in `count` epochs, stacked by name."""
+    row = _row(std=std)
+    drawn = [draw_row(row, epoch=epoch, cfg=cfg) for epoch in range(count)]
+    return {name: np.stack([example[name] for example in drawn]) for name in drawn[0]}
+
+
+# -- order and resume ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (2, 1), (4, 2)])
+def test_any_number_of_ranks_gives_the_same_rows_with_the_same_draws(
+    world: int, micro: int, store: Store, encoded: Manifest
+) -> None:
+    alone = _steps(store, encoded, 7)
+    ranks = [_steps(store, encoded, 7, world=world, rank=rank, micro=micro) for rank in range(world)]
+    for step, expected in enumerate(alone):
+        together = [row for rank in ranks for row in _row_bytes(rank[step])]
+        assert len(together) == 8
+        assert sorted(together) == sorted(_row_bytes(expected))
+
+
+@pytest.mark.parametrize("start", [1, 3, 10])
+def test_starting_at_a_step_is_the_same_stream_from_that_step_on(start: int, store: Store, encoded: Manifest) -> None:
+    whole = _steps(store, encoded, start + 4, world=2, rank=1, micro=2)
+    resumed = _steps(store, encoded, 4, world=2, rank=1, micro=2, start=start)
+    assert [_row_bytes(step) for step in resumed] == [_row_bytes(step) for step in whole[start:]]
+
+
+def test_ten_rows_in_uneven_lanes_all_come_and_a_second_visit_draws_anew(store: Store, encoded: Manifest) -> None:
+    """40 steps of 8 rows: every one of the 10 x 2 rows comes several times, never with the same noise."""
+    rows = [row for step in _steps(store, encoded, 40) for row in _row_bytes(step)]
+    names = [field.name for field in fields(Batch)]
+    noises = [row[names.index("noise")] for row in rows]
+    assert len(set(noises)) == len(noises) == 320
+    tokens = {row[names.index("exemplar_tokens")] for row in rows}
+    assert len(tokens) == 10 * 2 * 2  # draws 1 and 2 of every row
+
+
+def test_a_batch_has_the_declared_shapes_and_types(store: Store, encoded: Manifest) -> None:
+    ((batch, other),) = _steps(store, encoded, 1)
+    for b in (batch, other):
+        for name in ("x0", "masked_latent", "noise"):
+            assert getattr(b, name).shape == (4, *LATENT) and getattr(b, name).dtype == torch.float32
+        assert b.keep_mask_latent.shape == (4, 1, 3, 3) and b.keep_mask_latent.dtype == torch.float32
+        assert b.exemplar_tokens.shape == (4, 1, 4) and b.exemplar_tokens.dtype == torch.float32
+        assert b.timestep.shape == (4,) and b.timestep.dtype == torch.int64
+        assert b.drop_condition.shape == b.drop_context.shape == (4,)
+        assert b.drop_condition.dtype == b.drop_context.dtype == torch.bool
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encoded: Manifest) -> None:
+    files = slot_files(encoded)
+    tables = {(s, f): store.read_table(file) for s, slot in enumerate(files) for f, file in enumerate(slot)}
+    refs = [
+        RowRef(0, slot, file, row // ROWS_PER_GROUP, row % ROWS_PER_GROUP)
+        for (slot, file), table in tables.items()
+        for row in range(table.num_rows)
+    ]
+    assert len(refs) == sum(ROWS_OF_BUCKET) * SLOTS
+    reader, rng = RowReader(store, files), np.random.default_rng(0)
+    for index in rng.permutation(np.repeat(np.arange(len(refs)), 2)):
+        ref = refs[index]
+        table = tables[ref.slot, ref.file]
+        expected = table.slice(ref.group * ROWS_PER_GROUP + ref.row, 1).to_pylist()[0]
+        row = reader.read(ref, lane=int(rng.integers(3)))
+        assert set(row) == set(expected) and row["image_id"] == expected["image_id"] and row["slot"] == ref.slot
+        for field in table.schema:
+            if field.metadata:
+                assert row[field.name].dtype == np.float32 and row[field.name].shape == array_shape(field)
+                assert row[field.name].astype("<f2").tobytes() == expected[field.name]  # float16 to float32 is exact
+
+
+def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:
+    for slot in slot_files(encoded):
+        assert [file.rows for file in slot] == list(ROWS_OF_BUCKET)
+        for file in slot:
+            stored = pq.ParquetFile(store.path(file.path)).metadata
+            groups = [stored.row_group(index).num_rows for index in range(stored.num_row_groups)]
+            assert group_rows(file, ROWS_PER_GROUP) == [rows for rows in groups if rows]
+
+
+# -- draws --------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
+    def noise(seed: int = 23, epoch: int = 0, **identity: int | str) -> bytes:
+        return draw_row(_row(**identity), epoch=epoch, cfg=replace(CFG, seed=seed))["noise"].tobytes()  # type: ignore[arg-type]
+
+    assert noise() == noise()
+    assert len({noise(), noise(seed=24), noise(epoch=1), noise(slot=1), noise(image_id="b")}) == 5
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.1, 0.2, 1.0])
+def test_dropout_has_its_share_and_the_two_kinds_are_independent(prob: float) -> None:
+    drawn = _examples(3000, replace(CFG, condition_dropout_prob=prob, context_dropout_prob=0.3))
+    condition, context = drawn["drop_condition"], drawn["drop_context"]
+    if prob in (0.0, 1.0):
+        assert (condition == bool(prob)).all()
+    else:
+        assert condition.mean() == pytest.approx(prob, abs=4 * np.sqrt(prob * (1 - prob) / 3000))
+        assert (condition & context).mean() == pytest.approx(0.3 * prob, abs=0.02)
+    assert context.mean() == pytest.approx(0.3, abs=0.035)
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
+def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float) -> None:
+    row, drawn = _row(std=0.0), _examples(1000, replace(CFG, bezier_prob=prob), std=0.0)
+    bezier = np.array([np.array_equal(latent, row["bezier_masked_mean"]) for latent in drawn["masked_latent"]])
+    assert bezier.mean() == pytest.approx(prob, abs=0.07 if prob == 0.5 else 0)
+    for is_bezier, latent, keep in zip(bezier, drawn["masked_latent"], drawn["keep_mask_latent"], strict=True):
+        kind = "bezier" if is_bezier else "box"
+        np.testing.assert_array_equal(latent, row[f"{kind}_masked_mean"])
+        np.testing.assert_allclose(keep, 1 - row[f"{kind}_hole_mask_latent"])  # polarity: 1 = known
+
+
+def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_noise() -> None:
+    row, drawn = _row(), _examples(4000, replace(CFG, bezier_prob=0.0))
+    parts = {
+        "x0": (drawn["x0"] - row["source_mean"]) / 0.5,
+        "masked": (drawn["masked_latent"] - row["box_masked_mean"]) / 0.5,
+        "noise": drawn["noise"],
+    }
+    flat = np.stack([part.reshape(-1) for part in parts.values()])
+    np.testing.assert_allclose(flat.mean(1), 0, atol=0.02)
+    np.testing.assert_allclose(flat.std(1), 1, atol=0.02)
+    np.testing.assert_allclose(np.corrcoef(flat), np.eye(3), atol=0.02)
+    assert np.array_equal(_examples(3, std=0.0)["x0"], np.stack([row["source_mean"]] * 3))  # std 0: the mean itself
+
+
+def test_timesteps_are_uniform() -> None:
+    times = _examples(4000, replace(CFG, timesteps=10))["timestep"]
+    assert times.dtype == np.int64
+    counts = np.bincount(times, minlength=10)
+    assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees, p = 0.001
+
+
+def test_without_augmentation_the_clean_reference_is_read_and_with_it_never() -> None:
+    tokens = _row()["exemplar_tokens"]
+    clean = _examples(300, replace(CFG, reference_augmentation=False))["exemplar_tokens"]
+    assert (clean == tokens[0]).all()
+    augmented = _examples(600)["exemplar_tokens"]
+    first, second = ((augmented == tokens[draw]).all((1, 2)) for draw in (1, 2))
+    assert (first ^ second).all() and first.mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_single_draw_is_the_clean_one_even_with_augmentation() -> None:
+    row = _row()
+    row["exemplar_tokens"] = row["exemplar_tokens"][:1]
+    np.testing.assert_array_equal(draw_row(row, epoch=0, cfg=CFG)["exemplar_tokens"], row["exemplar_tokens"][0])
+
+
+# -- prefetch -----------------------------------------------------------------------------------------------------
+
+
+def _batch(number: int) -> Batch:
+    return collate([{**draw_row(_row(), epoch=0, cfg=CFG), "timestep": np.array(number, np.int64)}])
+
+
+def test_prefetching_keeps_the_order_and_stays_within_its_depth() -> None:
+    made: list[int] = []
+    ahead = threading.Event()
+
+    def items() -> Iterator[Batch]:
+        for number in range(20):
+            made.append(number)
+            if len(made) == 4:
+                ahead.set()
+            yield _batch(number)
+
+    prefetched = Prefetched(items(), depth=3)
+    assert ahead.wait(10)  # three in the queue, the fourth waits for room
+    assert len(made) == 4
+    assert [int(prefetched.next().timestep) for _ in range(20)] == list(range(20))
+    prefetched.close()
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("bad row"), KeyboardInterrupt()])
+def test_an_error_surfaces_in_the_consumer_after_the_items_before_it(error: BaseException) -> None:
+    def items() -> Iterator[Batch]:
+        yield _batch(1)
+        raise error
+
+    prefetched = Prefetched(items(), depth=4)
+    assert int(prefetched.next().timestep) == 1
+    with pytest.raises(type(error)) as caught:
+        prefetched.next()
+    assert caught.value is error
+    prefetched.close()
+
+
+def test_the_end_of_the_items_is_an_error_not_a_wait() -> None:
+    prefetched, outcome = Prefetched(iter([_batch(1)]), depth=2), []
+
+    def consume() -> None:
+        prefetched.next()
+        try:
+            prefetched.next()
+        except StopIteration:
+            outcome.append("stopped")
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(5)
+    assert outcome == ["stopped"]
+    prefetched.close()
+
+
+def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
+    def forever() -> Iterator[Batch]:
+        batch = _batch(0)
+        while True:
+            yield batch
+
+    before = set(threading.enumerate())
+    prefetched = Prefetched(forever(), depth=1)
+    (thread,) = set(threading.enumerate()) - before
+    prefetched.next()
+    prefetched.close()
+    assert not thread.is_alive()

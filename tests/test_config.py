@@ -1,0 +1,280 @@
+"""params.yaml: the committed file is good; any wrong key is one line with file, key, value and what is allowed."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pbe import config
+from pbe.config import ParamsError, load_params, repo_root, storage_uri, tracking_uri
+from pbe.errors import UserError
+
+COMMITTED: dict[str, Any] = yaml.safe_load((repo_root() / "params.yaml").read_text())
+# what the messages below mention, so that another profile in params.yaml changes nothing here
+KNOWN: dict[str, dict[str, Any]] = {
+    "ingest": {"source": "sample", "images": None},
+    "filter": {"min_area_frac": 0.02, "max_area_frac": 0.8},
+    "materialize": {"image_px": 64},
+    "encode": {"codec_patch_px": 4, "codec_channels": 16},
+    "train": {
+        "batch": 32,
+        "lanes": 2,
+        "workers": 2,
+        "micro_batch": 16,
+        "unet": {
+            "block_channels": [48, 96],
+            "attention_from_block": 1,
+            "layers_per_block": 1,
+            "attention_heads": 2,
+            "norm_groups": 16,
+            "context_width": 128,
+            "mapper_width": 256,
+            "class_embedding": True,
+        },
+    },
+}
+Load = Callable[..., config.Params]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """load({"train.lr": 1}): a good params.yaml with these keys set; a value of `...` removes the key."""
+
+    def _load(changes: dict[str, Any]) -> config.Params:
+        raw = copy.deepcopy(COMMITTED)
+        for section, values in KNOWN.items():
+            raw[section].update(copy.deepcopy(values))
+        raw["variants"] = {"full": {}}
+        for path, value in changes.items():
+            *parents, key = path.split(".")
+            node = raw
+            for parent in parents:
+                node = node[parent]
+            if value is ...:
+                del node[key]
+            else:
+                node[key] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return load_params(path)
+
+    return _load
+
+
+def _message(load: Load, changes: dict[str, Any]) -> str:
+    with pytest.raises(ParamsError) as caught:
+        load(changes)
+    assert isinstance(caught.value, UserError)
+    return str(caught.value)
+
+
+def test_the_committed_file_is_read_whole() -> None:
+    params = load_params()
+    assert params.model_dump(mode="json") == COMMITTED
+    for name in params.variants:
+        params.train_variant(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.lr": -1}, "params.yaml: train.lr = -1: input should be greater than 0"),
+        ({"train.lr": 1.5}, "params.yaml: train.lr = 1.5: input should be less than or equal to 1"),
+        ({"filter.min_area_frac": 2}, "params.yaml: filter.min_area_frac = 2: input should be less than or equal to 1"),
+        ({"train.steps": 60.5}, "params.yaml: train.steps = 60.5: input should be a valid integer"),
+        ({"train.steps": "many"}, "params.yaml: train.steps = 'many': input should be a valid integer"),
+        ({"train.steps": True}, "params.yaml: train.steps = True: input should be a number"),
+        ({"train.lr": False}, "params.yaml: train.lr = False: input should be a number"),
+        ({"train.lr": None}, "params.yaml: train.lr = None: input should be a valid number"),
+        ({"seed": -1}, "params.yaml: seed = -1: input should be greater than or equal to 0"),
+        ({"ingest.source": "web"}, "params.yaml: ingest.source = 'web': input should be 'sample' or 'folder'"),
+        ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
+        ({"train.unet": None}, "params.yaml: train.unet = None: input should be a valid dictionary"),
+        ({"train.unet.block_channels": []}, "params.yaml: train.unet.block_channels = []: tuple should have at least 1"),
+        ({"evaluate.judges": ["clip"]}, "params.yaml: evaluate.judges.0 = 'clip': input should be 'efficientnet_lite0'"),
+        ({"evaluate.steps": 1001}, "params.yaml: evaluate.steps = 1001: input should be less than or equal to 1000"),
+        ({"train.lr": ...}, "params.yaml: train.lr: required key is missing"),
+        ({"train": ...}, "params.yaml: train: required key is missing"),
+        ({"variants": {}}, "params.yaml: variants = {}: dictionary should have at least 1 item"),
+        ({"variants": {"Bad-Name": {}}}, "params.yaml: variants.Bad-Name.[key] = 'Bad-Name': string should match"),
+        ({"variants": {"full": None}}, "params.yaml: variants.full = None: input should be a valid dictionary"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
+    changes: dict[str, Any], message: str, load: Load
+) -> None:
+    got = _message(load, changes)
+    assert got.startswith(message) and "\n" not in got
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"filter.min_area_frac": 0.9},
+            "params.yaml: filter: min_area_frac 0.9 must be below max_area_frac 0.8",
+        ),
+        ({"train.workers": 3}, "params.yaml: train: workers 3 must divide lanes 2"),
+        ({"train.batch": 33}, "params.yaml: train: lanes 2 must divide batch 33"),
+        (
+            {"train.micro_batch": 5},
+            "params.yaml: train: micro_batch 5 must divide the rows per worker, batch / workers = 16",
+        ),
+        (
+            {"train.unet.block_channels": [48, 50]},
+            "params.yaml: train.unet: block_channels: 50 must be divisible by norm_groups (16) and attention_heads (2)",
+        ),
+        ({"encode.codec_channels": 49}, "params.yaml: encode: codec_channels 49 exceeds 3 * codec_patch_px^2 = 48"),
+        ({"encode.codec_patch_px": 5}, "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64"),
+        ({"ingest.source": "folder"}, "params.yaml: ingest: images: null, but source 'folder' needs the folder of images"),
+        ({"ingest.images": "x"}, "params.yaml: ingest: images: must be null with source 'sample'"),
+        ({"variants.full": {"workers": 3}}, "params.yaml: variants.full: workers 3 must divide lanes 2"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_one_another_are_one_line_with_their_values(
+    changes: dict[str, Any], message: str, load: Load
+) -> None:
+    got = _message(load, changes)
+    assert got.startswith(message) and "\n" not in got
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("leraning_rate", config.Params),
+        ("train.lrr", config.TrainConfig),
+        ("train.unet.heads", config.UNetConfig),
+        ("materialize.slot", config.MaterializeConfig),
+        ("variants.full.lrr", config.TrainConfig),
+    ],
+)
+def test_an_unknown_key_names_the_keys_that_its_place_allows(path: str, model: type[BaseModel], load: Load) -> None:
+    allowed = ", ".join(sorted(model.model_fields))
+    assert _message(load, {path: 1}) == f"params.yaml: {path} = 1: unknown key; allowed here: {allowed}"
+
+
+def test_a_variants_nested_key_is_checked_like_any_other(load: Load) -> None:
+    allowed = ", ".join(sorted(config.UNetConfig.model_fields))
+    got = _message(load, {"variants": {"full": {}, "wide": {"unet": {"heads": 1}}}})
+    assert got == f"params.yaml: variants.wide.unet.heads = 1: unknown key; allowed here: {allowed}"
+    got = _message(load, {"variants": {"full": {}, "fast": {"lr": -1}}})
+    assert got == "params.yaml: variants.fast.lr = -1: input should be greater than 0"
+
+
+def _number_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    out = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            out += _number_keys(field.annotation, f"{prefix}{name}.")
+        elif field.annotation in (int, float):
+            out.append(prefix + name)
+    return out
+
+
+@pytest.mark.parametrize("key", _number_keys(config.Params))
+def test_no_number_may_be_nan_infinite_or_a_truth_value(key: str, load: Load) -> None:
+    for value in (float("nan"), float("inf"), float("-inf"), True):
+        got = _message(load, {key: value})
+        assert got.startswith(f"params.yaml: {key} = {value}: ") and "\n" not in got
+
+
+def test_every_wrong_key_has_its_own_line(load: Load) -> None:
+    lines = _message(load, {"train.lr": -1, "filter.min_area_frac": 2, "typo": 1, "seed": ...}).split("\n")
+    assert sorted(line.split(" ")[1].rstrip(":") for line in lines) == ["filter.min_area_frac", "seed", "train.lr", "typo"]
+
+
+def test_numbers_as_the_command_line_writes_them_are_numbers(load: Load) -> None:
+    """`2e-5` is a text in YAML 1.1."""
+    assert load({"train.lr": "2e-5"}).train.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "must be a mapping"),
+        (b"- 1\n- 2\n", "must be a mapping"),
+        (b"train: [1, 2", "not valid YAML"),
+        (b"train: {\n  lr: }: 3\n", "not valid YAML"),
+        (b"seed: \xff", "not valid YAML"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_settings_is_one_line(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(data)
+    with pytest.raises(ParamsError, match=f"^params.yaml: {words}") as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"^params\.yaml: not found; `make profile P=sample` writes it$"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_variants_override_their_keys_and_nothing_else(load: Load) -> None:
+    params = load({"variants": {"full": {}, "wide": {"lr": 0.5, "unet": {"context_width": 64}}}})
+    assert params.train_variant("full") == params.train
+    wide, base = params.train_variant("wide").model_dump(), params.train.model_dump()
+    assert (wide.pop("lr"), wide["unet"].pop("context_width")) == (0.5, 64)
+    base.pop("lr"), base["unet"].pop("context_width")
+    assert wide == base
+    with pytest.raises(ParamsError, match=r"^variant 'other' is not in params\.yaml; it names: full, wide$"):
+        params.train_variant("other")
+
+
+def test_settings_cannot_be_changed_after_reading(load: Load) -> None:
+    params = load({})
+    with pytest.raises(ValidationError, match="frozen"):
+        params.train.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("workers", "micro"), [(1, 32), (1, 8), (2, 16), (2, 1)])
+def test_accumulation_keeps_the_global_batch(workers: int, micro: int, load: Load) -> None:
+    train = load({"train.workers": workers, "train.micro_batch": micro}).train
+    assert train.accumulation_steps * workers * micro == 32
+
+
+def test_storage_is_an_absolute_path_or_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PBE_STORAGE", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert storage_uri() == str(repo_root() / ".store")
+    assert tracking_uri() == f"sqlite:///{repo_root() / 'mlflow.db'}"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # DVC's queued experiments share the parent's storage
+    assert storage_uri() == str(tmp_path / ".store")
+    assert tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value, expected in (
+        ("s3://bucket/prefix/", "s3://bucket/prefix"),
+        (str(tmp_path / "x" / ".." / "y"), str(tmp_path / "y")),
+        ("shared", str(tmp_path / "shared")),
+        ("~/data", str(tmp_path / "home" / "data")),
+    ):
+        monkeypatch.setenv("PBE_STORAGE", value)
+        assert storage_uri() == expected
+    monkeypatch.setenv("PBE_STORAGE", "gs://bucket")
+    with pytest.raises(ParamsError, match="^PBE_STORAGE=gs://bucket: use a local path or s3://bucket/prefix$"):
+        storage_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert tracking_uri() == "http://tracking:5000"
+
+
+def test_reading_the_settings_imports_nothing_heavy() -> None:
+    """The error for a typo must come at once."""
+    code = (
+        "import sys; from pbe.config import load_params; load_params();"
+        "heavy = {'torch', 'ray', 'mlflow', 'diffusers', 'cv2', 'albumentations'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(repo_root())}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

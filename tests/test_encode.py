@@ -51,9 +51,7 @@ def _triplets(crops: np.ndarray, rows: list[int]) -> pa.Table:
     )
 
 
-def _encode(
-    triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite, draws: int = DRAWS
-) -> pa.Table:
+def _encode(triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite, draws: int = DRAWS) -> pa.Table:
     return encode_triplets(
         triplets,
         image_px=SIZE_PX,
@@ -93,7 +91,7 @@ def test_pixels_and_images_are_inverse_and_in_range(crops: np.ndarray) -> None:
     for uint8 in (every_value, crops):
         pixels = to_pixels(uint8)
         assert pixels.dtype == torch.float32 and pixels.shape == (len(uint8), 3, 16, 16)
-        assert -1 <= pixels.min() and pixels.max() <= 1
+        assert pixels.min() >= -1 and pixels.max() <= 1
         np.testing.assert_array_equal(to_images(pixels), uint8)
     assert (to_pixels(every_value)[0, 0, 0, 0], to_pixels(every_value)[0, 0, -1, -1]) == (-1, 1)
 

@@ -31,7 +31,11 @@ from pbe.store import (
 )
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
     max_leaves=6,
 )
@@ -257,7 +261,9 @@ def test_a_unit_whose_record_cannot_be_read_is_not_there(text: str, any_store: S
 
 def test_equal_tables_give_equal_bytes_however_they_came_about(store: Store) -> None:
     """In chunks, as a slice of a larger table, written before or after another: same rows, same file."""
-    table = pa.table({"data": [bytes([index % 251]) * 3000 for index in range(700)], "id": [str(i) for i in range(700)]})
+    table = pa.table(
+        {"data": [bytes([index % 251]) * 3000 for index in range(700)], "id": [str(i) for i in range(700)]}
+    )
     for per_group in (64, 1000):
         chunked = pa.concat_tables([table.slice(start, 37) for start in range(0, 700, 37)])
         sliced = pa.concat_tables([table.slice(600), table, table]).combine_chunks().slice(100, 700)
@@ -293,12 +299,11 @@ def test_damage_of_equal_size_is_noticed_when_the_part_is_read(store: Store) -> 
         path.write_bytes(damaged)
         try:
             assert store.read_table(file).equals(expected)
-        except StoreError as error:
-            assert "run again" in str(error)
+        except StoreError:
             noticed += 1
     assert noticed > 100
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match=r"cannot be read .* delete its folder and run again"):
         store.read_table(file)
 
 

@@ -1,4 +1,4 @@
-"""Batches: the same rows and draws for any number of ranks and any restart; draws with the right shares and statistics."""
+"""Batches: the same rows and draws for any number of ranks and any restart; draws have their shares and statistics."""
 
 import threading
 from collections.abc import Iterator

@@ -185,9 +185,7 @@ def test_a_portrait_is_a_transposed_landscape() -> None:
 def test_window_by_hand() -> None:
     """100 x 60, ext x 30..50, y 10..40: left in 0..30; then up to int(0.6 * free) px less, free = the smallest gap."""
     rng, ext = np.random.default_rng(9), Box(30, 10, 50, 40)
-    boxes = [
-        square_window(ext, width_px=100, height_px=60, shrink_frac=0.6, rng=rng).box for _ in range(3000)
-    ]
+    boxes = [square_window(ext, width_px=100, height_px=60, shrink_frac=0.6, rng=rng).box for _ in range(3000)]
     uncut = {(box.x0 - box.y0) for box in boxes}  # both moved by the same cut
     assert uncut == set(range(31))
     for left in (0, 5, 30):

@@ -71,9 +71,7 @@ def test_chunks_and_no_rows_at_all() -> None:
     table = _boxes([(0.5, 0.5), (0.01, 0.01), (1.0, 1.0), (0.3, 0.9)])
     chunked = pa.concat_tables([table.slice(start, 1) for start in range(4)])
     for limits in ((0.02, 0.8), (0.0, 1.0)):
-        one, other = (
-            filter_boxes(t, min_area_frac=limits[0], max_area_frac=limits[1]) for t in (table, chunked)
-        )
+        one, other = (filter_boxes(t, min_area_frac=limits[0], max_area_frac=limits[1]) for t in (table, chunked))
         assert one[0].equals(other[0]) and one[1].equals(other[1])
     kept, rejects = filter_boxes(table.slice(0, 0), min_area_frac=0.02, max_area_frac=0.8)
     assert (kept.num_rows, rejects.num_rows) == (0, 0) and kept.schema.equals(BOXES)

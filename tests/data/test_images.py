@@ -49,7 +49,9 @@ def test_jpeg_keeps_full_colour_resolution() -> None:
 
 def test_grey_becomes_three_equal_channels_and_alpha_is_dropped() -> None:
     grey = _noise(9, 7)[..., 0]
-    np.testing.assert_array_equal(decode(cv2.imencode(".png", grey)[1].tobytes()), np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(
+        decode(cv2.imencode(".png", grey)[1].tobytes()), np.repeat(grey[..., None], 3, axis=2)
+    )
     image = _noise(9, 7)
     with_alpha = np.dstack([image[..., ::-1], np.full((9, 7), 3, np.uint8)])
     np.testing.assert_array_equal(decode(cv2.imencode(".png", with_alpha)[1].tobytes()), image)

@@ -1,4 +1,4 @@
-"""Nothing is lost: whatever the input, kept + rejected = input, every reject has a reason, and the tables can be stored."""
+"""Nothing is lost: kept + rejected = input whatever comes, every reject has a reason, and the tables can be stored."""
 
 import hashlib
 from collections import Counter
@@ -64,7 +64,9 @@ def _check(files: list[ImageFile], lines: list[BoxLine], store: Store) -> tuple[
     image_ids = tables["images"].column("image_id").to_pylist()
     assert image_ids == sorted(set(image_ids))
     per_image: dict[str, list[int]] = {}
-    for image_id, index in zip(*(tables["boxes"].column(n).to_pylist() for n in ("image_id", "box_index")), strict=True):
+    for image_id, index in zip(
+        *(tables["boxes"].column(n).to_pylist() for n in ("image_id", "box_index")), strict=True
+    ):
         per_image.setdefault(image_id, []).append(index)
     assert list(per_image) == image_ids  # every kept photo has a box and every box a photo, in the same order
     assert all(indices == list(range(len(indices))) for indices in per_image.values())

@@ -25,7 +25,9 @@ def _random_boxes(count: int, least_px: int, seed: int) -> list[tuple[Box, Box, 
         w, h = int(rng.integers(least_px, width_px + 1)), int(rng.integers(least_px, height_px + 1))
         x0, y0 = int(rng.integers(0, width_px - w + 1)), int(rng.integers(0, height_px - h + 1))
         box = Box(x0, y0, x0 + w, y0 + h)
-        out.append((box, extended(box, width_px=width_px, height_px=height_px, extend_frac=0.4, rng=rng), width_px, height_px))
+        out.append(
+            (box, extended(box, width_px=width_px, height_px=height_px, extend_frac=0.4, rng=rng), width_px, height_px)
+        )
     return out
 
 

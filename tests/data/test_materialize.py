@@ -47,9 +47,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pa.Table]:
     return {"images": tables["images"], "boxes": tables["boxes"].filter(pa.array(keep))}
 
 
-def _tables(
-    bucket: dict[str, pa.Table], slots: int = 5, seed: int = 23
-) -> tuple[dict[str, pa.Table], dict[str, int]]:
+def _tables(bucket: dict[str, pa.Table], slots: int = 5, seed: int = 23) -> tuple[dict[str, pa.Table], dict[str, int]]:
     return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG, slots=slots, jpeg_quality=95, seed=seed)
 
 
@@ -97,7 +95,9 @@ def test_slots_take_every_box_of_a_photo_in_turn(bucket: dict[str, pa.Table]) ->
 def test_a_row_depends_on_its_own_photo_and_slot_alone(bucket: dict[str, pa.Table]) -> None:
     """Not on the other photos, their order, or how many slots are made."""
     rows = _rows(_tables(bucket)[0])
-    reverse = {name: table.take(list(range(table.num_rows))[::-1]) for name, table in bucket.items() if name == "images"}
+    reverse = {
+        name: table.take(list(range(table.num_rows))[::-1]) for name, table in bucket.items() if name == "images"
+    }
     assert _rows(_tables({**bucket, **reverse})[0]) == rows
     alone = {
         name: table.filter(pa.array([value == "plum" for value in table.column("image_id").to_pylist()]))
@@ -124,7 +124,9 @@ def test_every_row_can_be_read_back(bucket: dict[str, pa.Table]) -> None:
 
 
 def test_a_bucket_without_train_photos_has_empty_tables(bucket: dict[str, pa.Table], tmp_path: Path) -> None:
-    none = bucket["images"].filter(pa.array([split != "train" for split in bucket["images"].column("split").to_pylist()]))
+    none = bucket["images"].filter(
+        pa.array([split != "train" for split in bucket["images"].column("split").to_pylist()])
+    )
     tables, counts = _tables({"images": none, "boxes": bucket["boxes"]}, slots=2)
     assert all(table.num_rows == 0 for table in tables.values()) and set(counts.values()) == {0}
     Store(str(tmp_path)).write_unit("materialize", "empty", tables, counts=counts)

@@ -92,7 +92,9 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(world: int) -> 
 
     def step_rows(ranks: int) -> list[Counter[RowRef]]:
         streams = [
-            lane_stream(UNEVEN, lane=lane, lanes=lanes, seed=5) for rank in range(ranks) for lane in range(rank, lanes, ranks)
+            lane_stream(UNEVEN, lane=lane, lanes=lanes, seed=5)
+            for rank in range(ranks)
+            for lane in range(rank, lanes, ranks)
         ]
         return [Counter(ref for stream in streams for ref in islice(stream, per_lane)) for _ in range(steps)]
 
@@ -123,7 +125,7 @@ def test_every_row_is_equally_likely_to_come_first() -> None:
 
 
 def test_a_lane_without_rows_is_an_error_that_says_what_to_change() -> None:
-    with pytest.raises(ValueError, match="lane 2 of 3 has no rows; lower train.lanes or encode.rows_per_group"):
+    with pytest.raises(ValueError, match=r"lane 2 of 3 has no rows; lower train\.lanes or encode\.rows_per_group"):
         next(lane_stream([[[1, 1]]], lane=2, lanes=3, seed=0))
     with pytest.raises(ValueError, match="lane 0 of 1"):
         next(lane_stream([[[1]], [[]]], lane=0, lanes=1, seed=0))  # one empty slot is enough

@@ -94,7 +94,9 @@ def test_both_holes_are_cut_for_the_same_crop() -> None:
 
 def test_without_extension_the_hole_has_the_size_of_the_box() -> None:
     cfg = replace(CFG, box_extend_frac=0.0, crop_shrink_frac=0.0)
-    triplet = cut_triplet(_marked(Box(8, 16, 40, 56), 64, 64), Box(8, 16, 40, 56), cfg=cfg, rng=np.random.default_rng(0))
+    triplet = cut_triplet(
+        _marked(Box(8, 16, 40, 56), 64, 64), Box(8, 16, 40, 56), cfg=cfg, rng=np.random.default_rng(0)
+    )
     assert triplet.box_px == (4.0, 8.0, 20.0, 28.0)
     expected = np.zeros((32, 32), np.uint8)
     expected[8:28, 4:20] = 1

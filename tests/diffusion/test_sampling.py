@@ -32,7 +32,7 @@ def _oracle(objective: Objective, schedule: BetaSchedule, cond: Tensor, uncond: 
     return denoise
 
 
-def _sample(denoise: Denoiser, **changes) -> Tensor:  # noqa: ANN003
+def _sample(denoise: Denoiser, **changes) -> Tensor:
     settings = dict(steps=10, guidance_scale=1.0, objective="x0", beta_schedule="squaredcos_cap_v2")
     return sample(denoise, _normal(0), **{**settings, **changes})
 

@@ -1,5 +1,7 @@
 """The patch codec is PCA: the best linear code, fitted in any order, exact on its span, unit rms."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_the_fit_does_not_depend_on_the_order_of_the_crops(crops: np.ndarray) ->
 
 def test_more_components_explain_more_up_to_everything(crops: np.ndarray) -> None:
     shares = [fit_patch_codec(crops, patch_px=2, channels=channels)[1] for channels in range(1, 13)]
-    assert all(a < b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a < b for a, b in pairwise(shares))
     assert shares[0] > 0 and shares[-1] == pytest.approx(1)
 
 

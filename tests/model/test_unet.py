@@ -83,9 +83,7 @@ def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architect
     out = model(**{**inputs, "drop_condition": drop})
     vector = model.exemplar.uncond_vector.expand(3, 1, -1)
     channels = torch.cat([inputs[name] for name in ("noisy_latent", "masked_latent", "keep_mask_latent")], dim=1)
-    expected = model.unet(
-        channels, inputs["timestep"], encoder_hidden_states=vector, class_labels=vector[:, 0]
-    ).sample
+    expected = model.unet(channels, inputs["timestep"], encoder_hidden_states=vector, class_labels=vector[:, 0]).sample
     torch.testing.assert_close(out[drop], expected[drop], atol=1e-5, rtol=0)
     torch.testing.assert_close(out[~drop], model(**inputs)[~drop], atol=1e-5, rtol=0)
 

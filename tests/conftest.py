@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,15 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
+def pytest_collection_finish() -> None:
+    """Tiny tensors on few cores: torch threads beyond one mostly wait for each other, up to 40 times as long."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def one_thread() -> None:
-    """Tiny tensors: more torch threads than one only wait for each other."""
+    """The same for files that leave the import of torch to their fixtures."""
     import torch
 
     torch.set_num_threads(1)

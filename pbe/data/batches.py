@@ -88,8 +88,8 @@ def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict
     rng = row_rng(cfg.seed, str(row["image_id"]), int(row["slot"]), "train", epoch)
     kind = "bezier" if rng.random() < cfg.bezier_prob else "box"
     draws = len(row["exemplar_tokens"])
-    augmented = cfg.reference_augmentation and draws > 1
-    draw = int(rng.integers(1, draws)) if augmented else 0
+    augmented = int(rng.integers(1, draws)) if draws > 1 else 0  # drawn always, so that ablations share the rest
+    draw = augmented if cfg.reference_augmentation else 0
     shape = row["source_mean"].shape
 
     def normal() -> np.ndarray:

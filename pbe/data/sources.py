@@ -128,18 +128,25 @@ def box_files(location: Path) -> list[Path]:
 def read_box_lines(location: Path) -> Iterator[BoxLine]:
     """All lines of all box files. Raises SourceError for a file without the OpenImages columns, or without rows."""
     for path in box_files(location):
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream, restkey=EXTRA_CELLS, restval="")
-            missing = [name for name in BOX_COLUMNS if name not in (reader.fieldnames or [])]
-            if missing:
-                raise SourceError(f"{path}: not an OpenImages box CSV, its header lacks {', '.join(missing)}")
-            split = _split_of(path.name)
-            empty = True
-            for cells in reader:
-                empty = False
-                yield BoxLine(path.name, reader.line_num, split, cells)
-            if empty:
-                raise SourceError(f"{path}: has a header but no box")
+        try:
+            yield from _lines_of(path)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise SourceError(f"{path}: not a CSV in UTF-8: {error}") from None
+
+
+def _lines_of(path: Path) -> Iterator[BoxLine]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream, restkey=EXTRA_CELLS, restval="")
+        missing = [name for name in BOX_COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise SourceError(f"{path}: not an OpenImages box CSV, its header lacks {', '.join(missing)}")
+        split = _split_of(path.name)
+        empty = True
+        for cells in reader:
+            empty = False
+            yield BoxLine(path.name, reader.line_num, split, cells)
+        if empty:
+            raise SourceError(f"{path}: has a header but no box")
 
 
 def class_names(location: Path) -> dict[str, str]:
@@ -151,7 +158,7 @@ def class_names(location: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for path in sorted(folder.glob("*.csv")):
         if _is_classes(path):
-            with path.open(newline="", encoding="utf-8") as stream:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
                 names.update({row[0]: row[1] for row in csv.reader(stream) if len(row) >= 2})
     return names
 

@@ -21,6 +21,7 @@ OUTSIDE: list[dict[str, Any]] = [
     {"XMin": "-0.01"},
     {"XMax": "1.01"},
     {"YMin": "0.75"},  # min = max: no pixel
+    {"XMin": "0.5"},
     {"YMin": "0.9"},  # min > max
     {"YMax": "nan"},
     {"XMax": "inf"},
@@ -136,6 +137,9 @@ def test_what_is_kept_is_as_stored(tmp_path: Path, store: Store) -> None:
     cat, other = tables["boxes"].to_pylist()
     assert (cat["label"], cat["label_name"], other["label_name"]) == ("/m/1", "Cat", "/m/9")
     assert (cat["xmin"], cat["xmax"], cat["ymin"], cat["ymax"]) == (0.1, 0.5, 0.2, 0.75)
+    numbered = [_line(number, "a", XMin=f"0.{number}", XMax="0.9") for number in range(2, 7)]
+    again, _ = _check(files, [*numbered, lines[0]], store)
+    assert again["boxes"].column("xmin").to_pylist()[:5] == [0.2, 0.3, 0.4, 0.5, 0.6]  # in the order of the lines
     flags = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
     assert [other[flag] for flag in flags] == [-1, -1, 1, -1, -1]  # a missing flag is unknown
 

@@ -18,7 +18,7 @@ SAMPLE_BOXES = repo_root() / "pbe" / "data" / "sample"
 def _csv(folder: Path, name: str, text: str = HEADER + LINE) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -129,6 +129,22 @@ def test_an_empty_file_is_an_error_even_beside_a_good_one(text: str, words: str,
         list(read_box_lines(tmp_path))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    """Spreadsheets write one."""
+    (line,) = read_box_lines(_csv(tmp_path, "boxes.csv", "\ufeff" + HEADER + LINE))
+    assert line.cells["ImageID"] == "a"
+    _csv(tmp_path, "class-descriptions.csv", "\ufeff/m/1,Cat\n")
+    assert class_names(tmp_path) == {"/m/1": "Cat"}
+
+
+def test_a_file_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "boxes.csv")
+    path.write_bytes(path.read_bytes() + b"a,xclick,/m/B\xe4r,1,0.1,0.5,0.2,0.6,0\n")
+    with pytest.raises(SourceError, match=r"boxes\.csv: not a CSV in UTF-8") as caught:
+        list(read_box_lines(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_short_and_long_lines_have_text_cells_only(tmp_path: Path) -> None:
     """Missing cells are empty; leftover ones are kept under a name of their own. Blank lines are no lines."""
     short, long = read_box_lines(_csv(tmp_path, "x.csv", HEADER + "a,xclick\n\n" + LINE.strip() + ",left,over\n"))
@@ -156,8 +172,8 @@ def test_no_box_file_is_an_error(tmp_path: Path) -> None:
 def test_class_names_with_and_without_header(tmp_path: Path) -> None:
     boxes = _csv(tmp_path, "boxes.csv")
     assert class_names(boxes) == class_names(tmp_path) == {}
-    _csv(tmp_path, "class-descriptions-boxable.csv", '/m/1,Cat\n/m/2,"Dog, small"\n')
+    _csv(tmp_path, "class-descriptions-boxable.csv", '/m/1,Cat\n/m/2,"Dog, small"\n/m/4,B\u00e4r\n')
     _csv(tmp_path, "oidv7-class-descriptions-boxable.csv", "LabelName,DisplayName\n/m/3,Bird\n")
     for location in (boxes, tmp_path):
         names = class_names(location)
-        assert (names["/m/1"], names["/m/2"], names["/m/3"]) == ("Cat", "Dog, small", "Bird")
+        assert [names[f"/m/{k}"] for k in (1, 2, 3, 4)] == ["Cat", "Dog, small", "Bird", "B\u00e4r"]

@@ -103,6 +103,18 @@ def test_without_extension_the_hole_has_the_size_of_the_box() -> None:
     np.testing.assert_array_equal(triplet.box_hole_mask, expected)
 
 
+def test_holes_keep_their_size_on_average_whatever_the_crop() -> None:
+    """A crop pixel is hole when at least half of it is: rounding neither grows nor shrinks holes."""
+    cfg, ratios = replace(CFG, box_extend_frac=0.0), []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        box = Box(*(int(v) for v in np.concatenate([rng.integers(20, 60, 2), rng.integers(80, 120, 2)])))
+        triplet = cut_triplet(_marked(box, 190, 150), box, cfg=cfg, rng=rng)
+        x0, y0, x1, y1 = triplet.box_px
+        ratios.append(triplet.box_hole_mask.sum() / ((x1 - x0) * (y1 - y0)))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+
+
 def test_a_sliver_thinner_than_a_crop_pixel_still_leaves_a_hole() -> None:
     cfg = replace(CFG, box_extend_frac=0.0, bezier_jitter_px=0, crop_shrink_frac=0.0)
     box = Box(300, 5, 301, 6)

@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pbe.data import images
 from tests.pipelines.project import Project, kill_tree, make_project
 
 pytest.importorskip("skimage", reason="needs the sample extra")
@@ -180,3 +184,22 @@ def test_experiments_land_in_the_main_mlflow_database(repro: Project) -> None:
     assert experiment is not None
     rates = {run.data.params.get("train.lr") for run in client.search_runs([experiment.experiment_id])}
     assert {"0.001", "0.003"} <= rates
+
+
+@pytest.mark.browser
+def test_report_shows_in_a_browser(repro: Project, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on PATH")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    options += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
+    picture, page = tmp_path / "page.png", (repro.folder / "reports" / "index.html").as_uri()
+    subprocess.run(
+        [browser, *options, f"--screenshot={picture}", "--window-size=1280,3000", page],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    shown = images.decode(picture.read_bytes())
+    assert shown.shape == (3000, 1280, 3)
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 2000  # pictures are there, not only text

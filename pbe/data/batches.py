@@ -6,11 +6,12 @@ choice and posterior sample of a row come from (seed, image_id, epoch).
 
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import array_shape
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
+
+CACHE_BYTES = 256 << 20  # row groups that one rank keeps
 
 
 @dataclass(frozen=True)
@@ -48,39 +51,48 @@ class Batch:
 
 
 class RowReader:
-    """Reads single rows of encoded files; keeps the last row group of each lane, so memory is bounded."""
+    """Reads single rows of encoded files; keeps recent row groups, at most `cache_bytes` of them and always one.
 
-    def __init__(self, store: Store, files: Sequence[Sequence[File]]) -> None:
+    A small data set is then read once; a large one streams with bounded memory.
+    """
+
+    def __init__(self, store: Store, files: Sequence[Sequence[File]], cache_bytes: int = CACHE_BYTES) -> None:
         self._store = store
         self._files = files
-        self._open: tuple[tuple[int, int], pq.ParquetFile] | None = None
-        self._group: dict[int, tuple[tuple[int, int, int], list[dict[str, np.ndarray]]]] = {}
+        self._cache_bytes = cache_bytes
+        self._groups: OrderedDict[tuple[int, int, int], pa.Table] = OrderedDict()
+        self._held_bytes = 0
 
-    def read(self, ref: RowRef, lane: int) -> dict[str, np.ndarray]:
+    def read(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One row: array columns as float32 arrays, the rest as 0-d objects."""
         key = (ref.slot, ref.file, ref.group)
-        held = self._group.get(lane)
-        if held is None or held[0] != key:
-            held = (key, self._read_group(*key))
-            self._group[lane] = held
-        return held[1][ref.row]
+        if key in self._groups:
+            self._groups.move_to_end(key)
+        else:
+            self._groups[key] = self._read_group(key)
+            self._held_bytes += self._groups[key].nbytes
+            while len(self._groups) > 1 and self._held_bytes > self._cache_bytes:
+                self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
+        return _row_arrays(self._groups[key], ref.row)
 
-    def _read_group(self, slot: int, file: int, group: int) -> list[dict[str, np.ndarray]]:
-        if self._open is None or self._open[0] != (slot, file):
-            if self._open is not None:
-                self._open[1].close(force=True)
-            self._open = ((slot, file), self._store.open_parquet(self._files[slot][file]))
-        table = self._open[1].read_row_group(group)
-        rows: list[dict[str, np.ndarray]] = [{} for _ in range(table.num_rows)]
-        for field in table.schema:
-            values = table.column(field.name).to_pylist()
-            shape = array_shape(field) if field.metadata else None
-            for row, value in zip(rows, values, strict=True):
-                if shape is None:
-                    row[field.name] = np.array(value)
-                else:
-                    row[field.name] = np.frombuffer(value, "<f2").reshape(shape).astype(np.float32)
-        return rows
+    def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
+        slot, file, group = key
+        parquet = self._store.open_parquet(self._files[slot][file])
+        try:
+            return parquet.read_row_group(group)
+        finally:
+            parquet.close(force=True)
+
+
+def _row_arrays(table: pa.Table, row: int) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    for field in table.schema:
+        value = table.column(field.name)[row].as_py()
+        if field.metadata:
+            out[field.name] = np.frombuffer(value, "<f2").reshape(array_shape(field)).astype(np.float32)
+        else:
+            out[field.name] = np.array(value)
+    return out
 
 
 def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict[str, np.ndarray]:
@@ -143,7 +155,7 @@ def rank_batches(
         for lane in mine:
             for _ in range(per_lane):
                 ref = next(streams[lane])
-                examples.append(draw_row(reader.read(ref, lane), epoch=ref.epoch, cfg=cfg))
+                examples.append(draw_row(reader.read(ref), epoch=ref.epoch, cfg=cfg))
         for start in range(0, len(examples), micro_batch):
             yield collate(examples[start : start + micro_batch])
 

@@ -51,7 +51,7 @@ def make_engine(model: nn.Module, cfg: TrainConfig) -> Any:
     if not on_gpu:
         # this op is compiled at first use and needs g++ and ninja; without it DeepSpeed uses plain gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(cfg, on_gpu=on_gpu), dist_init_required=False
     )

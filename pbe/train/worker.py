@@ -113,8 +113,8 @@ def train_worker(job: Job) -> None:
                 history.append(point)
                 if rank == 0:
                     track.log_metrics(job.tracking_uri, job.mlflow_run_id, point, step=done, prefix="train/")
-            if rank == 0 and job.progress is not None:
-                job.progress.put_nowait((done, timing["loss"]))
+                    if job.progress is not None:
+                        job.progress.put_nowait((done, point["loss"]))
 
             # save
             if done % cfg.checkpoint_every == 0 and done < cfg.steps:

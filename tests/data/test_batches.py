@@ -154,7 +154,8 @@ def test_a_batch_has_the_declared_shapes_and_types(store: Store, encoded: Manife
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encoded: Manifest) -> None:
+@pytest.mark.parametrize("cache_bytes", [0, 2000, 1 << 30])
+def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encoded: Manifest, cache_bytes: int) -> None:
     files = slot_files(encoded)
     tables = {(s, f): store.read_table(file) for s, slot in enumerate(files) for f, file in enumerate(slot)}
     refs = [
@@ -163,14 +164,15 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
         for row in range(table.num_rows)
     ]
     assert len(refs) == sum(ROWS_OF_BUCKET) * SLOTS
-    reader, rng = RowReader(store, files), np.random.default_rng(0)
+    reader, rng = RowReader(store, files, cache_bytes), np.random.default_rng(0)
     for index in rng.permutation(np.repeat(np.arange(len(refs)), 2)):
         ref = refs[index]
         table = tables[ref.slot, ref.file]
         expected = table.slice(ref.group * ROWS_PER_GROUP + ref.row, 1).to_pylist()[0]
-        row = reader.read(ref, lane=int(rng.integers(3)))
+        row = reader.read(ref)
         assert set(row) == set(expected) and row["image_id"] == expected["image_id"] and row["slot"] == ref.slot
         for field in table.schema:
+            assert reader._held_bytes <= max(cache_bytes, max(group.nbytes for group in reader._groups.values()))
             if field.metadata:
                 assert row[field.name].dtype == np.float32 and row[field.name].shape == array_shape(field)
                 assert row[field.name].astype("<f2").tobytes() == expected[field.name]  # float16 to float32 is exact

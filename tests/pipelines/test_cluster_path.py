@@ -78,12 +78,15 @@ def cluster() -> Iterator[Cluster]:
         "object-store-memory": 300_000_000,
         "temp-dir": folder,
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    # Ray's own head cannot start workers from an interpreter whose path has a space; ours may have one
+    (folder / "venv").symlink_to(sys.prefix, target_is_directory=True)
+    python = folder / "venv" / "bin" / Path(sys.executable).name
+    command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in flags.items())],
             env={
-                **plain_env(folder),
+                **plain_env(folder, python=python),
                 **s3_env(s3_address, "cluster"),
                 **token_env(token),
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else it waits 30 s for Ray Data's detached actors
@@ -142,8 +145,8 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def plain_env(home: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+def plain_env(home: Path, python: Path = Path(sys.executable)) -> dict[str, str]:
+    path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 

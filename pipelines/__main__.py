@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from pbe.errors import UserError
-from pipelines.memory import keep_freed_memory
+from pipelines.environment import prepare_driver
 from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, open_stage
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     profile_parser.add_argument("name")
     profile_parser.add_argument("--root", default="")
     args = parser.parse_args(argv)
-    keep_freed_memory()
+    prepare_driver()
     try:
         _dispatch(args)
     except UserError as error:

@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from pbe.config import EncodeConfig
 from pbe.data import images
@@ -18,6 +17,7 @@ from pbe.data.schema import TRIPLETS, require
 from pbe.data.slots import slot_files
 from pbe.model.codec import codec_bytes, fit_patch_codec
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.progress import with_progress
 from pipelines.stage import Stage, save_counts
 from pipelines.units import Unit, run_units
 
@@ -52,8 +52,8 @@ def _fit_codec(stage: Stage, triplets: Manifest, cfg: EncodeConfig) -> str:
     identity = digest([cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops, triplets.digest, stage.code])
     path = f"parts/encode/codec-{identity}/codec.safetensors"
     if not stage.store.exists(path):
-        crops = tqdm(
-            _crops(stage.store, triplets, cfg.codec_fit_crops), total=cfg.codec_fit_crops, desc="encode: codec"
+        crops = with_progress(
+            _crops(stage.store, triplets, cfg.codec_fit_crops), "encode: codec", total=cfg.codec_fit_crops, unit="crop"
         )
         codec, explained = fit_patch_codec(crops, patch_px=cfg.codec_patch_px, channels=cfg.codec_channels)
         print(f"encode: {cfg.codec_channels} components keep {explained:.1%} of the patch variance")

@@ -4,11 +4,11 @@ Vectorised over one bucket at a time in this process: 14.6 million boxes need no
 """
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from pbe.data.filter import filter_boxes
 from pbe.data.schema import BOXES, require
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
+from pipelines.progress import with_progress
 from pipelines.stage import Stage, StageError, save_counts
 
 
@@ -16,7 +16,7 @@ def main(stage: Stage) -> None:
     cfg = stage.params.filter
     ingested = load_manifest(stage.input("ingest"))
     records = []
-    for unit in tqdm(ingested.units, desc="filter", unit="part"):
+    for unit in with_progress(ingested.units, "filter", total=len(ingested.units), unit="part"):
         source = unit.file("boxes")
         name = f"{unit.unit.split('-')[0]}-{digest(['filter', stage.code, cfg.model_dump(), source.sha256])}"
         record = stage.store.find_unit("filter", name)

@@ -32,9 +32,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import tracking_uri
 from pbe.store import StoreError, digest
+from pipelines.environment import WORKER_ENV
 from pipelines.provenance import COMMIT_VARIABLE, git_commit
 from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
-from pipelines.units import WORKER_ENV
 
 CODE_FOLDERS = ("pbe", "pipelines")
 CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads

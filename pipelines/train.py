@@ -12,12 +12,11 @@ import threading
 from contextlib import ExitStack
 from typing import Any
 
-from tqdm import tqdm
-
 from pbe import track
 from pbe.config import TrainConfig, tracking_uri
 from pbe.store import Manifest, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
+from pipelines.progress import progress_bar
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError, load_train_manifest
 from pipelines.units import start_ray
@@ -167,7 +166,7 @@ class ProgressBar:
 
     def __init__(self, progress: Any, *, total: int, label: str) -> None:
         self._progress, self._stop = progress, threading.Event()
-        self._bar = tqdm(total=total, desc=label, unit="step")
+        self._bar = progress_bar(label, total=total, unit="step")
         self._thread = threading.Thread(target=self._follow, daemon=True, name="pbe-progress")
 
     def __enter__(self) -> None:
@@ -186,8 +185,8 @@ class ProgressBar:
                 step, loss = self._progress.get(timeout=0.5)
             except (Empty, queue.Empty):
                 continue
-            self._bar.n = step
-            self._bar.set_postfix(loss=f"{loss:.4f}")
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
 
 
 def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:

@@ -12,18 +12,11 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayTaskError
-from tqdm import tqdm
 
 from pbe.errors import UserError
 from pbe.store import File, Record, Store
-from pipelines.memory import ENVIRONMENT
-
-WORKER_ENV = {
-    "NO_ALBUMENTATIONS_UPDATE": "1",  # its import asks the network for a newer version
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    **ENVIRONMENT,
-}
+from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
+from pipelines.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,11 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
-    for key, value in {**WORKER_ENV, "RAY_USAGE_STATS_ENABLED": "0"}.items():
-        os.environ.setdefault(key, value)
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours shows units, not operators
+    set_unset(DRIVER_ENV)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
     else:
+        set_unset(LOCAL_RAY_ENV)
         ray.init(
             address="local",
             num_cpus=max(4, os.cpu_count() or 1),
@@ -97,10 +89,12 @@ def run_units(
             pool = ActorPoolStrategy(size=min(actors, len(todo)))
             results = rows.map(_actor_class(todo, worker), compute=pool, num_cpus=cpus)
         try:
-            for row in tqdm(results.iter_rows(), total=len(todo), desc=stage, unit="part"):
-                raw = json.loads(row["record"])
-                files = tuple(File(**file) for file in raw["files"])
-                records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+            with progress_bar(stage, total=len(todo), unit="part") as bar:
+                for row in results.iter_rows():
+                    raw = json.loads(row["record"])
+                    files = tuple(File(**file) for file in raw["files"])
+                    records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+                    bar.update()
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

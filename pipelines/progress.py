@@ -1,0 +1,24 @@
+"""The one progress bar: redrawn in place on a terminal, a line every ten seconds in a log file or a job."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+LOG_INTERVAL_S = 10.0
+
+
+def progress_bar(label: str, *, total: int, unit: str) -> "tqdm[None]":
+    """A tqdm bar on stderr; use it as a context manager."""
+    interval_s = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
+    return tqdm(desc=label, total=total, unit=unit, mininterval=interval_s, maxinterval=2 * interval_s)
+
+
+def with_progress(items: Iterable[Item], label: str, *, total: int, unit: str) -> Iterator[Item]:
+    """`items` one by one, with a bar over them."""
+    with progress_bar(label, total=total, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

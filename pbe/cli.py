@@ -1,10 +1,12 @@
-"""`pbe`: the command line. Argument parsing only; the work is in `Editor`."""
+"""`pbe`: the command line. Argument parsing and printing; the work is in the modules it calls."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from pbe.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,21 +21,82 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--seed", type=int, default=42)
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
+    edit.set_defaults(run=_edit)
+    rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
+    rejects.add_argument("--examples", type=int, default=3, help="rows shown per reason")
+    rejects.add_argument("--out", type=Path, default=None, help="CSV to write every row to")
+    rejects.set_defaults(run=_rejects)
+    show = commands.add_parser("show", help="pictures of what a stage made")
+    show.add_argument("what", choices=["triplets"])
+    show.add_argument("--ids", nargs="+", default=[], metavar="ID", help="photos to show; none: random rows")
+    show.add_argument("--rows", type=int, default=12, help="columns of the sheet")
+    show.add_argument("--seed", type=int, default=0, help="of the random rows")
+    show.add_argument("--out", type=Path, required=True, help="PNG to write")
+    show.set_defaults(run=_show)
+    collect = commands.add_parser(
+        "gc", help="remove parts and runs of the storage that no manifest in git's history refers to"
+    )
+    collect.add_argument("--yes", action="store_true", help="remove; without it, only say what would go")
+    collect.add_argument("--older-than-h", type=float, default=24.0, help="hours; younger ones stay (default 24)")
+    collect.set_defaults(run=_gc)
     args = parser.parse_args(argv)
     try:
-        _edit(args)
-    except (ValueError, OSError) as error:
+        args.run(args)
+    except (UserError, ValueError, OSError) as error:
         print(f"pbe: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _rejects(args: argparse.Namespace) -> None:
+    from pbe.config import repo_root, storage_uri
+    from pbe.rejects import count_rejects, stages_with_rejects, table_text, write_rejects
+    from pbe.store import Store
+
+    manifests, store = stages_with_rejects(repo_root()), Store(storage_uri())
+    if not manifests:
+        raise ValueError("no data stage has run here; `dvc repro ingest` is the first")
+    print(table_text(count_rejects(store, manifests, examples=args.examples), manifests))
+    if args.out is not None:
+        print(f"wrote {write_rejects(store, manifests, args.out)} rows to {args.out}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from pbe.config import repo_root, storage_uri
+    from pbe.data import images
+    from pbe.show import show_triplets
+    from pbe.store import Store, load_manifest
+
+    _must_be_writable_png(args.out)
+    manifest = load_manifest(repo_root() / "data" / "materialize" / "manifest.json")
+    sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
+    args.out.write_bytes(images.encode_png(sheet))
+    print("\n".join(names))
+    print(f"wrote {args.out}")
+
+
+def _gc(args: argparse.Namespace) -> None:
+    from pbe.config import repo_root, storage_uri
+    from pbe.gc import find_unused, remove
+    from pbe.store import Store
+
+    store = Store(storage_uri())
+    unused = find_unused(store, repo_root(), older_than_s=3600 * args.older_than_h)
+    for entry in unused:
+        print(f"{entry.bytes / 1e6:>10.1f} MB  {entry.age_s / 3600:>7.1f} h old  {entry.path}")
+    total = f"{len(unused)} folders, {sum(entry.bytes for entry in unused) / 1e6:.1f} MB in {store.uri}"
+    if args.yes:
+        remove(store, unused)
+        print(f"removed {total}")
+    else:
+        print(f"{total} are referred to by no manifest of this repository; `pbe gc --yes` removes them")
 
 
 def _edit(args: argparse.Namespace) -> None:
     from pbe.data import images
     from pbe.edit import DEFAULT_SCALE, DEFAULT_STEPS, Editor
 
-    if args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {args.out}: must end in .png")
+    _must_be_writable_png(args.out)
     photo, mask, reference = (_read(path) for path in (args.photo, args.mask, args.reference))
     if mask.shape != photo.shape:
         raise ValueError(
@@ -52,9 +115,19 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _read(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright as every viewer shows it."""
     from pbe.data import images
 
     try:
-        return images.decode(path.read_bytes())
+        data = path.read_bytes()
+        return images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
     except images.ImageError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _must_be_writable_png(out: Path) -> None:
+    """Before any work: the end of a long one is late to learn it."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: must end in .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")

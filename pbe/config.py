@@ -19,6 +19,8 @@ from pbe.errors import UserError
 Prob = Annotated[float, Field(ge=0, le=1)]
 Frac = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
+Split = Literal["train", "validation", "test"]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
@@ -37,25 +39,63 @@ class Strict(BaseModel):
         return value
 
 
+class DownloadConfig(Strict):
+    connections: Annotated[int, Field(ge=1, le=256)]
+    attempts: Annotated[int, Field(ge=1, le=20)]
+    connect_s: Annotated[float, Field(gt=0)]
+    idle_s: Annotated[float, Field(gt=0)]
+    whole_s: Annotated[float, Field(gt=0)]
+    backoff_s: Annotated[float, Field(ge=0)]
+
+
 class IngestConfig(Strict):
-    source: Literal["sample", "folder"]
-    images: str | None
-    boxes: str
+    source: Literal["sample", "folder", "openimages"]
+    images: Annotated[str, Field(min_length=1)]
+    boxes: Annotated[str, Field(min_length=1)]
+    image_base: str | None
+    splits: Annotated[tuple[Split, ...], Field(min_length=1)]
+    limit: PositiveInt | None
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    image_ids: str | None
+    val_frac: Annotated[float, Field(ge=0, lt=1)]
+    exif: Literal["ignore", "apply"]
+    max_image_bytes: PositiveInt
+    max_image_pixels: PositiveInt
     buckets: Annotated[int, Field(ge=1, le=65536)]
+    cpus_per_bucket: Annotated[float, Field(gt=0)]
     max_reject_frac: Frac
+    retry_rejected: bool
+    download: DownloadConfig
 
     @model_validator(mode="after")
-    def _images_go_with_folder(self) -> "IngestConfig":
-        if self.source == "folder" and not self.images:
-            raise ValueError("images: null, but source 'folder' needs the folder of images")
-        if self.source == "sample" and self.images:
-            raise ValueError("images: must be null with source 'sample' (its photos are in pip packages)")
+    def _goes_with_its_source(self) -> "IngestConfig":
+        if (self.source == "openimages") != (self.image_base is not None):
+            raise ValueError(
+                "image_base: source 'openimages' needs the address of the images, s3://open-images-dataset or a mirror"
+                if self.source == "openimages"
+                else f"image_base: must be null with source '{self.source}'; its photos are at ingest.images"
+            )
+        if self.image_base and not self.image_base.startswith(("s3://", "https://", "http://")):
+            raise ValueError(f"image_base: {self.image_base} must begin with s3://, https:// or http://")
+        if self.images == self.boxes:
+            raise ValueError(
+                "images and boxes must differ (DVC watches both): name the box file itself, or a folder for each"
+            )
+        if self.val_frac and "test" in self.splits:
+            raise ValueError("val_frac makes train and validation of all photos; take test out of splits")
         return self
 
 
 class FilterConfig(Strict):
     min_area_frac: Frac
     max_area_frac: Frac
+    min_side_px: Annotated[int, Field(ge=0)]
+    max_aspect: Annotated[float, Field(ge=1)] | None
+    include_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None
+    exclude_classes: tuple[str, ...]
+    exclude_flags: tuple[Flag, ...]
+    max_iou: Annotated[float, Field(gt=0, le=1)] | None
+    exclude_images: tuple[str, ...]
 
     @model_validator(mode="after")
     def _ordered(self) -> "FilterConfig":
@@ -164,7 +204,7 @@ class TrainConfig(Strict):
 
 
 class EvaluateConfig(Strict):
-    split: Literal["train", "validation", "test"]
+    split: Split
     crops_per_box: PositiveInt
     max_items: PositiveInt
     guidance_scale: Annotated[float, Field(ge=1, le=50)]

@@ -14,6 +14,7 @@ s3://bucket/prefix, behind one pyarrow filesystem.
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +58,13 @@ class File:
     rows: int
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FolderSize:
+    files: int
+    bytes: int
+    age_s: float
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,20 @@ class Store:
         if self._fs.get_file_info(self.path(relative)).type == pafs.FileType.Directory:
             self._fs.delete_dir(self.path(relative))
 
+    def folder_size(self, relative: str) -> "FolderSize":
+        """Files and bytes below a folder, and seconds since the newest was written."""
+        infos = self._fs.get_file_info(pafs.FileSelector(self.path(relative), recursive=True, allow_not_found=True))
+        files = [info for info in infos if info.type == pafs.FileType.File]
+        newest = max((info.mtime_ns for info in files if info.mtime_ns), default=0) / 1e9
+        return FolderSize(len(files), sum(info.size for info in files), time.time() - newest)
+
+    def delete_unit(self, relative: str) -> None:
+        """Remove a folder, its record first: what is half removed must not look complete."""
+        record = self.path(f"{relative}/record.json")
+        if self._fs.get_file_info(record).type == pafs.FileType.File:
+            self._fs.delete_file(record)
+        self.delete_tree(relative)
+
     # -- units ----------------------------------------------------------------------------------------------
 
     def find_unit(self, stage: str, unit: str) -> Record | None:
@@ -202,11 +224,25 @@ class Store:
         files = []
         for dataset, table in tables.items():
             data = _parquet_bytes(table, rows_per_group)
-            relative = f"parts/{stage}/{unit}/{dataset}.parquet"
-            self.write_bytes(relative, data)
-            files.append(File(dataset, relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest()))
-        record = Record(unit=unit, files=tuple(files), counts=dict(counts))
-        self.write_bytes(f"parts/{stage}/{unit}/record.json", _json_bytes(asdict(record)))
+            file = _file_of(stage, unit, dataset, table, data)
+            self.write_bytes(file.path, data)
+            files.append(file)
+        return self._write_record(stage, Record(unit=unit, files=tuple(files), counts=dict(counts)))
+
+    def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
+        """A unit whose digest is that of its own bytes; nothing is written when the storage has it already."""
+        data = {dataset: _parquet_bytes(table, rows_per_group=128) for dataset, table in tables.items()}
+        unit = f"{label}-{digest([[dataset, hashlib.sha256(value).hexdigest()] for dataset, value in data.items()])}"
+        found = self.find_unit(stage, unit)
+        if found is not None:
+            return found
+        files = [_file_of(stage, unit, dataset, tables[dataset], value) for dataset, value in data.items()]
+        for file, value in zip(files, data.values(), strict=True):
+            self.write_bytes(file.path, value)
+        return self._write_record(stage, Record(unit=unit, files=tuple(files), counts={}))
+
+    def _write_record(self, stage: str, record: Record) -> Record:
+        self.write_bytes(f"parts/{stage}/{record.unit}/record.json", _json_bytes(asdict(record)))
         return record
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
@@ -234,6 +270,11 @@ class Store:
         except FileNotFoundError:
             raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
         return pq.ParquetFile(stream, page_checksum_verification=True)
+
+
+def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: bytes) -> File:
+    path = f"parts/{stage}/{unit}/{dataset}.parquet"
+    return File(dataset, path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:

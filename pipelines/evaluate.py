@@ -19,12 +19,12 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench import bench_boxes, make_bench
 from pbe.evaluate.features import RESIZE_RULE
+from pbe.evaluate.grid import edit_grid
 from pbe.evaluate.intervals import Estimate
 from pbe.evaluate.items import EditedItem, edited_items
 from pbe.evaluate.score import ScoreConfig, score
 from pbe.model.backbone import EfficientNetLite, load_backbone
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest, write_json
-from pipelines.contact import edit_grid
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError, cut_config, load_train_manifest
 from pipelines.units import Unit, run_units

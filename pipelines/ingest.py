@@ -1,61 +1,214 @@
-"""ingest: photos and boxes of the source into Parquet parts, one per bucket; every dropped row has a reason."""
+"""ingest: photos and boxes of the source into Parquet parts, one per bucket; every dropped row has a reason.
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+First the annotations and the list of photos are cut by bucket in one streaming pass (parts `index`), here in the
+driver. Then each bucket is a unit: check its boxes, read or download its photos, write them down.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from pbe.config import repo_root
-from pbe.data import ingest, sources
-from pbe.data.rng import bucket_of
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pbe.config import IngestConfig, repo_root
+from pbe.data.annotations import box_files, class_names, read_annotations, with_names
+from pbe.data.download import Downloader, DownloadLimits, PhotoError
+from pbe.data.files import FileTree, SourceError, file_tree
+from pbe.data.index import Selection, Selector, by_bucket
+from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.schema import ANNOTATIONS, PHOTOS, TRANSIENT_REASONS
+from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
+from pipelines.progress import progress_bar, with_progress
 from pipelines.stage import Stage, StageError, save_counts
 from pipelines.units import Unit, run_units
 
 
-@dataclass(frozen=True)
-class Bucket:
-    images: tuple[sources.ImageFile, ...]
-    lines: tuple[sources.BoxLine, ...]
-
-
 def main(stage: Stage) -> None:
     cfg = stage.params.ingest
-    location = repo_root() / cfg.boxes
-    images = sources.sample_images() if cfg.source == "sample" else sources.folder_images(repo_root() / str(cfg.images))
-    lines = list(sources.read_box_lines(location))
-    names = sources.class_names(location)
+    source = open_source(cfg)
+    left_out, index = write_index(stage.store, source, cfg)
+    units = [Unit(record.unit.split("-")[0], _identity(stage, cfg, record), record) for record in index]
+    units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
 
-    with ThreadPoolExecutor(8) as pool:
-        sha256 = dict(zip(images, pool.map(lambda image: image.sha256(), images.values()), strict=True))
-    units = []
-    for index in range(cfg.buckets):
-        mine = tuple(image for image_id, image in images.items() if bucket_of(image_id, cfg.buckets) == index)
-        boxes = tuple(line for line in lines if bucket_of(line.cells["ImageID"], cfg.buckets) == index)
-        identity = digest(
-            [
-                "ingest",
-                stage.code,
-                [(image.image_id, image.license, sha256[image.image_id]) for image in mine],
-                [(line.where, line.split, dict(line.cells)) for line in boxes],
-                {line.cells["LabelName"]: names.get(line.cells["LabelName"]) for line in boxes},
-            ]
-        )
-        units.append(Unit(f"b{index:04d}", identity, Bucket(mine, boxes)))
-
-    records = run_units("ingest", units, store=stage.store, worker=partial(_worker, stage.store, names), cpus=0.5)
-    manifest = make_manifest("ingest", config=cfg.model_dump(mode="json"), code=stage.code, units=records)
-    counts = dict(manifest.counts)
+    worker = partial(_worker, stage.store, source, cfg)
+    records = run_units("ingest", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_bucket)
+    manifest = make_manifest("ingest", config=_content(cfg), code=stage.code, units=records)
+    counts = {**manifest.counts, "boxes_not_selected": left_out}
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
     assert counts["boxes_in"] == counts["boxes_kept"] + counts["boxes_rejected"]
     save_counts(stage, counts)
+    save_manifest(stage.outputs / "manifest.json", manifest)  # before the refusal: `pbe rejects` reads it
     _refuse_too_many_rejects(counts, cfg.max_reject_frac)
-    save_manifest(stage.outputs / "manifest.json", manifest)
 
 
-def _worker(store: Store, names: dict[str, str]) -> Callable[[Unit], Record]:
+def open_source(cfg: IngestConfig) -> Source:
+    """The source that `ingest.source` names. Raises SourceError."""
+    if cfg.source == "sample":
+        return SampleSource(repo_root() / cfg.images)
+    tree = file_tree(cfg.images, root=repo_root(), key="ingest.images")
+    if cfg.source == "folder":
+        return FolderSource(tree)
+    limits = cfg.download
+    return OpenImagesSource(
+        tree,
+        Downloader(
+            cfg.image_base or "",
+            DownloadLimits(
+                connections=limits.connections,
+                attempts=limits.attempts,
+                connect_s=limits.connect_s,
+                idle_s=limits.idle_s,
+                whole_s=limits.whole_s,
+                backoff_s=limits.backoff_s,
+                max_bytes=cfg.max_image_bytes,
+            ),
+        ),
+    )
+
+
+def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:
+    """How many annotations were not selected, and one `index` unit per bucket: its annotations and photos."""
+    tree = file_tree(cfg.boxes, root=repo_root(), key="ingest.boxes")
+    names = class_names(tree)
+    selector = Selector(_selection(cfg), _class_ids(cfg, names))
+    records = []
+    with (
+        by_bucket(_selected(tree, names, selector), ANNOTATIONS, cfg.buckets) as annotations,
+        by_bucket(source.photos(), PHOTOS, cfg.buckets) as photos,
+    ):
+        pairs = with_progress(zip(annotations, photos, strict=True), "ingest: index", total=cfg.buckets, unit="bucket")
+        for bucket, (boxes, known) in enumerate(pairs):
+            if not source.lists_all:  # only what boxes name is fetched, and part of the input
+                known = known.filter(pc.is_in(known.column("image_id"), boxes.column("image_id").combine_chunks()))
+            records.append(
+                store.write_unit_by_content("index", f"b{bucket:04d}", {"annotations": boxes, "photos": known})
+            )
+    return selector.left_out, records
+
+
+def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iterator[pa.Table]:
+    rows = 0
+    with progress_bar("ingest: boxes", total=None, unit="box") as bar:
+        for file in box_files(tree):
+            for table in read_annotations(tree, file):
+                rows += table.num_rows
+                bar.update(table.num_rows)
+                yield selector(with_names(table, names))
+    if rows == selector.left_out:
+        raise SourceError(
+            f"ingest.boxes: none of the {rows} boxes in {tree.where} is of ingest.splits, classes and image_ids"
+        )
+
+
+def _selection(cfg: IngestConfig) -> Selection:
+    ids = None
+    if cfg.image_ids is not None:
+        path = repo_root() / Path(cfg.image_ids).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split()
+        except OSError as error:
+            raise SourceError(f"ingest.image_ids: {path} cannot be read: {error.strerror}") from None
+        ids = {line.rpartition("/")[2].removesuffix(".jpg") for line in lines}  # also `train/<id>`, as the downloader's
+        if not ids:
+            raise SourceError(f"ingest.image_ids: {path} holds no id")
+    return Selection(splits=cfg.splits, limit=cfg.limit, classes=cfg.classes, image_ids=ids, val_frac=cfg.val_frac)
+
+
+def _class_ids(cfg: IngestConfig, names: dict[str, str]) -> set[str] | None:
+    """Labels of the wanted classes, which may be named by label or by name. Raises SourceError for one unknown."""
+    if cfg.classes is None:
+        return None
+    by_name: dict[str, set[str]] = {}
+    for label, name in names.items():
+        by_name.setdefault(name.lower(), set()).add(label)
+    out: set[str] = set()
+    for wanted in cfg.classes:
+        if names and wanted not in names and wanted.lower() not in by_name:
+            raise SourceError(f"ingest.classes: '{wanted}' is neither a label nor a name of the class descriptions")
+        out |= by_name.get(wanted.lower(), {wanted})
+    return out
+
+
+def _content(cfg: IngestConfig) -> dict[str, object]:
+    """What the parts depend on beside their input; where it lies and how it is fetched is not among it."""
+    return cfg.model_dump(mode="json", include={"source", "exif", "max_image_bytes", "max_image_pixels", "buckets"})
+
+
+def _identity(stage: Stage, cfg: IngestConfig, index: Record) -> str:
+    return digest(["ingest", stage.code, _content(cfg), [file.sha256 for file in index.files]])
+
+
+# -- another try for what failed in passing --------------------------------------------------------------------------
+
+
+def _latest(store: Store, unit: Unit, *, retry: bool) -> Unit:
+    """The newest try of a bucket. A try's digest holds the one before it, so that names still say what they hold.
+
+    With `retry`, and transient rejects in the newest try, the next one, which run_units will then run.
+    """
+    while True:
+        record = store.find_unit("ingest", unit.name)
+        if record is None or not any(record.counts.get(f"rejected_{reason}") for reason in TRANSIENT_REASONS):
+            return unit
+        identity = digest(["retry", unit.digest, [file.sha256 for file in record.files]])
+        following = Unit(unit.label, identity, _Retry(_index_of(unit), record))
+        if store.find_unit("ingest", following.name) is None and not retry:
+            return unit
+        unit = following
+
+
+@dataclass(frozen=True)
+class _Retry:
+    """Payload of a further try: the index unit and what the try before left."""
+
+    index: Record
+    before: Record
+
+
+def _index_of(unit: Unit) -> Record:
+    return unit.payload.index if isinstance(unit.payload, _Retry) else unit.payload
+
+
+def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Callable[[str, str], bytes]:
+    """Image id and address to bytes: from the source, or in a further try from what the one before has settled."""
+
+    def read(image_id: str, address: str) -> bytes:
+        if address in gone:
+            raise PhotoError(*gone[address])
+        if image_id in have:
+            return have[image_id]
+        return source.read(address, cfg.max_image_bytes)
+
+    have: dict[str, bytes] = {}
+    gone: dict[str, tuple[str, str]] = {}
+    if isinstance(unit.payload, _Retry):
+        before = unit.payload.before
+        for row in store.read_table(before.file("images"), columns=["image_id", "bytes"]).to_pylist():
+            have[row["image_id"]] = row["bytes"]
+        for row in store.read_table(before.file("rejects")).to_pylist():
+            if row["reason"] not in TRANSIENT_REASONS:
+                gone[row["key"]] = (row["reason"], row["detail"])
+    return read
+
+
+# -- one bucket ----------------------------------------------------------------------------------------------------
+
+
+def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit], Record]:
     def work(unit: Unit) -> Record:
-        tables, counts = ingest.read_bucket(unit.payload.images, unit.payload.lines, names)
+        index = _index_of(unit)
+        tables, counts = read_bucket(
+            store.read_table(index.file("annotations")),
+            store.read_table(index.file("photos")),
+            read=_reader(store, source, cfg, unit),
+            address_without_photo=source.address_without_photo,
+            lists_all=source.lists_all,
+            limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
+            threads=cfg.download.connections,
+        )
         return store.write_unit("ingest", unit.name, tables, counts=counts)
 
     return work
@@ -68,9 +221,10 @@ def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> 
             f"{key.removeprefix('rejected_')} {n}" for key, n in counts.items() if key.startswith("rejected_") and n
         )
         if counts[f"{kind}_kept"] == 0:
-            raise StageError(f"ingest: none of {total} {kind} could be used ({reasons}); see data/ingest/counts.json")
+            raise StageError(f"ingest: none of {total} {kind} could be used ({reasons}); see `pbe rejects`")
         if rejected > max_reject_frac * total:
             raise StageError(
                 f"ingest: {rejected} of {total} {kind} rejected ({reasons}), above ingest.max_reject_frac = "
-                f"{max_reject_frac}. Mend the input or raise the limit; what was read stays in the storage"
+                f"{max_reject_frac}. `pbe rejects` shows them; mend the input, set ingest.retry_rejected for failed "
+                "downloads, or raise the limit. What was read stays in the storage"
             )

@@ -179,9 +179,9 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
             f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
         )
     if stage.name == "ingest":
-        for key in ("images", "boxes"):
+        for key in ("images", "boxes", "image_ids"):
             path = getattr(stage.params.ingest, key)
-            if path and not Path(path).is_absolute() and not path.startswith("pbe/"):
+            if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
                 raise StageError(
                     f"ingest.{key} = {path} does not travel with a job; name it by an absolute path that every node "
                     "of the cluster sees, or run `env -u RAY_ADDRESS dvc repro ingest` here"

@@ -7,8 +7,8 @@ paired differences are computed here. The page is pipelines/report.html.j2.
 
 import base64
 import csv
-import io
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ from markupsafe import Markup
 
 from pbe.config import Params, TrainConfig
 from pbe.data import images
+from pbe.data.boxes import area_frac
+from pbe.data.contact import with_hole
 from pbe.data.masks import unpack_mask
+from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
-from pbe.data.sources import PIP_NAMES, SAMPLE_AUTHORS, SAMPLE_PHOTOS
 from pbe.evaluate.intervals import Estimate, bootstrap_mean
 from pbe.evaluate.items import EditedItem, edited_items
 from pbe.store import File, Manifest, Record, load_manifest
-from pipelines.contact import with_hole
+from pipelines.charts import areas_svg, classes_svg, loss_svg
 from pipelines.deviations import deviations
 from pipelines.provenance import provenance_tags
 from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
@@ -36,6 +38,7 @@ from pipelines.summary import estimate_text, headline_metrics, load_metrics, rea
 COLUMNS = 12  # pictures per row of a grid
 PICTURE_PX = 128  # larger pictures are scaled down to this side
 PICTURE_QUALITY = 90
+CLASSES = 15  # in the chart of classes
 LISTED = 24  # dropped photos and credits named one by one; more are only counted
 FEW_PHOTOS = 20  # below this many photos the bootstrap interval is clearly too narrow
 
@@ -58,6 +61,7 @@ def main(stage: Stage) -> None:
     data = {name: load_manifest(stage.input(name)) for name in DATA_STAGES}
     results = [_load_variant(stage, name) for name in stage.params.variants]
     judge = stage.params.evaluate.judges[0]
+    all_areas, kept_areas, classes = _box_statistics(stage, data)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,6 +87,9 @@ def main(stage: Stage) -> None:
         loss_svg=Markup(loss_svg({r.name: r.history for r in results})),
         metrics=metric_groups(results, stage.params.evaluate.judges),
         differences=_differences(stage.params, results, [*headline_metrics(judge), "hole_psnr_db"]),
+        filtered=filter_table(data["filter"].counts, stage.params.filter.model_dump()),
+        areas_svg=Markup(areas_svg(all_areas, kept_areas)),
+        classes_svg=Markup(classes_svg(classes)),
         dropped=list(dropped_photos(stage, data)),
         dropped_total=data["ingest"].counts["images_rejected"] + data["materialize"].counts["images_rejected"],
         credits=_credits(stage, data["ingest"]),
@@ -193,7 +200,7 @@ def picture_uri(picture: np.ndarray) -> str:
 
 
 def _edit_rows(stage: Stage, result: VariantResult) -> list[dict[str, Any]]:
-    """Six rows of pictures, as pipelines.contact.edit_grid has them, with their labels."""
+    """Six rows of pictures, as pbe.evaluate.grid.edit_grid has them, with their labels."""
     bench = stage.store.read_table(File(**result.manifest.config["bench"]))
     positions = [index for index, role in enumerate(bench.column("role").to_pylist()) if role == "item"]
     edits = [row for file in result.manifest.files("edits") for row in stage.store.read_table(file).to_pylist()]
@@ -260,64 +267,6 @@ def _row_of(files: Sequence[File], index: int) -> tuple[File, int]:
     raise AssertionError("index beyond the last row")
 
 
-def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The loss of each variant over steps: every logged point, and a running mean. Colours are the page's own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    ink = "#010203"
-    colours = {f"#0400{index:02x}": f"var(--v{index % 4})" for index in range(len(histories))}
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "pbe",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "text.color": ink,
-        "axes.edgecolor": ink,
-        "axes.labelcolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-        for (name, history), colour in zip(histories.items(), colours, strict=True):
-            steps, losses = ([row[key] for row in history] for key in ("step", "loss"))
-            window = max(1, len(losses) // 12)
-            if window > 1:
-                axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(steps[window - 1 :], _running_mean(losses, window), color=colour, linewidth=2, label=name)
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        narrow = high < 8 * low  # then 1, 2 and 5 of a decade are too few numbers
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if narrow or f"{value:e}"[0] in "25" else "")
-        )
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss (log)")
-        axes.legend(frameon=False, loc="lower left")
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-        plt.close(figure)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
-    for sentinel, colour in colours.items():
-        svg = svg.replace(sentinel, colour)
-    return svg
-
-
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    return np.convolve(values, np.full(window, 1 / window), mode="valid").tolist() if len(values) else []
-
-
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +279,7 @@ def dropped_photos(stage: Stage, data: Mapping[str, Manifest]) -> Iterator[tuple
             row
             for record in (ingested, cut)
             for row in stage.store.read_table(record.file("rejects")).to_pylist()
-            if row["reason"] in ("image_without_box", "image_unreadable", "image_without_kept_box")
+            if row["reason"] in IMAGE_REASONS
         ]
         boxes = _rejects_by_photo(stage, filtered) if photos else {}
         for row in photos:
@@ -368,16 +317,50 @@ def _credits(stage: Stage, ingested: Manifest) -> dict[str, Any]:
             licence = row["license"] or "not stated by the source"
             licences[licence] = licences.get(licence, 0) + 1
             if len(photos) < LISTED:
-                photos.append(_credit(stage.params, row, licence))
+                photos.append(_credit(row, licence))
     total = sum(licences.values())
     return {"photos": photos if total <= LISTED else [], "licences": dict(sorted(licences.items())), "total": total}
 
 
-def _credit(params: Params, row: Mapping[str, Any], licence: str) -> dict[str, str]:
-    image_id = row["image_id"]
-    author, origin = row["author"] or "", row["source_url"] or ""
-    if params.ingest.source == "sample":
-        package, inner, _ = SAMPLE_PHOTOS[image_id]
-        author = author or SAMPLE_AUTHORS.get(image_id, "")
-        origin = origin or f"{PIP_NAMES[package]}: {inner}"
-    return {"photo": image_id, "author": author or "not stated", "licence": licence, "origin": origin or "your folder"}
+def _credit(row: Mapping[str, Any], licence: str) -> dict[str, str]:
+    return {
+        "photo": row["image_id"],
+        "author": row["author"] or "not stated",
+        "licence": licence,
+        "origin": row["source_url"] or "your folder",
+    }
+
+
+def filter_table(counts: Mapping[str, int], filters: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What each rule removed, in the order in which rules are asked; rules that are off are left out."""
+    on = {"area_below_min", "area_above_max"} | {
+        reason
+        for reason, setting in (
+            ("image_excluded", "exclude_images"),
+            ("class_excluded", "exclude_classes"),
+            ("class_excluded", "include_classes"),
+            ("flag_excluded", "exclude_flags"),
+            ("side_below_min", "min_side_px"),
+            ("aspect_above_max", "max_aspect"),
+            ("near_duplicate", "max_iou"),
+        )
+        if filters[setting]
+    }
+    found = {reason: counts[f"rejected_{reason}"] for reason in FILTER_REASONS}
+    return [(reason.replace("_", " "), count) for reason, count in found.items() if count or reason in on]
+
+
+def _box_statistics(
+    stage: Stage, data: Mapping[str, Manifest]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, int, int]]]:
+    """Relative areas of all boxes and of those kept, and (class, all, kept) of the most frequent classes."""
+    columns = ["xmin", "xmax", "ymin", "ymax", "label_name"]
+    areas: dict[str, list[np.ndarray]] = {"ingest": [], "filter": []}
+    classes: dict[str, Counter[str]] = {"ingest": Counter(), "filter": Counter()}
+    for name in areas:
+        for file in data[name].files("boxes"):
+            table = stage.store.read_table(file, columns=columns)
+            areas[name].append(area_frac(*(table.column(column).to_numpy() for column in columns[:4])))
+            classes[name].update(table.column("label_name").to_pylist())
+    top = [(label, count, classes["filter"][label]) for label, count in classes["ingest"].most_common(CLASSES)]
+    return np.concatenate(areas["ingest"]), np.concatenate(areas["filter"]), top

@@ -31,6 +31,9 @@ class Box:
     def height_px(self) -> int:
         return self.y1 - self.y0
 
+    def moved(self, dx_px: int, dy_px: int) -> "Box":
+        return Box(self.x0 + dx_px, self.y0 + dy_px, self.x1 + dx_px, self.y1 + dy_px)
+
     def contains(self, other: "Box") -> bool:
         return self.x0 <= other.x0 and self.y0 <= other.y0 and self.x1 >= other.x1 and self.y1 >= other.y1
 
@@ -84,7 +87,8 @@ def square_window(ext: Box, *, width_px: int, height_px: int, shrink_frac: float
 
     A window of the image's short side slides along the long side, keeping `ext` inside; then r px are cut off
     all four sides, r uniform in [0, int(shrink_frac * free)], free = the smallest distance from `ext` to the
-    window. When no square of the short side holds `ext`, the whole photo is taken and squashed, as upstream.
+    window. When at most one square of the short side holds `ext` (it is too long, or as long as the side, or it touches
+    both ends of the sliding range), the whole photo is taken and squashed, as upstream, whose test is `last <= first`.
     """
     if width_px == height_px:
         return Window(Box(0, 0, width_px, height_px), squashed=False)

@@ -1,40 +1,113 @@
-"""The one image backend: OpenCV. Everything is RGB uint8 (H, W, 3) inside the project."""
+"""The one image module. Everything is RGB uint8 (H, W, 3) inside the project.
+
+JPEG goes through libjpeg-turbo (simplejpeg) straight to RGB; what that refuses, and every other format, through
+OpenCV or Pillow. Pillow reads headers, without decoding.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
 
 from pbe.errors import UserError
 
+UPRIGHT = 1
+# EXIF orientation: what makes the stored picture upright (turns are clockwise)
+_TURNS = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
+
 
 class ImageError(UserError, ValueError):
-    """The bytes are not an image that we can read."""
+    """The bytes are not an image that we can read whole."""
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Bytes to (H, W, 3) uint8 RGB, as stored: the EXIF orientation is not applied, because OpenImages' boxes
-    match the stored file. Greyscale becomes three equal channels; alpha is dropped. Raises ImageError.
+@dataclass(frozen=True)
+class Header:
+    """Size as stored, before any turn; exif_orientation 1..8, 1 = upright or not stated."""
+
+    width_px: int
+    height_px: int
+    exif_orientation: int
+
+
+def read_header(data: bytes) -> Header:
+    """Size and orientation without decoding. Raises ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller has its own limit
+            with Image.open(io.BytesIO(data)) as image:
+                orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+                width_px, height_px = image.size
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error)) from None
+    except Exception as error:
+        raise ImageError(_what_it_is(data) or f"not a readable image ({type(error).__name__})") from None
+    return Header(width_px, height_px, orientation if orientation in range(1, 9) else UPRIGHT)
+
+
+def decode(data: bytes, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
+    """Bytes to (H, W, 3) uint8 RGB, turned by `exif_orientation`; 1 leaves the picture as stored.
+
+    Greyscale becomes three equal channels, alpha is dropped, 16 bits become 8, of several frames the first is taken.
+    Raises ImageError, also for an image whose end is missing: half a photo would be grey.
     """
+    if data[:3] == b"\xff\xd8\xff":
+        image = _decode_jpeg(data)
+    else:
+        image = _decode_other(data)
+    return image if exif_orientation == UPRIGHT else _upright(image, exif_orientation)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return _decode_tolerantly(data)  # CMYK, or harmless oddities that libjpeg warns of
+
+
+def _decode_tolerantly(data: bytes) -> np.ndarray:
+    """By Pillow, which lets warnings pass but not a missing end."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:
+        raise ImageError(_what_it_is(data) or " ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _decode_other(data: bytes) -> np.ndarray:
     if not data:
         raise ImageError("empty file")
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise ImageError(str(error).strip()) from None
-    if image is None:
-        raise ImageError("not a readable image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    return _decode_tolerantly(data) if image is None else image
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    mirrored = orientation in (2, 4, 5, 7)
+    turn = _TURNS.get({4: 3, 5: 8, 7: 6}.get(orientation, orientation))
+    if mirrored:
+        image = cv2.flip(image, 1)
+    return image if turn is None else cv2.rotate(image, turn)
+
+
+def _what_it_is(data: bytes) -> str:
+    """For what is often found in an image's place."""
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "empty file"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
+        return "a web page or an error message, not an image"
+    return ""
 
 
 def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     """(H, W, 3) uint8 RGB to JPEG, 4:4:4 chroma so that small crops keep their colours."""
-    options = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        quality,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    ]
-    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444", fastdct=False)
 
 
 def encode_png(image: np.ndarray) -> bytes:

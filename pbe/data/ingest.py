@@ -1,121 +1,192 @@
-"""One bucket of the source: image files and CSV lines to `images`, `boxes` and `rejects` tables."""
+"""One bucket of a source: its annotations and photos to `images`, `boxes` and `rejects` tables."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from pbe.data import images as image_codec
-from pbe.data.schema import BOXES, IMAGES, REJECTS
-from pbe.data.sources import EXTRA_CELLS, FLAG_COLUMNS, BoxLine, ImageFile
+from pbe.data.download import PhotoError
+from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS
+
+FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
+
+
+@dataclass(frozen=True)
+class PhotoLimits:
+    """exif: whether boxes are those of the upright picture ("apply") or of the stored one ("ignore")."""
+
+    exif: Literal["ignore", "apply"]
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A row of PHOTOS, or an address made up for an image that only boxes name."""
+
+    image_id: str
+    address: str
+    license: str | None = None
+    author: str | None = None
+    source_url: str | None = None
+    rotation: int | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Exactly one of `row` and `error` is set."""
+
+    photo: Photo
+    row: dict[str, Any] | None
+    error: PhotoError | None
+
+
+class _Bucket:
+    """What read_bucket has decided so far."""
+
+    def __init__(self) -> None:
+        self.rejects: list[dict[str, str]] = []
+        self.counts = dict.fromkeys(("images_in", "images_rejected", "boxes_in", "boxes_rejected"), 0)
+
+    def reject(self, kind: Literal["images", "boxes"], key: str, reason: str, detail: str) -> None:
+        self.rejects.append({"stage": "ingest", "key": key, "reason": reason, "detail": detail})
+        for count in (f"{kind}_rejected", f"rejected_{reason}"):
+            self.counts[count] = self.counts.get(count, 0) + 1
 
 
 def read_bucket(
-    files: Sequence[ImageFile], lines: Sequence[BoxLine], names: dict[str, str]
+    annotations: pa.Table,
+    photos: pa.Table,
+    *,
+    read: Callable[[str, str], bytes],
+    address_without_photo: Callable[[str, str], str | None],
+    lists_all: bool,
+    limits: PhotoLimits,
+    threads: int,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Read every image and check every box; nothing is dropped without a row in `rejects`.
+    """Check every box and read every photo that has one; nothing is dropped without a row in `rejects`.
 
+    annotations: ANNOTATIONS. photos: PHOTOS. read: image id and address to bytes, raising PhotoError; called from
+    `threads` threads. lists_all: photos without a box are input too, and rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>.
-    An image without a usable box is rejected, and boxes of a rejected image are.
     """
-    known = {file.image_id for file in files}
-    rejects: list[dict[str, str]] = []
+    bucket = _Bucket()
+    known: dict[str, list[Photo]] = {}
+    for row in photos.select(["image_id", "address", "license", "author", "source_url", "rotation"]).to_pylist():
+        known.setdefault(row["image_id"], []).append(Photo(**row))
+    boxes = _usable_boxes(annotations, known, address_without_photo, bucket)
+    wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
 
-    def reject(key: str, reason: str, detail: str) -> None:
-        rejects.append({"stage": "ingest", "key": key, "reason": reason, "detail": detail})
-
-    boxes: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        image_id = line.cells["ImageID"]
-        if image_id not in known:
-            reject(line.where, "image_missing", f"no image file with id '{image_id}'")
-            continue
-        box, problem = _check_box(line, names)
-        if box is None:
-            reject(line.where, *problem)
+    jobs = []
+    for image_id, copies in wanted:
+        bucket.counts["images_in"] += len(copies)
+        if boxes.get(image_id):
+            jobs.append(copies)
         else:
-            boxes.setdefault(image_id, []).append(box)
+            for photo in copies:
+                bucket.reject("images", photo.address, "image_without_box", "no usable line of the box files names it")
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(lambda copies: [_read(photo, read, limits) for photo in copies], jobs))
 
-    images: list[dict[str, Any]] = []
-    for file in files:
-        mine = boxes.get(file.image_id, [])
-        if not mine:
-            reject(file.image_id, "image_without_box", "no usable line in the box files names it")
+    kept_images, kept_boxes = [], []
+    for tried in results:
+        mine = boxes[tried[0].photo.image_id]
+        row = _one_photo(tried, bucket)
+        if row is None:
+            for box in mine:
+                bucket.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
-        try:
-            data = file.read()
-            height_px, width_px = image_codec.decode(data).shape[:2]
-        except (image_codec.ImageError, OSError) as error:
-            reject(file.image_id, "image_unreadable", f"{file.path.name}: {error}")
-            for index in range(len(boxes.pop(file.image_id))):
-                reject(f"{file.image_id}#{index}", "box_image_rejected", "its image is unreadable")
-            continue
-        images.append(
-            {
-                "image_id": file.image_id,
-                "split": mine[0]["split"],
-                "bytes": data,
-                "width_px": width_px,
-                "height_px": height_px,
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "license": file.license,
-                "author": None,
-                "source_url": None,
-                "rotation": None,
-            }
-        )
-    kept_boxes = []
-    for image in sorted(images, key=lambda row: row["image_id"]):
-        kept_boxes += [{**box, "box_index": index} for index, box in enumerate(boxes[image["image_id"]])]
+        kept_images.append(row | {"split": mine[0]["split"]})
+        kept_boxes += [box | {"box_index": index} for index, box in enumerate(mine)]
     tables = {
-        "images": pa.Table.from_pylist(sorted(images, key=lambda row: row["image_id"]), schema=IMAGES),
+        "images": pa.Table.from_pylist(kept_images, schema=IMAGES),
         "boxes": pa.Table.from_pylist(kept_boxes, schema=BOXES),
-        "rejects": pa.Table.from_pylist(rejects, schema=REJECTS),
+        "rejects": pa.Table.from_pylist(bucket.rejects, schema=REJECTS),
     }
-    image_reasons = ("image_without_box", "image_unreadable")
-    images_rejected = sum(row["reason"] in image_reasons for row in rejects)
-    counts = {
-        "images_in": len(files),
-        "images_kept": len(images),
-        "images_rejected": images_rejected,
-        "boxes_in": len(lines),
-        "boxes_kept": len(kept_boxes),
-        "boxes_rejected": len(rejects) - images_rejected,
-    }
-    for row in rejects:
-        counts[f"rejected_{row['reason']}"] = counts.get(f"rejected_{row['reason']}", 0) + 1
-    return tables, counts
+    return tables, bucket.counts | {"images_kept": len(kept_images), "boxes_kept": len(kept_boxes)}
 
 
-def _check_box(line: BoxLine, names: dict[str, str]) -> tuple[dict[str, Any] | None, tuple[str, str]]:
-    """The box, or None and (reason, detail)."""
-    cells = line.cells
-    if EXTRA_CELLS in cells:
-        return None, ("box_unparsable", f"more cells than the header has columns: {cells[EXTRA_CELLS]}")
+def _usable_boxes(
+    annotations: pa.Table,
+    known: dict[str, list[Photo]],
+    address_without_photo: Callable[[str, str], str | None],
+    bucket: _Bucket,
+) -> dict[str, list[dict[str, Any]]]:
+    """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose lines are all
+    wrong has an empty list."""
+    boxes: dict[str, list[dict[str, Any]]] = {}
+    for row in annotations.to_pylist():
+        bucket.counts["boxes_in"] += 1
+        key, image_id, split = f"{row['file']}:{row['line']}", row["image_id"], SPLITS[row["split"]]
+        if row["reason"] == "image_id_invalid":
+            bucket.reject("boxes", key, row["reason"], row["detail"])
+            continue
+        if image_id not in known:
+            address = address_without_photo(image_id, split)
+            if address is None:
+                detail = row["detail"] or f"no image file with id '{image_id}'"
+                bucket.reject("boxes", key, row["reason"] or "image_missing", detail)
+                continue
+            known[image_id] = [Photo(image_id, address)]
+        mine = boxes.setdefault(image_id, [])
+        if row["reason"]:
+            bucket.reject("boxes", key, row["reason"], row["detail"])
+        elif mine and mine[0]["split"] != split:
+            detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
+            bucket.reject("boxes", key, "box_in_other_split", detail)
+        else:
+            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS)
+            mine.append({"key": key, "image_id": image_id, "split": split, **{name: row[name] for name in names}})
+    return boxes
+
+
+def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
+    """The IMAGES row of a photo but for its split; decoding it in full is the only way to know that it can be."""
     try:
-        xmin, xmax, ymin, ymax = (float(cells[name]) for name in ("XMin", "XMax", "YMin", "YMax"))
-        flags = {ours: int(cells.get(theirs) or -1) for ours, theirs in FLAG_COLUMNS.items()}
-    except (TypeError, ValueError) as error:
-        return None, ("box_unparsable", str(error))
-    if not cells["LabelName"] or not set(flags.values()) <= {-1, 0, 1}:
-        return None, ("box_unparsable", "LabelName is empty or a flag is not 1, 0 or -1")
-    if not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
-        return None, (
-            "box_outside_image",
-            f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed",
-        )
-    label = cells["LabelName"]
-    box = {
-        "image_id": cells["ImageID"],
-        "split": line.split,
-        "box_index": 0,
-        "label": label,
-        "label_name": names.get(label, label),
-        "xmin": xmin,
-        "xmax": xmax,
-        "ymin": ymin,
-        "ymax": ymax,
-        **flags,
+        if photo.image_id in ("", ".", ".."):
+            raise PhotoError("image_id_invalid", f"{photo.address}: the file's name gives no id")
+        data = read(photo.image_id, photo.address)
+        header = image_codec.read_header(data)
+        if header.width_px * header.height_px > limits.max_pixels:
+            detail = f"{photo.address}: {header.width_px} x {header.height_px} px, more than {limits.max_pixels} pixels"
+            raise PhotoError("image_too_large", detail)
+        orientation = header.exif_orientation if limits.exif == "apply" else 1
+        height_px, width_px = image_codec.decode(data, exif_orientation=orientation).shape[:2]
+    except image_codec.ImageError as error:
+        return _Read(photo, None, PhotoError("image_unreadable", f"{photo.address}: {error}"))
+    except PhotoError as error:
+        return _Read(photo, None, error)
+    row = {
+        "image_id": photo.image_id,
+        "bytes": data,
+        "width_px": width_px,
+        "height_px": height_px,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "license": photo.license,
+        "author": photo.author,
+        "source_url": photo.source_url,
+        "rotation": photo.rotation,
+        "exif_orientation": orientation,
     }
-    return box, ("", "")
+    return _Read(photo, row, None)
+
+
+def _one_photo(copies: Sequence[_Read], bucket: _Bucket) -> dict[str, Any] | None:
+    """The photo among all files of one id: the first that reads, when those that read are the same."""
+    read = [copy for copy in copies if copy.row is not None]
+    for copy in copies:
+        if copy.error is not None:
+            bucket.reject("images", copy.photo.address, copy.error.reason, str(copy.error))
+    if not read:
+        return None
+    ambiguous = len({copy.row["sha256"] for copy in read if copy.row}) > 1
+    for copy in read if ambiguous else read[1:]:
+        other = next(found for found in read if found is not copy)
+        detail = f"{copy.photo.address} and {other.photo.address} have one id " + (
+            "and differ: boxes could mean either" if ambiguous else "and the same bytes; the first is kept"
+        )
+        bucket.reject("images", copy.photo.address, "image_id_duplicated", detail)
+    return None if ambiguous else read[0].row

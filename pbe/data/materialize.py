@@ -34,7 +34,7 @@ def triplet_tables(
                 {"stage": "materialize", "key": image_id, "reason": "image_without_kept_box", "detail": "see filter"}
             )
             continue
-        pixels = image_codec.decode(image["bytes"])
+        pixels = image_codec.decode(image["bytes"], exif_orientation=image["exif_orientation"])
         order = box_order(len(mine), row_rng(seed, image_id, "boxes"))
         for slot in range(slots):
             box = mine[int(order[slot % len(mine)])]

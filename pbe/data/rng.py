@@ -21,3 +21,8 @@ def row_rng(seed: int, *identity: str | int) -> np.random.Generator:
 def bucket_of(image_id: str, buckets: int) -> int:
     """Stable bucket of an image, the same for all datasets."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little") % buckets
+
+
+def unit_interval(image_id: str) -> float:
+    """Stable number in [0, 1) of an image, independent of its bucket: which split it falls into."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8, person=b"split").digest(), "little") / 2**64

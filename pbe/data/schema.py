@@ -16,16 +16,71 @@ import pyarrow as pa
 SPLITS = ("train", "validation", "test")
 
 # Why a row may be dropped. A closed list: a reason that is not here is a bug.
-REJECT_REASONS = (
-    "image_missing",  # boxes name an image that the source does not have
-    "image_without_box",  # the source has an image that no box names
-    "image_unreadable",  # the bytes do not decode
+IMAGE_REASONS = (
+    "image_id_invalid",  # empty, or not a plain name: it must not reach a path or an address
+    "image_without_box",  # no usable line names it
+    "image_id_duplicated",  # two files have this id and differ: the boxes could mean either
+    "image_unreadable",  # the bytes do not decode, or only in part
+    "image_too_large",  # more bytes or pixels than ingest.max_image_bytes, ingest.max_image_pixels
+    "image_unpublished",  # the server has no such image (404, 410) or does not give it (401, 403)
+    "download_failed",  # no answer, a cut one, 429 or 5xx, after all attempts
+    "image_without_kept_box",  # the filter left the photo no box
+)
+INGEST_BOX_REASONS = (
+    "box_unparsable",  # a cell is missing, left over or not a number
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
-    "box_unparsable",  # a cell of the CSV is missing, left over or not a number
+    "image_missing",  # the box names an image that the source does not have
+    "box_in_other_split",  # an earlier line put its image into another split
     "box_image_rejected",  # the box is fine, its image was rejected
+)
+FILTER_REASONS = (
+    "image_excluded",
+    "class_excluded",
+    "flag_excluded",
     "area_below_min",
     "area_above_max",
-    "image_without_kept_box",  # the filter left the photo no box
+    "side_below_min",
+    "aspect_above_max",
+    "near_duplicate",
+)
+REJECT_REASONS = (*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILTER_REASONS)
+# Another try may help: `ingest.retry_rejected` drives these again.
+TRANSIENT_REASONS = ("download_failed",)
+
+# Annotations as ingest reads them, one row per box, typed but not yet joined to an image. A line that is wrong by
+# itself carries a reason and a detail; its coordinates may be null.
+ANNOTATIONS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),  # name of the box file
+        pa.field("line", pa.int64(), nullable=False),  # of that file, or the annotation's id in COCO JSON
+        pa.field("split", pa.int8(), nullable=False),  # index into SPLITS
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("label_name", pa.string(), nullable=False),
+        pa.field("xmin", pa.float64()),
+        pa.field("xmax", pa.float64()),
+        pa.field("ymin", pa.float64()),
+        pa.field("ymax", pa.float64()),
+        pa.field("is_occluded", pa.int8(), nullable=False),
+        pa.field("is_truncated", pa.int8(), nullable=False),
+        pa.field("is_group_of", pa.int8(), nullable=False),
+        pa.field("is_depiction", pa.int8(), nullable=False),
+        pa.field("is_inside", pa.int8(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+# What a source says about its photos before any is read.
+PHOTOS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("address", pa.string(), nullable=False),  # what the source's reader takes, relative to its base
+        pa.field("version", pa.string(), nullable=False),  # changes when the file does: sha256, or size and date
+        pa.field("license", pa.string()),
+        pa.field("author", pa.string()),
+        pa.field("source_url", pa.string()),
+        pa.field("rotation", pa.int16()),
+    ]
 )
 
 IMAGES = pa.schema(
@@ -39,7 +94,10 @@ IMAGES = pa.schema(
         pa.field("license", pa.string()),
         pa.field("author", pa.string()),
         pa.field("source_url", pa.string()),
-        pa.field("rotation", pa.int16()),
+        pa.field("rotation", pa.int16()),  # degrees, as OpenImages states it; never applied
+        # EXIF orientation 1..8 that readers must apply to `bytes`; 1 with ingest.exif: ignore. width and height are
+        # those of the upright picture
+        pa.field("exif_orientation", pa.int8(), nullable=False),
     ]
 )
 

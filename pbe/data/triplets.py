@@ -2,7 +2,7 @@
 
 `cut_triplet` is a pure function of its arguments; all randomness comes from the row's generator.
 Source: upstream ldm/data/open-images.py (REFERENCE 1.3 a-d).
-Deviations: both hole shapes are cut for the same crop, so that training can pick; masks are re-binarised
+Deviations: both hole shapes are cut for the same crop, so that training can pick; masks are rounded to 0 or 1
 after the resize (upstream leaves fractional edges); the reference is stored clean, augmentation comes later.
 """
 
@@ -49,20 +49,23 @@ def cut_triplet(image: np.ndarray, box: Box, *, cfg: CutConfig, rng: np.random.G
     ring = masks.bezier_ring(
         box, ext, points_per_side=cfg.bezier_points_per_side, jitter_px=cfg.bezier_jitter_px, rng=rng
     )
-    box_hole = masks.box_hole(ext, width_px=width_px, height_px=height_px)
-    bezier_hole = masks.bezier_hole(ring, width_px=width_px, height_px=height_px)
+    # drawn inside the window alone: it holds both holes, and a photo is larger
+    inside = {"width_px": window.width_px, "height_px": window.height_px}
+    box_hole = masks.box_hole(ext.moved(-window.x0, -window.y0), **inside)
+    bezier_hole = masks.bezier_hole(ring - (window.x0, window.y0), **inside)
     scale_x, scale_y = cfg.image_px / window.width_px, cfg.image_px / window.height_px
+    box_px = (
+        (box.x0 - window.x0) * scale_x,
+        (box.y0 - window.y0) * scale_y,
+        (box.x1 - window.x0) * scale_x,
+        (box.y1 - window.y0) * scale_y,
+    )
     return Triplet(
         source=_cut(image, window, cfg.image_px),
-        box_hole_mask=_cut_mask(box_hole, window, cfg.image_px),
-        bezier_hole_mask=_cut_mask(bezier_hole, window, cfg.image_px),
+        box_hole_mask=_resize_mask(box_hole, cfg.image_px, box_px),
+        bezier_hole_mask=_resize_mask(bezier_hole, cfg.image_px, box_px),
         reference=cut_reference(image, box, cfg=cfg),
-        box_px=(
-            (box.x0 - window.x0) * scale_x,
-            (box.y0 - window.y0) * scale_y,
-            (box.x1 - window.x0) * scale_x,
-            (box.y1 - window.y0) * scale_y,
-        ),
+        box_px=box_px,
     )
 
 
@@ -82,10 +85,10 @@ def _cut(image: np.ndarray, area: Box, size_px: int) -> np.ndarray:
     return images.resize(image[area.y0 : area.y1, area.x0 : area.x1], width_px=size_px, height_px=size_px)
 
 
-def _cut_mask(hole_mask: np.ndarray, window: Box, size_px: int) -> np.ndarray:
-    crop = hole_mask[window.y0 : window.y1, window.x0 : window.x1].astype(np.float32)
-    resized = cv2.resize(crop, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    binary = (resized >= 0.5).astype(np.uint8)
-    if not binary.any():  # a sliver thinner than half a pixel: keep its strongest pixel, a triplet needs a hole
-        binary[np.unravel_index(int(resized.argmax()), binary.shape)] = 1
-    return binary
+def _resize_mask(hole_mask: np.ndarray, size_px: int, box_px: tuple[float, float, float, float]) -> np.ndarray:
+    """(H, W) of 0/1 to (S, S) of 0/1: bilinear without antialias, as upstream, and rounded."""
+    resized = cv2.resize(hole_mask, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+    if not resized.any():  # a sliver between the samples, or jittered out of sight: a triplet needs a hole
+        x0, y0, x1, y1 = box_px
+        resized[min(int((y0 + y1) / 2), size_px - 1), min(int((x0 + x1) / 2), size_px - 1)] = 1
+    return resized

@@ -36,7 +36,9 @@ def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchB
     wanted = {box["image_id"] for box in boxes.to_pylist() if box["split"] == split}
     for image in images.to_pylist():
         if image["image_id"] in wanted:
-            pixels_of[image["image_id"]] = image_codec.decode(image["bytes"])
+            pixels_of[image["image_id"]] = image_codec.decode(
+                image["bytes"], exif_orientation=image["exif_orientation"]
+            )
     out = []
     for box in boxes.to_pylist():
         if box["split"] == split:

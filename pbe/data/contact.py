@@ -1,11 +1,12 @@
-"""Contact sheets: small pictures in rows, for the report and MLflow."""
+"""Contact sheets: small pictures in rows, for the report, MLflow and `pbe show`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from pbe.data import images
-from pbe.evaluate.items import EditedItem
+from pbe.data.masks import unpack_mask
 
 TILE_PX = 96
 HOLE_GREY = 128
@@ -30,16 +31,15 @@ def with_hole(source: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
     return np.where(hole_mask[..., None] > 0, np.uint8(HOLE_GREY), source)
 
 
-def edit_grid(items: Sequence[EditedItem], *, columns: int) -> np.ndarray:
-    """Rows: photo, hole, own reference, its edit, foreign reference, its edit. Items evenly spaced, none chosen."""
-    chosen = [items[index] for index in np.linspace(0, len(items) - 1, min(columns, len(items))).round().astype(int)]
-    return sheet(
-        [
-            [item.source for item in chosen],
-            [with_hole(item.source, item.hole_mask) for item in chosen],
-            [item.own_reference for item in chosen],
-            [item.own_edit for item in chosen],
-            [item.foreign_reference for item in chosen],
-            [item.foreign_edit for item in chosen],
-        ]
-    )
+def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Rows: source, box hole, Bezier hole, reference; one column per row of TRIPLETS."""
+    sources = [images.decode(row["source"]) for row in rows]
+
+    def holed(kind: str) -> list[np.ndarray]:
+        masks = (
+            unpack_mask(row[f"{kind}_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
+            for row, source in zip(rows, sources, strict=True)
+        )
+        return [with_hole(source, mask) for source, mask in zip(sources, masks, strict=True)]
+
+    return sheet([sources, holed("box"), holed("bezier"), [images.decode(row["reference"]) for row in rows]])

@@ -1,0 +1,369 @@
+"""Box files to ANNOTATIONS batches: OpenImages CSVs in one streaming pass, COCO instances JSON.
+
+Every line comes out, also a wrong one: it then carries a reason and a detail (pbe/data/schema.py). The split is
+taken from the file's name, as upstream's read_bbox.py does: "train" in it, else "val", else "test"; a file that
+names none is train.
+Formats: REFERENCE 6.2 (21 columns for train, 13 for validation and test; read by column name).
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from pbe.data.files import FileTree, SourceError
+from pbe.data.schema import ANNOTATIONS, SPLITS
+
+BLOCK_BYTES = 8 << 20  # of CSV text parsed at a time
+FLAG_COLUMNS = {
+    "is_occluded": "IsOccluded",
+    "is_truncated": "IsTruncated",
+    "is_group_of": "IsGroupOf",
+    "is_depiction": "IsDepiction",
+    "is_inside": "IsInside",
+}
+COORDINATES = {"xmin": "XMin", "xmax": "XMax", "ymin": "YMin", "ymax": "YMax"}
+BOX_COLUMNS = ("ImageID", "LabelName", *COORDINATES.values())
+NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
+IMAGE_SUFFIX = r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$"  # some tools write file names into ImageID
+
+
+@dataclass(frozen=True)
+class BoxFile:
+    """`name` is its path below the box location."""
+
+    name: str
+    split: int  # index into SPLITS
+
+
+def box_files(tree: FileTree) -> list[BoxFile]:
+    """The box files at `ingest.boxes`, a file or a folder, by name. Raises SourceError when there is none."""
+    names = [name for name in tree.names() if _is_box_file(name)] if tree.is_folder else [tree.only_name]
+    if not names:
+        raise SourceError(f"ingest.boxes: no CSV or COCO JSON of boxes at {tree.where}")
+    return [BoxFile(name, _split_of(name)) for name in names]
+
+
+def read_annotations(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
+    """ANNOTATIONS tables of one box file, in file order; memory is bounded for CSV.
+
+    Raises SourceError for a file that is not what its suffix says, lacks columns, or holds no box.
+    """
+    rows = 0
+    reader = _coco_tables if file.name.lower().endswith(".json") else _csv_tables
+    try:
+        for table in reader(tree, file):
+            rows += table.num_rows
+            yield table
+    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{tree.path_of(file.name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+    if not rows:
+        raise SourceError(f"{tree.path_of(file.name)}: no box in it")
+
+
+def class_names(tree: FileTree) -> dict[str, str]:
+    """Label id to name from class-descriptions*.csv beside the box files, and from the box files' COCO categories.
+
+    Both the headerless V5 file and the V7 file with a header (LabelName,DisplayName or id,name) are read.
+    """
+    names: dict[str, str] = {}
+    for name in tree.siblings():
+        if _is_classes(name):
+            text = tree.read(name).decode("utf-8-sig")
+            names.update({row[0]: row[1] for row in csv.reader(io.StringIO(text)) if len(row) >= 2})
+    return names
+
+
+def with_names(annotations: pa.Table, names: dict[str, str]) -> pa.Table:
+    """label_name filled in; a label without a name keeps its id."""
+    encoded = pc.dictionary_encode(annotations.column("label").combine_chunks())
+    named = pa.array([names.get(label, label) for label in encoded.dictionary.to_pylist()], pa.string())
+    index = annotations.schema.get_field_index("label_name")
+    return annotations.set_column(index, annotations.schema.field(index), named.take(encoded.indices))
+
+
+def _is_classes(name: str) -> bool:
+    return "class-descriptions" in name and name.lower().endswith(".csv")
+
+
+def _is_box_file(name: str) -> bool:
+    """A folder of annotations also holds class names and image lists; OpenImages' own names tell them apart."""
+    if "/" in name or name.startswith(".") or _is_classes(name):
+        return False
+    lower = name.lower()
+    if lower.endswith(".json"):
+        return "instances" in lower or "boxes" in lower or "annotations" in lower
+    return lower.endswith(".csv") and not ("images" in lower and ("rotation" in lower or "image-ids" in lower))
+
+
+def _split_of(name: str) -> int:
+    splits = {"train": "train", "val": "validation", "test": "test"}
+    return SPLITS.index(next((split for word, split in splits.items() if word in name.lower()), "train"))
+
+
+# -- OpenImages CSV ------------------------------------------------------------------------------------------------
+
+
+def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
+    header = csv_header(tree, file.name)
+    missing = [name for name in BOX_COLUMNS if name not in header]
+    if missing:
+        raise SourceError(
+            f"{tree.path_of(file.name)}: not an OpenImages box CSV, its header lacks {', '.join(missing)}; "
+            f"it has {', '.join(header)[:200]}"
+        )
+    wanted = [*BOX_COLUMNS, *(name for name in FLAG_COLUMNS.values() if name in header)]
+    odd: list[pacsv.InvalidRow] = []
+    rows_before = 0
+    for batch in csv_batches(tree, file.name, wanted, odd):
+        yield _typed(batch, file, _line_numbers(rows_before, batch.num_rows, odd))
+        rows_before += batch.num_rows
+    if odd:
+        yield _odd_rows(odd, file, header.index("ImageID"))
+
+
+def csv_header(tree: FileTree, name: str) -> list[str]:
+    """Column names of a CSV. Raises SourceError for an empty file or a repeated name."""
+    with tree.open(name) as stream:
+        first = stream.read(1 << 16).split(b"\n", 1)[0].decode("utf-8-sig")
+    header = [cell.strip() for cell in next(csv.reader([first.rstrip("\r")]), [])]
+    if not header:
+        raise SourceError(f"{tree.path_of(name)}: the file is empty")
+    repeated = sorted({cell for cell in header if header.count(cell) > 1})
+    if repeated:
+        raise SourceError(f"{tree.path_of(name)}: the header names {', '.join(repeated)} more than once")
+    return header
+
+
+def csv_batches(
+    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow]
+) -> Iterator[pa.RecordBatch]:
+    """String columns of a CSV, a block at a time. Rows of another width are put into `odd`, with their number."""
+
+    def keep(row: pacsv.InvalidRow) -> str:
+        odd.append(row)
+        return "skip"
+
+    header = csv_header(tree, name)
+    with tree.open(name) as stream:
+        reader = pacsv.open_csv(
+            stream,
+            # one thread: only then does an odd row know its number
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
+            convert_options=pacsv.ConvertOptions(
+                include_columns=list(columns),
+                column_types=dict.fromkeys(columns, pa.string()),
+                strings_can_be_null=False,
+            ),
+        )
+        yield from reader
+
+
+def _line_numbers(rows_before: int, rows: int, odd: Sequence[pacsv.InvalidRow]) -> pa.Array:
+    """Lines in the file, from 1 with the header: odd rows stand between the good ones."""
+    good_before_odd = np.array([row.number for row in odd], np.int64) - np.arange(len(odd)) - 2
+    index = rows_before + np.arange(rows)
+    return pa.array(index + 2 + np.searchsorted(good_before_odd, index, side="right"))
+
+
+def _typed(batch: pa.RecordBatch, file: BoxFile, lines: pa.Array) -> pa.Table:
+    """One block of text columns to ANNOTATIONS, with a reason where a cell is wrong."""
+    count = batch.num_rows
+    columns: dict[str, pa.Array] = {}
+    problems: list[tuple[np.ndarray, str, pa.Array]] = []  # where, reason, detail; the first one counts
+
+    def problem(where: pa.Array, reason: str, detail: Any) -> None:
+        mask = np.asarray(where)
+        if mask.any():
+            problems.append((mask, reason, detail if isinstance(detail, pa.Array) else pa.repeat(detail, count)))
+
+    for ours, theirs in COORDINATES.items():
+        text = batch.column(theirs)
+        columns[ours], wrong = _numbers(text)
+        if wrong is not None:
+            problem(wrong, "box_unparsable", pc.binary_join_element_wise(theirs, text, "is not a number", " "))
+    for ours, theirs in FLAG_COLUMNS.items():
+        if theirs not in batch.schema.names:
+            columns[ours] = pa.array(np.full(count, -1, np.int8))
+            continue
+        text = pc.utf8_trim_whitespace(batch.column(theirs))
+        place = pc.index_in(text, pa.array(["1", "0", "-1", ""]))
+        columns[ours] = pc.fill_null(pa.array([1, 0, -1, -1], pa.int8()).take(place), pa.scalar(-1, pa.int8()))
+        wrong_flag = pc.binary_join_element_wise(theirs, text, "is not 1, 0 or -1", " ")
+        problem(place.is_null(), "box_unparsable", wrong_flag)
+    label = pc.utf8_trim_whitespace(batch.column("LabelName"))
+    problem(pc.equal(label, ""), "box_unparsable", "LabelName is empty")
+    image_id = clean_ids(batch.column("ImageID"))
+    problem(invalid_ids(image_id), "image_id_invalid", pc.binary_join_element_wise("ImageID", image_id, " "))
+    problem(_outside(columns), "box_outside_image", _outside_detail(columns) if _outside(columns).any() else "")
+
+    reason, detail = _first_problem(problems, count)
+    return _annotations(
+        image_id=image_id,
+        file=pa.repeat(file.name, count),
+        line=lines,
+        split=pa.array(np.full(count, file.split, np.int8)),
+        label=label,
+        label_name=label,
+        **columns,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _annotations(**columns: pa.Array) -> pa.Table:
+    return pa.table([columns[field.name] for field in ANNOTATIONS], schema=ANNOTATIONS)
+
+
+def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
+    """float64 with null where the text is no finite number, and where that is (None: nowhere)."""
+    try:
+        values = pc.cast(text, pa.float64())  # fast; fails as a whole
+        if not (values.null_count or not pc.all(pc.is_finite(values)).as_py()):
+            return values, None
+    except pa.ArrowInvalid:
+        pass
+    plain = pc.match_substring_regex(text, NUMBER)
+    values = pc.cast(pc.utf8_trim_whitespace(pc.if_else(plain, text, None)), pa.float64())
+    return values, ~np.asarray(plain)
+
+
+def clean_ids(text: pa.Array) -> pa.Array:
+    """Image ids without spaces around them and without an image suffix."""
+    return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), pattern=IMAGE_SUFFIX, replacement="")
+
+
+def invalid_ids(image_id: pa.Array) -> pa.Array:
+    """True for ids that are empty or could step out of a folder: separators, "..", control characters."""
+    return pc.or_(
+        pc.match_substring_regex(image_id, r"[/\\\x00-\x1f]|^\.*$"), pc.greater(pc.utf8_length(image_id), 200)
+    )
+
+
+def _outside(columns: dict[str, pa.Array]) -> np.ndarray:
+    xmin, xmax, ymin, ymax = (_filled(columns[name]) for name in COORDINATES)
+    with np.errstate(invalid="ignore"):
+        inside = (xmin >= 0) & (xmin < xmax) & (xmax <= 1) & (ymin >= 0) & (ymin < ymax) & (ymax <= 1)
+    return ~inside
+
+
+def _filled(column: pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False)  # null becomes NaN
+
+
+def _outside_detail(columns: dict[str, pa.Array]) -> pa.Array:
+    xmin, xmax, ymin, ymax = (
+        pc.fill_null(pc.cast(columns[name], pa.string()), "?") for name in ("xmin", "xmax", "ymin", "ymax")
+    )
+    return pc.binary_join_element_wise(
+        "x ", xmin, "..", xmax, ", y ", ymin, "..", ymax, "; fractions 0 <= min < max <= 1 are allowed", ""
+    )
+
+
+def _first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: int) -> tuple[pa.Array, pa.Array]:
+    reason, detail = pa.nulls(count, pa.string()), pa.nulls(count, pa.string())
+    for where, name, text in reversed(problems):
+        mask = pa.array(where)
+        reason, detail = pc.if_else(mask, name, reason), pc.if_else(mask, text, detail)
+    return reason, detail
+
+
+def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) -> pa.Table:
+    """Lines with too many or too few cells: a decimal comma, a cut file, a comment."""
+    cells = [row.text.split(",") for row in odd]
+    ids = pa.array([row[id_column].strip().strip('"') if id_column < len(row) else "" for row in cells], pa.string())
+    count = len(odd)
+    flag = pa.array(np.full(count, -1, np.int8))
+    nothing = pa.nulls(count, pa.float64())
+    return _annotations(
+        image_id=clean_ids(ids),
+        file=pa.repeat(file.name, count),
+        line=pa.array([row.number for row in odd], pa.int64()),
+        split=pa.array(np.full(count, file.split, np.int8)),
+        label=pa.repeat("", count),
+        label_name=pa.repeat("", count),
+        **dict.fromkeys(COORDINATES, nothing),
+        **dict.fromkeys(FLAG_COLUMNS, flag),
+        reason=pa.repeat("box_unparsable", count),
+        detail=pa.array(
+            [f"{row.actual_columns} cells where the header has {row.expected_columns}: {row.text[:120]}" for row in odd]
+        ),
+    )
+
+
+# -- COCO instances JSON -------------------------------------------------------------------------------------------
+
+
+def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
+    """One table. A photo's id is its file name without folder and suffix; iscrowd becomes is_group_of."""
+    where = tree.path_of(file.name)
+    coco = load_coco(tree, file.name)
+    try:
+        photos = {entry["id"]: entry for entry in coco["images"]}
+        classes = {entry["id"]: str(entry["name"]) for entry in coco["categories"]}
+        entries = coco["annotations"]
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"{where}: not a COCO instances JSON: no usable {error} in it") from None
+    rows = [_coco_row(entry, number, photos, classes) for number, entry in enumerate(entries)]
+    if not rows:
+        return
+    table: dict[str, list[Any]] = {field.name: [row.get(field.name) for row in rows] for field in ANNOTATIONS}
+    table |= {"file": [file.name] * len(rows), "split": [file.split] * len(rows), "label_name": table["label"]}
+    yield pa.table(table, schema=ANNOTATIONS)
+
+
+def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
+    """Raises SourceError when it is not JSON."""
+    try:
+        coco = json.loads(tree.read(name))
+    except ValueError as error:
+        raise SourceError(f"{tree.path_of(name)}: not a JSON file: {_one_line(error)}") from None
+    if not isinstance(coco, dict):
+        raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: a mapping is expected")
+    return coco
+
+
+def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any, str]) -> dict[str, Any]:
+    """One annotation. Boxes may end up to a pixel outside their photo, as COCO's own do; such ends are clipped."""
+    row: dict[str, Any] = {
+        "image_id": "",
+        "line": number,
+        "label": "",
+        **dict.fromkeys(FLAG_COLUMNS, -1),
+        "reason": "box_unparsable",
+    }
+    try:
+        row["line"] = int(entry.get("id", number))
+        photo = photos.get(entry["image_id"])
+        if photo is None:
+            detail = f"image_id {entry['image_id']} is not among the file's images"
+            return row | {"image_id": str(entry["image_id"]), "reason": "image_missing", "detail": detail}
+        name = str(photo["file_name"]).replace("\\", "/").rpartition("/")[2]
+        row["image_id"] = clean_ids(pa.array([name]))[0].as_py()
+        row["label"] = classes.get(entry["category_id"], str(entry["category_id"]))
+        row["is_group_of"] = 1 if entry.get("iscrowd") else 0
+        x, y, width, height = (float(value) for value in entry["bbox"])
+        photo_width, photo_height = float(photo["width"]), float(photo["height"])
+        ends = [x / photo_width, (x + width) / photo_width, y / photo_height, (y + height) / photo_height]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return row | {"detail": f"annotation {row['line']}: {type(error).__name__} {error}"}
+    slack = [1 / photo_width, 1 / photo_width, 1 / photo_height, 1 / photo_height]
+    clipped = [min(max(end, 0.0), 1.0) if -by <= end <= 1 + by else end for end, by in zip(ends, slack, strict=True)]
+    row |= dict(zip(COORDINATES, clipped, strict=True))
+    xmin, xmax, ymin, ymax = clipped
+    if not row["image_id"] or not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
+        detail = f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed"
+        return row | {"reason": "box_outside_image", "detail": detail}
+    return row | {"reason": None, "detail": None}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,137 @@
+"""Photos over HTTP: bounded attempts, backoff, deadlines, size limits; every failure is one of our reasons.
+
+A public S3 bucket is read by its HTTPS form, unsigned: s3://open-images-dataset is
+https://open-images-dataset.s3.amazonaws.com. AWS_ENDPOINT_URL, the AWS tools' own variable, moves it to a mirror.
+"""
+
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import urllib3
+from urllib3.util import Retry, Timeout
+
+CHUNK_BYTES = 1 << 16
+PERMANENT = {401: "refused", 403: "refused", 404: "no such image", 410: "no such image"}
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+class PhotoError(Exception):
+    """A photo that cannot be had. `reason` is one of the schema's; `str()` is the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class DownloadLimits:
+    """attempts: in all, at least 1. connect_s, idle_s: without a connection, without a byte. whole_s: per attempt.
+
+    backoff_s: before the second attempt; doubled before each further one, and a server's Retry-After is obeyed up to
+    `whole_s`. Half of each wait is random, so that many clients do not come back together.
+    """
+
+    connections: int
+    attempts: int
+    connect_s: float
+    idle_s: float
+    whole_s: float
+    backoff_s: float
+    max_bytes: int
+
+
+def http_base(base: str) -> str:
+    """s3://bucket/prefix to its HTTPS form; http(s):// addresses stay. No slash at the end."""
+    if not base.startswith("s3://"):
+        return base.rstrip("/")
+    bucket, _, prefix = base.removeprefix("s3://").rstrip("/").partition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    address = f"{endpoint.rstrip('/')}/{bucket}" if endpoint else f"https://{bucket}.s3.amazonaws.com"
+    return f"{address}/{prefix}" if prefix else address
+
+
+class Downloader:
+    """Fetches addresses below one base; used from many threads at once. Picklable; the pool is made at first use."""
+
+    def __init__(self, base: str, limits: DownloadLimits) -> None:
+        self.base, self.limits = http_base(base), limits
+        self._pool: urllib3.PoolManager | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Downloader"], tuple[str, DownloadLimits]]:
+        return Downloader, (self.base, self.limits)
+
+    def fetch(self, address: str) -> bytes:
+        """The body. Raises PhotoError: image_unpublished, image_too_large or download_failed."""
+        url = f"{self.base}/{quote(address)}"
+        problem = ""
+        for attempt in range(self.limits.attempts):
+            try:
+                return self._attempt(url)
+            except _AgainError as again:
+                problem = str(again)
+                if attempt + 1 < self.limits.attempts:
+                    time.sleep(again.wait_s if again.wait_s is not None else self._backoff_s(attempt))
+        raise PhotoError("download_failed", f"{url}: {problem}, {self.limits.attempts} attempts")
+
+    def _backoff_s(self, attempt: int) -> float:
+        longest = min(self.limits.backoff_s * 2**attempt, self.limits.whole_s)
+        return longest * random.uniform(0.5, 1)
+
+    def _attempt(self, url: str) -> bytes:
+        deadline = time.monotonic() + self.limits.whole_s
+        try:
+            with self._manager().request("GET", url, preload_content=False) as response:
+                if response.status in PERMANENT:
+                    detail = f"{url}: {PERMANENT[response.status]} (HTTP {response.status})"
+                    raise PhotoError("image_unpublished", detail)
+                if response.status in RETRIED:
+                    raise _AgainError(
+                        f"HTTP {response.status}", self._retry_after_s(response.headers.get("Retry-After"))
+                    )
+                if response.status != 200:
+                    raise PhotoError("image_unpublished", f"{url}: HTTP {response.status}")
+                return self._body(response, url, deadline)
+        except urllib3.exceptions.HTTPError as error:
+            cause = getattr(error, "reason", None) or error
+            raise _AgainError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from None
+
+    def _body(self, response: urllib3.BaseHTTPResponse, url: str, deadline: float) -> bytes:
+        parts, size = [], 0
+        while part := response.read1(CHUNK_BYTES):  # what has come; a full chunk could take for ever
+            size += len(part)
+            if size > self.limits.max_bytes:
+                raise PhotoError("image_too_large", f"{url}: more than {self.limits.max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise _AgainError(f"not done after {self.limits.whole_s:g} s, {size} bytes had come")
+            parts.append(part)
+        return b"".join(parts)
+
+    def _retry_after_s(self, header: str | None) -> float | None:
+        try:
+            return min(float(header), self.limits.whole_s) if header else None
+        except ValueError:
+            return None  # a date; our own backoff will do
+
+    def _manager(self) -> urllib3.PoolManager:
+        with self._lock:
+            if self._pool is None:
+                self._pool = urllib3.PoolManager(
+                    maxsize=self.limits.connections,
+                    timeout=Timeout(connect=self.limits.connect_s, read=self.limits.idle_s),
+                    retries=Retry(total=None, connect=0, read=0, status=0, other=0, redirect=3),
+                    headers={"User-Agent": "pbe"},
+                )
+            return self._pool
+
+
+class _AgainError(Exception):
+    """This attempt failed; another may do better, after wait_s when the server said so."""
+
+    def __init__(self, detail: str, wait_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.wait_s = wait_s

@@ -1,0 +1,111 @@
+"""A place that the user names, a file or a folder, local or s3://, behind one pyarrow filesystem."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from pbe.errors import UserError
+
+
+class SourceError(UserError):
+    """A source of photos or boxes cannot be read; the message names the file, folder or package and what to do."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """name: path below the place, "/" between its parts. version: size and date, changes when the file does."""
+
+    name: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class FileTree:
+    """`where` is an absolute local path or s3://bucket/prefix; `key` names the setting, for messages."""
+
+    where: str
+    key: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        if not self.where.startswith("s3://"):
+            return pafs.LocalFileSystem(), self.where
+        try:
+            return pafs.FileSystem.from_uri(self.where)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.key} = {self.where} cannot be opened: {' '.join(str(error).split())}") from None
+
+    def __reduce__(self) -> tuple[type["FileTree"], tuple[str, str]]:
+        return FileTree, (self.where, self.key)  # the open filesystem stays behind
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._opened[0], pafs.LocalFileSystem)
+
+    @cached_property
+    def is_folder(self) -> bool:
+        """Raises SourceError when there is nothing at the place."""
+        kind = self._info(self._opened[1]).type
+        if kind == pafs.FileType.NotFound:
+            raise SourceError(f"{self.key}: there is no {self.where}")
+        return bool(kind == pafs.FileType.Directory)
+
+    def _info(self, path: str) -> Any:
+        try:
+            return self._opened[0].get_file_info(path)
+        except OSError as error:
+            raise SourceError(f"{self.key} = {self.where}: {' '.join(str(error).split())[:300]}") from None
+
+    @property
+    def _folder(self) -> str:
+        path = self._opened[1]
+        return path if self.is_folder else str(PurePosixPath(path).parent)
+
+    @property
+    def only_name(self) -> str:
+        """Name of the file, when the place is one."""
+        return PurePosixPath(self._opened[1]).name
+
+    def path_of(self, name: str) -> str:
+        """For messages: the place and the name."""
+        return f"{self.where.rstrip('/')}/{name}" if self.is_folder else self.where
+
+    def siblings(self) -> list[str]:
+        """Names of the files in the place, or beside it when it is a file; sorted."""
+        selector = pafs.FileSelector(self._folder)
+        infos = self._opened[0].get_file_info(selector)
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+
+    def names(self) -> list[str]:
+        """Names of the files in the place, which must be a folder; sorted."""
+        return self.siblings()
+
+    def walk(self) -> list[FileInfo]:
+        """All files below the folder, with its subfolders, by name."""
+        filesystem, root = self._opened
+        found = []
+        for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+            if info.type == pafs.FileType.File:
+                inner = PurePosixPath(info.path).relative_to(root).as_posix()
+                found.append(FileInfo(inner, info.size, f"{info.size}:{info.mtime_ns}"))
+        return sorted(found, key=lambda info: info.name)
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError."""
+        with self.open(name) as stream:
+            return bytes(stream.read())
+
+    def open(self, name: str) -> Any:
+        """A stream of bytes from the file's beginning. Raises OSError."""
+        return self._opened[0].open_input_stream(str(PurePosixPath(self._folder) / name), compression=None)
+
+
+def file_tree(location: str, *, root: Path, key: str) -> FileTree:
+    """location: s3://..., or a local path, taken relative to `root`."""
+    if location.startswith("s3://"):
+        return FileTree(location.rstrip("/"), key)
+    return FileTree(str((root / Path(location).expanduser()).resolve()), key)

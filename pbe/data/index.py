@@ -1,0 +1,148 @@
+"""Annotations and photo lists, cut by bucket: one streaming pass, bounded memory, the same tables on every machine.
+
+OpenImages has 14.6 million boxes of 1.7 million photos. Rows are sorted into buckets block by block; what does not fit
+`SPILL_BYTES` waits in Arrow files on local disk, and at the end each bucket is put together from its pieces.
+"""
+
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pbe.data.rng import bucket_of, unit_interval
+from pbe.data.schema import SPLITS
+
+SPILL_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which annotations are wanted at all. None: all of them. limit: photos per split, the first in file order."""
+
+    splits: Collection[str]
+    limit: int | None
+    classes: Collection[str] | None
+    image_ids: Collection[str] | None
+    val_frac: float
+
+
+@dataclass
+class Selector:
+    """Applies a Selection block by block; it remembers which photos it has taken, for `limit`."""
+
+    selection: Selection
+    class_ids: Collection[str] | None  # labels as they stand in the files
+    taken: dict[int, set[str]] = field(default_factory=dict)
+    left_out: int = 0
+
+    def __call__(self, annotations: pa.Table) -> pa.Table:
+        """The wanted rows, with the split that val_frac gives them. Odd lines are always wanted: they are rejects."""
+        chosen = self.selection
+        encoded = pc.dictionary_encode(annotations.column("image_id").combine_chunks())
+        ids, index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        split = annotations.column("split").to_numpy()
+        if chosen.val_frac:
+            by_hash = np.array([unit_interval(image_id) < chosen.val_frac for image_id in ids], bool)
+            split = np.where(by_hash[index], SPLITS.index("validation"), SPLITS.index("train")).astype(np.int8)
+        keep = np.isin(split, [SPLITS.index(name) for name in chosen.splits])
+        if chosen.image_ids is not None:
+            keep &= np.array([image_id in chosen.image_ids for image_id in ids], bool)[index]
+        if self.class_ids is not None:
+            labels = pc.is_in(annotations.column("label"), pa.array(sorted(self.class_ids), pa.string()))
+            keep &= labels.to_numpy() | annotations.column("reason").is_valid().to_numpy()
+        if chosen.limit is not None:
+            keep &= self._within_limit(ids, index, split, keep)
+        self.left_out += int(len(keep) - keep.sum())
+        column = annotations.schema.get_field_index("split")
+        return annotations.set_column(column, annotations.schema.field("split"), pa.array(split)).filter(pa.array(keep))
+
+    def _within_limit(self, ids: list[str], index: np.ndarray, split: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        assert self.selection.limit is not None
+        within = np.zeros(len(index), bool)
+        rows = np.flatnonzero(keep)
+        _, first = np.unique(split[rows].astype(np.int64) * len(ids) + index[rows], return_index=True)
+        for row in rows[np.sort(first)]:  # each photo of each split once, in file order
+            taken = self.taken.setdefault(int(split[row]), set())
+            if len(taken) < self.selection.limit:
+                taken.add(ids[index[row]])
+        for name, taken in self.taken.items():
+            allowed = np.array([image_id in taken for image_id in ids], bool)
+            within |= (split == name) & allowed[index]
+        return within
+
+
+class BucketSorter:
+    """Takes tables with an image_id column; gives back one table per bucket, rows in the order they came."""
+
+    def __init__(self, schema: pa.Schema, buckets: int, folder: Path) -> None:
+        self._schema, self._buckets, self._folder = schema, buckets, folder
+        self._held: list[tuple[np.ndarray, pa.Table]] = []
+        self._held_bytes = 0
+        self._spills: list[tuple[Path, dict[int, int]]] = []
+
+    def add(self, table: pa.Table) -> None:
+        if not table.num_rows:
+            return
+        self._held.append((buckets_of(table.column("image_id"), self._buckets), table))
+        self._held_bytes += table.nbytes
+        if self._held_bytes >= SPILL_BYTES:
+            self._spill()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """One table per bucket, also for empty ones. Call it once, after the last `add`."""
+        held = dict(self._sorted_pieces())
+        self._held = []
+        sources = [(pa.memory_map(str(path)), places) for path, places in self._spills]
+        readers = [(pa.ipc.open_file(source), places) for source, places in sources]
+        for bucket in range(self._buckets):
+            pieces = [pa.table(reader.get_batch(places[bucket])) for reader, places in readers if bucket in places]
+            if bucket in held:
+                pieces.append(held.pop(bucket))
+            yield pa.concat_tables(pieces) if pieces else self._schema.empty_table()
+        for source, _ in sources:
+            source.close()
+
+    def _spill(self) -> None:
+        path = self._folder / f"spill-{len(self._spills)}.arrow"
+        places: dict[int, int] = {}
+        with pa.ipc.new_file(str(path), self._schema) as writer:
+            for number, (bucket, piece) in enumerate(self._sorted_pieces()):
+                writer.write_batch(piece.combine_chunks().to_batches()[0])
+                places[bucket] = number
+        self._spills.append((path, places))
+        self._held, self._held_bytes = [], 0
+
+    def _sorted_pieces(self) -> Iterator[tuple[int, pa.Table]]:
+        """What is held, by bucket."""
+        if not self._held:
+            return
+        buckets = np.concatenate([bucket for bucket, _ in self._held])
+        table = pa.concat_tables([table for _, table in self._held]).combine_chunks()
+        order = np.argsort(buckets, kind="stable")
+        table = table.take(pa.array(order))
+        present, starts = np.unique(buckets[order], return_index=True)
+        for bucket, start, end in zip(present, starts, [*starts[1:], len(order)], strict=True):
+            yield int(bucket), table.slice(start, end - start)
+
+
+def buckets_of(image_ids: pa.ChunkedArray | pa.Array, buckets: int) -> np.ndarray:
+    """(N,) int64 bucket of each id; each different id is hashed once."""
+    combined = image_ids.combine_chunks() if isinstance(image_ids, pa.ChunkedArray) else image_ids
+    encoded = pc.dictionary_encode(combined)
+    by_id = np.array([bucket_of(image_id, buckets) for image_id in encoded.dictionary.to_pylist()], np.int64)
+    return by_id[encoded.indices.to_numpy()] if len(by_id) else np.empty(0, np.int64)
+
+
+@contextmanager
+def by_bucket(tables: Iterable[pa.Table], schema: pa.Schema, buckets: int) -> Iterator[Iterator[pa.Table]]:
+    """Reads all of `tables`, then gives their rows cut by bucket: one table per bucket."""
+    with tempfile.TemporaryDirectory(prefix="pbe-index-") as folder:
+        sorter = BucketSorter(schema, buckets, Path(folder))
+        for table in tables:
+            sorter.add(table)
+        yield sorter.tables()

@@ -1,0 +1,75 @@
+"""What the data stages dropped, and why: the table behind `pbe rejects`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.csv as pacsv
+
+from pbe.data.schema import REJECTS, TRANSIENT_REASONS
+from pbe.store import Manifest, Store, load_manifest
+
+STAGES = ("ingest", "filter", "materialize")
+
+
+@dataclass
+class Reason:
+    stage: str
+    reason: str
+    rows: int = 0
+    examples: list[Mapping[str, str]] = field(default_factory=list)
+
+
+def stages_with_rejects(root: Path) -> dict[str, Manifest]:
+    """Manifests of the data stages that have run, by stage; of a stage that failed on its rejects too."""
+    paths = {stage: root / "data" / stage / "manifest.json" for stage in STAGES}
+    return {stage: load_manifest(path) for stage, path in paths.items() if path.is_file()}
+
+
+def count_rejects(store: Store, manifests: Mapping[str, Manifest], *, examples: int) -> list[Reason]:
+    """One entry per stage and reason, most frequent first within a stage, with the first `examples` rows of each."""
+    found: dict[tuple[str, str], Reason] = {}
+    for stage, rows in _tables(store, manifests):
+        for row in rows:
+            entry = found.setdefault((stage, row["reason"]), Reason(stage, row["reason"]))
+            entry.rows += 1
+            if len(entry.examples) < examples:
+                entry.examples.append(row)
+    return sorted(found.values(), key=lambda entry: (STAGES.index(entry.stage), -entry.rows, entry.reason))
+
+
+def write_rejects(store: Store, manifests: Mapping[str, Manifest], target: Path) -> int:
+    """Every row as CSV; returns how many."""
+    rows = 0
+    with pacsv.CSVWriter(str(target), REJECTS) as writer:
+        for stage, manifest in manifests.items():
+            for unit in manifest.units:
+                if any(file.dataset == "rejects" for file in unit.files):
+                    table = store.read_table(unit.file("rejects"))
+                    writer.write_table(table)
+                    rows += table.num_rows
+            assert stage in STAGES
+    return rows
+
+
+def _tables(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
+    for stage, manifest in manifests.items():
+        for unit in manifest.units:
+            if any(file.dataset == "rejects" for file in unit.files):
+                yield stage, store.read_table(unit.file("rejects")).to_pylist()
+
+
+def table_text(reasons: list[Reason], totals: Mapping[str, Manifest]) -> str:
+    """For a terminal: a line per reason, its examples below it."""
+    lines = []
+    for stage, manifest in totals.items():
+        read = {kind: manifest.counts.get(f"{kind}_in") for kind in ("images", "boxes")}
+        text = ", ".join(f"{count} {kind}" for kind, count in read.items() if count is not None)
+        dropped = sum(entry.rows for entry in reasons if entry.stage == stage)
+        lines.append(f"{stage}: {dropped} rows dropped of {text}")
+        for entry in reasons:
+            if entry.stage == stage:
+                note = "  (ingest.retry_rejected tries these again)" if entry.reason in TRANSIENT_REASONS else ""
+                lines.append(f"  {entry.rows:>9}  {entry.reason}{note}")
+                lines += [f"             {row['key']}: {row['detail']}" for row in entry.examples]
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The report's charts: SVG whose text is text and whose colours are the page's own."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+INK = "#010203"  # replaced by currentColor
+
+
+@contextmanager
+def _style() -> Iterator[Any]:
+    """pyplot with the page's style; no window is opened."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pbe",
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        yield plt
+        plt.close("all")
+
+
+def _colour(index: int) -> str:
+    """Stands for the page's variable --v<index> until the SVG is written."""
+    return f"#0400{index:02x}"
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    for index in range(256):
+        svg = svg.replace(_colour(index), f"var(--v{index % 4})")
+    return svg
+
+
+def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The loss of each variant over steps: every logged point, and a running mean."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    with _style() as plt:
+        figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+        for index, (name, history) in enumerate(histories.items()):
+            steps, losses = ([row[key] for row in history] for key in ("step", "loss"))
+            window = max(1, len(losses) // 12)
+            if window > 1:
+                axes.plot(steps, losses, color=_colour(index), linewidth=0.8, alpha=0.3)
+            mean = _running_mean(losses, window)
+            axes.plot(steps[window - 1 :], mean, color=_colour(index), linewidth=2, label=name)
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        narrow = high < 8 * low  # then 1, 2 and 5 of a decade are too few numbers
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if narrow or f"{value:e}"[0] in "25" else "")
+        )
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss (log)")
+        axes.legend(frameon=False, loc="lower left")
+        return _svg(figure)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    return np.convolve(values, np.full(window, 1 / window), mode="valid").tolist() if len(values) else []
+
+
+def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
+    """Histogram of relative box areas on a log axis: all boxes, and those that the filter kept."""
+    from matplotlib.ticker import FuncFormatter
+
+    edges = np.geomspace(1e-4, 1, 33)
+    with _style() as plt:
+        figure, axes = plt.subplots(figsize=(5.4, 2.8), layout="constrained")
+        for index, (label, areas) in enumerate((("read", all_areas), ("kept", kept_areas))):
+            colour, alpha = _colour(index), 0.35 if index == 0 else 0.9
+            axes.hist(np.clip(areas, edges[0], 1), bins=edges, color=colour, alpha=alpha, label=label)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("box area / photo area (log)")
+        axes.set_ylabel("boxes")
+        axes.legend(frameon=False, loc="upper left")
+        return _svg(figure)
+
+
+def classes_svg(classes: Sequence[tuple[str, int, int]]) -> str:
+    """Bars of the most frequent classes: (name, boxes read, boxes kept)."""
+    names = [name for name, _, _ in classes][::-1]
+    with _style() as plt:
+        figure, axes = plt.subplots(figsize=(5.4, 0.6 + 0.26 * len(names)), layout="constrained")
+        for index, counts in enumerate(([c[1] for c in classes][::-1], [c[2] for c in classes][::-1])):
+            alpha = 0.35 if index == 0 else 0.9
+            axes.barh(names, counts, color=_colour(index), alpha=alpha, label=("read", "kept")[index])
+        axes.set_xlabel("boxes")
+        axes.legend(frameon=False, loc="lower right")
+        return _svg(figure)

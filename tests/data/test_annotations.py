@@ -1,0 +1,211 @@
+"""Box files: every line comes out, typed or with its reason; OpenImages' real columns; COCO JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pbe.data.annotations import box_files, class_names, read_annotations, with_names
+from pbe.data.files import FileTree, SourceError
+from pbe.data.schema import ANNOTATIONS, SPLITS
+
+TRAIN_HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside,"
+    "XClick1X,XClick2X,XClick3X,XClick4X,XClick1Y,XClick2Y,XClick3Y,XClick4Y"
+)
+TRAIN_ROW = "000002b66c9c498e,xclick,/m/01g317,1,0.012500,0.195312,0.148438,0.587500,0,1,0,0,0" + ",0.1" * 8
+VALIDATION_HEADER = ",".join(TRAIN_HEADER.split(",")[:13])
+VALIDATION_ROW = "0001eeaf4aed83f9,xclick,/m/0cmf2,1,0.022673031,0.9642005,0.07103825,0.80054647,0,0,0,0,-1"
+HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax"
+GOOD = "a,/m/1,0.1,0.5,0.2,0.6"
+
+
+def _read(folder: Path, text: str | bytes, name: str = "train-boxes.csv") -> list[dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    tree = FileTree(str(folder), "ingest.boxes")
+    out = []
+    for file in box_files(tree):
+        for table in read_annotations(tree, file):
+            assert table.schema.equals(ANNOTATIONS)
+            out += table.to_pylist()
+    return sorted(out, key=lambda row: row["line"])
+
+
+def test_the_21_columns_of_train_and_the_13_of_validation_are_read_by_name(tmp_path: Path) -> None:
+    (train,) = _read(tmp_path / "a", f"{TRAIN_HEADER}\n{TRAIN_ROW}\n", "oidv6-train-annotations-bbox.csv")
+    assert train == {
+        "image_id": "000002b66c9c498e",
+        "file": "oidv6-train-annotations-bbox.csv",
+        "line": 2,
+        "split": SPLITS.index("train"),
+        "label": "/m/01g317",
+        "label_name": "/m/01g317",
+        "xmin": 0.0125,
+        "xmax": 0.195312,
+        "ymin": 0.148438,
+        "ymax": 0.5875,
+        "is_occluded": 0,
+        "is_truncated": 1,
+        "is_group_of": 0,
+        "is_depiction": 0,
+        "is_inside": 0,
+        "reason": None,
+        "detail": None,
+    }
+    (other,) = _read(tmp_path / "b", f"{VALIDATION_HEADER}\n{VALIDATION_ROW}\n", "validation-annotations-bbox.csv")
+    assert (other["split"], other["is_inside"], other["xmax"]) == (SPLITS.index("validation"), -1, 0.9642005)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        ("a,/m/1,left,0.5,0.2,0.6", "box_unparsable", "XMin left is not a number"),
+        ("a,/m/1,,0.5,0.2,0.6", "box_unparsable", "XMin  is not a number"),
+        ("a,/m/1,0.1,nan,0.2,0.6", "box_unparsable", "XMax nan is not a number"),
+        ("a,/m/1,0.1,inf,0.2,0.6", "box_unparsable", "XMax inf is not a number"),
+        ("a,/m/1,0x1,0.5,0.2,0.6", "box_unparsable", "XMin 0x1 is not a number"),
+        ("a,/m/1,0,1,0,5,0,2,0,6", "box_unparsable", "10 cells where the header has 6"),  # decimal commas
+        ('a,/m/1,"0,1","0,5","0,2","0,6"', "box_unparsable", "XMin 0,1 is not a number"),
+        ("a,/m/1,0.1,0.5", "box_unparsable", "4 cells where the header has 6"),  # the file was cut
+        ("a,,0.1,0.5,0.2,0.6", "box_unparsable", "LabelName is empty"),
+        ("a,/m/1,0.5,0.1,0.2,0.6", "box_outside_image", "x 0.5..0.1, y 0.2..0.6; fractions"),  # swapped
+        ("a,/m/1,0.1,1.5,0.2,0.6", "box_outside_image", "x 0.1..1.5"),
+        ("a,/m/1,-0.1,0.5,0.2,0.6", "box_outside_image", "x -0.1..0.5"),
+        ("a,/m/1,0.1,0.5,0.6,0.6", "box_outside_image", "y 0.6..0.6"),
+        ("a,/m/1,12,480,30,200", "box_outside_image", "x 12..480"),  # pixels instead of fractions
+        (",/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "ImageID "),
+        ("../../etc/passwd,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "ImageID ../../etc/passwd"),
+        ("/etc/passwd,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "/etc/passwd"),
+        ("..\\..\\x,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", ""),
+        ("..,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", ".."),
+    ],
+)
+def test_a_wrong_line_has_its_reason_and_costs_no_other_line(
+    tmp_path: Path, line: str, reason: str, detail: str
+) -> None:
+    before, wrong, after = _read(tmp_path, f"{HEADER}\n{GOOD}\n{line}\n{GOOD}\n")
+    assert (wrong["line"], wrong["reason"]) == (3, reason)
+    assert detail in wrong["detail"]
+    for row, number in ((before, 2), (after, 4)):
+        assert (row["line"], row["reason"], row["xmin"], row["ymax"]) == (number, None, 0.1, 0.6)
+
+
+@pytest.mark.parametrize("flag", ["yes", "2", "300", "0.0"])
+def test_a_flag_is_1_0_or_minus_1(tmp_path: Path, flag: str) -> None:
+    (row,) = _read(tmp_path, f"{HEADER},IsOccluded\n{GOOD},{flag}\n")
+    assert (row["reason"], row["detail"]) == ("box_unparsable", f"IsOccluded {flag} is not 1, 0 or -1")
+
+
+def test_ids_lose_their_image_suffix_and_spaces(tmp_path: Path) -> None:
+    ids = ["a.jpg", "b.JPEG", " c ", "d.png", "e.tar.jpg", "f.v2", "g"]
+    rows = _read(tmp_path, f"{HEADER}\n" + "".join(f"{name},/m/1,0.1,0.5,0.2,0.6\n" for name in ids))
+    assert [row["image_id"] for row in rows] == ["a", "b", "c", "d", "e.tar", "f.v2", "g"]
+
+
+def test_a_byte_order_mark_extra_columns_windows_ends_and_another_order_are_fine(tmp_path: Path) -> None:
+    text = "\ufeffYMax,Note,XMax,XMin,YMin,LabelName,ImageID\r\n0.6,hello,0.5,0.1,0.2,/m/1,a\r\n"
+    (row,) = _read(tmp_path, text.encode("utf-8"))
+    assert [row[key] for key in ("image_id", "label", "xmin", "xmax", "ymin", "ymax", "reason")] == [
+        "a", "/m/1", 0.1, 0.5, 0.2, 0.6, None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "the file is empty"),
+        (HEADER.encode() + b"\n", "no box in it"),
+        (b"ImageID,LabelName,XMin,XMax,YMin\na,b,0,1,0\n", "its header lacks YMax"),
+        (b"ImageID;LabelName;XMin;XMax;YMin;YMax\n", "its header lacks ImageID"),
+        (HEADER.encode() + b",XMin\n", "names XMin more than once"),
+        (HEADER.encode() + b"\na\xff\xfe,/m/1,0.1,0.5,0.2,0.6\n", "not a CSV in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_box_csv_is_one_message_that_names_it(tmp_path: Path, text: bytes, message: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        _read(tmp_path, text)
+    assert str(tmp_path / "train-boxes.csv") in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_line_numbers_hold_across_blocks_with_odd_lines_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbe.data.annotations.BLOCK_BYTES", 400)
+    lines = [f"i{n},/m/1,0.1,0.5,0.2,0.{n % 4 + 5}" if n % 7 else f"odd{n},too,few" for n in range(2, 402)]
+    rows = _read(tmp_path, HEADER + "\n" + "\n".join(lines) + "\n")
+    assert [row["line"] for row in rows] == list(range(2, 402))
+    for row in rows:
+        number = row["line"]
+        assert row["image_id"] == (f"i{number}" if number % 7 else f"odd{number}")
+        assert (row["reason"] is None) == bool(number % 7)
+
+
+def test_class_names_with_and_without_header_and_only_they_are_no_box_files(tmp_path: Path) -> None:
+    (tmp_path / "class-descriptions-boxable.csv").write_text('/m/1,Cat\n/m/2,"Bat, flying"\n')
+    (tmp_path / "oidv7-class-descriptions-boxable.csv").write_text("LabelName,DisplayName\n/m/3,Dog\n")
+    (tmp_path / "validation-images-with-rotation.csv").write_text("ImageID,Subset\n")
+    (tmp_path / "val.csv").write_text(f"{HEADER}\n{GOOD}\n")
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    assert [file.name for file in box_files(tree)] == ["val.csv"]
+    names = class_names(tree)
+    assert (names["/m/1"], names["/m/2"], names["/m/3"]) == ("Cat", "Bat, flying", "Dog")
+    (table,) = read_annotations(tree, box_files(tree)[0])
+    assert with_names(table, names).column("label_name").to_pylist() == ["Cat"]
+    assert with_names(table, {}).column("label_name").to_pylist() == ["/m/1"]
+    assert class_names(FileTree(str(tmp_path / "val.csv"), "ingest.boxes")) == names  # beside a single file too
+
+
+def _coco(**changes: Any) -> dict[str, Any]:
+    return {
+        "images": [{"id": 9, "file_name": "train2017/000000000009.jpg", "width": 200, "height": 100}],
+        "categories": [{"id": 51, "name": "bowl"}],
+        "annotations": [{"id": 7, "image_id": 9, "category_id": 51, "bbox": [20, 10, 100, 50], "iscrowd": 0}],
+    } | changes
+
+
+def test_coco_boxes_become_fractions_ids_lose_folder_and_suffix_and_crowds_are_groups(tmp_path: Path) -> None:
+    entry = _coco()["annotations"][0]
+    crowd = entry | {"id": 8, "iscrowd": 1, "bbox": [-0.5, 0, 200.9, 100.4]}  # COCO's own end up to a pixel outside
+    rows = _read(tmp_path, json.dumps(_coco(annotations=[entry, crowd])), "instances_val2017.json")
+    assert [row["line"] for row in rows] == [7, 8]
+    first, second = rows
+    assert (first["image_id"], first["label"], first["label_name"]) == ("000000000009", "bowl", "bowl")
+    assert [first[key] for key in ("xmin", "xmax", "ymin", "ymax")] == [0.1, 0.6, 0.1, 0.6]
+    assert (first["is_group_of"], second["is_group_of"], first["split"]) == (0, 1, SPLITS.index("validation"))
+    assert [second[key] for key in ("xmin", "xmax", "ymin", "ymax")] == [0, 1, 0, 1]
+    assert first["reason"] is None and second["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image_id": 10}, "image_missing"),
+        ({"bbox": [20, 10, 0, 50]}, "box_outside_image"),
+        ({"bbox": [20, 10, 500, 50]}, "box_outside_image"),
+        ({"bbox": [20, 10, "wide", 50]}, "box_unparsable"),
+        ({"bbox": [20, 10]}, "box_unparsable"),
+        ({"bbox": None}, "box_unparsable"),
+    ],
+)
+def test_a_wrong_coco_annotation_has_its_reason(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    good = _coco()["annotations"][0]
+    text = json.dumps(_coco(annotations=[good | {"id": 1}, good | {"id": 2} | change]))
+    first, second = _read(tmp_path, text, "instances.json")
+    assert first["reason"] is None and second["reason"] == reason and second["detail"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', json.dumps(_coco(annotations=[]))])
+def test_a_json_that_is_no_coco_file_is_one_message(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=r"instances\.json") as caught:
+        _read(tmp_path, text, "instances.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_box_file_at_all(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no CSV or COCO JSON"):
+        box_files(FileTree(str(tmp_path), "ingest.boxes"))
+    with pytest.raises(SourceError, match=r"ingest\.boxes: there is no .*nowhere"):
+        box_files(FileTree(str(tmp_path / "nowhere"), "ingest.boxes"))

@@ -13,7 +13,9 @@ LOG_INTERVAL_S = 10.0
 def progress_bar(label: str, *, total: int | None, unit: str) -> "tqdm[None]":
     """A tqdm bar on stderr; use it as a context manager. total None: not known, it only counts."""
     interval_s = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
-    return tqdm(desc=label, total=total, unit=unit, unit_scale=True, mininterval=interval_s, maxinterval=2 * interval_s)
+    return tqdm(
+        desc=label, total=total, unit=unit, unit_scale=total is None, mininterval=interval_s, maxinterval=2 * interval_s
+    )
 
 
 def with_progress(items: Iterable[Item], label: str, *, total: int, unit: str) -> Iterator[Item]:

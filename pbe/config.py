@@ -113,6 +113,7 @@ class MaterializeConfig(Strict):
     crop_shrink_frac: Frac
     bezier_points_per_side: Annotated[int, Field(ge=2, le=200)]
     bezier_jitter_px: Annotated[int, Field(ge=0, le=100)]
+    jpeg_chroma: Literal["444", "420"]
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]
     cpus_per_bucket: Annotated[float, Field(gt=0)]
 

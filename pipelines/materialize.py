@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pbe.config import MaterializeConfig
-from pbe.data.materialize import triplet_tables
+from pbe.data.materialize import Jpeg, triplet_tables
 from pbe.data.schema import BOXES, IMAGES, require
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.stage import Stage, StageError, cut_config, save_counts
@@ -51,7 +51,7 @@ def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit],
             require(store.read_table(box_file), BOXES, box_file.path),
             cfg=cut_config(cfg),
             slots=cfg.slots,
-            jpeg_quality=cfg.jpeg_quality,
+            jpeg=Jpeg(cfg.jpeg_quality, cfg.jpeg_chroma),
             seed=seed,
         )
         return store.write_unit("materialize", unit.name, tables, counts=counts)

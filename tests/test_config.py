@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -19,7 +20,14 @@ from pbe.errors import UserError
 COMMITTED: dict[str, Any] = yaml.safe_load((repo_root() / "params.yaml").read_text())
 # what the messages below mention, so that another profile in params.yaml changes nothing here
 KNOWN: dict[str, dict[str, Any]] = {
-    "ingest": {"source": "sample", "images": None},
+    "ingest": {
+        "source": "sample",
+        "images": "photos.csv",
+        "boxes": "boxes.csv",
+        "image_base": None,
+        "splits": ["train", "validation", "test"],
+        "val_frac": 0,
+    },
     "filter": {"min_area_frac": 0.02, "max_area_frac": 0.8},
     "materialize": {"image_px": 64},
     "encode": {"codec_patch_px": 4, "codec_channels": 16},
@@ -94,7 +102,28 @@ def test_the_committed_file_is_read_whole() -> None:
         ({"train.lr": False}, "params.yaml: train.lr = False: input should be a number"),
         ({"train.lr": None}, "params.yaml: train.lr = None: input should be a valid number"),
         ({"seed": -1}, "params.yaml: seed = -1: input should be greater than or equal to 0"),
-        ({"ingest.source": "web"}, "params.yaml: ingest.source = 'web': input should be 'sample' or 'folder'"),
+        (
+            {"ingest.source": "web"},
+            "params.yaml: ingest.source = 'web': input should be 'sample', 'folder' or 'openimages'",
+        ),
+        ({"ingest.images": None}, "params.yaml: ingest.images = None: input should be a valid string"),
+        ({"ingest.images": ""}, "params.yaml: ingest.images = '': string should have at least 1 character"),
+        ({"ingest.boxes": None}, "params.yaml: ingest.boxes = None: input should be a valid string"),
+        ({"ingest.limit": 0}, "params.yaml: ingest.limit = 0: input should be greater than or equal to 1"),
+        ({"ingest.splits": []}, "params.yaml: ingest.splits = []: tuple should have at least 1 item"),
+        ({"ingest.splits": ["val"]}, "params.yaml: ingest.splits.0 = 'val': input should be 'train', 'validation' or"),
+        ({"ingest.classes": []}, "params.yaml: ingest.classes = []: tuple should have at least 1 item"),
+        ({"ingest.val_frac": 1}, "params.yaml: ingest.val_frac = 1: input should be less than 1"),
+        ({"ingest.exif": "yes"}, "params.yaml: ingest.exif = 'yes': input should be 'ignore' or 'apply'"),
+        ({"ingest.retry_rejected": "maybe"}, "params.yaml: ingest.retry_rejected = 'maybe': input should be a valid"),
+        ({"ingest.download": None}, "params.yaml: ingest.download = None: input should be a valid dictionary"),
+        ({"ingest.download.attempts": 0}, "params.yaml: ingest.download.attempts = 0: input should be greater than"),
+        ({"ingest.download.whole_s": 0}, "params.yaml: ingest.download.whole_s = 0: input should be greater than 0"),
+        ({"filter.exclude_flags": ["is_big"]}, "params.yaml: filter.exclude_flags.0 = 'is_big': input should be 'is_o"),
+        ({"filter.include_classes": []}, "params.yaml: filter.include_classes = []: tuple should have at least 1"),
+        ({"filter.max_aspect": 0.5}, "params.yaml: filter.max_aspect = 0.5: input should be greater than or equal to"),
+        ({"filter.max_iou": 0}, "params.yaml: filter.max_iou = 0: input should be greater than 0"),
+        ({"filter.min_side_px": -1}, "params.yaml: filter.min_side_px = -1: input should be greater than or equal"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
         ({"train.unet": None}, "params.yaml: train.unet = None: input should be a valid dictionary"),
         (
@@ -144,10 +173,26 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64",
         ),
         (
-            {"ingest.source": "folder"},
-            "params.yaml: ingest: images: null, but source 'folder' needs the folder of images",
+            {"ingest.source": "openimages"},
+            "params.yaml: ingest: image_base: source 'openimages' needs the address of the images",
         ),
-        ({"ingest.images": "x"}, "params.yaml: ingest: images: must be null with source 'sample'"),
+        (
+            {"ingest.image_base": "s3://open-images-dataset"},
+            "params.yaml: ingest: image_base: must be null with source 'sample'; its photos are at ingest.images",
+        ),
+        (
+            {"ingest.source": "folder", "ingest.image_base": "http://mirror.example"},
+            "params.yaml: ingest: image_base: must be null with source 'folder'",
+        ),
+        (
+            {"ingest.source": "openimages", "ingest.image_base": "/photos"},
+            "params.yaml: ingest: image_base: /photos must begin with s3://, https:// or http://",
+        ),
+        ({"ingest.images": "boxes.csv"}, "params.yaml: ingest: images and boxes must differ"),
+        (
+            {"ingest.val_frac": 0.1},
+            "params.yaml: ingest: val_frac makes train and validation of all photos; take test out of splits",
+        ),
         ({"variants.full": {"workers": 3}}, "params.yaml: variants.full: workers 3 must divide lanes 2"),
     ],
     ids=str,
@@ -165,6 +210,9 @@ def test_settings_that_do_not_fit_one_another_are_one_line_with_their_values(
         ("leraning_rate", config.Params),
         ("train.lrr", config.TrainConfig),
         ("train.unet.heads", config.UNetConfig),
+        ("ingest.image_dir", config.IngestConfig),
+        ("ingest.download.retries", config.DownloadConfig),
+        ("filter.min_area", config.FilterConfig),
         ("materialize.slot", config.MaterializeConfig),
         ("variants.full.lrr", config.TrainConfig),
     ],
@@ -182,12 +230,19 @@ def test_a_variants_nested_key_is_checked_like_any_other(load: Load) -> None:
     assert got == "params.yaml: variants.fast.lr = -1: input should be greater than 0"
 
 
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """A and None of `A | None`."""
+    return (
+        get_args(annotation) if isinstance(annotation, UnionType) or get_origin(annotation) is Union else (annotation,)
+    )
+
+
 def _number_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     out = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             out += _number_keys(field.annotation, f"{prefix}{name}.")
-        elif field.annotation in (int, float):
+        elif {int, float} & {get_args(part)[0] if get_args(part) else part for part in _parts(field.annotation)}:
             out.append(prefix + name)
     return out
 

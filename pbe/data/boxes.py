@@ -31,9 +31,6 @@ class Box:
     def height_px(self) -> int:
         return self.y1 - self.y0
 
-    def moved(self, dx_px: int, dy_px: int) -> "Box":
-        return Box(self.x0 + dx_px, self.y0 + dy_px, self.x1 + dx_px, self.y1 + dy_px)
-
     def contains(self, other: "Box") -> bool:
         return self.x0 <= other.x0 and self.y0 <= other.y0 and self.x1 >= other.x1 and self.y1 >= other.y1
 

@@ -7,6 +7,7 @@ OpenCV or Pillow. Pillow reads headers, without decoding.
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image
 
 from pbe.errors import UserError
 
+Chroma = Literal["444", "420"]
 UPRIGHT = 1
 # EXIF orientation: what makes the stored picture upright (turns are clockwise)
 _TURNS = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
@@ -105,9 +107,9 @@ def _what_it_is(data: bytes) -> str:
     return ""
 
 
-def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """(H, W, 3) uint8 RGB to JPEG, 4:4:4 chroma so that small crops keep their colours."""
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444", fastdct=False)
+def encode_jpeg(image: np.ndarray, quality: int, chroma: Chroma = "444") -> bytes:
+    """(H, W, 3) uint8 RGB to JPEG. chroma: "444" keeps the colours of small crops, "420" halves them both ways."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", chroma, fastdct=False)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -116,10 +118,10 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """Area averaging when shrinking, bilinear when growing; aspect ratio is the caller's business.
+    """Bilinear without antialias, as upstream (torchvision 0.12 on tensors); aspect ratio is the caller's business.
 
-    Deviation: upstream shrinks bilinearly without antialias (torchvision 0.12 on tensors). At 64 px that
-    aliases; area averaging does not.
+    Deviation: where both sides shrink to less than half, area averaging; bilinear would skip pixels there, and at 64 px
+    that is most of them. At the paper's sizes, 1024 px photos to 512 px, bilinear takes a third of the time.
     """
-    shrinks = width_px <= image.shape[1] and height_px <= image.shape[0]
-    return cv2.resize(image, (width_px, height_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    skips = 2 * width_px < image.shape[1] and 2 * height_px < image.shape[0]
+    return cv2.resize(image, (width_px, height_px), interpolation=cv2.INTER_AREA if skips else cv2.INTER_LINEAR)

@@ -8,6 +8,8 @@ Deviation: upstream skips a point whose x or y equals one already taken, an acci
 symmetric parabolas (11-17 of 18 points survive); we keep all points.
 """
 
+import math
+
 import cv2
 import numpy as np
 
@@ -16,10 +18,11 @@ from pbe.data.boxes import Box
 HOLE_KINDS = ("box", "bezier")
 
 
-def box_hole(ext: Box, *, width_px: int, height_px: int) -> np.ndarray:
-    """(height, width) uint8: the extended box filled with 1."""
+def box_hole(ends_px: tuple[float, float, float, float], *, width_px: int, height_px: int) -> np.ndarray:
+    """(height, width) uint8: 1 where a pixel's centre lies in the box x0, y0, x1, y1, which may end between pixels."""
+    x0, y0, x1, y1 = (max(math.ceil(end - 0.5), 0) for end in ends_px)
     hole_mask = np.zeros((height_px, width_px), np.uint8)
-    hole_mask[ext.y0 : ext.y1, ext.x0 : ext.x1] = 1
+    hole_mask[y0:y1, x0:x1] = 1
     return hole_mask
 
 
@@ -34,10 +37,8 @@ def bezier_ring(box: Box, ext: Box, *, points_per_side: int, jitter_px: int, rng
     corners = np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]], np.float64)
     controls = np.array([[mid_x, ext.y0], [ext.x1, mid_y], [mid_x, ext.y1], [ext.x0, mid_y]], np.float64)
     t = (0.9 * np.arange(1, points_per_side + 1) / points_per_side)[:, None]
-    ends = np.roll(corners, -1, axis=0)
-    ring = np.concatenate(
-        [(1 - t) ** 2 * corners[k] + 2 * t * (1 - t) * controls[k] + t**2 * ends[k] for k in range(4)]
-    )
+    starts, middles, ends = corners[:, None], controls[:, None], corners[[1, 2, 3, 0], None]
+    ring = ((1 - t) ** 2 * starts + 2 * t * (1 - t) * middles + t**2 * ends).reshape(-1, 2)
     return ring + rng.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True)
 
 

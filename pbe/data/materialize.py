@@ -1,5 +1,6 @@
 """One bucket of photos and kept boxes to triplet tables, one table per slot."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +14,16 @@ from pbe.data.slots import slot_name
 from pbe.data.triplets import CutConfig, box_order, cut_triplet
 
 
+@dataclass(frozen=True)
+class Jpeg:
+    """How source and reference are stored."""
+
+    quality: int
+    chroma: image_codec.Chroma
+
+
 def triplet_tables(
-    images: pa.Table, boxes: pa.Table, *, cfg: CutConfig, slots: int, jpeg_quality: int, seed: int
+    images: pa.Table, boxes: pa.Table, *, cfg: CutConfig, slots: int, jpeg: Jpeg, seed: int
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Triplets of the train split: tables {slot name: TRIPLETS, "rejects": REJECTS} and counts.
 
@@ -38,7 +47,7 @@ def triplet_tables(
         order = box_order(len(mine), row_rng(seed, image_id, "boxes"))
         for slot in range(slots):
             box = mine[int(order[slot % len(mine)])]
-            rows[slot].append(_row(pixels, box, slot, cfg=cfg, jpeg_quality=jpeg_quality, seed=seed))
+            rows[slot].append(_row(pixels, box, slot, cfg=cfg, jpeg=jpeg, seed=seed))
     tables = {slot_name(slot): pa.Table.from_pylist(rows[slot], schema=TRIPLETS) for slot in range(slots)}
     tables["rejects"] = pa.Table.from_pylist(rejects, schema=REJECTS)
     counts = {
@@ -50,9 +59,7 @@ def triplet_tables(
     return tables, counts
 
 
-def _row(
-    pixels: Any, box: dict[str, Any], slot: int, *, cfg: CutConfig, jpeg_quality: int, seed: int
-) -> dict[str, Any]:
+def _row(pixels: Any, box: dict[str, Any], slot: int, *, cfg: CutConfig, jpeg: Jpeg, seed: int) -> dict[str, Any]:
     height_px, width_px = pixels.shape[:2]
     tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px)
     triplet = cut_triplet(pixels, tight, cfg=cfg, rng=row_rng(seed, box["image_id"], slot, "triplet"))
@@ -62,10 +69,10 @@ def _row(
         "slot": slot,
         "box_index": box["box_index"],
         "label_name": box["label_name"],
-        "source": image_codec.encode_jpeg(triplet.source, jpeg_quality),
+        "source": image_codec.encode_jpeg(triplet.source, jpeg.quality, jpeg.chroma),
         "box_hole_mask": pack_mask(triplet.box_hole_mask),
         "bezier_hole_mask": pack_mask(triplet.bezier_hole_mask),
-        "reference": image_codec.encode_jpeg(triplet.reference, jpeg_quality),
+        "reference": image_codec.encode_jpeg(triplet.reference, jpeg.quality, jpeg.chroma),
         "box_x0_px": x0,
         "box_y0_px": y0,
         "box_x1_px": x1,

@@ -14,8 +14,8 @@ def row_rng(seed: int, *identity: str | int) -> np.random.Generator:
     The identity is hashed with BLAKE2b (Python's hash() is salted per process).
     """
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in identity)])
-    words = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u4")
-    return np.random.Generator(np.random.PCG64([int(word) for word in words]))
+    entropy = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.PCG64(entropy))
 
 
 def bucket_of(image_id: str, buckets: int) -> int:

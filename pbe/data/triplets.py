@@ -49,21 +49,16 @@ def cut_triplet(image: np.ndarray, box: Box, *, cfg: CutConfig, rng: np.random.G
     ring = masks.bezier_ring(
         box, ext, points_per_side=cfg.bezier_points_per_side, jitter_px=cfg.bezier_jitter_px, rng=rng
     )
-    # drawn inside the window alone: it holds both holes, and a photo is larger
-    inside = {"width_px": window.width_px, "height_px": window.height_px}
-    box_hole = masks.box_hole(ext.moved(-window.x0, -window.y0), **inside)
-    bezier_hole = masks.bezier_hole(ring - (window.x0, window.y0), **inside)
-    scale_x, scale_y = cfg.image_px / window.width_px, cfg.image_px / window.height_px
-    box_px = (
-        (box.x0 - window.x0) * scale_x,
-        (box.y0 - window.y0) * scale_y,
-        (box.x1 - window.x0) * scale_x,
-        (box.y1 - window.y0) * scale_y,
-    )
+    size_px, box_px = cfg.image_px, _in_crop(box, window, cfg.image_px)
+    # the polygon is drawn at the photo's size but inside the window alone, which is smaller than the photo
+    polygon = masks.bezier_hole(ring - (window.x0, window.y0), width_px=window.width_px, height_px=window.height_px)
+    box_hole = masks.box_hole(_in_crop(ext, window, size_px), width_px=size_px, height_px=size_px)
+    # bilinear without antialias, as upstream; rounded, because the mask is one of 0 and 1
+    bezier_hole = cv2.resize(polygon, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
     return Triplet(
-        source=_cut(image, window, cfg.image_px),
-        box_hole_mask=_resize_mask(box_hole, cfg.image_px, box_px),
-        bezier_hole_mask=_resize_mask(bezier_hole, cfg.image_px, box_px),
+        source=_cut(image, window, size_px),
+        box_hole_mask=_with_centre(box_hole, box_px),
+        bezier_hole_mask=_with_centre(bezier_hole, box_px),
         reference=cut_reference(image, box, cfg=cfg),
         box_px=box_px,
     )
@@ -85,10 +80,21 @@ def _cut(image: np.ndarray, area: Box, size_px: int) -> np.ndarray:
     return images.resize(image[area.y0 : area.y1, area.x0 : area.x1], width_px=size_px, height_px=size_px)
 
 
-def _resize_mask(hole_mask: np.ndarray, size_px: int, box_px: tuple[float, float, float, float]) -> np.ndarray:
-    """(H, W) of 0/1 to (S, S) of 0/1: bilinear without antialias, as upstream, and rounded."""
-    resized = cv2.resize(hole_mask, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
-    if not resized.any():  # a sliver between the samples, or jittered out of sight: a triplet needs a hole
+def _in_crop(box: Box, window: Box, size_px: int) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 in pixels of the crop that `window` becomes."""
+    scale_x, scale_y = size_px / window.width_px, size_px / window.height_px
+    return (
+        (box.x0 - window.x0) * scale_x,
+        (box.y0 - window.y0) * scale_y,
+        (box.x1 - window.x0) * scale_x,
+        (box.y1 - window.y0) * scale_y,
+    )
+
+
+def _with_centre(hole_mask: np.ndarray, box_px: tuple[float, float, float, float]) -> np.ndarray:
+    """A triplet needs a hole: one that fell between the pixels, or was jittered out of sight, is the box's centre."""
+    if not hole_mask.any():
         x0, y0, x1, y1 = box_px
-        resized[min(int((y0 + y1) / 2), size_px - 1), min(int((x0 + x1) / 2), size_px - 1)] = 1
-    return resized
+        last = hole_mask.shape[0] - 1
+        hole_mask[min(int((y0 + y1) / 2), last), min(int((x0 + x1) / 2), last)] = 1
+    return hole_mask

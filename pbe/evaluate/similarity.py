@@ -106,7 +106,7 @@ def match_resolution(reference: np.ndarray, height_px: int, width_px: int) -> np
     """(H, W, 3) uint8 to (height_px, width_px, 3): the reference at the pixel size of the region it fills.
 
     Without it a sharp reference is compared with a small region, and sharpness outweighs content (SAMPLE.md
-    section 0: "low"). INTER_AREA; INTER_LINEAR where a side grows, because there INTER_AREA repeats pixels.
+    section 0: "low"). By `images.resize`.
     """
     return resize(reference, width_px=width_px, height_px=height_px)
 

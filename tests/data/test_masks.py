@@ -33,7 +33,7 @@ def _random_boxes(count: int, least_px: int, seed: int) -> list[tuple[Box, Box, 
 
 def test_the_box_hole_is_the_extended_box_and_nothing_else() -> None:
     for _, ext, width_px, height_px in _random_boxes(300, 1, seed=1):
-        hole_mask = box_hole(ext, width_px=width_px, height_px=height_px)
+        hole_mask = box_hole((ext.x0, ext.y0, ext.x1, ext.y1), width_px=width_px, height_px=height_px)
         assert hole_mask.shape == (height_px, width_px) and hole_mask.dtype == np.uint8
         assert hole_mask.sum() == ext.width_px * ext.height_px
         assert hole_mask[ext.y0 : ext.y1, ext.x0 : ext.x1].all()

@@ -1,0 +1,250 @@
+"""How fast is materialize? python tests/benchmarks/materialize.py [--quick] [--photos FOLDER]
+
+Compares, in one process and turn by turn, on the same photos and the same crops, at the paper's sizes (512 and 224 px,
+JPEG quality 95, one triplet per photo):
+
+roofline   decode, crop, resize to 512 and 224, encode both: what nobody can leave out. By OpenCV alone, one thread.
+plain      triplet_tables: all of that, and geometry, both holes, row generators and Arrow tables. One core.
+ray        the stage itself through Ray Data with Parquet writing: one task at a time, then two.
+
+The last line has the ratios; nothing is asserted. Photos: coco256 as they are, and enlarged to 1024 px at quality 90.
+Two sets of photos give two lines of ratios; the last is the smaller ratio of each.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.environment import prepare_driver
+
+prepare_driver()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+
+from pbe.data.annotations import box_files, read_annotations  # noqa: E402
+from pbe.data.boxes import Box, extended, padded, pixel_box, square_window  # noqa: E402
+from pbe.data.files import FileTree  # noqa: E402
+from pbe.data.filter import FilterRules, filter_boxes  # noqa: E402
+from pbe.data.index import by_bucket  # noqa: E402
+from pbe.data.ingest import PhotoLimits, read_bucket  # noqa: E402
+from pbe.data.materialize import Jpeg, triplet_tables  # noqa: E402
+from pbe.data.rng import row_rng  # noqa: E402
+from pbe.data.schema import ANNOTATIONS, PHOTOS  # noqa: E402
+from pbe.data.sources import FolderSource  # noqa: E402
+from pbe.data.triplets import CutConfig, box_order  # noqa: E402
+from pbe.store import Record, Store  # noqa: E402
+
+CUT = CutConfig(
+    image_px=512,
+    reference_px=224,
+    reference_pad_px=10,
+    box_extend_frac=0.4,
+    crop_shrink_frac=0.6,
+    bezier_points_per_side=18,
+    bezier_jitter_px=5,
+)
+JPEG = Jpeg(quality=95, chroma="420")
+SEED = 23
+UPSTREAM = FilterRules(
+    min_area_frac=0.02, max_area_frac=0.8, min_side_px=0, max_aspect=None, include_classes=None, exclude_classes=(),
+    exclude_flags=(), max_iou=None, exclude_images=(),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Photos:
+    """images and kept boxes of one bucket, all in the train split; windows: the crops that slot 0 takes."""
+
+    name: str
+    images: pa.Table
+    boxes: pa.Table
+    windows: list[tuple[bytes, Box, Box]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco256"
+    parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: below 50 s on two cores")
+    args = parser.parse_args()
+    if not args.photos.is_dir():
+        print(f"skipped: no photos at {args.photos}; name a folder with --photos")
+        return 0
+    cv2.setNumThreads(1)
+    repeats = 3 if args.quick else 7
+    sets = [coco256(args.photos, enlarge_to_px=None), coco256(args.photos, enlarge_to_px=1024)]
+    plain = {photos.name: plain_rates(photos, repeats) for photos in sets}
+    ray = ray_rates(sets, repeats=1 if args.quick else 3, copies=2 if args.quick else 6)
+    ratios = []
+    for photos in sets:
+        roofline, ours = plain[photos.name]
+        one, two = ray[photos.name]
+        ratios.append((ours / roofline, one / roofline, two / one))
+        print(
+            f"{photos.name}: {photos.images.num_rows} photos, roofline {roofline:.0f}/s, plain {ours:.0f}/s, "
+            f"ray {one:.0f}/s on one core, {two:.0f}/s on two"
+        )
+    low = [min(ratio[index] for ratio in ratios) for index in range(3)]
+    print(f"plain_over_roofline={low[0]:.3f} ray_over_roofline={low[1]:.3f} scaling_1_to_2={low[2]:.3f}")
+    return 0
+
+
+def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
+    """Through the project's own ingest and filter, without Ray; every photo counts as train."""
+    boxes_tree = FileTree(str(folder), "--photos")
+    annotations = [table for file in box_files(boxes_tree) for table in read_annotations(boxes_tree, file)]
+    source = FolderSource(FileTree(str(folder / "images"), "--photos"))
+    with by_bucket(annotations, ANNOTATIONS, 1) as lines, by_bucket(source.photos(), PHOTOS, 1) as photos:
+        tables, _ = read_bucket(
+            next(iter(lines)),
+            next(iter(photos)),
+            read=lambda _, address: enlarged(source.read(address, 1 << 30), enlarge_to_px),
+            address_without_photo=source.address_without_photo,
+            lists_all=True,
+            limits=PhotoLimits(exif="ignore", max_pixels=1 << 30),
+            threads=2,
+        )
+    kept, _ = filter_boxes(tables["boxes"], tables["images"], UPSTREAM)
+    used = pa.compute.is_in(tables["images"].column("image_id"), kept.column("image_id").combine_chunks())
+    images = as_train(tables["images"].filter(used))
+    name = "coco256" if enlarge_to_px is None else f"coco256 at {enlarge_to_px} px"
+    return Photos(name, images, as_train(kept), windows_of_slot_0(images, kept))
+
+
+def enlarged(data: bytes, side_px: int | None) -> bytes:
+    """The photo with its longer side `side_px`, JPEG quality 90; None: as it is."""
+    if side_px is None:
+        return data
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    scale = side_px / max(image.shape[:2])
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    larger = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".jpg", larger, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def as_train(table: pa.Table) -> pa.Table:
+    index = table.schema.get_field_index("split")
+    return table.set_column(index, table.schema.field(index), pa.repeat("train", table.num_rows))
+
+
+def windows_of_slot_0(images: pa.Table, boxes: pa.Table) -> list[tuple[bytes, Box, Box]]:
+    """Per photo its bytes, source window and reference box: the draws that triplet_tables makes for slot 0."""
+    mine: dict[str, list[dict]] = {}
+    for box in boxes.to_pylist():
+        mine.setdefault(box["image_id"], []).append(box)
+    out = []
+    for image in images.to_pylist():
+        image_id, size = image["image_id"], {"width_px": image["width_px"], "height_px": image["height_px"]}
+        found = mine[image_id]
+        box = found[int(box_order(len(found), row_rng(SEED, image_id, "boxes"))[0])]
+        tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], **size)
+        rng = row_rng(SEED, image_id, 0, "triplet")
+        ext = extended(tight, **size, extend_frac=CUT.box_extend_frac, rng=rng)
+        window = square_window(ext, **size, shrink_frac=CUT.crop_shrink_frac, rng=rng).box
+        out.append((image["bytes"], window, padded(tight, CUT.reference_pad_px, **size)))
+    return out
+
+
+def roofline(photos: Photos) -> int:
+    """OpenCV alone, BGR throughout, its default JPEG settings at quality 95; returns samples."""
+    for data, window, reference in photos.windows:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        for area, side_px in ((window, CUT.image_px), (reference, CUT.reference_px)):
+            crop = image[area.y0 : area.y1, area.x0 : area.x1]
+            small = cv2.resize(crop, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
+            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, JPEG.quality])
+    return len(photos.windows)
+
+
+def ours(photos: Photos) -> int:
+    _, counts = triplet_tables(photos.images, photos.boxes, cfg=CUT, slots=1, jpeg=JPEG, seed=SEED)
+    return counts["triplets"]
+
+
+def plain_rates(photos: Photos, repeats: int) -> tuple[float, float]:
+    """Samples per second of roofline and of triplet_tables: medians of turn-by-turn runs, processor time."""
+    rates: dict[Callable[[Photos], int], list[float]] = {roofline: [], ours: []}
+    for turn in range(repeats + 1):
+        for run, found in rates.items():
+            started = time.process_time()
+            samples = run(photos)
+            if turn:  # the first warms up
+                found.append(samples / (time.process_time() - started))
+    return statistics.median(rates[roofline]), statistics.median(rates[ours])
+
+
+def ray_rates(sets: Sequence[Photos], *, repeats: int, copies: int) -> dict[str, tuple[float, float]]:
+    """Samples per second of the stage's own tasks on one and on two cores, by name of the set: medians, wall clock."""
+    from functools import partial
+
+    import ray
+
+    from pipelines.units import Unit, run_units, start_ray
+
+    start_ray()
+    cores = int(ray.cluster_resources()["CPU"])
+    with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
+        store = Store(folder)
+        inputs = {photos.name: write_inputs(store, photos, copies) for photos in sets}
+        worker = partial(task, store)
+        run_units("warm", units(inputs[sets[0].name][:2], "w"), store=store, worker=worker, cpus=cores / 2)
+        out = {}
+        for photos in sets:
+            rates: dict[int, list[float]] = {1: [], 2: []}
+            for turn in range(repeats):
+                for at_once, found in rates.items():
+                    todo = units(inputs[photos.name], f"{at_once}{turn}{len(out)}")
+                    started = time.perf_counter()
+                    records = run_units("bench", todo, store=store, worker=worker, cpus=cores / at_once)
+                    elapsed = time.perf_counter() - started
+                    found.append(sum(record.counts["triplets"] for record in records) / elapsed)
+            out[photos.name] = statistics.median(rates[1]), statistics.median(rates[2])
+    assert Unit
+    return out
+
+
+def write_inputs(store: Store, photos: Photos, copies: int) -> list[Record]:
+    """`copies` x 4 buckets of equal photos, so that two tasks end together."""
+    rows = photos.images.num_rows
+    records = []
+    for copy in range(copies):
+        for part in range(4):
+            images = photos.images.slice(part * rows // 4, (part + 1) * rows // 4 - part * rows // 4)
+            wanted = pa.compute.is_in(photos.boxes.column("image_id"), images.column("image_id").combine_chunks())
+            tables = {"images": images, "boxes": photos.boxes.filter(wanted)}
+            records.append(store.write_unit("input", f"{photos.name}-{copy}-{part}", tables, counts={}))
+    return records
+
+
+def units(inputs: Sequence[Record], label: str) -> list:
+    from pipelines.units import Unit
+
+    return [Unit(f"b{number}", label, record) for number, record in enumerate(inputs)]
+
+
+def task(store: Store) -> Callable:
+    """What pipelines/materialize.py does with one bucket, one slot."""
+    cv2.setNumThreads(1)
+
+    def work(unit: object) -> Record:
+        record = unit.payload  # type: ignore[attr-defined]
+        tables, counts = triplet_tables(
+            store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, slots=1,
+            jpeg=JPEG, seed=SEED,
+        )  # fmt: skip
+        return store.write_unit("bench", unit.name, tables, counts=counts)  # type: ignore[attr-defined]
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -139,19 +139,19 @@ class Store:
         return self._fs.get_file_info(self.path(relative)).type == pafs.FileType.File
 
     def write_bytes(self, relative: str, data: bytes) -> None:
-        """Atomic: the file is there whole or not at all."""
-        target = self.path(relative)
-        if not self.is_local:
-            with self._fs.open_output_stream(target) as stream:
-                stream.write(data)
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        beside = f"{target}.{uuid.uuid4().hex}.tmp"
-        with open(beside, "wb") as stream:  # noqa: PTH123 - fsync needs the file object
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, target)
+        """Atomic: the file is there whole or not at all. Raises StoreError when the storage takes no more."""
+        try:
+            if self.is_local:
+                _write_beside_and_rename(Path(self.path(relative)), data)
+            else:
+                with self._fs.open_output_stream(self.path(relative)) as stream:
+                    stream.write(data)
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())[:300]
+            raise StoreError(
+                f"{self.full_uri(relative)}: cannot be written: {reason}; finished parts stay, the same command goes "
+                "on from them"
+            ) from None
 
     def list_names(self, relative: str) -> list[str]:
         """Names of files and folders directly below `relative`, sorted; empty when there is no such folder."""
@@ -270,6 +270,20 @@ class Store:
         except FileNotFoundError:
             raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
         return pq.ParquetFile(stream, page_checksum_verification=True)
+
+
+def _write_beside_and_rename(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, target)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: bytes) -> File:

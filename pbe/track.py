@@ -43,7 +43,10 @@ def open_run(
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
         return run_id
-    all_tags = dict(tags)
+    # MLflow's own names: they fill the columns Source and Version of its run table
+    all_tags = {"mlflow.source.name": "pbe", "mlflow.source.type": "JOB", **tags}
+    if "git_commit" in tags:
+        all_tags["mlflow.source.git.commit"] = tags["git_commit"]
     if parent_run_id is not None:
         all_tags["mlflow.parentRunId"] = parent_run_id
     run = client.create_run(_experiment(client, tracking_uri), run_name=name, tags=all_tags)

@@ -42,7 +42,12 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
         "cut afresh from the photo in every epoch",
         "the encoders then run once, not in every epoch",
     )
-    yield Deviation("shrinking", "averages areas", "bilinear without antialias", "no aliasing at small sizes")
+    yield Deviation(
+        "shrinking",
+        "bilinear down to half, below it averages areas",
+        "bilinear without antialias",
+        "no aliasing at small sizes",
+    )
     if cut.bezier_points_per_side != 20:
         yield Deviation(
             "points of a Bezier hole",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from pbe.cli import main
 from pbe.config import repo_root
@@ -72,6 +73,19 @@ def test_grey_levels_of_the_mask_split_in_the_middle(args: dict[str, str]) -> No
     assert changed[:, 20:].mean() > 0.9 and not changed[:, :20].any()
 
 
+def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[str, str], tmp_path: Path) -> None:
+    """The mask was painted over what a viewer shows, and out is that picture, with no tag."""
+    upright = _pixels(args["photo"])
+    stored = Image.fromarray(np.rot90(upright))  # turned left; 6 says: turn right to view
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored.save(tmp_path / "phone.png", exif=exif)
+    assert _run({**args, "photo": str(tmp_path / "phone.png")}) == 0
+    out, hole_mask = _pixels(args["out"]), _pixels(args["mask"])[..., 0] > 0
+    np.testing.assert_array_equal(out[~hole_mask], upright[~hole_mask])
+    assert images.read_header(Path(args["out"]).read_bytes()).exif_orientation == images.UPRIGHT
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -83,7 +97,7 @@ def test_grey_levels_of_the_mask_split_in_the_middle(args: dict[str, str]) -> No
         ({"model": "nothing"}, ["nothing: no model.json", "models/<variant>"]),
         ({"model": "broken"}, ["broken: its files are damaged"]),
         ({"out": "edit.jpg"}, ["--out", "edit.jpg: must end in .png"]),
-        ({"out": "nowhere/edit.png"}, ["nowhere", "No such file"]),
+        ({"out": "nowhere/edit.png"}, ["--out nowhere/edit.png", "there is no folder nowhere"]),
         ({"steps": "0"}, ["steps 0"]),
         ({"steps": "-3"}, ["steps -3"]),
         ({"scale": "nan"}, ["guidance scale nan"]),
@@ -119,7 +133,12 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_one(
         (["paint"], 2, "invalid choice: 'paint'"),
         (["edit", "photo.png"], 2, "--mask, --reference, --model, --out"),
         (["edit", "--seed", "x"], 2, "invalid int value: 'x'"),
+        (["show", "boxes", "--out", "a.png"], 2, "invalid choice: 'boxes'"),
+        (["show", "triplets"], 2, "--out"),
+        (["gc", "--older-than-h", "soon"], 2, "invalid float value: 'soon'"),
+        (["rejects", "--examples", "all"], 2, "invalid int value: 'all'"),
         (["--help"], 0, "exemplar-based"),
+        (["gc", "--help"], 0, "without it, only say what would go"),
         (["edit", "--help"], 0, "white where the edit goes"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -230,11 +230,11 @@ def test_a_variants_nested_key_is_checked_like_any_other(load: Load) -> None:
     assert got == "params.yaml: variants.fast.lr = -1: input should be greater than 0"
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
-    """A and None of `A | None`."""
-    return (
-        get_args(annotation) if isinstance(annotation, UnionType) or get_origin(annotation) is Union else (annotation,)
-    )
+def _is_number(annotation: Any) -> bool:
+    """int and float, also with limits and also where null is allowed."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return any(map(_is_number, get_args(annotation)))
+    return annotation in (int, float)
 
 
 def _number_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -242,7 +242,7 @@ def _number_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             out += _number_keys(field.annotation, f"{prefix}{name}.")
-        elif {int, float} & {get_args(part)[0] if get_args(part) else part for part in _parts(field.annotation)}:
+        elif _is_number(field.annotation):
             out.append(prefix + name)
     return out
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from pbe import store as store_module
+from pbe.config import repo_root
 from pbe.errors import UserError
 from pbe.store import (
     File,
@@ -153,7 +156,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "replace", power_cut)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(StoreError, match=r"x: cannot be written: power cut"):
         store.write_bytes("x", b"new")
     assert store.read_bytes("x") == b"old"
 
@@ -351,3 +354,19 @@ def test_json_is_written_beside_and_renamed(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="power cut"):
         write_json(path, {})
     assert json.loads(path.read_text()) == {"a": [2], "b": 1}
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The kernel refuses for real: a process that may write 64 KiB into a file and no more."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "from pbe.store import Store, StoreError\n"
+        "store = Store(sys.argv[1]); store.write_bytes('parts/a/small', b'x' * 1000)\n"
+        "try: store.write_bytes('parts/a/large', b'x' * 1000000)\n"
+        "except StoreError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repo_root())
+    assert "parts/a/large: cannot be written: File too large; finished parts stay" in result.stdout
+    assert [path.name for path in (tmp_path / "store" / "parts" / "a").iterdir()] == ["small"]

@@ -131,7 +131,9 @@ class FolderSource:
             with self.tree.open(address) as stream:
                 data = bytes(stream.read(max_bytes + 1))
         except OSError as error:
-            raise PhotoError("image_unreadable", f"{address}: {' '.join(str(error).split())[:200]}") from None
+            gone = isinstance(error, FileNotFoundError)
+            reason = "image_unreadable" if self.tree.is_local else "image_unpublished" if gone else "download_failed"
+            raise PhotoError(reason, f"{address}: {' '.join(str(error).split())[:200]}") from None
         if len(data) > max_bytes:
             raise PhotoError("image_too_large", f"{address}: more than {max_bytes} bytes")
         return data

@@ -113,6 +113,58 @@ def test_a_byte_order_mark_extra_columns_windows_ends_and_another_order_are_fine
 
 
 @pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("oidv6-train-annotations-bbox.csv", "train"),
+        ("validation-annotations-bbox.csv", "validation"),
+        ("test-annotations-bbox.csv", "test"),
+        ("my_VAL_boxes.csv", "validation"),
+        ("boxes.csv", "train"),
+        ("latest_train.csv", "train"),  # "test" comes first in the name, "train" decides
+        ("test_vs_val.csv", "validation"),
+    ],
+)
+def test_the_split_is_in_the_files_name_train_before_val_before_test_and_the_folder_has_no_say(
+    tmp_path: Path, name: str, split: str
+) -> None:
+    (row,) = _read(tmp_path / "test", f"{HEADER}\n{GOOD}\n", name)
+    assert (SPLITS[row["split"]], row["file"]) == (split, name)
+
+
+def test_all_box_files_of_a_folder_are_read_in_name_order_but_not_those_below_it(tmp_path: Path) -> None:
+    for name in ("b_val.csv", "a_train.csv", "instances_test.json", ".hidden.csv", "notes.json", "deeper/c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{HEADER}\n{GOOD}\n")
+    files = box_files(FileTree(str(tmp_path), "ingest.boxes"))
+    assert [(file.name, SPLITS[file.split]) for file in files] == [
+        ("a_train.csv", "train"),
+        ("b_val.csv", "validation"),
+        ("instances_test.json", "test"),
+    ]
+    (only,) = box_files(FileTree(str(tmp_path / "b_val.csv"), "ingest.boxes"))
+    assert only == files[1]
+
+
+def test_an_empty_file_is_an_error_even_beside_a_good_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{HEADER}\n{GOOD}\n")
+    with pytest.raises(SourceError, match=r"b\.csv: no box in it"):
+        _read(tmp_path, f"{HEADER}\n", "b.csv")
+
+
+@pytest.mark.parametrize("missing", HEADER.split(","))
+def test_a_missing_column_is_named_with_what_the_file_has(tmp_path: Path, missing: str) -> None:
+    left = [name for name in HEADER.split(",") if name != missing]
+    with pytest.raises(SourceError, match=rf"train-boxes\.csv: .* lacks {missing}; it has {', '.join(left)}$"):
+        _read(tmp_path, ",".join(left) + "\na,b,0,1,0\n")
+
+
+def test_blank_lines_are_no_lines_but_they_count(tmp_path: Path) -> None:
+    """A reject names the line that an editor shows."""
+    rows = _read(tmp_path, f"{HEADER}\n{GOOD}\n\n{GOOD}\n\n\na,too,few\n{GOOD}\n")
+    assert [row["line"] for row in rows] == [2, 4, 7, 8]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "the file is empty"),
@@ -158,6 +210,18 @@ def test_class_names_with_and_without_header_and_only_they_are_no_box_files(tmp_
     assert class_names(FileTree(str(tmp_path / "val.csv"), "ingest.boxes")) == names  # beside a single file too
 
 
+def test_class_names_may_have_a_byte_order_mark_and_any_letters(tmp_path: Path) -> None:
+    (tmp_path / "class-descriptions.csv").write_bytes("\ufeff/m/1,Bär\n".encode())
+    assert class_names(FileTree(str(tmp_path), "ingest.boxes")) == {"/m/1": "Bär"}
+
+
+def test_class_names_that_are_no_utf8_are_one_message_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "class-descriptions.csv").write_bytes(b"/m/1,B\xe4r\n")
+    with pytest.raises(SourceError, match=r"class-descriptions\.csv: not a CSV in UTF-8") as caught:
+        class_names(FileTree(str(tmp_path), "ingest.boxes"))
+    assert "\n" not in str(caught.value)
+
+
 def _coco(**changes: Any) -> dict[str, Any]:
     return {
         "images": [{"id": 9, "file_name": "train2017/000000000009.jpg", "width": 200, "height": 100}],
@@ -197,7 +261,22 @@ def test_a_wrong_coco_annotation_has_its_reason(tmp_path: Path, change: dict[str
     assert first["reason"] is None and second["reason"] == reason and second["detail"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', json.dumps(_coco(annotations=[]))])
+@pytest.mark.parametrize("entry", [None, [], 3, {"id": 2**70, "image_id": 9}, {"id": 1e400, "image_id": 9}], ids=str)
+def test_a_coco_annotation_that_is_no_annotation_costs_no_other(tmp_path: Path, entry: Any) -> None:
+    good = _coco()["annotations"][0]
+    rows = _read(tmp_path, json.dumps(_coco(annotations=[good, entry])), "instances.json")
+    assert sorted(row["reason"] or "" for row in rows) == ["", "box_unparsable"]
+
+
+def test_a_coco_photo_without_a_name_is_an_invalid_id(tmp_path: Path) -> None:
+    photo = _coco()["images"][0] | {"file_name": ""}
+    (row,) = _read(tmp_path, json.dumps(_coco(images=[photo])), "instances.json")
+    assert row["reason"] == "image_id_invalid"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"images": []}', json.dumps(_coco(annotations=[])), json.dumps(_coco(annotations=None))]
+)
 def test_a_json_that_is_no_coco_file_is_one_message(tmp_path: Path, text: str) -> None:
     with pytest.raises(SourceError, match=r"instances\.json") as caught:
         _read(tmp_path, text, "instances.json")

@@ -1,173 +1,428 @@
 """Nothing is lost: kept + rejected = input whatever comes, every reject has a reason, and the tables can be stored."""
 
 import hashlib
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import ExifTags, Image
 
 from pbe.data import images
-from pbe.data.ingest import read_bucket
-from pbe.data.schema import BOXES, IMAGES, REJECT_REASONS, REJECTS, require
-from pbe.data.sources import EXTRA_CELLS, BoxLine, ImageFile
+from pbe.data.annotations import box_files, read_annotations, with_names
+from pbe.data.download import PhotoError
+from pbe.data.files import FileTree
+from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.schema import (
+    ANNOTATIONS,
+    BOXES,
+    IMAGE_REASONS,
+    IMAGES,
+    INGEST_BOX_REASONS,
+    PHOTOS,
+    REJECTS,
+    SPLITS,
+    require,
+)
+from pbe.data.sources import FolderSource
 from pbe.store import Store
 
-INGEST_REASONS = set(REJECT_REASONS) - {"area_below_min", "area_above_max", "image_without_kept_box"}
+REASONS = {*IMAGE_REASONS, *INGEST_BOX_REASONS} - {"image_without_kept_box"}  # that one is materialize's
+LIMITS = PhotoLimits(exif="ignore", max_pixels=10_000)
+HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 GOOD = {"XMin": "0.1", "XMax": "0.5", "YMin": "0.2", "YMax": "0.75", "LabelName": "/m/1"}
-OUTSIDE: list[dict[str, Any]] = [
+OUTSIDE: list[dict[str, str]] = [
     {"XMin": "-0.01"},
     {"XMax": "1.01"},
     {"YMin": "0.75"},  # min = max: no pixel
     {"XMin": "0.5"},
     {"YMin": "0.9"},  # min > max
-    {"YMax": "nan"},
-    {"XMax": "inf"},
 ]
-UNPARSABLE: list[dict[str, Any]] = [
+UNPARSABLE: list[dict[str, str]] = [
     {"XMin": "left"},
     {"YMax": ""},
+    {"YMax": "nan"},
+    {"XMax": "inf"},
     {"IsOccluded": "yes"},
     {"IsInside": "300"},  # a flag is 1, 0 or -1; a larger number does not even fit its column
     {"LabelName": ""},
-    {EXTRA_CELLS: ["more"]},
+    {"IsInside": "0,more"},
 ]
 
 
-def _line(number: int, image_id: str, split: str = "train", **cells: Any) -> BoxLine:
-    return BoxLine("boxes.csv", number, split, {"ImageID": image_id, **GOOD, **cells})
+@dataclass(frozen=True)
+class Place:
+    """A folder of photos and one of box files, which the tests below fill; `check` reads them as one bucket."""
+
+    folder: Path
+    store: Store
+
+    def photo(
+        self, name: str, size_px: tuple[int, int] = (20, 10), *, data: bytes | None = None, grey: int = 9
+    ) -> Path:
+        path = self.folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.encode_png(np.full((*size_px[::-1], 3), grey, np.uint8)) if data is None else data)
+        return path
+
+    def boxes(self, *lines: str, name: str = "train.csv") -> None:
+        (self.folder / "boxes").mkdir(exist_ok=True)
+        (self.folder / "boxes" / name).write_text("\n".join([HEADER, *lines, ""]))
+
+    def photos(self) -> pa.Table:
+        tree = FileTree(str(self.folder / "photos"), "ingest.images")
+        return next(FolderSource(tree).photos()) if any(self.folder.glob("photos/**/*.*")) else PHOTOS.empty_table()
+
+    def annotations(self) -> pa.Table:
+        tree = FileTree(str(self.folder / "boxes"), "ingest.boxes")
+        files = box_files(tree) if (self.folder / "boxes").is_dir() else []
+        tables = [with_names(table, {"/m/1": "Cat"}) for file in files for table in read_annotations(tree, file)]
+        return pa.concat_tables([ANNOTATIONS.empty_table(), *tables])
+
+    def read(self, image_id: str, address: str) -> bytes:
+        return FolderSource(FileTree(str(self.folder / "photos"), "ingest.images")).read(address, 10_000)
+
+    def check(
+        self,
+        *,
+        photos: pa.Table | None = None,
+        read: Callable[[str, str], bytes] | None = None,
+        address_without_photo: Callable[[str, str], str | None] = lambda image_id, split: None,
+        lists_all: bool = True,
+        limits: PhotoLimits = LIMITS,
+        threads: int = 3,
+    ) -> tuple[dict[str, pa.Table], dict[str, int]]:
+        """read_bucket, with all its laws asserted."""
+        photos, annotations = self.photos() if photos is None else photos, self.annotations()
+        tables, counts = read_bucket(
+            annotations,
+            photos,
+            read=read or self.read,
+            address_without_photo=address_without_photo,
+            lists_all=lists_all,
+            limits=limits,
+            threads=threads,
+        )
+        for name, schema in (("images", IMAGES), ("boxes", BOXES), ("rejects", REJECTS)):
+            require(tables[name], schema, name)
+        self.store.write_unit("ingest", "unit", tables, counts=counts)  # storable: nulls only where allowed
+        rejects = tables["rejects"].to_pylist()
+        reasons = Counter(row["reason"] for row in rejects)
+        assert set(reasons) <= REASONS and {row["stage"] for row in rejects} <= {"ingest"}
+        assert all(row["detail"] and "\n" not in row["detail"] for row in rejects)
+        assert {f"rejected_{reason}": count for reason, count in reasons.items()} == {
+            key: count for key, count in counts.items() if key.startswith("rejected_")
+        }
+        if lists_all:
+            assert counts["images_in"] == photos.num_rows
+        assert counts["boxes_in"] == annotations.num_rows
+        for kind in ("images", "boxes"):
+            assert counts[f"{kind}_in"] == counts[f"{kind}_kept"] + counts[f"{kind}_rejected"]
+            assert counts[f"{kind}_kept"] == tables[kind].num_rows
+        keys = [row["key"] for row in rejects]
+        assert len(set(keys)) == len(keys), "two rejects of one key"
+        image_ids = tables["images"].column("image_id").to_pylist()
+        assert image_ids == sorted(set(image_ids))
+        per_image: dict[str, list[int]] = {}
+        for box in tables["boxes"].to_pylist():
+            per_image.setdefault(box["image_id"], []).append(box["box_index"])
+        assert list(per_image) == image_ids  # every kept photo has a box and every box a photo, in the same order
+        assert all(indices == list(range(len(indices))) for indices in per_image.values())
+        splits = dict(zip(image_ids, tables["images"].column("split").to_pylist(), strict=True))
+        assert all(box["split"] == splits[box["image_id"]] for box in tables["boxes"].to_pylist())
+        return tables, counts
 
 
-def _image(folder: Path, image_id: str, size_px: tuple[int, int] = (20, 10), data: bytes | None = None) -> ImageFile:
-    path = folder / f"{image_id}.png"
-    path.write_bytes(images.encode_png(np.full((*size_px[::-1], 3), 9, np.uint8)) if data is None else data)
-    return ImageFile(image_id, path, "CC0" if image_id < "m" else None)
+@pytest.fixture
+def place(tmp_path: Path, store: Store) -> Place:
+    return Place(tmp_path, store)
 
 
-def _check(files: list[ImageFile], lines: list[BoxLine], store: Store) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """read_bucket, with all its laws asserted."""
-    tables, counts = read_bucket(files, lines, {"/m/1": "Cat"})
-    for name, schema in (("images", IMAGES), ("boxes", BOXES), ("rejects", REJECTS)):
-        require(tables[name], schema, name)
-    store.write_unit("ingest", "unit", tables, counts=counts)  # storable: nulls only where allowed
-    reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    assert set(reasons) <= INGEST_REASONS
-    assert {f"rejected_{reason}": count for reason, count in reasons.items()} == {
-        key: count for key, count in counts.items() if key.startswith("rejected_")
-    }
-    for kind, total in (("images", files), ("boxes", lines)):
-        assert counts[f"{kind}_in"] == len(total) == counts[f"{kind}_kept"] + counts[f"{kind}_rejected"]
-        assert counts[f"{kind}_kept"] == tables[kind].num_rows
-    keys = tables["rejects"].column("key").to_pylist()
-    assert len(set(keys)) == len(keys), "two rejects of one key"
-    image_ids = tables["images"].column("image_id").to_pylist()
-    assert image_ids == sorted(set(image_ids))
-    per_image: dict[str, list[int]] = {}
-    for image_id, index in zip(
-        *(tables["boxes"].column(n).to_pylist() for n in ("image_id", "box_index")), strict=True
-    ):
-        per_image.setdefault(image_id, []).append(index)
-    assert list(per_image) == image_ids  # every kept photo has a box and every box a photo, in the same order
-    assert all(indices == list(range(len(indices))) for indices in per_image.values())
-    return tables, counts
+def _line(image_id: str, **cells: str) -> str:
+    values = {"ImageID": image_id, **GOOD, **cells}
+    return ",".join(values.get(name, "") for name in HEADER.split(","))
 
 
-def test_every_reason_occurs_and_nothing_is_lost(tmp_path: Path, store: Store) -> None:
-    files = [
-        _image(tmp_path, "good"),
-        _image(tmp_path, "bad", data=b"no image"),
-        _image(tmp_path, "lonely"),
-        _image(tmp_path, "unusable"),
-    ]
-    lines = [
-        _line(2, "good"),
-        _line(3, "bad"),
-        _line(4, "bad"),
-        _line(5, "elsewhere"),
-        _line(6, "unusable", **OUTSIDE[0]),
-        _line(7, "good", **UNPARSABLE[0]),
-    ]
-    tables, counts = _check(files, lines, store)
-    rejects = {row["key"]: row["reason"] for row in tables["rejects"].to_pylist()}
+def _rejects(tables: dict[str, pa.Table]) -> dict[str, str]:
+    return {row["key"]: row["reason"] for row in tables["rejects"].to_pylist()}
+
+
+def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
+    place.photo("good.png")
+    place.photo("bad.png", data=b"no image")
+    place.photo("lonely.png")
+    place.photo("unusable.png")
+    place.photo("large.png", (200, 100))
+    place.photo("x/twice.png", grey=1)
+    place.photo("y/twice.png", grey=2)
+    place.boxes(
+        _line("good"),
+        _line("bad"),
+        _line("bad"),
+        _line("elsewhere"),
+        _line("unusable", **OUTSIDE[0]),
+        _line("good", **UNPARSABLE[0]),
+        _line("large"),
+        _line("twice"),
+        _line("../good"),
+    )
+    place.boxes(_line("good"), name="val.csv")
+    place.boxes(_line("s404"), _line("s503"), name="web.csv")
+
+    def read(image_id: str, address: str) -> bytes:
+        if image_id.startswith("s"):
+            raise PhotoError("image_unpublished" if image_id == "s404" else "download_failed", f"{address}: HTTP")
+        return place.read(image_id, address)
+
+    tables, counts = place.check(
+        photos=pa.concat_tables(
+            [
+                place.photos(),
+                pa.Table.from_pylist(
+                    [{"image_id": name, "address": name, "version": ""} for name in ("s404", "s503")], schema=PHOTOS
+                ),
+            ]
+        ),
+        read=read,
+    )
+    rejects = _rejects(tables)
     assert rejects == {
-        "bad": "image_unreadable",
-        "bad#0": "box_image_rejected",
-        "bad#1": "box_image_rejected",
-        "boxes.csv:5": "image_missing",
-        "boxes.csv:6": "box_outside_image",
-        "boxes.csv:7": "box_unparsable",
-        "lonely": "image_without_box",
-        "unusable": "image_without_box",
+        "bad.png": "image_unreadable",
+        "train.csv:3": "box_image_rejected",
+        "train.csv:4": "box_image_rejected",
+        "train.csv:5": "image_missing",
+        "train.csv:6": "box_outside_image",
+        "unusable.png": "image_without_box",
+        "train.csv:7": "box_unparsable",
+        "large.png": "image_too_large",
+        "train.csv:8": "box_image_rejected",
+        "x/twice.png": "image_id_duplicated",
+        "y/twice.png": "image_id_duplicated",
+        "train.csv:9": "box_image_rejected",
+        "train.csv:10": "image_id_invalid",
+        "val.csv:2": "box_in_other_split",
+        "lonely.png": "image_without_box",
+        "s404": "image_unpublished",
+        "s503": "download_failed",
+        "web.csv:2": "box_image_rejected",
+        "web.csv:3": "box_image_rejected",
     }
-    assert set(rejects.values()) == INGEST_REASONS
+    assert set(rejects.values()) == REASONS
     assert (counts["images_kept"], counts["boxes_kept"]) == (1, 1)
-    assert {row["stage"] for row in tables["rejects"].to_pylist()} == {"ingest"}
 
 
-@pytest.mark.parametrize("cells", OUTSIDE, ids=str)
-def test_a_box_outside_the_photo_is_rejected(cells: dict[str, Any], tmp_path: Path, store: Store) -> None:
-    _, counts = _check([_image(tmp_path, "a")], [_line(2, "a"), _line(3, "a", **cells)], store)
-    assert (counts["boxes_kept"], counts["rejected_box_outside_image"]) == (1, 1)
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        *((cells, "box_outside_image") for cells in OUTSIDE),
+        *((cells, "box_unparsable") for cells in UNPARSABLE),
+    ],
+    ids=str,
+)
+def test_a_wrong_box_is_rejected_alone(place: Place, cells: dict[str, str], reason: str) -> None:
+    place.photo("a.png")
+    place.boxes(_line("a"), _line("a", **cells))
+    tables, counts = place.check()
+    assert (counts["boxes_kept"], counts["images_kept"], _rejects(tables)) == (1, 1, {"train.csv:3": reason})
 
 
-@pytest.mark.parametrize("cells", UNPARSABLE, ids=str)
-def test_a_line_with_a_wrong_cell_is_rejected(cells: dict[str, Any], tmp_path: Path, store: Store) -> None:
-    _, counts = _check([_image(tmp_path, "a")], [_line(2, "a"), _line(3, "a", **cells)], store)
-    assert (counts["boxes_kept"], counts["rejected_box_unparsable"]) == (1, 1)
-
-
-def test_a_box_may_touch_the_border(tmp_path: Path, store: Store) -> None:
-    whole = {"XMin": "0", "XMax": "1", "YMin": "0", "YMax": "1.0"}
-    tables, _ = _check([_image(tmp_path, "a")], [_line(2, "a", **whole)], store)
-    (box,) = tables["boxes"].to_pylist()
+def test_a_box_may_touch_the_border(place: Place) -> None:
+    place.photo("a.png")
+    place.boxes(_line("a", XMin="0", XMax="1", YMin="0", YMax="1.0"))
+    (box,) = place.check()[0]["boxes"].to_pylist()
     assert (box["xmin"], box["xmax"], box["ymin"], box["ymax"]) == (0, 1, 0, 1)
 
 
-def test_what_is_kept_is_as_stored(tmp_path: Path, store: Store) -> None:
-    files = [_image(tmp_path, "z", (7, 5)), _image(tmp_path, "a", (1, 1))]
-    lines = [_line(2, "z", "validation", IsGroupOf="1", IsInside="-1", LabelName="/m/9"), _line(3, "a")]
-    tables, _ = _check(files, lines, store)
+def test_what_is_kept_is_as_the_source_has_it(place: Place) -> None:
+    z, _ = place.photo("z.png", (7, 5)), place.photo("a.png", (1, 1))
+    place.boxes(*(_line("a", XMin=f"0.{number}", XMax="0.9") for number in range(2, 7)))
+    place.boxes(_line("z", IsGroupOf="1", IsInside="-1", LabelName="/m/9"), name="val.csv")
+    known = {"license": "CC0", "author": "Ann", "source_url": "https://photo.example/z", "rotation": 90}
+    photos = pa.Table.from_pylist(
+        [row | (known if row["image_id"] == "z" else {}) for row in place.photos().to_pylist()], schema=PHOTOS
+    )
+    tables, _ = place.check(photos=photos)
     first, second = tables["images"].to_pylist()
-    assert (first["image_id"], first["split"], first["license"]) == ("a", "train", "CC0")
-    assert (second["split"], second["width_px"], second["height_px"], second["license"]) == ("validation", 7, 5, None)
-    assert second["bytes"] == files[0].path.read_bytes()
-    assert second["sha256"] == hashlib.sha256(second["bytes"]).hexdigest() == files[0].sha256()
-    cat, other = tables["boxes"].to_pylist()
-    assert (cat["label"], cat["label_name"], other["label_name"]) == ("/m/1", "Cat", "/m/9")
-    assert (cat["xmin"], cat["xmax"], cat["ymin"], cat["ymax"]) == (0.1, 0.5, 0.2, 0.75)
-    numbered = [_line(number, "a", XMin=f"0.{number}", XMax="0.9") for number in range(2, 7)]
-    again, _ = _check(files, [*numbered, lines[0]], store)
-    assert again["boxes"].column("xmin").to_pylist()[:5] == [0.2, 0.3, 0.4, 0.5, 0.6]  # in the order of the lines
+    assert (first["image_id"], first["split"]) == ("a", "train")
+    assert [first[key] for key in known] == [None] * 4
+    assert {key: second[key] for key in known} == known
+    assert (second["split"], second["width_px"], second["height_px"]) == ("validation", 7, 5)
+    assert second["exif_orientation"] == 1  # OpenImages' rotation is a statement, not an instruction
+    assert second["bytes"] == z.read_bytes()
+    assert second["sha256"] == hashlib.sha256(second["bytes"]).hexdigest()
+    *cats, other = tables["boxes"].to_pylist()
+    assert [cat["xmin"] for cat in cats] == [0.2, 0.3, 0.4, 0.5, 0.6]  # in the order of the lines
+    assert {(cat["label"], cat["label_name"]) for cat in cats} == {("/m/1", "Cat")}
+    assert (other["label"], other["label_name"]) == ("/m/9", "/m/9")
+    assert (other["xmin"], other["xmax"], other["ymin"], other["ymax"]) == (0.1, 0.5, 0.2, 0.75)
     flags = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
     assert [other[flag] for flag in flags] == [-1, -1, 1, -1, -1]  # a missing flag is unknown
 
 
-def test_an_image_that_is_gone_when_it_is_read_is_unreadable(tmp_path: Path, store: Store) -> None:
-    gone = _image(tmp_path, "gone")
-    gone.path.unlink()
-    _, counts = _check([gone, _image(tmp_path, "a")], [_line(2, "gone"), _line(3, "a")], store)
-    assert (counts["images_kept"], counts["rejected_image_unreadable"]) == (1, 1)
+def test_an_image_that_is_gone_when_it_is_read_is_unreadable(place: Place) -> None:
+    gone, _ = place.photo("gone.png"), place.photo("a.png")
+    place.boxes(_line("gone"), _line("a"))
+    photos = place.photos()
+    gone.unlink()
+    tables, counts = place.check(photos=photos)
+    assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_unreadable")
 
 
-def test_an_empty_bucket_is_an_empty_bucket(store: Store) -> None:
-    _, counts = _check([], [], store)
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.photo("fits.png", (100, 100))
+    place.photo("over.png", (100, 101))
+    place.photo("heavy.png", data=place.photo("fits.png", (100, 100)).read_bytes() + b"x" * 10_000)
+    place.boxes(_line("fits"), _line("over"), _line("heavy"))
+    decoded: list[bytes] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data, **more: (decoded.append(data), decode(data, **more))[1])
+    tables, _ = place.check()
+    assert tables["images"].column("image_id").to_pylist() == ["fits"] and len(decoded) == 1
+    details = {row["key"]: (row["reason"], row["detail"]) for row in tables["rejects"].to_pylist()}
+    assert details["over.png"] == ("image_too_large", "over.png: 100 x 101 px, more than 10000 pixels")
+    assert details["heavy.png"] == ("image_too_large", "heavy.png: more than 10000 bytes")
+
+
+@pytest.mark.parametrize(("exif", "size_px", "orientation"), [("ignore", (20, 10), 1), ("apply", (10, 20), 6)])
+def test_size_and_orientation_are_those_of_the_picture_that_the_boxes_mean(
+    place: Place, exif: Any, size_px: tuple[int, int], orientation: int
+) -> None:
+    tag, buffer = Image.Exif(), BytesIO()
+    tag[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (20, 10)).save(buffer, "JPEG", exif=tag)
+    place.photo("a.jpg", data=buffer.getvalue())
+    place.boxes(_line("a"))
+    (row,) = place.check(limits=replace(LIMITS, exif=exif))[0]["images"].to_pylist()
+    assert (row["width_px"], row["height_px"], row["exif_orientation"]) == (*size_px, orientation)
+    assert row["bytes"] == buffer.getvalue()
+
+
+def test_files_of_one_id_count_as_one_photo_when_they_are_the_same_and_as_none_when_they_differ(place: Place) -> None:
+    for name, grey in (("1/same.png", 1), ("2/same.png", 1), ("3/same.png", 1), ("1/mixed.png", 1), ("2/mixed.png", 2)):
+        place.photo(name, grey=grey)
+    place.photo("1/half.png", data=b"no image")  # what cannot be read leaves no doubt
+    place.photo("2/half.png")
+    place.boxes(_line("same"), _line("mixed"), _line("half"))
+    tables, _ = place.check()
+    assert tables["images"].column("image_id").to_pylist() == ["half", "same"]
+    details = {row["key"]: row["detail"] for row in tables["rejects"].to_pylist()}
+    assert _rejects(tables) == {
+        "2/same.png": "image_id_duplicated",
+        "3/same.png": "image_id_duplicated",
+        "1/mixed.png": "image_id_duplicated",
+        "2/mixed.png": "image_id_duplicated",
+        "1/half.png": "image_unreadable",
+        "train.csv:3": "box_image_rejected",
+    }
+    assert "1/same.png" in details["3/same.png"] and "the first is kept" in details["3/same.png"]
+    assert "2/mixed.png" in details["1/mixed.png"] and "differ" in details["1/mixed.png"]
+
+
+def test_the_first_line_of_a_photo_says_its_split_and_lines_of_other_splits_are_rejected(place: Place) -> None:
+    place.photo("a.png")
+    place.photo("b.png")
+    place.boxes(_line("a"), _line("a", **UNPARSABLE[0]), name="a_test.csv")
+    place.boxes(_line("a"), _line("b", **OUTSIDE[0]), name="b_train.csv")
+    place.boxes(_line("b"), _line("a"), name="c_val.csv")
+    tables, counts = place.check()
+    splits = {row["image_id"]: row["split"] for row in tables["images"].to_pylist()}
+    assert splits == {"a": "test", "b": "validation"}  # b's line of the train file is no usable one
+    reasons = _rejects(tables)
+    assert reasons["b_train.csv:2"] == reasons["c_val.csv:3"] == "box_in_other_split"
+    assert counts["boxes_kept"] == 2
+
+
+def test_a_source_that_does_not_list_all_is_asked_for_what_boxes_name_and_no_more(place: Place) -> None:
+    place.photo("train/listed.png")
+    place.photo("train/never_named.png")
+    place.photo("train/unlisted.png", (3, 2))
+    place.boxes(_line("listed"), _line("unlisted"), _line("wrong", **OUTSIDE[0]), _line("..", **GOOD))
+    asked: list[tuple[str, str]] = []
+
+    def read(image_id: str, address: str) -> bytes:
+        asked.append((image_id, address))
+        return place.read(image_id, address)
+
+    photos = place.photos()
+    photos = photos.filter(pa.array([name == "listed" for name in photos.column("image_id").to_pylist()]))
+    tables, counts = place.check(
+        photos=photos,
+        read=read,
+        lists_all=False,
+        address_without_photo=lambda image_id, split: f"{split}/{image_id}.png",
+    )
+    assert sorted(asked) == [("listed", "train/listed.png"), ("unlisted", "train/unlisted.png")]
+    assert counts["images_in"] == 3
+    assert _rejects(tables) == {
+        "train.csv:4": "box_outside_image",
+        "train/wrong.png": "image_without_box",
+        "train.csv:5": "image_id_invalid",
+    }
+
+
+def test_several_photos_are_read_at_once_and_their_timing_does_not_show(place: Place) -> None:
+    for number in range(12):
+        place.photo(f"p{number:02d}.png", (number + 1, 2))
+    place.boxes(*(_line(f"p{number:02d}") for number in reversed(range(12))))
+    running, most, lock = 0, 0, threading.Lock()
+    delays = np.random.default_rng(0).permutation(12)
+
+    def slow(image_id: str, address: str) -> bytes:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005 + 0.005 * delays[int(image_id[1:])])
+        with lock:
+            running -= 1
+        return place.read(image_id, address)
+
+    tables, _ = place.check(read=slow, threads=4)
+    assert 2 <= most <= 4
+    plain, _ = place.check(threads=1)
+    assert all(tables[name].equals(plain[name]) for name in tables)
+
+
+def test_an_empty_bucket_is_an_empty_bucket(place: Place) -> None:
+    _, counts = place.check()
     assert set(counts.values()) == {0}
 
 
-def test_any_mixture_adds_up_and_the_order_of_the_files_does_not_matter(tmp_path: Path, store: Store) -> None:
+def test_any_mixture_adds_up_and_the_order_of_the_files_does_not_matter(place: Place) -> None:
     rng = np.random.default_rng(1)
-    files = [
-        _image(tmp_path, f"image{index}", data=None if index % 3 else rng.bytes(20 * index)) for index in range(12)
-    ]
-    variants: list[dict[str, Any]] = [{}, {}, {}, *OUTSIDE, *UNPARSABLE]
+    for index in range(12):
+        place.photo(f"image{index}.png", data=None if index % 3 else rng.bytes(20 * index + 1))
+        if index % 5 == 0:
+            place.photo(f"again/image{index}.png", grey=9 if index == 10 else index)
+    variants: list[dict[str, str]] = [{}, {}, {}, *OUTSIDE, *UNPARSABLE]
+    every = place.photos()
     for _ in range(15):
-        some = [files[index] for index in rng.permutation(12)[: rng.integers(13)]]
-        lines = [
-            _line(number + 2, f"image{rng.integers(14)}", **variants[rng.integers(len(variants))])
-            for number in range(rng.integers(40))
-        ]
-        tables, _ = _check(some, lines, store)
-        again, _ = _check(some[::-1], lines, store)
+        some = every.take(rng.permutation(every.num_rows)[: rng.integers(every.num_rows + 1)])
+        for name in ("train.csv", "val.csv"):
+            place.boxes(
+                *(
+                    _line(f"image{rng.integers(14)}", **variants[rng.integers(len(variants))])
+                    for _ in range(rng.integers(1, 25))
+                ),
+                name=name,
+            )
+        tables, _ = place.check(photos=some)
+        again, _ = place.check(photos=some.take(np.arange(some.num_rows)[::-1]))
         assert tables["images"].equals(again["images"]) and tables["boxes"].equals(again["boxes"])
+        assert all(split in SPLITS for split in tables["images"].column("split").to_pylist())
+
+
+def test_limits_are_inclusive(place: Place) -> None:
+    place.photo("a.png", (20, 10))
+    place.boxes(_line("a"))
+    assert place.check(limits=replace(LIMITS, max_pixels=200))[1]["images_kept"] == 1
+    assert place.check(limits=replace(LIMITS, max_pixels=199))[1]["images_kept"] == 0

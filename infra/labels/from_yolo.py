@@ -1,0 +1,42 @@
+"""YOLO labels to an OpenImages-style box CSV: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv
+
+LABELS: folder of .txt files, one per photo and of its name; a line is `class cx cy width height`, fractions (of a
+polygon's line, longer, the bounds are taken). NAMES: a text file with a class name per line, in order; without it the
+class numbers stay.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+
+def main(folder: str, names_file: str | None = None) -> None:
+    names = Path(names_file).read_text().splitlines() if names_file else []
+    out = csv.writer(sys.stdout)
+    out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
+    for path in sorted(Path(folder).rglob("*.txt")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                label, *values = line.split()
+                x0, x1, y0, y1 = bounds([float(value) for value in values])
+                name = names[int(label)] if names else label
+            except (ValueError, IndexError) as error:
+                sys.exit(f"{path}:{number}: not `class cx cy width height`: {line!r} ({error})")
+            out.writerow([path.stem, name, *(round(min(max(end, 0.0), 1.0), 6) for end in (x0, x1, y0, y1))])
+
+
+def bounds(values: list[float]) -> tuple[float, float, float, float]:
+    if len(values) == 4:
+        cx, cy, width, height = values
+        return cx - width / 2, cx + width / 2, cy - height / 2, cy + height / 2
+    if len(values) < 6 or len(values) % 2:
+        raise ValueError(f"{len(values)} numbers")
+    return min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -1,0 +1,57 @@
+"""Label recipes: YOLO and VOC files become the boxes that the CSV of the same photos has."""
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pbe.config import repo_root
+
+ROOT = repo_root()
+COCO256 = ROOT.parent / "shared" / "data" / "coco256"
+
+
+def _run(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "infra" / "labels" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+def _boxes(text: str) -> list[tuple[str, list[float]]]:
+    rows = csv.DictReader(io.StringIO(text))
+    return sorted((row["ImageID"], [float(row[key]) for key in ("XMin", "XMax", "YMin", "YMax")]) for row in rows)
+
+
+def test_yolo_labels_of_coco256_give_the_boxes_of_its_csv() -> None:
+    if not COCO256.is_dir():
+        pytest.skip(f"{COCO256} is not there")
+    got = _boxes(_run("from_yolo.py", str(COCO256 / "object_detection" / "labels" / "val2017")).stdout)
+    expected = _boxes((COCO256 / "boxes_openimages_val.csv").read_text())
+    assert [image_id for image_id, _ in got] == [image_id for image_id, _ in expected] and len(got) == 898
+    for (_, ours), (_, theirs) in zip(got, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+def test_yolo_names_polygons_and_a_wrong_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("1 0.5 0.5 0.5 0.25\n\n0 0.1 0.2 0.9 0.2 0.5 0.8\n")
+    names = tmp_path / "classes.names"
+    names.write_text("cat\ndog\n")
+    rows = list(csv.reader(io.StringIO(_run("from_yolo.py", str(tmp_path), str(names)).stdout)))
+    assert rows[1:] == [["a", "dog", "0.25", "0.75", "0.375", "0.625"], ["a", "cat", "0.1", "0.9", "0.2", "0.8"]]
+    (tmp_path / "b.txt").write_text("0 0.5 0.5 wide 0.25\n")
+    failed = _run("from_yolo.py", str(tmp_path), check=False)
+    assert failed.returncode == 1 and "b.txt:1" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_voc_pixels_start_at_1(tmp_path: Path) -> None:
+    (tmp_path / "2008_000008.xml").write_text(
+        "<annotation><size><width>200</width><height>100</height></size><object><name>horse</name><truncated>1</truncated>"
+        "<bndbox><xmin>1</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax></bndbox></object></annotation>"
+    )
+    rows = list(csv.reader(io.StringIO(_run("from_voc.py", str(tmp_path)).stdout)))
+    assert rows[1:] == [["2008_000008", "horse", "0.0", "1.0", "0.1", "0.6", "1"]]
+    (tmp_path / "bad.xml").write_text("<annotation>")
+    failed = _run("from_voc.py", str(tmp_path), check=False)
+    assert failed.returncode == 1 and "bad.xml" in failed.stderr and "Traceback" not in failed.stderr

@@ -8,7 +8,7 @@ PBE_STORAGE, MLFLOW_TRACKING_URI, RAY_ADDRESS.
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -34,9 +34,15 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+        if isinstance(value, bool) and _is_number(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("number", "input should be a number")
         return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """int, float, or either of them or None."""
+    kinds = {getattr(kind, "__origin__", kind) for kind in get_args(annotation) or (annotation,)}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 class DownloadConfig(Strict):
@@ -301,9 +307,17 @@ def load_params(path: Path | None = None) -> Params:
         raise ParamsError("\n".join(_lines(error, path.name, prefix=""))) from None
     for name in params.variants:
         try:
-            params.train_variant(name)
+            cfg = params.train_variant(name)
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
+        halvings = len(cfg.unet.block_channels) - 1
+        latent_px = params.materialize.image_px // params.encode.codec_patch_px
+        if latent_px % 2**halvings:
+            raise ParamsError(
+                f"{path.name}: variants.{name}: latents of {latent_px} px (materialize.image_px / "
+                f"encode.codec_patch_px) cannot be halved {halvings} times, as the {halvings + 1} levels of "
+                "train.unet.block_channels ask"
+            )
     return params
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pbe import track
 from pbe.config import TrainConfig, tracking_uri
+from pbe.data.slots import group_rows, slot_files
 from pbe.store import Manifest, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
 from pipelines.progress import progress_bar
@@ -43,6 +44,7 @@ def main(stage: Stage) -> None:
     run = Run(stage.store, f"{stage.variant}-{identity}")
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity)
     if run.read_json("finished.json") is None:
+        _refuse_empty_lanes(encoded, cfg.lanes)
         _refuse_other_world(run, cfg.workers)
         _train(stage, cfg, encoded, run, run_id)
     else:
@@ -95,6 +97,17 @@ def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run
         )
     run.write_json("mlflow.json", {"run_id": run_id, "attempt": attempt})
     return run_id
+
+
+def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
+    """Each lane needs a row group of every slot (pbe/data/order.py)."""
+    rows_per_group = int(encoded.config["rows_per_group"])
+    groups = min(sum(len(group_rows(file, rows_per_group)) for file in files) for files in slot_files(encoded))
+    if groups < lanes:
+        raise StageError(
+            f"train.lanes = {lanes}, but a slot has only {groups} row groups of up to {rows_per_group} rows: lower "
+            "train.lanes, or encode.rows_per_group for more groups"
+        )
 
 
 def _refuse_other_world(run: Run, workers: int) -> None:

@@ -169,6 +169,10 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ),
         ({"encode.codec_channels": 49}, "params.yaml: encode: codec_channels 49 exceeds 3 * codec_patch_px^2 = 48"),
         (
+            {"materialize.image_px": 72, "train.unet.block_channels": [48, 96, 96]},
+            "params.yaml: variants.full: latents of 18 px (materialize.image_px / encode.codec_patch_px)",
+        ),
+        (
             {"encode.codec_patch_px": 5},
             "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64",
         ),

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-import urllib.request
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from pbe import store as store_module
 from pbe.config import repo_root
@@ -44,33 +43,13 @@ JSON = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def s3_address() -> Iterator[str]:
-    """An S3 server on loopback with one bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    request = urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")
-    with urllib.request.urlopen(request):
-        yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
-def any_store(request: pytest.FixtureRequest, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def any_store(request: pytest.FixtureRequest, store: Store) -> Iterator[Store]:
     """A store on the disk, then one on S3."""
     if request.param == "local":
         yield store
         return
-    for key, value in {
-        "AWS_ENDPOINT_URL": request.getfixturevalue("s3_address"),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(key, value)
-    remote = Store("s3://bucket/prefix")
+    remote = Store(request.getfixturevalue("s3") + "/prefix")
     assert not remote.is_local and remote.full_uri("x/y") == "s3://bucket/prefix/x/y"
     yield remote
     remote.delete_tree("parts")
@@ -276,6 +255,69 @@ def test_equal_tables_give_equal_bytes_however_they_came_about(store: Store) -> 
         }
         assert len(digests) == 1
     assert _unit(store).files == _unit(store).files
+
+
+def test_a_unit_named_by_its_content_is_written_once(any_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {"annotations": _table(20), "photos": _table(3, seed=1)}
+    record = any_store.write_unit_by_content("index", "b0000", tables)
+    assert any_store.find_unit("index", record.unit) == record and record.unit.startswith("b0000-")
+    assert any_store.read_table(record.file("annotations")).equals(tables["annotations"])
+    others = (
+        ("b0001", tables),
+        ("b0000", {**tables, "photos": _table(3, seed=2)}),
+        ("b0000", {"photos": tables["annotations"], "annotations": tables["photos"]}),
+    )
+    names = {any_store.write_unit_by_content("index", label, other).unit for label, other in others}
+    assert len(names | {record.unit}) == 4
+    monkeypatch.setattr(Store, "write_bytes", lambda *_: pytest.fail("it is there already"))
+    assert any_store.write_unit_by_content("index", "b0000", tables) == record
+
+
+def test_a_unit_named_by_its_content_that_is_damaged_is_written_again(store: Store) -> None:
+    tables = {"annotations": _table(20), "photos": _table(3, seed=1)}
+    record = store.write_unit_by_content("index", "b0000", tables)
+    Path(store.path(record.file("photos").path)).unlink()
+    assert store.write_unit_by_content("index", "b0000", tables) == record == store.find_unit("index", record.unit)
+
+
+def test_a_folders_size_is_that_of_all_files_below_it_and_its_age_that_of_the_newest(any_store: Store) -> None:
+    before = time.time()
+    for name, size in (("runs/r/a", 10), ("runs/r/deep/b", 5), ("runs/other", 100)):
+        any_store.write_bytes(name, b"x" * size)
+    found = any_store.folder_size("runs/r")
+    assert (found.files, found.bytes) == (2, 15)
+    assert -1 <= found.age_s <= time.time() - before + 1  # S3 counts whole seconds
+    nothing = any_store.folder_size("runs/never")
+    assert (nothing.files, nothing.bytes) == (0, 0)
+
+
+def test_the_age_of_a_folder_is_that_of_its_newest_file(store: Store) -> None:
+    for name, age_s in (("runs/r/a", 5000), ("runs/r/deep/b", 900), ("runs/r/c", 7000)):
+        store.write_bytes(name, b"x")
+        os.utime(store.path(name), (time.time() - age_s,) * 2)
+    assert store.folder_size("runs/r").age_s == pytest.approx(900, abs=5)
+
+
+def test_a_deleted_unit_is_gone_and_its_neighbours_stay(any_store: Store) -> None:
+    _unit(any_store)
+    stays = _unit(any_store, "b0001-abc")
+    any_store.delete_unit("parts/stage/b0000-abc")
+    any_store.delete_unit("parts/stage/never")
+    assert any_store.list_names("parts/stage") == ["b0001-abc"]
+    assert any_store.find_unit("stage", "b0001-abc") == stays
+
+
+def test_a_unit_that_is_half_deleted_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _unit(store)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "delete_tree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.delete_unit("parts/stage/b0000-abc")
+    assert store.find_unit("stage", "b0000-abc") is None
+    assert store.list_names("parts/stage/b0000-abc") == ["rejects.parquet", "rows.parquet"]
 
 
 def test_no_rows_are_a_table_too(any_store: Store) -> None:

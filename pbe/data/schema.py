@@ -228,5 +228,8 @@ def require(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
             if field.name in table.schema.names and table.schema.field(field.name).type != field.type
         ]
         extra = [name for name in table.schema.names if name not in schema.names]
-        raise ValueError(f"{where}: not the expected columns: missing {missing}, wrong {wrong}, unknown {extra}")
+        detail = f"missing {missing}, wrong {wrong}, unknown {extra}"
+        if not (missing or wrong or extra):
+            detail = f"order or nullability differ: {table.schema.to_string(show_field_metadata=False)!r}"
+        raise ValueError(f"{where}: not the expected columns: {detail}")
     return table

@@ -68,10 +68,10 @@ def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return open_fake(project, "materialize")
 
 
-def ingest_params(*, images: str | None, boxes: str) -> Params:
-    source = "folder" if images else "sample"
-    ingest = IngestConfig(source=source, images=images, boxes=boxes, buckets=1, max_reject_frac=0)
-    return Params.model_construct(ingest=ingest)
+def ingest_params(**changes: Any) -> Params:
+    """Only ingest's, of the tiny profile, with changes."""
+    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["ingest"]
+    return Params.model_construct(ingest=IngestConfig.model_validate(tiny | changes))
 
 
 def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any) -> Stage:
@@ -217,9 +217,9 @@ def test_an_address_that_is_silent_is_given_up(stage: Stage, monkeypatch: pytest
         jobs.run_remotely(stage, f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("key", ["images", "boxes"])
+@pytest.mark.parametrize("key", ["images", "boxes", "image_ids"])
 def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
-    paths = {"images": "/shared/photos", "boxes": "/shared/boxes.csv", key: "my/folder"}
+    paths = {"source": "folder", "images": "s3://shared/photos", "boxes": "/shared/boxes.csv", key: "my/folder"}
     with pytest.raises(StageError, match=f"ingest.{key} = my/folder does not travel"):
         jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
 
@@ -347,7 +347,7 @@ def test_a_finished_job_whose_outputs_are_gone_runs_again(stage: Stage, cluster:
 
 
 def test_ingest_is_never_taken_over(stage: Stage, cluster: Cluster) -> None:
-    outside = open_fake(stage.root, "ingest", params=ingest_params(images=None, boxes="pbe/data/sample"))
+    outside = open_fake(stage.root, "ingest", params=ingest_params())
     for _ in range(2):
         jobs.run_remotely(outside, LOOPBACK)
     assert len(cluster.jobs) == 2

@@ -2,18 +2,22 @@
 
 import copy
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import yaml
 
 from pbe.config import Params
+from pbe.data.schema import FILTER_REASONS
 from pbe.evaluate.intervals import Estimate
 from pbe.store import File
 from pipelines import deviations, reading, report, summary
+from pipelines.charts import areas_svg, classes_svg
 from pipelines.stage import StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -130,6 +134,25 @@ def test_numbers_of_one_estimate_have_the_same_digits() -> None:
     assert summary.estimate_text(estimate(-0.0001, -0.02, 0.0)) == "0.000 [-0.020, 0.000]"
 
 
+def test_the_filter_table_has_the_rules_that_are_on_and_those_that_removed_something_in_their_order() -> None:
+    counts = {f"rejected_{reason}": 0 for reason in FILTER_REASONS} | {"rejected_area_below_min": 7}
+    off = params().filter.model_dump() | {"exclude_images": ()}
+    assert report.filter_table(counts, off) == [("area below min", 7), ("area above max", 0)]
+    assert report.filter_table({**counts, "rejected_near_duplicate": 2}, off)[-1] == ("near duplicate", 2)
+    for settings, reason in (
+        ({"exclude_images": ("a",)}, "image excluded"),
+        ({"exclude_classes": ("Cat",)}, "class excluded"),
+        ({"include_classes": ("Cat",)}, "class excluded"),
+        ({"exclude_flags": ("is_inside",)}, "flag excluded"),
+        ({"min_side_px": 1}, "side below min"),
+        ({"max_aspect": 2.0}, "aspect above max"),
+        ({"max_iou": 0.9}, "near duplicate"),
+    ):
+        found = [name for name, _ in report.filter_table(counts, {**off, **settings})]
+        assert set(found) == {"area below min", "area above max", reason}
+        assert found == [name for name in (r.replace("_", " ") for r in FILTER_REASONS) if name in found]
+
+
 # -- pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +185,35 @@ def test_pictures_and_curve_fetch_nothing() -> None:
     assert "var(--v1)" in svg
     assert "currentColor" in svg
     assert "#0102" not in svg
+
+
+def test_charts_of_boxes_are_the_same_at_every_run_and_use_the_pages_colours() -> None:
+    rng = np.random.default_rng(0)
+    areas = np.concatenate([rng.random(300) ** 3, [0.0, 1e-9, 1.0]])
+    for draw in (
+        lambda: areas_svg(areas, areas[areas > 0.02]),
+        lambda: areas_svg(areas, areas[:0]),
+        lambda: areas_svg(areas[:0], areas[:0]),
+        lambda: classes_svg([("Cat", 30, 20), ("Bat & <Ball>", 4, 0), ("Dog", 4, 4)]),
+        lambda: classes_svg([("Cat", 1, 0)]),
+    ):
+        svg = draw()
+        assert svg == draw() and svg.startswith("<svg")
+        assert "currentColor" in svg and "#0102" not in svg and "#0400" not in svg
+        ElementTree.fromstring(svg)  # also with names that hold < and &
+    assert {"var(--v0)", "var(--v1)"} <= set(re.findall(r"var\(--v[0-9]\)", areas_svg(areas, areas)))
+
+
+def test_the_chart_of_classes_names_them_from_the_most_frequent_down() -> None:
+    svg = classes_svg([("Cat", 30, 20), ("Bat & <Ball>", 4, 0)])
+    texts = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Cat", "Bat & <Ball>", "read", "kept"} <= set(texts)
+    heights = {
+        element.text: float(element.attrib["y"])
+        for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+        if "y" in element.attrib
+    }
+    assert heights["Cat"] < heights["Bat & <Ball>"]
 
 
 def test_a_dropped_photo_says_why() -> None:

@@ -1,0 +1,114 @@
+"""`pbe rejects`: every dropped row by stage and reason, with examples; all of them as CSV."""
+
+import csv
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pbe import config
+from pbe.cli import main
+from pbe.data.schema import REJECTS
+from pbe.store import Store, make_manifest, save_manifest
+
+INGEST = [
+    [("a.jpg", "image_unreadable"), ("boxes.csv:2", "box_unparsable"), ("boxes.csv:9", "box_unparsable")],
+    [],
+    [("boxes.csv:4", "box_unparsable"), ("train/b.jpg", "download_failed"), ("boxes.csv:5", "box_image_rejected")],
+]
+FILTER = [[("c#0", "area_below_min")], [("d#1", "area_below_min"), ("d#2", "area_above_max")], []]
+
+
+@pytest.fixture
+def root(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder with a storage of its own."""
+    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    monkeypatch.setenv("PBE_STORAGE", store.uri)
+    return tmp_path
+
+
+def _run_stage(root: Path, store: Store, stage: str, parts: list[list[tuple[str, str]]], **counts: int) -> None:
+    units = []
+    for number, rows in enumerate(parts):
+        table = pa.Table.from_pylist(
+            [{"stage": stage, "key": key, "reason": reason, "detail": f"why, {key}"} for key, reason in rows],
+            schema=REJECTS,
+        )
+        mine = counts if number == 0 else {}
+        units.append(store.write_unit(stage, f"b{number:04d}-0", {"rejects": table}, counts=mine))
+    manifest = make_manifest(stage, config={}, code="", units=units)
+    save_manifest(root / "data" / stage / "manifest.json", manifest)
+
+
+def test_reasons_are_counted_by_stage_the_most_frequent_first_with_examples(
+    root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run_stage(root, store, "filter", FILTER, boxes_in=40)
+    _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
+    _run_stage(root, store, "materialize", [[]], images_in=8)
+    assert main(["rejects", "--examples", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines == [
+        "ingest: 6 rows dropped of 9 images, 44 boxes",
+        "3 box_unparsable",
+        "boxes.csv:2: why, boxes.csv:2",
+        "1 box_image_rejected",
+        "boxes.csv:5: why, boxes.csv:5",
+        "1 download_failed (ingest.retry_rejected tries these again)",
+        "train/b.jpg: why, train/b.jpg",
+        "1 image_unreadable",
+        "a.jpg: why, a.jpg",
+        "filter: 3 rows dropped of 40 boxes",
+        "2 area_below_min",
+        "c#0: why, c#0",
+        "1 area_above_max",
+        "d#2: why, d#2",
+        "materialize: 0 rows dropped of 8 images",
+    ]
+
+
+@pytest.mark.parametrize(("examples", "shown"), [(0, 0), (2, 2), (3, 3), (50, 3)])
+def test_as_many_examples_as_asked_for(
+    root: Path, store: Store, examples: int, shown: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
+    assert main(["rejects", "--examples", str(examples)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("why, boxes.csv:") - out.count("why, boxes.csv:5") == shown
+
+
+def test_every_row_goes_into_the_csv(root: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
+    _run_stage(root, store, "filter", FILTER, boxes_in=40)
+    target = root / "all rejects.csv"
+    assert main(["rejects", "--examples", "0", "--out", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote 9 rows to {target}"
+    rows = list(csv.DictReader(io.StringIO(target.read_text())))
+    expected = [
+        {"stage": stage, "key": key, "reason": reason, "detail": f"why, {key}"}
+        for stage, parts in (("ingest", INGEST), ("filter", FILTER))
+        for part in parts
+        for key, reason in part
+    ]
+    assert rows == expected
+
+
+def test_before_any_stage_has_run_it_says_which_is_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rejects"]) == 1
+    assert capsys.readouterr().err == "pbe: error: no data stage has run here; `dvc repro ingest` is the first\n"
+
+
+@pytest.mark.parametrize("what", ["a part that is gone", "a target without a folder"])
+def test_what_goes_wrong_is_one_line(what: str, root: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
+    if what == "a part that is gone":
+        store.delete_unit("parts/ingest/b0002-0")
+        assert main(["rejects"]) == 1
+    else:
+        assert main(["rejects", "--out", str(root / "nowhere" / "all.csv")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("pbe: error: ") and err.count("\n") == 1
+    assert ("b0002-0" if what == "a part that is gone" else "nowhere") in err

@@ -66,7 +66,7 @@ class IngestConfig(Strict):
     val_frac: Annotated[float, Field(ge=0, lt=1)]
     exif: Literal["ignore", "apply"]
     max_image_bytes: PositiveInt
-    max_image_pixels: PositiveInt
+    max_image_pixels: Annotated[int, Field(ge=1, le=89_478_485)]  # Pillow, which reads the headers, warns from there on
     buckets: Annotated[int, Field(ge=1, le=65536)]
     cpus_per_bucket: Annotated[float, Field(gt=0)]
     max_reject_frac: Frac

@@ -80,13 +80,22 @@ def _strings(value: Any) -> Iterator[str]:
 
 def manifests_in_use(root: Path) -> list[dict[str, Any]]:
     """Manifests of the working tree and of git's history, each once. Raises GcError."""
-    texts = {path.read_text() for path in sorted((root / "data").rglob("manifest.json"))}
+    texts = {}
+    for path in sorted((root / "data").rglob("manifest.json")):
+        texts[path.read_text()] = path
     cache = Path(_run(root, sys.executable, "-m", "dvc", "cache", "dir").strip())
     for md5 in sorted(_manifest_hashes(root)):
         path = cache / "files" / "md5" / md5[:2] / md5[2:]
         if path.is_file():
-            texts.add(path.read_text())
-    return [json.loads(text) for text in sorted(texts)]
+            texts[path.read_text()] = path
+    return [_parsed(text, path) for text, path in texts.items()]
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise GcError(f"{path}: not a manifest ({error}), so nothing is removed; run its stage again") from None
 
 
 def _manifest_hashes(root: Path) -> set[str]:
@@ -94,8 +103,9 @@ def _manifest_hashes(root: Path) -> set[str]:
     locks = []
     if (root / "dvc.lock").is_file():
         locks.append((root / "dvc.lock").read_text())
-    for commit in _run(root, "git", "log", "--all", "--format=%H", "--", "dvc.lock").split():
-        shown = subprocess.run(["git", "show", f"{commit}:dvc.lock"], cwd=root, capture_output=True, text=True)
+    # --full-history: also a side of a merge whose dvc.lock did not survive it
+    for commit in _run(root, "git", "log", "--all", "--full-history", "--format=%H", "--", "dvc.lock").split():
+        shown = subprocess.run(["git", "show", f"{commit}:./dvc.lock"], cwd=root, capture_output=True, text=True)
         if shown.returncode == 0:  # the commit that removes it has none
             locks.append(shown.stdout)
     hashes = set()
@@ -110,7 +120,7 @@ def _manifest_hashes(root: Path) -> set[str]:
 def _folders(store: Store, relative: str, *, depth: int) -> list[str]:
     paths = [relative]
     for _ in range(depth):
-        paths = [f"{path}/{name}" for path in paths for name in store.list_names(path)]
+        paths = [f"{path}/{name}" for path in paths for name in store.list_folders(path)]
     return paths
 
 
@@ -119,4 +129,7 @@ def _run(root: Path, *command: str) -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
-        raise GcError(f"`{' '.join(command[-4:])}` failed, so nothing is removed: {' '.join(detail.split())}") from None
+        name = Path(command[0]).name
+        raise GcError(
+            f"`{name} {' '.join(command[1:])}` failed: nothing is removed: {' '.join(detail.split())}"
+        ) from None

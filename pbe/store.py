@@ -69,17 +69,28 @@ class FolderSize:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished unit holds. `counts` are summed over units into counts.json."""
+    """What a finished unit holds. `counts` are summed over units into counts.json.
+
+    after: folders of the units that this one is a further try of; they are found through one another, so `pbe gc` keeps
+    them with it.
+    """
 
     unit: str
     files: tuple[File, ...]
     counts: Mapping[str, int]
+    after: tuple[str, ...] = ()
 
     def file(self, dataset: str) -> File:
         for file in self.files:
             if file.dataset == dataset:
                 return file
         raise StoreError(f"unit {self.unit} has no dataset '{dataset}'")
+
+
+def record_from(raw: Mapping[str, Any]) -> Record:
+    """A Record from its JSON. Raises KeyError or TypeError for something else."""
+    files = tuple(File(**file) for file in raw["files"])
+    return Record(unit=raw["unit"], files=files, counts=raw["counts"], after=tuple(raw.get("after", ())))
 
 
 @dataclass(frozen=True)
@@ -155,8 +166,14 @@ class Store:
 
     def list_names(self, relative: str) -> list[str]:
         """Names of files and folders directly below `relative`, sorted; empty when there is no such folder."""
-        selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        return sorted(info.base_name for info in self._children(relative))
+
+    def list_folders(self, relative: str) -> list[str]:
+        """Names of the folders directly below `relative`, sorted."""
+        return sorted(info.base_name for info in self._children(relative) if info.type == pafs.FileType.Directory)
+
+    def _children(self, relative: str) -> Any:
+        return self._fs.get_file_info(pafs.FileSelector(self.path(relative), allow_not_found=True))
 
     def copy_tree_in(self, source: Path, relative: str) -> None:
         """Upload every file below the local folder `source`."""
@@ -201,7 +218,7 @@ class Store:
             return None
         try:
             raw = json.loads(self.read_bytes(relative))
-            record = Record(unit=raw["unit"], files=tuple(File(**f) for f in raw["files"]), counts=raw["counts"])
+            record = record_from(raw)
         except (ValueError, KeyError, TypeError):
             return None
         return record if self._complete(record) else None
@@ -219,6 +236,7 @@ class Store:
         *,
         counts: Mapping[str, int],
         rows_per_group: int = 128,
+        after: Sequence[str] = (),
     ) -> Record:
         """Write one Parquet file per dataset, then the record. The bytes depend on the tables alone."""
         files = []
@@ -227,7 +245,7 @@ class Store:
             file = _file_of(stage, unit, dataset, table, data)
             self.write_bytes(file.path, data)
             files.append(file)
-        return self._write_record(stage, Record(unit=unit, files=tuple(files), counts=dict(counts)))
+        return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))
 
     def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
         """A unit whose digest is that of its own bytes; nothing is written when the storage has it already."""
@@ -239,7 +257,7 @@ class Store:
         files = [_file_of(stage, unit, dataset, tables[dataset], value) for dataset, value in data.items()]
         for file, value in zip(files, data.values(), strict=True):
             self.write_bytes(file.path, value)
-        return self._write_record(stage, Record(unit=unit, files=tuple(files), counts={}))
+        return self._write_record(stage, Record(unit, tuple(files), counts={}))
 
     def _write_record(self, stage: str, record: Record) -> Record:
         self.write_bytes(f"parts/{stage}/{record.unit}/record.json", _json_bytes(asdict(record)))
@@ -338,7 +356,5 @@ def load_manifest(path: Path) -> Manifest:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise StoreError(f"{path}: not there; run `dvc repro {path.parent.name}` first") from None
-    units = tuple(
-        Record(unit=u["unit"], files=tuple(File(**f) for f in u["files"]), counts=u["counts"]) for u in raw["units"]
-    )
+    units = tuple(record_from(unit) for unit in raw["units"])
     return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])

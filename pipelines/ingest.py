@@ -18,7 +18,7 @@ from pbe.data.download import Downloader, DownloadLimits, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_bucket
 from pbe.data.ingest import PhotoLimits, read_bucket
-from pbe.data.schema import ANNOTATIONS, PHOTOS, TRANSIENT_REASONS
+from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, TRANSIENT_REASONS
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
 from pipelines.progress import progress_bar, with_progress
@@ -167,6 +167,11 @@ class _Retry:
     index: Record
     before: Record
 
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Folders of all earlier tries, oldest first."""
+        return (*self.before.after, f"parts/ingest/{self.before.unit}")
+
 
 def _index_of(unit: Unit) -> Record:
     return unit.payload.index if isinstance(unit.payload, _Retry) else unit.payload
@@ -178,18 +183,21 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
     def read(image_id: str, address: str) -> bytes:
         if address in gone:
             raise PhotoError(*gone[address])
-        if image_id in have:
+        if image_id in have and address not in failed:
             return have[image_id]
         return source.read(address, cfg.max_image_bytes)
 
     have: dict[str, bytes] = {}
     gone: dict[str, tuple[str, str]] = {}
+    failed: set[str] = set()
     if isinstance(unit.payload, _Retry):
         before = unit.payload.before
         for row in store.read_table(before.file("images"), columns=["image_id", "bytes"]).to_pylist():
             have[row["image_id"]] = row["bytes"]
         for row in store.read_table(before.file("rejects")).to_pylist():
-            if row["reason"] not in TRANSIENT_REASONS:
+            if row["reason"] in TRANSIENT_REASONS:
+                failed.add(row["key"])
+            else:
                 gone[row["key"]] = (row["reason"], row["detail"])
     return read
 
@@ -209,17 +217,17 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
         )
-        return store.write_unit("ingest", unit.name, tables, counts=counts)
+        after = unit.payload.chain if isinstance(unit.payload, _Retry) else ()
+        return store.write_unit("ingest", unit.name, tables, counts=counts, after=after)
 
     return work
 
 
 def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> None:
-    for kind in ("images", "boxes"):
+    for kind, known in (("images", IMAGE_REASONS), ("boxes", INGEST_BOX_REASONS)):
         total, rejected = counts[f"{kind}_in"], counts[f"{kind}_rejected"]
-        reasons = ", ".join(
-            f"{key.removeprefix('rejected_')} {n}" for key, n in counts.items() if key.startswith("rejected_") and n
-        )
+        found = {reason: counts.get(f"rejected_{reason}", 0) for reason in known}
+        reasons = ", ".join(f"{reason} {count}" for reason, count in found.items() if count)
         if counts[f"{kind}_kept"] == 0:
             raise StageError(f"ingest: none of {total} {kind} could be used ({reasons}); see `pbe rejects`")
         if rejected > max_reject_frac * total:

@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayTaskError
 
 from pbe.errors import UserError
-from pbe.store import File, Record, Store
+from pbe.store import Record, Store, record_from
 from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
 from pipelines.progress import progress_bar
 
@@ -93,9 +93,7 @@ def run_units(
         try:
             with progress_bar(stage, total=len(todo), unit="part") as bar:
                 for row in results.iter_rows():
-                    raw = json.loads(row["record"])
-                    files = tuple(File(**file) for file in raw["files"])
-                    records[pending[row["id"]]] = Record(unit=raw["unit"], files=files, counts=raw["counts"])
+                    records[pending[row["id"]]] = record_from(json.loads(row["record"]))
                     bar.update()
         except RayTaskError as error:
             if isinstance(error.cause, UserError):

@@ -58,12 +58,9 @@ def read_annotations(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     """
     rows = 0
     reader = _coco_tables if file.name.lower().endswith(".json") else _csv_tables
-    try:
-        for table in reader(tree, file):
-            rows += table.num_rows
-            yield table
-    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{tree.path_of(file.name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+    for table in reader(tree, file):
+        rows += table.num_rows
+        yield table
     if not rows:
         raise SourceError(f"{tree.path_of(file.name)}: no box in it")
 
@@ -76,8 +73,11 @@ def class_names(tree: FileTree) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in tree.siblings():
         if _is_classes(name):
-            text = tree.read(name).decode("utf-8-sig")
-            names.update({row[0]: row[1] for row in csv.reader(io.StringIO(text)) if len(row) >= 2})
+            try:
+                text = tree.read(name).decode("utf-8-sig")
+                names.update({row[0]: row[1] for row in csv.reader(io.StringIO(text)) if len(row) >= 2})
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
     return names
 
 
@@ -123,8 +123,14 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     odd: list[pacsv.InvalidRow] = []
     rows_before = 0
     for batch in csv_batches(tree, file.name, wanted, odd):
-        yield _typed(batch, file, _line_numbers(rows_before, batch.num_rows, odd))
+        lines = _line_numbers(rows_before, batch.num_rows, odd)
         rows_before += batch.num_rows
+        blank = np.ones(batch.num_rows, bool)
+        for column in batch.columns:
+            blank &= np.asarray(pc.equal(column, ""))
+        if blank.any():
+            batch, lines = batch.filter(pa.array(~blank)), lines.filter(pa.array(~blank))
+        yield _typed(batch, file, lines)
     if odd:
         yield _odd_rows(odd, file, header.index("ImageID"))
 
@@ -132,8 +138,11 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
 def csv_header(tree: FileTree, name: str) -> list[str]:
     """Column names of a CSV. Raises SourceError for an empty file or a repeated name."""
     with tree.open(name) as stream:
-        first = stream.read(1 << 16).split(b"\n", 1)[0].decode("utf-8-sig")
-    header = [cell.strip() for cell in next(csv.reader([first.rstrip("\r")]), [])]
+        first = stream.read(1 << 16).split(b"\n", 1)[0]
+    try:
+        header = [cell.strip() for cell in next(csv.reader([first.decode("utf-8-sig").rstrip("\r")]), [])]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
     if not header:
         raise SourceError(f"{tree.path_of(name)}: the file is empty")
     repeated = sorted({cell for cell in header if header.count(cell) > 1})
@@ -145,7 +154,19 @@ def csv_header(tree: FileTree, name: str) -> list[str]:
 def csv_batches(
     tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow]
 ) -> Iterator[pa.RecordBatch]:
-    """String columns of a CSV, a block at a time. Rows of another width are put into `odd`, with their number."""
+    """String columns of a CSV, a block at a time; a blank line is a row of empty cells, so that lines can be counted.
+
+    Rows of another width are put into `odd`, with their number. Raises SourceError for what is no CSV in UTF-8.
+    """
+    try:
+        yield from _csv_batches(tree, name, columns, odd)
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+
+
+def _csv_batches(
+    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow]
+) -> Iterator[pa.RecordBatch]:
 
     def keep(row: pacsv.InvalidRow) -> str:
         odd.append(row)
@@ -157,7 +178,7 @@ def csv_batches(
             stream,
             # one thread: only then does an odd row know its number
             read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=keep, ignore_empty_lines=False),
             convert_options=pacsv.ConvertOptions(
                 include_columns=list(columns),
                 column_types=dict.fromkeys(columns, pa.string()),
@@ -211,6 +232,7 @@ def _typed(batch: pa.RecordBatch, file: BoxFile, lines: pa.Array) -> pa.Table:
         file=pa.repeat(file.name, count),
         line=lines,
         split=pa.array(np.full(count, file.split, np.int8)),
+        listed_split=pa.array(np.full(count, file.split, np.int8)),
         label=label,
         label_name=label,
         **columns,
@@ -288,6 +310,7 @@ def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) ->
         file=pa.repeat(file.name, count),
         line=pa.array([row.number for row in odd], pa.int64()),
         split=pa.array(np.full(count, file.split, np.int8)),
+        listed_split=pa.array(np.full(count, file.split, np.int8)),
         label=pa.repeat("", count),
         label_name=pa.repeat("", count),
         **dict.fromkeys(COORDINATES, nothing),
@@ -312,11 +335,14 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
         entries = coco["annotations"]
     except (KeyError, TypeError) as error:
         raise SourceError(f"{where}: not a COCO instances JSON: no usable {error} in it") from None
+    if not isinstance(entries, list):
+        raise SourceError(f"{where}: not a COCO instances JSON: its annotations are no list")
     rows = [_coco_row(entry, number, photos, classes) for number, entry in enumerate(entries)]
     if not rows:
         return
     table: dict[str, list[Any]] = {field.name: [row.get(field.name) for row in rows] for field in ANNOTATIONS}
-    table |= {"file": [file.name] * len(rows), "split": [file.split] * len(rows), "label_name": table["label"]}
+    splits = [file.split] * len(rows)
+    table |= {"file": [file.name] * len(rows), "split": splits, "listed_split": splits, "label_name": table["label"]}
     yield pa.table(table, schema=ANNOTATIONS)
 
 
@@ -340,8 +366,10 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
         **dict.fromkeys(FLAG_COLUMNS, -1),
         "reason": "box_unparsable",
     }
+    if not isinstance(entry, dict):
+        return row | {"detail": f"annotation number {number} is no mapping"}
     try:
-        row["line"] = int(entry.get("id", number))
+        row["line"] = int(np.int64(entry.get("id", number)))
         photo = photos.get(entry["image_id"])
         if photo is None:
             detail = f"image_id {entry['image_id']} is not among the file's images"
@@ -353,13 +381,15 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
         x, y, width, height = (float(value) for value in entry["bbox"])
         photo_width, photo_height = float(photo["width"]), float(photo["height"])
         ends = [x / photo_width, (x + width) / photo_width, y / photo_height, (y + height) / photo_height]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         return row | {"detail": f"annotation {row['line']}: {type(error).__name__} {error}"}
+    if invalid_ids(pa.array([row["image_id"]]))[0].as_py():
+        return row | {"reason": "image_id_invalid", "detail": f"file_name {photo['file_name']!r} gives no plain id"}
     slack = [1 / photo_width, 1 / photo_width, 1 / photo_height, 1 / photo_height]
     clipped = [min(max(end, 0.0), 1.0) if -by <= end <= 1 + by else end for end, by in zip(ends, slack, strict=True)]
     row |= dict(zip(COORDINATES, clipped, strict=True))
     xmin, xmax, ymin, ymax = clipped
-    if not row["image_id"] or not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
+    if not (0 <= xmin < xmax <= 1 and 0 <= ymin < ymax <= 1):
         detail = f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed"
         return row | {"reason": "box_outside_image", "detail": detail}
     return row | {"reason": None, "detail": None}

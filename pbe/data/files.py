@@ -60,6 +60,12 @@ class FileTree:
         except OSError as error:
             raise SourceError(f"{self.key} = {self.where}: {' '.join(str(error).split())[:300]}") from None
 
+    def _list(self, selector: Any) -> Any:
+        try:
+            return self._opened[0].get_file_info(selector)
+        except OSError as error:
+            raise SourceError(f"{self.key} = {self.where}: {' '.join(str(error).split())[:300]}") from None
+
     @property
     def _folder(self) -> str:
         path = self._opened[1]
@@ -76,8 +82,7 @@ class FileTree:
 
     def siblings(self) -> list[str]:
         """Names of the files in the place, or beside it when it is a file; sorted."""
-        selector = pafs.FileSelector(self._folder)
-        infos = self._opened[0].get_file_info(selector)
+        infos = self._list(pafs.FileSelector(self._folder))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
 
     def names(self) -> list[str]:
@@ -86,9 +91,9 @@ class FileTree:
 
     def walk(self) -> list[FileInfo]:
         """All files below the folder, with its subfolders, by name."""
-        filesystem, root = self._opened
+        root = self._opened[1]
         found = []
-        for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        for info in self._list(pafs.FileSelector(root, recursive=True)):
             if info.type == pafs.FileType.File:
                 inner = PurePosixPath(info.path).relative_to(root).as_posix()
                 found.append(FileInfo(inner, info.size, f"{info.size}:{info.mtime_ns}"))

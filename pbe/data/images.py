@@ -5,7 +5,6 @@ OpenCV or Pillow. Pillow reads headers, without decoding.
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +25,10 @@ class ImageError(UserError, ValueError):
     """The bytes are not an image that we can read whole."""
 
 
+class ImageTooLargeError(ImageError):
+    """The header claims more pixels than Pillow opens at all."""
+
+
 @dataclass(frozen=True)
 class Header:
     """Size as stored, before any turn; exif_orientation 1..8, 1 = upright or not stated."""
@@ -38,16 +41,26 @@ class Header:
 def read_header(data: bytes) -> Header:
     """Size and orientation without decoding. Raises ImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller has its own limit
-            with Image.open(io.BytesIO(data)) as image:
-                orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-                width_px, height_px = image.size
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error)) from None
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = _orientation(image)
+            width_px, height_px = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(str(error)) from None
     except Exception as error:
         raise ImageError(_what_it_is(data) or f"not a readable image ({type(error).__name__})") from None
     return Header(width_px, height_px, orientation if orientation in range(1, 9) else UPRIGHT)
+
+
+def _orientation(image: Image.Image) -> int:
+    """From the EXIF block before the pixels; Pillow's getexif() would decode a PNG to look behind them too."""
+    if image.format == "TIFF":
+        return UPRIGHT  # its decoders turn it themselves
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        return exif.get(ExifTags.Base.Orientation, UPRIGHT)
+    except Exception:
+        return UPRIGHT
 
 
 def decode(data: bytes, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
@@ -66,7 +79,9 @@ def decode(data: bytes, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
 def _decode_jpeg(data: bytes) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-    except ValueError:
+    except ValueError as error:
+        if "premature end" in str(error).lower():
+            raise ImageError("the end of the JPEG is missing") from None
         return _decode_tolerantly(data)  # CMYK, or harmless oddities that libjpeg warns of
 
 

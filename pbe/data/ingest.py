@@ -76,7 +76,9 @@ def read_bucket(
     bucket = _Bucket()
     known: dict[str, list[Photo]] = {}
     for row in photos.select(["image_id", "address", "license", "author", "source_url", "rotation"]).to_pylist():
-        known.setdefault(row["image_id"], []).append(Photo(**row))
+        copies = known.setdefault(row["image_id"], [])
+        if all(row["address"] != copy.address for copy in copies):  # a list may name one photo twice
+            copies.append(Photo(**row))
     boxes = _usable_boxes(annotations, known, address_without_photo, bucket)
     wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
 
@@ -125,7 +127,7 @@ def _usable_boxes(
             bucket.reject("boxes", key, row["reason"], row["detail"])
             continue
         if image_id not in known:
-            address = address_without_photo(image_id, split)
+            address = address_without_photo(image_id, SPLITS[row["listed_split"]])
             if address is None:
                 detail = row["detail"] or f"no image file with id '{image_id}'"
                 bucket.reject("boxes", key, row["reason"] or "image_missing", detail)
@@ -156,7 +158,9 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         orientation = header.exif_orientation if limits.exif == "apply" else 1
         height_px, width_px = image_codec.decode(data, exif_orientation=orientation).shape[:2]
     except image_codec.ImageError as error:
-        return _Read(photo, None, PhotoError("image_unreadable", f"{photo.address}: {error}"))
+        large = isinstance(error, image_codec.ImageTooLargeError)
+        reason = "image_too_large" if large else "image_unreadable"
+        return _Read(photo, None, PhotoError(reason, f"{photo.address}: {error}"))
     except PhotoError as error:
         return _Read(photo, None, error)
     row = {

@@ -27,6 +27,7 @@ IMAGE_REASONS = (
     "image_without_kept_box",  # the filter left the photo no box
 )
 INGEST_BOX_REASONS = (
+    "image_id_invalid",
     "box_unparsable",  # a cell is missing, left over or not a number
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
     "image_missing",  # the box names an image that the source does not have
@@ -43,7 +44,7 @@ FILTER_REASONS = (
     "aspect_above_max",
     "near_duplicate",
 )
-REJECT_REASONS = (*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILTER_REASONS)
+REJECT_REASONS = tuple(dict.fromkeys((*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILTER_REASONS)))
 # Another try may help: `ingest.retry_rejected` drives these again.
 TRANSIENT_REASONS = ("download_failed",)
 
@@ -54,7 +55,8 @@ ANNOTATIONS = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),  # name of the box file
         pa.field("line", pa.int64(), nullable=False),  # of that file, or the annotation's id in COCO JSON
-        pa.field("split", pa.int8(), nullable=False),  # index into SPLITS
+        pa.field("split", pa.int8(), nullable=False),  # index into SPLITS; ingest.val_frac may decide it
+        pa.field("listed_split", pa.int8(), nullable=False),  # what the file says: where OpenImages keeps the photo
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
         pa.field("xmin", pa.float64()),

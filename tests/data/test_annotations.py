@@ -40,6 +40,7 @@ def test_the_21_columns_of_train_and_the_13_of_validation_are_read_by_name(tmp_p
         "file": "oidv6-train-annotations-bbox.csv",
         "line": 2,
         "split": SPLITS.index("train"),
+        "listed_split": SPLITS.index("train"),
         "label": "/m/01g317",
         "label_name": "/m/01g317",
         "xmin": 0.0125,

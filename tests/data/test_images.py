@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from pbe.data.images import Header, ImageError, decode, encode_jpeg, encode_png, read_header, resize
+from pbe.data.images import Header, ImageError, ImageTooLargeError, decode, encode_jpeg, encode_png, read_header, resize
 
 HEIGHT_PX, WIDTH_PX = 48, 80
 
@@ -159,7 +159,7 @@ def test_half_a_picture_is_no_picture(name: str, share: float) -> None:
 )
 def test_bytes_that_are_no_image_give_one_error(data: bytes, message: str | None) -> None:
     for read in (read_header, decode):
-        with pytest.raises(ImageError, match=message) as caught:
+        with pytest.raises(ImageError, ImageTooLargeError, match=message) as caught:
             read(data)
         assert str(caught.value) and "\n" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_a_bomb_is_measured_or_refused_without_being_unpacked() -> None:
     """In a process of its own, whose memory is then its own too."""
     code = (
         "import resource, sys\n"
-        "from pbe.data.images import ImageError, decode, read_header\n"
+        "from pbe.data.images import ImageError, ImageTooLargeError, decode, read_header\n"
         "data, before = sys.stdin.buffer.read(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for read in (read_header, decode):\n"
         "    try:\n"
@@ -214,8 +214,10 @@ def test_a_bomb_is_measured_or_refused_without_being_unpacked() -> None:
 
 
 def test_the_header_of_a_png_is_read_without_its_pixels() -> None:
-    """So that one with too many can be refused before: this one claims 432 MB, below Pillow's own limit."""
-    assert read_header(_bomb(12_000)) == Header(12_000, 12_000, 1)
+    """So that one with too many can be refused before: the first claims 243 MB, the second is beyond Pillow's limit."""
+    assert read_header(_bomb(9_000)) == Header(9_000, 9_000, 1)
+    with pytest.raises(ImageTooLargeError):
+        read_header(_bomb(12_000))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,0 +1,368 @@
+"""ingest over a real HTTP server that misbehaves: what is asked for, what is asked for again, what is selected."""
+
+import copy
+import json
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pbe.config import Params
+from pbe.data import images
+from pbe.data.download import PhotoError
+from pbe.data.files import SourceError
+from pbe.data.sources import FolderSource
+from pbe.gc import used_paths
+from pbe.store import File, Manifest, Record, Store, load_manifest
+from pipelines import ingest
+from pipelines.stage import Stage, StageError
+from pipelines.units import Unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())
+HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax"
+COUNT = 24
+IDS = [f"{number:016x}" for number in range(COUNT)]
+BUSY, UNPUBLISHED, PAGE, LARGE, BUSY_TOO = (IDS[index] for index in (3, 5, 8, 11, 17))
+ATTEMPTS = 2
+
+
+class Server(ThreadingHTTPServer):
+    """Serves train/<id>.jpg; those in `busy` answer 503, unknown ones 404."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        rng = np.random.default_rng(0)
+        self.photos = {f"train/{i}.jpg": images.encode_jpeg(_noise(rng), 90) for i in IDS if i != UNPUBLISHED}
+        self.photos[f"train/{PAGE}.jpg"] = b"<html>sorry</html>"
+        self.photos[f"train/{LARGE}.jpg"] += bytes(50_000)
+        self.busy = {f"train/{BUSY}.jpg", f"train/{BUSY_TOO}.jpg"}
+        self.asked: Counter[str] = Counter()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up: it has seen enough of the large photo."""
+
+
+def _noise(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/base/")
+        self.server.asked[name] += 1
+        body = self.server.photos.get(name, b"none")
+        self.send_response(503 if name in self.server.busy else 200 if name in self.server.photos else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def _here(
+    stage: str, units: Sequence[Unit], *, store: Store, worker: Callable[[], Callable[[Unit], Record]], cpus: float
+) -> list[Record]:
+    """run_units in this process: worker and unit travel as they do through Ray."""
+    records = []
+    for unit in units:
+        make, sent = pickle.loads(pickle.dumps((worker, unit)))
+        records.append(store.find_unit(stage, unit.name) or make()(sent))
+    return records
+
+
+class Project:
+    """OpenImages CSVs in a folder; `run` is one `python -m pipelines ingest`, but for Ray."""
+
+    def __init__(self, root: Path, server: Server) -> None:
+        self.root, self.server, self.store = root, server, Store(str(root / "store"))
+        for folder in ("info", "boxes"):
+            (root / folder).mkdir(parents=True)
+        self.info([f"{image_id},train" for image_id in IDS])
+        self.boxes([f"{image_id},/m/{n % 2 + 1},0.1,0.5,0.2,0.{n % 4 + 5}" for n, image_id in enumerate(IDS * 2)])
+        (root / "boxes" / "class-descriptions.csv").write_text("/m/1,Cat\n/m/2,Flying bat\n")
+
+    def info(self, lines: Sequence[str], name: str = "train-images-with-rotation.csv") -> None:
+        (self.root / "info" / name).write_text("\n".join(["ImageID,Subset", *lines, ""]))
+
+    def boxes(self, lines: Sequence[str], name: str = "train-annotations-bbox.csv") -> None:
+        (self.root / "boxes" / name).write_text("\n".join([HEADER, *lines, ""]))
+
+    def run(self, **changes: Any) -> tuple[Manifest, Counter[str]]:
+        """The manifest, and how often each address was asked for. Keys are ingest's; fails as the stage does."""
+        raw = copy.deepcopy(TINY)
+        download = {"attempts": ATTEMPTS, "backoff_s": 0.01, "connect_s": 2, "idle_s": 2, "whole_s": 5}
+        raw["ingest"] |= {
+            "source": "openimages",
+            "images": str(self.root / "info"),
+            "boxes": str(self.root / "boxes"),
+            "image_base": f"http://127.0.0.1:{self.server.server_address[1]}/base",
+            "buckets": 3,
+            "max_image_bytes": 20_000,
+            "max_reject_frac": 0.5,
+            "download": raw["ingest"]["download"] | download,
+        }
+        raw["ingest"] |= changes
+        stage = Stage("ingest", None, Params.model_validate(raw), self.store, "c0de", self.root)
+        self.server.asked.clear()
+        ingest.main(stage)
+        return load_manifest(stage.outputs / "manifest.json"), Counter(self.server.asked)
+
+    def rows(self, manifest: Manifest, dataset: str) -> list[dict[str, Any]]:
+        return [row for file in manifest.files(dataset) for row in self.store.read_table(file).to_pylist()]
+
+    def rejects(self, manifest: Manifest) -> dict[str, str]:
+        """Of photos, by id."""
+        rows = self.rows(manifest, "rejects")
+        return {
+            row["key"].removeprefix("train/").removesuffix(".jpg"): row["reason"]
+            for row in rows
+            if row["reason"] != "box_image_rejected"
+        }
+
+
+@pytest.fixture
+def project(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setattr(ingest, "run_units", _here)
+    return Project(tmp_path / "project", server)
+
+
+def _hashes(manifest: Manifest) -> list[tuple[str, str]]:
+    files: list[File] = [file for unit in manifest.units for file in unit.files]
+    return [(file.dataset, file.sha256) for file in files]
+
+
+PERMANENT = {UNPUBLISHED: "image_unpublished", PAGE: "image_unreadable", LARGE: "image_too_large"}
+BOTH_BUSY = {BUSY: "download_failed", BUSY_TOO: "download_failed"}
+ONCE = Counter({f"train/{image_id}.jpg": 1 for image_id in IDS})
+
+
+# -- another try ----------------------------------------------------------------------------------------------------
+
+
+def test_every_photo_is_asked_for_once_and_each_failure_has_its_reason(project: Project) -> None:
+    manifest, asked = project.run()
+    assert project.rejects(manifest) == PERMANENT | BOTH_BUSY
+    assert asked == ONCE + Counter({f"train/{image_id}.jpg": ATTEMPTS - 1 for image_id in BOTH_BUSY})
+    counts = manifest.counts
+    assert (counts["images_in"], counts["images_kept"], counts["images_rejected"]) == (COUNT, COUNT - 5, 5)
+    assert (counts["boxes_in"], counts["boxes_kept"], counts["rejected_box_image_rejected"]) == (48, 38, 10)
+
+
+def test_a_run_again_asks_for_nothing(project: Project) -> None:
+    first, _ = project.run()
+    again, asked = project.run()
+    assert not asked and again == first
+
+
+def test_a_further_try_asks_for_what_failed_in_passing_alone_and_ends_as_if_nothing_had_happened(
+    project: Project, tmp_path: Path, server: Server
+) -> None:
+    first, _ = project.run()
+    still, asked = project.run(retry_rejected=True)
+    assert asked == Counter({f"train/{image_id}.jpg": ATTEMPTS for image_id in BOTH_BUSY})
+    assert project.rejects(still) == PERMANENT | BOTH_BUSY and _hashes(still) == _hashes(first)
+
+    server.busy.remove(f"train/{BUSY}.jpg")
+    half, asked = project.run(retry_rejected=True)
+    assert asked == Counter({f"train/{BUSY}.jpg": 1, f"train/{BUSY_TOO}.jpg": ATTEMPTS})
+    assert project.rejects(half) == PERMANENT | {BUSY_TOO: "download_failed"}
+
+    server.busy.clear()
+    last, asked = project.run(retry_rejected=True)
+    assert asked == Counter({f"train/{BUSY_TOO}.jpg": 1})
+    assert project.rejects(last) == PERMANENT
+    assert last.counts["images_kept"] == COUNT - 3
+
+    for retry in (False, True):  # the newest try is found without any request; nothing is left to try
+        found, asked = project.run(retry_rejected=retry)
+        assert not asked and found == last
+    fresh, _ = Project(tmp_path / "another project", server).run()
+    assert _hashes(fresh) == _hashes(last) and fresh.digest == last.digest
+
+
+def test_parts_of_other_buckets_are_not_made_again(project: Project, server: Server) -> None:
+    first, _ = project.run()
+    server.busy.clear()
+    second, _ = project.run(retry_rejected=True)
+    with_failures = [unit.counts.get("rejected_download_failed", 0) > 0 for unit in first.units]
+    assert any(with_failures) and not all(with_failures)
+    changed = [old.unit != new.unit for old, new in zip(first.units, second.units, strict=True)]
+    assert changed == with_failures
+
+
+def test_a_lost_part_of_a_first_try_is_made_again_and_loses_no_photo(project: Project, server: Server) -> None:
+    first, _ = project.run()
+    server.busy.clear()
+    last, _ = project.run(retry_rejected=True)
+    for unit in first.units:
+        project.store.delete_unit(f"parts/ingest/{unit.unit}")
+    again, _ = project.run()
+    assert _hashes(again) == _hashes(last)
+
+
+def test_after_gc_a_run_again_asks_for_nothing(project: Project, server: Server) -> None:
+    """gc keeps what the manifest names; a further try is found through the ones before it."""
+    project.run()
+    server.busy.clear()
+    last, _ = project.run(retry_rejected=True)
+    used = used_paths([json.loads((project.root / "data" / "ingest" / "manifest.json").read_text())])
+    for stage in project.store.list_names("parts"):
+        for name in project.store.list_names(f"parts/{stage}"):
+            if f"parts/{stage}/{name}" not in used:
+                project.store.delete_unit(f"parts/{stage}/{name}")
+    again, asked = project.run()
+    assert not asked and again == last
+
+
+def test_a_photo_that_is_listed_twice_is_kept_once_and_survives_a_further_try(project: Project, server: Server) -> None:
+    """OpenImages has several image-info CSVs for one split; with both in the folder every photo is in two."""
+    project.info([f"{image_id},train" for image_id in IDS], "oidv6-train-images-with-labels-with-rotation.csv")
+    first, _ = project.run(max_reject_frac=1.0)
+    assert first.counts["images_kept"] == COUNT - 5
+    server.busy.clear()
+    second, _ = project.run(max_reject_frac=1.0, retry_rejected=True)
+    assert second.counts["images_kept"] == COUNT - 3
+
+
+def test_a_further_try_reads_the_file_that_failed_not_another_one_of_its_id(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on S3: of two different files with one id, the first could not be read in passing, the second could."""
+    photos, rng, read = project.root / "photos", np.random.default_rng(1), FolderSource.read
+    for name in ("1/a.jpg", "2/a.jpg", "1/b.jpg"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(images.encode_jpeg(_noise(rng), 90))
+    project.boxes(["a,/m/1,0.1,0.5,0.2,0.5", "b,/m/1,0.1,0.5,0.2,0.5"])
+    settings = {"source": "folder", "images": str(photos), "image_base": None, "max_reject_frac": 1.0}
+
+    def busy(self: FolderSource, address: str, max_bytes: int) -> bytes:
+        if address == "1/a.jpg":
+            raise PhotoError("download_failed", f"{address}: busy")
+        return read(self, address, max_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", busy)
+        first, _ = project.run(**settings)
+    assert {row["image_id"] for row in project.rows(first, "images")} == {"a", "b"}
+    second, _ = project.run(**settings, retry_rejected=True)
+    reasons = {row["key"]: row["reason"] for row in project.rows(second, "rejects")}
+    assert {reasons.get("1/a.jpg"), reasons.get("2/a.jpg")} == {"image_id_duplicated"}
+    assert {row["image_id"] for row in project.rows(second, "images")} == {"b"}
+
+
+def test_too_many_rejects_fail_the_stage_and_leave_a_manifest_that_says_why(project: Project, server: Server) -> None:
+    with pytest.raises(
+        StageError, match=r"5 of 24 images rejected .*download_failed 2.*ingest\.max_reject_frac"
+    ) as caught:
+        project.run(max_reject_frac=0.2)
+    assert "ingest.retry_rejected" in str(caught.value) and "pbe rejects" in str(caught.value)
+    manifest = load_manifest(project.root / "data" / "ingest" / "manifest.json")
+    assert project.rejects(manifest) == PERMANENT | BOTH_BUSY
+    server.busy.clear()
+    _, asked = project.run(max_reject_frac=0.2, retry_rejected=True)
+    assert sum(asked.values()) == 2
+
+
+def test_nothing_at_all_is_an_error_whatever_the_limit(project: Project, server: Server) -> None:
+    server.photos.clear()
+    with pytest.raises(StageError, match=r"none of 24 images could be used \(.*image_unpublished"):
+        project.run(max_reject_frac=1.0)
+
+
+# -- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def test_photos_that_no_wanted_box_names_are_not_asked_for(project: Project) -> None:
+    manifest, asked = project.run(limit=2)
+    assert asked == Counter({f"train/{image_id}.jpg": 1 for image_id in IDS[:2]})
+    assert (manifest.counts["images_in"], manifest.counts["boxes_in"]) == (2, 4)
+    counts = json.loads((project.root / "data" / "ingest" / "counts.json").read_text())
+    assert counts["boxes_not_selected"] == 44
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{IDS[0]}\n{IDS[2]}\n", f"\ufefftrain/{IDS[0]}\r\ntrain/{IDS[2]}\r\n", f"{IDS[2]}.jpg {IDS[0]}.jpg\nunknown"],
+    ids=["plain", "as the downloader's", "with suffix"],
+)
+def test_a_list_of_ids_selects_in_the_usual_spellings(project: Project, text: str) -> None:
+    path = project.root / "ids.txt"
+    path.write_bytes(text.encode())
+    _, asked = project.run(image_ids=str(path))
+    assert asked == Counter({f"train/{IDS[0]}.jpg": 1, f"train/{IDS[2]}.jpg": 1})
+
+
+@pytest.mark.parametrize("classes", [["/m/2"], ["Flying bat"], ["flying BAT"], ["/m/2", "flying bat"]])
+def test_classes_select_by_label_or_name_in_any_case(project: Project, classes: list[str]) -> None:
+    manifest, asked = project.run(classes=classes)
+    assert asked.keys() == {f"train/{image_id}.jpg" for image_id in IDS[1::2]}
+    assert {box["label_name"] for box in project.rows(manifest, "boxes")} == {"Flying bat"}
+
+
+def test_splits_select_by_the_box_files_name(project: Project, server: Server) -> None:
+    project.boxes([f"{IDS[0]},/m/1,0.1,0.5,0.2,0.5"], "validation-annotations-bbox.csv")
+    manifest, asked = project.run(splits=["validation"])
+    assert asked == Counter({f"train/{IDS[0]}.jpg": 1})  # where its info says that it is
+    assert {row["split"] for row in project.rows(manifest, "images")} == {"validation"}
+
+
+def test_a_photo_without_info_is_looked_for_in_the_split_of_its_box_file(project: Project) -> None:
+    project.info([f"{image_id},train" for image_id in IDS[1:]])
+    manifest, asked = project.run()
+    assert asked[f"train/{IDS[0]}.jpg"] == 1
+    assert IDS[0] in {row["image_id"] for row in project.rows(manifest, "images")}
+
+
+def test_val_frac_moves_no_photo_on_the_server(project: Project) -> None:
+    """It is about what the photo is used for; the photo lies where its box file's split says."""
+    project.info([f"{IDS[0]},train"])
+    manifest, asked = project.run(val_frac=0.5, splits=["train", "validation"])
+    assert asked.keys() == ONCE.keys()
+    assert {row["split"] for row in project.rows(manifest, "images")} == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ["Flying cat"]}, r"ingest\.classes: 'Flying cat' is neither a label nor a name"),
+        ({"image_ids": "/nowhere/ids.txt"}, r"ingest\.image_ids: /nowhere/ids.txt cannot be read"),
+        ({"splits": ["test"]}, r"ingest\.boxes: none of the 48 boxes .* is of ingest\.splits, classes and image_ids"),
+        ({"boxes": "/nowhere/boxes"}, r"ingest\.boxes: there is no /nowhere/boxes"),
+        ({"images": "/nowhere/info.csv"}, r"ingest\.images: there is no /nowhere/info.csv"),
+    ],
+    ids=str,
+)
+def test_a_source_that_cannot_be_read_is_one_message_before_any_request(
+    project: Project, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        project.run(**changes)
+    assert "\n" not in str(caught.value) and not project.server.asked
+
+
+def test_an_empty_list_of_ids_is_one_message(project: Project) -> None:
+    (project.root / "ids.txt").write_text("\n\n")
+    with pytest.raises(SourceError, match=r"ingest\.image_ids: .*ids\.txt holds no id"):
+        project.run(image_ids=str(project.root / "ids.txt"))

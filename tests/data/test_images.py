@@ -159,7 +159,7 @@ def test_half_a_picture_is_no_picture(name: str, share: float) -> None:
 )
 def test_bytes_that_are_no_image_give_one_error(data: bytes, message: str | None) -> None:
     for read in (read_header, decode):
-        with pytest.raises(ImageError, ImageTooLargeError, match=message) as caught:
+        with pytest.raises(ImageError, match=message) as caught:
             read(data)
         assert str(caught.value) and "\n" not in str(caught.value)
 

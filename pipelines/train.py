@@ -6,6 +6,7 @@ unfinished run of the same digest goes on from its checkpoint; a finished one is
 
 import csv
 import hashlib
+import pickle
 import queue
 import shutil
 import threading
@@ -125,7 +126,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
-    from pbe.train.worker import Job, train_worker
+    from pbe.train.worker import Job
 
     start_ray()
     uri = tracking_uri()
@@ -144,8 +145,9 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
     on_gpu = torch.cuda.is_available()
     resources = {"CPU": cfg.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
     trainer = TorchTrainer(
-        lambda config: train_worker(config["job"]),
-        train_loop_config={"job": job},
+        _train_loop,
+        # as bytes: Ray's controller unpickles the config, and need not import torch and diffusers for it
+        train_loop_config={"job": pickle.dumps(job)},
         scaling_config=ScalingConfig(num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
@@ -166,6 +168,12 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         except BaseException:
             track.end_run(uri, run_id, failed=True)
             raise
+
+
+def _train_loop(config: dict[str, bytes]) -> None:
+    from pbe.train.worker import train_worker
+
+    train_worker(pickle.loads(config["job"]))
 
 
 def _root_cause(error: Exception) -> str:

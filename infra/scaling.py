@@ -1,4 +1,4 @@
-"""What OpenImages costs at full size: python infra/scaling.py prints the tables of infra/SCALING.md.
+"""What OpenImages costs at full size: python infra/scaling.py prints the tables.
 
 Arithmetic on measured and cited inputs, nothing else. Every input names where it comes from; "measured" means on two
 cores (AMD EPYC) with coco256 enlarged to 1024 px, the command beside it. Nothing here was run at this size.

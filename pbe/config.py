@@ -87,8 +87,6 @@ class IngestConfig(Strict):
             raise ValueError(
                 "images and boxes must differ (DVC watches both): name the box file itself, or a folder for each"
             )
-        if self.val_frac and "test" in self.splits:
-            raise ValueError("val_frac makes train and validation of all photos; take test out of splits")
         return self
 
 

@@ -274,11 +274,11 @@ class Store:
                 page_checksum_verification=True,
             )
         except FileNotFoundError:
-            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
+            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; {_again(file)}") from None
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(
-                f"{self.full_uri(file.path)}: this part cannot be read ({error}); if it is damaged, delete its folder "
-                "and run again"
+                f"{self.full_uri(file.path)}: this part cannot be read ({error}); if it is damaged, delete its folder, "
+                f"then {_again(file)}"
             ) from None
 
     def open_parquet(self, file: File) -> pq.ParquetFile:
@@ -286,7 +286,7 @@ class Store:
         try:
             stream = self._fs.open_input_file(self.path(file.path))
         except FileNotFoundError:
-            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; run the stage again") from None
+            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; {_again(file)}") from None
         return pq.ParquetFile(stream, page_checksum_verification=True)
 
 
@@ -302,6 +302,12 @@ def _write_beside_and_rename(target: Path, data: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _again(file: File) -> str:
+    """How to get a part back: DVC, which watches manifests, does not see that it is gone."""
+    stage = file.path.split("/")[1]
+    return f"`dvc repro -f -s {'ingest' if stage == 'index' else stage}` makes it again"
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: bytes) -> File:

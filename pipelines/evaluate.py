@@ -64,12 +64,14 @@ def main(stage: Stage) -> None:
     edited = edited_items(bench.take(items).to_pylist(), edits.to_pylist())
     reals = [images.decode(row["source"]) for row in bench.to_pylist() if row["role"] == "real"]
     judges = [load_backbone(name) for name in cfg.judges]
-    estimates, per_item = score(
-        edited,
-        reals,
-        judges=judges,
-        cfg=ScoreConfig(cfg.quality_components, cfg.quality_pca_dims, cfg.resamples, cfg.batch_rows, cfg.seed),
-    )
+    sizes = ScoreConfig(cfg.quality_components, cfg.quality_pca_dims, cfg.resamples, cfg.batch_rows, cfg.seed)
+    try:
+        estimates, per_item = score(edited, reals, judges=judges, cfg=sizes)
+    except ValueError as error:  # too few items for a metric
+        raise StageError(
+            f"evaluate@{stage.variant}: {len(edited)} edits cannot be scored: {error}; raise evaluate.crops_per_box, "
+            "or lower evaluate.quality_components"
+        ) from None
     _log(stage, cfg, trained, edited, estimates, judges, bench_file)
     _write_metrics(stage, cfg, estimates, judges, bench_file)
     write_json(stage.outputs / "items.json", _items_json(edited, per_item))

@@ -18,7 +18,7 @@ from pbe.data.download import Downloader, DownloadLimits, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_bucket
 from pbe.data.ingest import PhotoLimits, read_bucket
-from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, TRANSIENT_REASONS
+from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
 from pipelines.progress import progress_bar, with_progress
@@ -30,7 +30,8 @@ def main(stage: Stage) -> None:
     cfg = stage.params.ingest
     source = open_source(cfg)
     left_out, index = write_index(stage.store, source, cfg)
-    units = [Unit(record.unit.split("-")[0], _identity(stage, cfg, record), record) for record in index]
+    everything = _takes_all(source, cfg)
+    units = [Unit(record.unit.split("-")[0], _identity(stage, cfg, record, everything), record) for record in index]
     units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
 
     worker = partial(_worker, stage.store, source, cfg)
@@ -81,12 +82,18 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, l
     ):
         pairs = with_progress(zip(annotations, photos, strict=True), "ingest: index", total=cfg.buckets, unit="bucket")
         for bucket, (boxes, known) in enumerate(pairs):
-            if not source.lists_all:  # only what boxes name is fetched, and part of the input
+            if not _takes_all(source, cfg):  # only what the selected boxes name is part of the input
                 known = known.filter(pc.is_in(known.column("image_id"), boxes.column("image_id").combine_chunks()))
             records.append(
                 store.write_unit_by_content("index", f"b{bucket:04d}", {"annotations": boxes, "photos": known})
             )
     return selector.left_out, records
+
+
+def _takes_all(source: Source, cfg: IngestConfig) -> bool:
+    """Whether a photo without a box is input too, and hence a reject: not when only some boxes were asked for."""
+    every_split = set(cfg.splits) == set(SPLITS)
+    return source.lists_all and every_split and cfg.limit is None and cfg.classes is None and cfg.image_ids is None
 
 
 def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iterator[pa.Table]:
@@ -133,12 +140,14 @@ def _class_ids(cfg: IngestConfig, names: dict[str, str]) -> set[str] | None:
 
 
 def _content(cfg: IngestConfig) -> dict[str, object]:
-    """What the parts depend on beside their input; where it lies and how it is fetched is not among it."""
-    return cfg.model_dump(mode="json", include={"source", "exif", "max_image_bytes", "max_image_pixels", "buckets"})
+    """What the parts depend on beside their input; how it is fetched is not among it, but from where: a wrong
+    image_base must not leave its rejects to the right one."""
+    keys = {"source", "exif", "max_image_bytes", "max_image_pixels", "buckets", "image_base"}
+    return cfg.model_dump(mode="json", include=keys)
 
 
-def _identity(stage: Stage, cfg: IngestConfig, index: Record) -> str:
-    return digest(["ingest", stage.code, _content(cfg), [file.sha256 for file in index.files]])
+def _identity(stage: Stage, cfg: IngestConfig, index: Record, everything: bool) -> str:
+    return digest(["ingest", stage.code, _content(cfg), everything, [file.sha256 for file in index.files]])
 
 
 # -- another try for what failed in passing --------------------------------------------------------------------------
@@ -213,7 +222,7 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             store.read_table(index.file("photos")),
             read=_reader(store, source, cfg, unit),
             address_without_photo=source.address_without_photo,
-            lists_all=source.lists_all,
+            lists_all=_takes_all(source, cfg),
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
         )

@@ -6,6 +6,7 @@ unfinished run of the same digest goes on from its checkpoint; a finished one is
 
 import csv
 import hashlib
+import os
 import pickle
 import queue
 import shutil
@@ -129,6 +130,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
     from pbe.train.worker import Job
 
     start_ray()
+    _refuse_unmet(cfg)
     uri = tracking_uri()
     progress = Queue()
     job = Job(
@@ -168,6 +170,17 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         except BaseException:
             track.end_run(uri, run_id, failed=True)
             raise
+
+
+def _refuse_unmet(cfg: TrainConfig) -> None:
+    """On local Ray workers that ask for more than there is would wait for ever; a cluster may still grow."""
+    import ray
+
+    have, wanted = ray.cluster_resources().get("CPU", 0), cfg.workers * cfg.cpus_per_worker
+    if not os.environ.get("RAY_ADDRESS") and wanted > have:
+        raise StageError(
+            f"train: {cfg.workers} workers ask for {wanted:g} CPUs, local Ray has {have:g}; lower train.workers"
+        )
 
 
 def _train_loop(config: dict[str, bytes]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayTaskError
 
 from pbe.errors import UserError
 from pbe.store import Record, Store, record_from
 from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
 from pipelines.progress import progress_bar
+from pipelines.stage import StageError
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def run_units(
     print(f"{stage}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
     if pending:
         start_ray()
+        _refuse_unmet(stage, cpus)
         todo = [units[index] for index in pending]
         rows = ray.data.range(len(todo), override_num_blocks=len(todo))
         if actors is None:
@@ -90,23 +91,29 @@ def run_units(
         else:
             pool = ActorPoolStrategy(size=min(actors, len(todo)))
             results = rows.map(_actor_class(todo, worker), compute=pool, num_cpus=cpus)
-        try:
-            with progress_bar(stage, total=len(todo), unit="part") as bar:
-                for row in results.iter_rows():
-                    records[pending[row["id"]]] = record_from(json.loads(row["record"]))
-                    bar.update()
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
+        with progress_bar(stage, total=len(todo), unit="part") as bar:
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise StageError(row["error"])
+                records[pending[row["id"]]] = record_from(json.loads(row["record"]))
+                bar.update()
     return [record for record in records.values() if record is not None]
+
+
+def _refuse_unmet(stage: str, cpus: float) -> None:
+    """On local Ray a task that asks for more than there is would wait for ever; a cluster may still grow."""
+    have = ray.cluster_resources().get("CPU", 0)
+    if not os.environ.get("RAY_ADDRESS") and cpus > have:
+        raise StageError(
+            f"{stage}: a task asks for {cpus:g} CPUs, local Ray has {have:g}; lower cpus_per_bucket or cpus_per_actor"
+        )
 
 
 def _task(
     units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        return _result(row["id"], worker()(units[row["id"]]))
+        return _result(worker, units, row["id"])
 
     return run
 
@@ -117,10 +124,14 @@ def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Re
             self._work = worker()
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return _result(row["id"], self._work(units[row["id"]]))
+            return _result(lambda: self._work, units, row["id"])
 
     return UnitActor
 
 
-def _result(index: int, record: Record) -> dict[str, Any]:
-    return {"id": index, "record": json.dumps(asdict(record))}
+def _result(make: Callable[[], Callable[[Unit], Record]], units: Sequence[Unit], index: int) -> dict[str, Any]:
+    """The record as JSON, or the message of a user error: as an exception Ray Data would lose its type."""
+    try:
+        return {"id": index, "record": json.dumps(asdict(make()(units[index]))), "error": ""}
+    except UserError as error:
+        return {"id": index, "record": "", "error": str(error)}

@@ -329,7 +329,7 @@ def test_no_rows_are_a_table_too(any_store: Store) -> None:
 def test_a_missing_part_says_to_run_the_stage_again(any_store: Store) -> None:
     file = File("d", "parts/s/u/d.parquet", 1, 1, "")
     for read in (any_store.read_table, any_store.open_parquet):
-        with pytest.raises(StoreError, match=r"d\.parquet: this part is gone; run the stage again"):
+        with pytest.raises(StoreError, match=r"d\.parquet: this part is gone; `dvc repro -f -s s` makes it again"):
             read(file)
 
 
@@ -348,7 +348,9 @@ def test_damage_of_equal_size_is_noticed_when_the_part_is_read(store: Store) -> 
             noticed += 1
     assert noticed > 100
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(StoreError, match=r"cannot be read .* delete its folder and run again"):
+    with pytest.raises(
+        StoreError, match=r"cannot be read .* delete its folder, then `dvc repro -f -s \w+` makes it again"
+    ):
         store.read_table(file)
 
 

@@ -107,6 +107,10 @@ def test_bad_parameter_is_refused_in_one_line_before_any_work(repro: Project) ->
     assert result.stdout == ""
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
 def _wait_for(found, process, what: str) -> None:
     deadline = time.monotonic() + 120
     while not found():
@@ -122,6 +126,19 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     project.run("pipelines", "ingest")
     project.run("pipelines", "filter")
     parts = project.folder / ".store" / "parts" / "materialize"
+
+    photos = max((project.folder / ".store" / "parts" / "ingest").glob("*/images.parquet"), key=_size)
+    whole = photos.read_bytes()
+    photos.write_bytes(whole[:5000] + bytes(byte ^ 255 for byte in whole[5000:5020]) + whole[5020:])
+    damaged = project.run("pipelines", "materialize", check=False)  # the error is raised in a Ray task
+    assert damaged.returncode == 1 and "Traceback" not in damaged.stderr
+    errors = [line for line in damaged.stderr.splitlines() if line.startswith("pbe: error: ")]
+    assert len(errors) == 1 and str(photos) in errors[0] and "dvc repro -f -s ingest" in errors[0]
+    photos.write_bytes(whole)
+    project.edit_params("cpus_per_bucket: 1\n", "cpus_per_bucket: 1000\n")
+    assert "a task asks for 1000 CPUs" in project.run("pipelines", "materialize", check=False).stderr
+    project.edit_params("cpus_per_bucket: 1000\n", "cpus_per_bucket: 1\n")
+    shutil.rmtree(parts)  # the buckets that were whole are done
 
     process = project.start("pipelines", "materialize")
     _wait_for(lambda: "0 of 4 parts" in project.started_log(), process, "start")

@@ -366,3 +366,24 @@ def test_an_empty_list_of_ids_is_one_message(project: Project) -> None:
     (project.root / "ids.txt").write_text("\n\n")
     with pytest.raises(SourceError, match=r"ingest\.image_ids: .*ids\.txt holds no id"):
         project.run(image_ids=str(project.root / "ids.txt"))
+
+
+def test_a_folder_of_which_only_some_boxes_are_wanted_rejects_no_other_photo(project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for image_id in IDS:
+        (folder / f"{image_id}.png").write_bytes(images.encode_png(np.full((20, 30, 3), 9, np.uint8)))
+    own = {"source": "folder", "images": str(folder), "image_base": None, "max_reject_frac": 0.0}
+    for wanted in ({"limit": 2}, {"splits": ["train"], "limit": 3}):
+        manifest, _ = project.run(**own, **wanted)
+        assert manifest.counts["images_kept"] == manifest.counts["images_in"] == wanted["limit"]
+    manifest, _ = project.run(**own)
+    assert manifest.counts["images_kept"] == len(IDS)
+
+
+def test_a_wrong_base_address_leaves_nothing_to_the_right_one(project: Project) -> None:
+    right = f"http://127.0.0.1:{project.server.server_address[1]}/base"
+    with pytest.raises(StageError, match="none of"):
+        project.run(image_base=right + "/404")
+    manifest, _ = project.run(image_base=right)
+    assert manifest.counts["images_kept"] > 0

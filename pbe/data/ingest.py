@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pbe.data import images as image_codec
 from pbe.data.download import PhotoError
-from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS
+from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, table_from_rows
 
 FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
 
@@ -104,7 +104,7 @@ def read_bucket(
         kept_images.append(row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(mine)]
     tables = {
-        "images": pa.Table.from_pylist(kept_images, schema=IMAGES),
+        "images": table_from_rows(kept_images, IMAGES),
         "boxes": pa.Table.from_pylist(kept_boxes, schema=BOXES),
         "rejects": pa.Table.from_pylist(bucket.rejects, schema=REJECTS),
     }

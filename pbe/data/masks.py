@@ -8,6 +8,7 @@ Deviation: upstream skips a point whose x or y equals one already taken, an acci
 symmetric parabolas (11-17 of 18 points survive); we keep all points.
 """
 
+import functools
 import math
 
 import cv2
@@ -16,6 +17,7 @@ import numpy as np
 from pbe.data.boxes import Box
 
 HOLE_KINDS = ("box", "bezier")
+_POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
 
 
 def box_hole(ends_px: tuple[float, float, float, float], *, width_px: int, height_px: int) -> np.ndarray:
@@ -34,24 +36,37 @@ def bezier_ring(box: Box, ext: Box, *, points_per_side: int, jitter_px: int, rng
     (for 18 points; in general t = 0.9 i / points_per_side); then jitter in [-jitter_px, jitter_px] on x and y.
     """
     mid_x, mid_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    corners = np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]], np.float64)
-    controls = np.array([[mid_x, ext.y0], [ext.x1, mid_y], [mid_x, ext.y1], [ext.x0, mid_y]], np.float64)
-    t = (0.9 * np.arange(1, points_per_side + 1) / points_per_side)[:, None]
-    starts, middles, ends = corners[:, None], controls[:, None], corners[[1, 2, 3, 0], None]
-    ring = ((1 - t) ** 2 * starts + 2 * t * (1 - t) * middles + t**2 * ends).reshape(-1, 2)
+    sides = (
+        ((box.x0, box.y0), (mid_x, ext.y0), (box.x1, box.y0)),
+        ((box.x1, box.y0), (ext.x1, mid_y), (box.x1, box.y1)),
+        ((box.x1, box.y1), (mid_x, ext.y1), (box.x0, box.y1)),
+        ((box.x0, box.y1), (ext.x0, mid_y), (box.x0, box.y0)),
+    )
+    ring = (_quadratic_bezier(points_per_side) @ np.array(sides)).reshape(-1, 2)
     return ring + rng.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True)
 
 
+@functools.cache
+def _quadratic_bezier(points_per_side: int) -> np.ndarray:
+    """(points, 3) weights of p0, c and p1."""
+    t = 0.9 * np.arange(1, points_per_side + 1) / points_per_side
+    return np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], axis=1)
+
+
 def bezier_hole(ring: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """(height, width) uint8: the polygon filled with 1; points outside the image are clipped by the fill."""
+    """(height, width) uint8: the polygon filled with 1; points outside the image are clipped by the fill.
+
+    ring: (N, 2) x and y in pixels, which may lie between pixels; pixel k covers k to k + 1.
+    """
     hole_mask = np.zeros((height_px, width_px), np.uint8)
-    cv2.fillPoly(hole_mask, [np.round(ring).astype(np.int32)], 1)
+    # OpenCV counts from the pixels' centres, in whole steps of 2 ** -shift
+    cv2.fillPoly(hole_mask, [np.round((ring - 0.5) * 2**_POLYGON_SHIFT).astype(np.int32)], 1, shift=_POLYGON_SHIFT)
     return hole_mask
 
 
 def pack_mask(mask: np.ndarray) -> bytes:
     """(H, W) of 0/1 to 1 bit per pixel, rows padded to bytes."""
-    return np.packbits(mask.astype(bool), axis=1).tobytes()
+    return np.packbits(mask, axis=1).tobytes()
 
 
 def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:

@@ -1,17 +1,21 @@
 """One bucket of photos and kept boxes to triplet tables, one table per slot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pbe.data import images as image_codec
-from pbe.data.boxes import pixel_box
+from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.rng import row_rng
-from pbe.data.schema import REJECTS, TRIPLETS
+from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
 from pbe.data.slots import slot_name
-from pbe.data.triplets import CutConfig, box_order, cut_triplet
+from pbe.data.triplets import CutConfig, box_order, cut, plan_triplet
+
+# one slot of one photo: its row without the two pictures, and the areas of the photo that become them
+_Planned = tuple[dict[str, Any], Box, Box]
 
 
 @dataclass(frozen=True)
@@ -30,51 +34,64 @@ def triplet_tables(
     Each photo is decoded once for all its slots. A photo without a kept box is rejected.
     """
     boxes_of: dict[str, list[dict[str, Any]]] = {}
-    for box in boxes.to_pylist():
+    for box in boxes.select(["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax"]).to_pylist():
         boxes_of.setdefault(box["image_id"], []).append(box)
-    rows: list[list[dict[str, Any]]] = [[] for _ in range(slots)]
+    # all plans before any pixel: after a photo's megabytes the processor has to fetch this code and its numbers anew
+    planned: list[tuple[int, int, list[_Planned]]] = []
     rejects = []
-    train = [image for image in images.to_pylist() if image["split"] == "train"]
-    for image in train:
-        image_id = image["image_id"]
-        mine = boxes_of.get(image_id)
-        if not mine:
-            rejects.append(
-                {"stage": "materialize", "key": image_id, "reason": "image_without_kept_box", "detail": "see filter"}
-            )
+    for index, image in enumerate(images.drop_columns(["bytes"]).to_pylist()):
+        if image["split"] != "train":
             continue
-        pixels = image_codec.decode(image["bytes"], exif_orientation=image["exif_orientation"])
-        order = box_order(len(mine), row_rng(seed, image_id, "boxes"))
-        for slot in range(slots):
-            box = mine[int(order[slot % len(mine)])]
-            rows[slot].append(_row(pixels, box, slot, cfg=cfg, jpeg=jpeg, seed=seed))
-    tables = {slot_name(slot): pa.Table.from_pylist(rows[slot], schema=TRIPLETS) for slot in range(slots)}
+        image_id = image["image_id"]
+        if image_id in boxes_of:
+            todo = _plan_photo(image, boxes_of[image_id], cfg=cfg, slots=slots, seed=seed)
+            planned.append((index, image["exif_orientation"], todo))
+        else:
+            reason = "image_without_kept_box"
+            rejects.append({"stage": "materialize", "key": image_id, "reason": reason, "detail": "see filter"})
+
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(slots)]
+    for index, exif_orientation, todo in planned:
+        data = memoryview(images.column("bytes")[index].as_buffer())
+        photo = image_codec.decode(data, exif_orientation=exif_orientation)
+        for row, window, reference in todo:
+            for name, area, size_px in (("source", window, cfg.image_px), ("reference", reference, cfg.reference_px)):
+                row[name] = image_codec.encode_jpeg(cut(photo, area, size_px), jpeg.quality, jpeg.chroma)
+            rows[row["slot"]].append(row)
+    tables = {slot_name(slot): table_from_rows(rows[slot], TRIPLETS) for slot in range(slots)}
     tables["rejects"] = pa.Table.from_pylist(rejects, schema=REJECTS)
     counts = {
-        "images_in": len(train),
-        "images_kept": len(train) - len(rejects),
+        "images_in": len(planned) + len(rejects),
+        "images_kept": len(planned),
         "images_rejected": len(rejects),
         "triplets": sum(map(len, rows)),
     }
     return tables, counts
 
 
-def _row(pixels: Any, box: dict[str, Any], slot: int, *, cfg: CutConfig, jpeg: Jpeg, seed: int) -> dict[str, Any]:
-    height_px, width_px = pixels.shape[:2]
-    tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px)
-    triplet = cut_triplet(pixels, tight, cfg=cfg, rng=row_rng(seed, box["image_id"], slot, "triplet"))
-    x0, y0, x1, y1 = triplet.box_px
-    return {
-        "image_id": box["image_id"],
-        "slot": slot,
-        "box_index": box["box_index"],
-        "label_name": box["label_name"],
-        "source": image_codec.encode_jpeg(triplet.source, jpeg.quality, jpeg.chroma),
-        "box_hole_mask": pack_mask(triplet.box_hole_mask),
-        "bezier_hole_mask": pack_mask(triplet.bezier_hole_mask),
-        "reference": image_codec.encode_jpeg(triplet.reference, jpeg.quality, jpeg.chroma),
-        "box_x0_px": x0,
-        "box_y0_px": y0,
-        "box_x1_px": x1,
-        "box_y1_px": y1,
-    }
+def _plan_photo(
+    image: dict[str, Any], boxes: Sequence[dict[str, Any]], *, cfg: CutConfig, slots: int, seed: int
+) -> list[_Planned]:
+    image_id = image["image_id"]
+    size = {"width_px": image["width_px"], "height_px": image["height_px"]}
+    order = box_order(len(boxes), row_rng(seed, image_id, "boxes"))
+    out = []
+    for slot in range(slots):
+        box = boxes[int(order[slot % len(boxes)])]
+        tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], **size)
+        plan = plan_triplet(tight, **size, cfg=cfg, rng=row_rng(seed, image_id, slot, "triplet"))
+        x0, y0, x1, y1 = plan.box_px
+        row = {
+            "image_id": image_id,
+            "slot": slot,
+            "box_index": box["box_index"],
+            "label_name": box["label_name"],
+            "box_hole_mask": pack_mask(plan.box_hole_mask),
+            "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
+            "box_x0_px": x0,
+            "box_y0_px": y0,
+            "box_x1_px": x1,
+            "box_y1_px": y1,
+        }
+        out.append((row, plan.window, plan.reference))
+    return out

@@ -14,7 +14,7 @@ def row_rng(seed: int, *identity: str | int) -> np.random.Generator:
     The identity is hashed with BLAKE2b (Python's hash() is salted per process).
     """
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in identity)])
-    entropy = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    entropy = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u4")
     return np.random.Generator(np.random.PCG64(entropy))
 
 

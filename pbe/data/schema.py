@@ -10,7 +10,10 @@ Array columns of `encoded` are raw little-endian float16; their shape is in the 
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
@@ -218,6 +221,28 @@ def array_shape(field: pa.Field) -> tuple[int, ...]:
     if not field.metadata or b"shape" not in field.metadata:
         raise ValueError(f"column {field.name} holds no array")
     return tuple(int(part) for part in field.metadata[b"shape"].split(b","))
+
+
+def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """pa.Table.from_pylist, but binary columns (pictures, megabytes) are joined in one go.
+
+    pyarrow appends value by value to a buffer that doubles: in a fresh process that is a quarter of a millisecond per
+    triplet, a tenth of all the work.
+    """
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        columns.append(_joined(values) if field.type == pa.binary() else pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
+    present = [value for value in values if value is not None]
+    ends = np.cumsum([0, *map(len, present)])
+    if len(present) < len(values) or ends[-1] > np.iinfo(np.int32).max:  # pyarrow makes chunks of it
+        return pa.array(values, pa.binary())
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(present))]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def require(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -16,7 +16,7 @@ from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import HOLE_KINDS, pack_mask
 from pbe.data.rng import bucket_of, row_rng
 from pbe.data.schema import BENCH
-from pbe.data.triplets import CutConfig, cut_reference, cut_triplet
+from pbe.data.triplets import CutConfig, cut, plan_triplet, reference_area
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchB
     for box in boxes.to_pylist():
         if box["split"] == split:
             pixels = pixels_of[box["image_id"]]
-            height_px, width_px = pixels.shape[:2]
-            tight = pixel_box(
-                box["xmin"], box["xmax"], box["ymin"], box["ymax"], width_px=width_px, height_px=height_px
-            )
+            tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], **_size(pixels))
             out.append(BenchBox(box["image_id"], box["box_index"], box["label_name"], pixels, tight))
     return out
 
@@ -70,26 +67,32 @@ def make_bench(
         foreign = boxes[int(rng.choice(others[box.image_id]))]
         kind = HOLE_KINDS[int(rng.integers(len(HOLE_KINDS)))]
         for role in ("item", "real"):
-            triplet = cut_triplet(
-                box.pixels, box.box, cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, role)
-            )
+            rng = row_rng(seed, box.image_id, box.box_index, crop, role)
+            plan = plan_triplet(box.box, **_size(box.pixels), cfg=cfg, rng=rng)
+            hole_mask = plan.box_hole_mask if kind == "box" else plan.bezier_hole_mask
             rows.append(
                 {
                     "bench_id": f"{box.image_id}#{box.box_index}#{crop}",
                     "role": role,
                     "image_id": box.image_id,
                     "label_name": box.label_name,
-                    "source": image_codec.encode_png(triplet.source),
-                    "hole_mask": pack_mask(triplet.box_hole_mask if kind == "box" else triplet.bezier_hole_mask),
+                    "source": image_codec.encode_png(cut(box.pixels, plan.window, cfg.image_px)),
+                    "hole_mask": pack_mask(hole_mask),
                     "hole_kind": kind,
-                    "own_reference": image_codec.encode_jpeg(triplet.reference, jpeg_quality),
-                    "foreign_reference": image_codec.encode_jpeg(
-                        cut_reference(foreign.pixels, foreign.box, cfg=cfg), jpeg_quality
-                    ),
+                    "own_reference": image_codec.encode_jpeg(_reference(box, cfg), jpeg_quality),
+                    "foreign_reference": image_codec.encode_jpeg(_reference(foreign, cfg), jpeg_quality),
                     "foreign_image_id": foreign.image_id,
                 }
             )
     return pa.Table.from_pylist(rows, schema=BENCH)
+
+
+def _reference(box: BenchBox, cfg: CutConfig) -> np.ndarray:
+    return cut(box.pixels, reference_area(box.box, **_size(box.pixels), cfg=cfg), cfg.reference_px)
+
+
+def _size(pixels: np.ndarray) -> dict[str, int]:
+    return {"width_px": pixels.shape[1], "height_px": pixels.shape[0]}
 
 
 def _boxes_of_other_photos(boxes: Sequence[BenchBox]) -> Mapping[str, list[int]]:

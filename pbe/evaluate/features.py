@@ -14,7 +14,7 @@ import torch
 from pbe.data.images import resize
 from pbe.model.backbone import EfficientNetLite
 
-RESIZE_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below half, else INTER_LINEAR"
+RESIZE_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below a quarter, else INTER_LINEAR"
 
 
 def extract(backbone: EfficientNetLite, images: Sequence[np.ndarray], *, batch_rows: int) -> np.ndarray:

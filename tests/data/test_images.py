@@ -338,22 +338,22 @@ def test_resizing_gives_the_size_asked_for_and_keeps_a_plain_colour(
     assert (out == (7, 130, 255)).all()
 
 
-def test_shrinking_below_half_averages_areas() -> None:
-    image = _noise(24, 36)
-    blocks = image.reshape(8, 3, 9, 4, 3).astype(float).mean((1, 3))
+def test_shrinking_below_a_quarter_averages_areas() -> None:
+    image = _noise(40, 54)
+    blocks = image.reshape(8, 5, 9, 6, 3).astype(float).mean((1, 3))
     np.testing.assert_allclose(resize(image, width_px=9, height_px=8), blocks, atol=0.51)
 
 
-def test_shrinking_to_a_half_or_less_interpolates_between_pixel_centres() -> None:
+def test_shrinking_to_a_quarter_or_more_interpolates_between_pixel_centres() -> None:
     """As upstream: a pixel at x of the result is read at (x + 0.5) * scale - 0.5, from its two neighbours."""
     image = _noise(1, 30)
-    for width_px in (15, 20, 29):
+    for width_px in (8, 15, 20, 29):
         at = (np.arange(width_px) + 0.5) * 30 / width_px - 0.5
         left = np.floor(at).astype(int)
         weight = (at - left)[:, None]
         expected = image[0, left] * (1 - weight) + image[0, np.minimum(left + 1, 29)] * weight
         np.testing.assert_allclose(resize(image, width_px=width_px, height_px=1)[0], expected, atol=1)
-    tall = resize(_noise(100, 30), width_px=20, height_px=10)  # one side far below half: still bilinear
+    tall = resize(_noise(100, 30), width_px=20, height_px=10)  # one side far below a quarter: still bilinear
     np.testing.assert_array_equal(tall, cv2.resize(_noise(100, 30), (20, 10), interpolation=cv2.INTER_LINEAR))
 
 

@@ -1,12 +1,12 @@
 """A triplet shows its box: in the crop, under both holes, in the reference; and it depends on its arguments alone."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from pbe.data.boxes import Box
-from pbe.data.triplets import CutConfig, Triplet, box_order, cut_reference, cut_triplet
+from pbe.data.triplets import CutConfig, box_order, cut, plan_triplet, reference_area
 
 CFG = CutConfig(
     image_px=32,
@@ -17,6 +17,32 @@ CFG = CutConfig(
     bezier_points_per_side=18,
     bezier_jitter_px=5,
 )
+
+
+@dataclass(frozen=True)
+class Triplet:
+    source: np.ndarray
+    box_hole_mask: np.ndarray
+    bezier_hole_mask: np.ndarray
+    reference: np.ndarray
+    box_px: tuple[float, float, float, float]
+
+
+def cut_triplet(image: np.ndarray, box: Box, *, cfg: CutConfig, rng: np.random.Generator) -> Triplet:
+    height_px, width_px = image.shape[:2]
+    plan = plan_triplet(box, width_px=width_px, height_px=height_px, cfg=cfg, rng=rng)
+    return Triplet(
+        source=cut(image, plan.window, cfg.image_px),
+        box_hole_mask=plan.box_hole_mask,
+        bezier_hole_mask=plan.bezier_hole_mask,
+        reference=cut(image, plan.reference, cfg.reference_px),
+        box_px=plan.box_px,
+    )
+
+
+def cut_reference(image: np.ndarray, box: Box, *, cfg: CutConfig) -> np.ndarray:
+    area = reference_area(box, width_px=image.shape[1], height_px=image.shape[0], cfg=cfg)
+    return cut(image, area, cfg.reference_px)
 
 
 def _marked(box: Box, width_px: int, height_px: int) -> np.ndarray:

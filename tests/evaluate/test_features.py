@@ -53,8 +53,8 @@ def test_the_batch_size_does_not_matter(backbone: EfficientNetLite, batch_rows: 
 @pytest.mark.parametrize(
     ("size", "interpolation"),
     [
-        ((449, 500), cv2.INTER_AREA),
-        ((448, 500), cv2.INTER_LINEAR),  # half is not below half
+        ((897, 900), cv2.INTER_AREA),
+        ((896, 900), cv2.INTER_LINEAR),  # a quarter is not below a quarter
         ((64, 48), cv2.INTER_LINEAR),
         ((900, 100), cv2.INTER_LINEAR),
     ],

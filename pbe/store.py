@@ -149,7 +149,7 @@ class Store:
     def exists(self, relative: str) -> bool:
         return self._fs.get_file_info(self.path(relative)).type == pafs.FileType.File
 
-    def write_bytes(self, relative: str, data: bytes) -> None:
+    def write_bytes(self, relative: str, data: bytes | memoryview) -> None:
         """Atomic: the file is there whole or not at all. Raises StoreError when the storage takes no more."""
         try:
             if self.is_local:
@@ -290,7 +290,7 @@ class Store:
         return pq.ParquetFile(stream, page_checksum_verification=True)
 
 
-def _write_beside_and_rename(target: Path, data: bytes) -> None:
+def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -310,24 +310,24 @@ def _again(file: File) -> str:
     return f"`dvc repro -f -s {'ingest' if stage == 'index' else stage}` makes it again"
 
 
-def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: bytes) -> File:
+def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:
     path = f"parts/{stage}/{unit}/{dataset}.parquet"
     return File(dataset, path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
+def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),  # page limits would follow the chunks
         sink,
         row_group_size=max(1, rows_per_group),
-        compression="zstd",
+        compression={f.name: (f.metadata or {}).get(b"compression", b"zstd").decode() for f in table.schema},
         # dictionaries help ids and names only; a blob column would build one for nothing
         use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
         write_statistics=False,
         write_page_checksum=True,
     )
-    return sink.getvalue().to_pybytes()
+    return memoryview(sink.getvalue())
 
 
 def _json_bytes(value: Any) -> bytes:

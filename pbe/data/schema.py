@@ -51,6 +51,12 @@ REJECT_REASONS = tuple(dict.fromkeys((*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILT
 # Another try may help: `ingest.retry_rejected` drives these again.
 TRANSIENT_REASONS = ("download_failed",)
 
+
+def picture_field(name: str) -> pa.Field:
+    """An encoded image: JPEG, PNG or as received. Compressed already, and the store reads so in its metadata."""
+    return pa.field(name, pa.binary(), nullable=False, metadata={b"compression": b"none"})
+
+
 # Annotations as ingest reads them, one row per box, typed but not yet joined to an image. A line that is wrong by
 # itself carries a reason and a detail; its coordinates may be null.
 ANNOTATIONS = pa.schema(
@@ -92,7 +98,7 @@ IMAGES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
-        pa.field("bytes", pa.binary(), nullable=False),
+        picture_field("bytes"),
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),
@@ -141,10 +147,10 @@ TRIPLETS = pa.schema(
         pa.field("slot", pa.int32(), nullable=False),
         pa.field("box_index", pa.int32(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
-        pa.field("source", pa.binary(), nullable=False),  # JPEG, S x S
+        picture_field("source"),  # JPEG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("bezier_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
-        pa.field("reference", pa.binary(), nullable=False),  # JPEG, R x R, clean (no augmentation)
+        picture_field("reference"),  # JPEG, R x R, clean (no augmentation)
         # the tight box in pixels of the S x S crop, half-open
         pa.field("box_x0_px", pa.float32(), nullable=False),
         pa.field("box_y0_px", pa.float32(), nullable=False),
@@ -161,11 +167,11 @@ BENCH = pa.schema(
         pa.field("role", pa.string(), nullable=False),
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
-        pa.field("source", pa.binary(), nullable=False),
+        picture_field("source"),
         pa.field("hole_mask", pa.binary(), nullable=False),
         pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
-        pa.field("own_reference", pa.binary(), nullable=False),
-        pa.field("foreign_reference", pa.binary(), nullable=False),
+        picture_field("own_reference"),
+        picture_field("foreign_reference"),
         pa.field("foreign_image_id", pa.string(), nullable=False),
     ]
 )
@@ -177,8 +183,8 @@ EDITS = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("guidance_scale", pa.float64(), nullable=False),
         pa.field("hole_kind", pa.string(), nullable=False),
-        pa.field("own_edit", pa.binary(), nullable=False),  # PNG, S x S
-        pa.field("foreign_edit", pa.binary(), nullable=False),  # PNG, S x S
+        picture_field("own_edit"),  # PNG, S x S
+        picture_field("foreign_edit"),  # PNG, S x S
     ]
 )
 

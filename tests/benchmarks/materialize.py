@@ -21,7 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.environment import prepare_driver
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pipelines.environment import prepare_driver  # noqa: E402
 
 prepare_driver()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,7 +75,7 @@ class Photos:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco256"
+    default = ROOT.parent / "shared" / "data" / "coco256"
     parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: below 50 s on two cores")
     args = parser.parse_args()
@@ -80,10 +83,10 @@ def main() -> int:
         print(f"skipped: no photos at {args.photos}; name a folder with --photos")
         return 0
     cv2.setNumThreads(1)
-    repeats = 3 if args.quick else 7
+    repeats = 2 if args.quick else 7
     sets = [coco256(args.photos, enlarge_to_px=None), coco256(args.photos, enlarge_to_px=1024)]
     plain = {photos.name: plain_rates(photos, repeats) for photos in sets}
-    ray = ray_rates(sets, repeats=1 if args.quick else 3, copies=2 if args.quick else 6)
+    ray = ray_rates(sets, repeats=1 if args.quick else 5, parts=3 if args.quick else 8)
     ratios = []
     for photos in sets:
         roofline, ours = plain[photos.name]
@@ -182,53 +185,49 @@ def plain_rates(photos: Photos, repeats: int) -> tuple[float, float]:
     return statistics.median(rates[roofline]), statistics.median(rates[ours])
 
 
-def ray_rates(sets: Sequence[Photos], *, repeats: int, copies: int) -> dict[str, tuple[float, float]]:
-    """Samples per second of the stage's own tasks on one and on two cores, by name of the set: medians, wall clock."""
-    from functools import partial
+def ray_rates(sets: Sequence[Photos], *, repeats: int, parts: int) -> dict[str, tuple[float, float]]:
+    """Samples per second of the stage's own tasks, one at a time and two, by name of the set: medians, wall clock.
 
+    From the end of the first part (or pair) to the end of the last: that Ray starts a run and its workers costs the
+    same second or two however many photos there are. What a run writes is deleted before the next.
+    """
     import ray
 
-    from pipelines.units import Unit, run_units, start_ray
+    from pipelines.units import start_ray
 
     start_ray()
     cores = int(ray.cluster_resources()["CPU"])
-    with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
-        store = Store(folder)
-        inputs = {photos.name: write_inputs(store, photos, copies) for photos in sets}
-        worker = partial(task, store)
-        run_units("warm", units(inputs[sets[0].name][:2], "w"), store=store, worker=worker, cpus=cores / 2)
-        out = {}
-        for photos in sets:
-            rates: dict[int, list[float]] = {1: [], 2: []}
-            for turn in range(repeats):
-                for at_once, found in rates.items():
-                    todo = units(inputs[photos.name], f"{at_once}{turn}{len(out)}")
-                    started = time.perf_counter()
-                    records = run_units("bench", todo, store=store, worker=worker, cpus=cores / at_once)
-                    elapsed = time.perf_counter() - started
-                    found.append(sum(record.counts["triplets"] for record in records) / elapsed)
-            out[photos.name] = statistics.median(rates[1]), statistics.median(rates[2])
-    assert Unit
+    out = {}
+    for photos in sets:
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
+            store = Store(folder)
+            inputs = write_inputs(store, photos, parts + 2)
+            rate(store, inputs[:4], at_once=2, cores=cores)  # starts both workers; an idle one would be ended
+            for _ in range(repeats):
+                for at_once in (2, 1):
+                    rates[at_once].append(rate(store, inputs[: parts + at_once], at_once=at_once, cores=cores))
+        out[photos.name] = statistics.median(rates[1]), statistics.median(rates[2])
     return out
 
 
+def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) -> float:
+    from functools import partial
+
+    from pipelines.units import Unit, run_units
+
+    units = [Unit(f"b{number}", "bench", record) for number, record in enumerate(inputs)]
+    records = run_units("bench", units, store=store, worker=partial(task, store), cpus=cores / at_once)
+    store.delete_tree("parts/bench")
+    ended_us = sorted(record.counts["ended_us"] for record in records)
+    samples = sum(record.counts["triplets"] for record in records[at_once:])
+    return samples / (ended_us[-1] - ended_us[at_once - 1]) * 1e6
+
+
 def write_inputs(store: Store, photos: Photos, copies: int) -> list[Record]:
-    """`copies` x 4 buckets of equal photos, so that two tasks end together."""
-    rows = photos.images.num_rows
-    records = []
-    for copy in range(copies):
-        for part in range(4):
-            images = photos.images.slice(part * rows // 4, (part + 1) * rows // 4 - part * rows // 4)
-            wanted = pa.compute.is_in(photos.boxes.column("image_id"), images.column("image_id").combine_chunks())
-            tables = {"images": images, "boxes": photos.boxes.filter(wanted)}
-            records.append(store.write_unit("input", f"{photos.name}-{copy}-{part}", tables, counts={}))
-    return records
-
-
-def units(inputs: Sequence[Record], label: str) -> list:
-    from pipelines.units import Unit
-
-    return [Unit(f"b{number}", label, record) for number, record in enumerate(inputs)]
+    """`copies` equal buckets of all photos. Buckets of OpenImages hold thousands; these take a second each."""
+    tables = {"images": photos.images, "boxes": photos.boxes}
+    return [store.write_unit("input", f"{photos.name}-{copy}", tables, counts={}) for copy in range(copies)]
 
 
 def task(store: Store) -> Callable:
@@ -241,6 +240,7 @@ def task(store: Store) -> Callable:
             store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, slots=1,
             jpeg=JPEG, seed=SEED,
         )  # fmt: skip
+        counts["ended_us"] = time.time_ns() // 1000
         return store.write_unit("bench", unit.name, tables, counts=counts)  # type: ignore[attr-defined]
 
     return work

@@ -34,6 +34,7 @@ $(STAMP):
 	@touch "$@"
 
 repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and reports/index.html out
+	@$(IN_VENV) $(PY) -m pipelines check
 	@$(IN_VENV) $(PY) -m dvc repro
 	@$(IN_VENV) $(PY) -m pipelines summary
 

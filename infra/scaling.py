@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 GB, TB, HOUR_S = 1e9, 1e12, 3600.0
 
-# -- cited: REFERENCE 6.3, 6.4 (the data set's own pages)
+# -- cited: the data set's own pages
 PHOTOS = 1_743_042  # train photos, each with at least one box
 BOXES = 14_610_229  # of the train split
 PHOTO_BYTES = 513 * GB / PHOTOS  # 513 GB of train tars

@@ -2,11 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pbe.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,26 +22,34 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--reference", type=Path, required=True, help="image of what should appear there")
     edit.add_argument("--model", type=Path, required=True, help="model folder, e.g. models/full")
     edit.add_argument("--out", type=Path, required=True, help="PNG to write")
-    edit.add_argument("--seed", type=int, default=42)
+    edit.add_argument("--seed", type=_at_least(0, int), default=42)
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
     edit.set_defaults(run=_edit)
     rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
-    rejects.add_argument("--examples", type=int, default=3, help="rows shown per reason")
+    rejects.add_argument("--examples", type=_at_least(0, int), default=3, help="rows shown per reason")
     rejects.add_argument("--out", type=Path, default=None, help="CSV to write every row to")
     rejects.set_defaults(run=_rejects)
     show = commands.add_parser("show", help="pictures of what a stage made")
     show.add_argument("what", choices=["triplets"])
     show.add_argument("--ids", nargs="+", default=[], metavar="ID", help="photos to show; none: random rows")
-    show.add_argument("--rows", type=int, default=12, help="columns of the sheet")
-    show.add_argument("--seed", type=int, default=0, help="of the random rows")
+    show.add_argument("--rows", type=_at_least(1, int), default=12, help="columns of the sheet")
+    show.add_argument("--seed", type=_at_least(0, int), default=0, help="of the random rows")
     show.add_argument("--out", type=Path, required=True, help="PNG to write")
     show.set_defaults(run=_show)
     collect = commands.add_parser(
         "gc", help="remove parts and runs of the storage that no manifest in git's history refers to"
     )
     collect.add_argument("--yes", action="store_true", help="remove; without it, only say what would go")
-    collect.add_argument("--older-than-h", type=float, default=24.0, help="hours; younger ones stay (default 24)")
+    collect.add_argument("--older-than-h", type=_at_least(0, float), default=24.0, help="hours; younger ones stay (24)")
+    collect.add_argument(
+        "--no-run-cache",
+        action="store_true",
+        help="what only DVC's run cache could restore goes too",
+    )
+    collect.add_argument(
+        "--forget-missing", action="store_true", help="go on without manifests that DVC's cache no longer has"
+    )
     collect.set_defaults(run=_gc)
     args = parser.parse_args(argv)
     try:
@@ -46,6 +58,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pbe: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:
+    """An argparse type: a number from `least` on."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text}: {least} or more is allowed")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's own message for what is no number names it
+    return parse
 
 
 def _rejects(args: argparse.Namespace) -> None:
@@ -81,7 +106,13 @@ def _gc(args: argparse.Namespace) -> None:
     from pbe.store import Store
 
     store = Store(storage_uri())
-    unused = find_unused(store, repo_root(), older_than_s=3600 * args.older_than_h)
+    unused = find_unused(
+        store,
+        repo_root(),
+        older_than_s=3600 * args.older_than_h,
+        run_cache=not args.no_run_cache,
+        forget_missing=args.forget_missing,
+    )
     for entry in unused:
         print(f"{entry.bytes / 1e6:>10.1f} MB  {entry.age_s / 3600:>7.1f} h old  {entry.path}")
     total = f"{len(unused)} folders, {sum(entry.bytes for entry in unused) / 1e6:.1f} MB in {store.uri}"
@@ -129,5 +160,7 @@ def _must_be_writable_png(out: Path) -> None:
     """Before any work: the end of a long one is late to learn it."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: must end in .png")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")

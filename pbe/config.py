@@ -83,6 +83,9 @@ class IngestConfig(Strict):
             )
         if self.image_base and not self.image_base.startswith(("s3://", "https://", "http://")):
             raise ValueError(f"image_base: {self.image_base} must begin with s3://, https:// or http://")
+        for key, location in (("images", self.images), ("boxes", self.boxes)):
+            if location.startswith("~"):
+                raise ValueError(f"{key}: {location}: write the path in full; DVC, which watches it, knows no ~")
         if self.images == self.boxes:
             raise ValueError(
                 "images and boxes must differ (DVC watches both): name the box file itself, or a folder for each"
@@ -276,11 +279,14 @@ def home_root() -> Path:
 def storage_uri() -> str:
     """PBE_STORAGE: an absolute local path or s3://bucket/prefix; default `.store` in the repository."""
     value = os.environ.get("PBE_STORAGE") or ".store"
-    if value.startswith("s3://"):
+    if value.startswith("s3://") and value.strip("/") != "s3:":
         return value.rstrip("/")
     if "://" in value:
         raise ParamsError(f"PBE_STORAGE={value}: use a local path or s3://bucket/prefix")
-    return str((home_root() / Path(value).expanduser()).resolve())
+    try:
+        return str((home_root() / Path(value).expanduser()).resolve())
+    except RuntimeError as error:  # ~name of nobody
+        raise ParamsError(f"PBE_STORAGE={value}: {error}") from None
 
 
 def tracking_uri() -> str:
@@ -288,11 +294,23 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path | None = None) -> Params:
     """Read and check params.yaml. Raises ParamsError, one line per wrong key, each with what is allowed."""
     path = path or repo_root() / "params.yaml"
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: not found; `make profile P=sample` writes it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

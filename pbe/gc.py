@@ -1,11 +1,12 @@
 """`pbe gc`: which parts and runs of the storage no manifest refers to, and their removal.
 
-A manifest counts when it is in the working tree, or is an output in any dvc.lock of git's history (branches, tags,
-DVC's experiments) and still in DVC's cache. What such a manifest names stays: its units, single parts in its config
-(a codec, a bench), and a train manifest's run. Storage may be shared: other repositories' parts look unreferenced
-from here.
+A manifest counts when it is in the working tree, in any dvc.lock of git's history (branches, tags, DVC's experiments)
+or in DVC's run cache, from which `dvc repro` restores what it has once made. What such a manifest names stays: its
+units, single parts in its config (a codec, a bench), and a train manifest's run. Storage may be shared: other
+repositories' parts look unreferenced from here.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -34,12 +35,16 @@ class Unused:
     age_s: float
 
 
-def find_unused(store: Store, root: Path, *, older_than_s: float) -> list[Unused]:
+def find_unused(
+    store: Store, root: Path, *, older_than_s: float, run_cache: bool, forget_missing: bool
+) -> list[Unused]:
     """Folders of parts/ and runs/ that nothing refers to and that were last written `older_than_s` ago or earlier.
 
-    The age protects work in progress, whose manifest is not written yet. Raises GcError.
+    The age protects work in progress, whose manifest is not written yet. run_cache: what DVC's run cache could restore
+    counts as referred to. forget_missing: manifests that a dvc.lock
+    names and DVC's cache lacks refer to nothing; otherwise they are an error. Raises GcError.
     """
-    used = used_paths(manifests_in_use(root))
+    used = used_paths(manifests_in_use(root, run_cache=run_cache, forget_missing=forget_missing))
     out = []
     for path in [*_folders(store, "parts", depth=2), *_folders(store, "runs", depth=1)]:
         if path not in used:
@@ -78,43 +83,74 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def manifests_in_use(root: Path) -> list[dict[str, Any]]:
-    """Manifests of the working tree and of git's history, each once. Raises GcError."""
+def manifests_in_use(root: Path, *, run_cache: bool, forget_missing: bool) -> list[dict[str, Any]]:
+    """Manifests of the working tree, of git's history and, if asked, of DVC's run cache, each once. Raises GcError."""
     texts = {}
+    own = set()
     for path in sorted((root / "data").rglob("manifest.json")):
-        texts[path.read_text()] = path
+        data = path.read_bytes()
+        own.add(hashlib.md5(data, usedforsecurity=False).hexdigest())
+        texts[data] = path
     cache = Path(_run(root, sys.executable, "-m", "dvc", "cache", "dir").strip())
-    for md5 in sorted(_manifest_hashes(root)):
-        path = cache / "files" / "md5" / md5[:2] / md5[2:]
+    locked = _locked_manifests(root)
+    known = locked | _restorable_manifests(cache) if run_cache else locked
+    files = {md5: cache / "files" / "md5" / md5[:2] / md5[2:] for md5 in known}
+    missing = sorted(md5 for md5 in locked - own if not files[md5].is_file())
+    if missing and not forget_missing:
+        raise GcError(
+            f"{len(missing)} manifests that a dvc.lock of this repository names are not in DVC's cache, so what they "
+            "refer to is not known and nothing is removed: `dvc fetch --all-commits` gets them from a remote; "
+            "`pbe gc --forget-missing` takes what only they refer to for unused"
+        )
+    for path in files.values():
         if path.is_file():
-            texts[path.read_text()] = path
+            texts[path.read_bytes()] = path
     return [_parsed(text, path) for text, path in texts.items()]
 
 
-def _parsed(text: str, path: Path) -> dict[str, Any]:
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError as error:
         raise GcError(f"{path}: not a manifest ({error}), so nothing is removed; run its stage again") from None
 
 
-def _manifest_hashes(root: Path) -> set[str]:
+def _locked_manifests(root: Path) -> set[str]:
     """md5 of every manifest.json that a dvc.lock of any commit, or the one in the working tree, names."""
-    locks = []
+    locks = {}
     if (root / "dvc.lock").is_file():
-        locks.append((root / "dvc.lock").read_text())
+        locks["dvc.lock"] = (root / "dvc.lock").read_bytes()
     # --full-history: also a side of a merge whose dvc.lock did not survive it
     for commit in _run(root, "git", "log", "--all", "--full-history", "--format=%H", "--", "dvc.lock").split():
-        shown = subprocess.run(["git", "show", f"{commit}:./dvc.lock"], cwd=root, capture_output=True, text=True)
+        shown = subprocess.run(["git", "show", f"{commit}:./dvc.lock"], cwd=root, capture_output=True)
         if shown.returncode == 0:  # the commit that removes it has none
-            locks.append(shown.stdout)
+            locks[f"dvc.lock of commit {commit[:10]}"] = shown.stdout
     hashes = set()
-    for text in locks:
-        for stage in ((yaml.safe_load(text) or {}).get("stages") or {}).values():
-            for out in stage.get("outs", ()):
-                if str(out.get("path", "")).endswith("manifest.json") and "md5" in out:
-                    hashes.add(str(out["md5"]))
+    for name, text in locks.items():
+        try:
+            stages = (yaml.safe_load(text) or {}).get("stages") or {}
+            hashes |= {md5 for stage in stages.values() for md5 in _manifest_outs(stage)}
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise GcError(f"{name}: not a lock file of DVC ({reason}), so nothing is removed; mend it") from None
     return hashes
+
+
+def _restorable_manifests(cache: Path) -> set[str]:
+    """md5 of every manifest.json in DVC's run cache. An entry that cannot be read is none that DVC could use."""
+    hashes = set()
+    for path in (cache / "runs").glob("*/*/*"):
+        try:
+            hashes |= set(_manifest_outs(yaml.safe_load(path.read_bytes())))
+        except (yaml.YAMLError, AttributeError, TypeError):
+            continue
+    return hashes
+
+
+def _manifest_outs(stage: dict[str, Any]) -> Iterator[str]:
+    for out in stage.get("outs") or ():
+        if str(out.get("path", "")).endswith("manifest.json") and "md5" in out:
+            yield str(out["md5"])
 
 
 def _folders(store: Store, relative: str, *, depth: int) -> list[str]:

@@ -357,10 +357,14 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Raises StoreError when the stage that writes it has not run."""
+    """Raises StoreError when the stage that writes it has not run, or its file is damaged."""
     try:
         raw = json.loads(path.read_text())
+        units = tuple(record_from(unit) for unit in raw["units"])
+        return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])
     except FileNotFoundError:
         raise StoreError(f"{path}: not there; run `dvc repro {path.parent.name}` first") from None
-    units = tuple(record_from(unit) for unit in raw["units"])
-    return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path}: not a manifest ({type(error).__name__} {error}); `dvc repro -f -s {path.parent.name}` writes it"
+        ) from None

@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from pbe.errors import UserError
+
 EXPERIMENT = "paint-by-example"
+
+
+class TrackError(UserError):
+    """The tracking server or database cannot be used."""
 
 
 def _client(tracking_uri: str) -> Any:
     # must be set before the first import; MLflow's own usage reporting has no place in a pipeline
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its 7 tries a dead server for four minutes
     import logging
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -35,9 +42,10 @@ def open_run(
 ) -> str:
     """The id of an existing run, or of a new one that gets `params`, which MLflow never lets change.
 
-    A known `run_id` that the server no longer has (a deleted database) gives a new run.
+    A known `run_id` that the server no longer has (a deleted database) gives a new run. Raises TrackError.
     """
     client = _client(tracking_uri)
+    _reach(client, tracking_uri)
     if run_id is not None and _exists(client, run_id):
         client.update_run(run_id, status="RUNNING")
         for key, value in tags.items():
@@ -53,6 +61,16 @@ def open_run(
     for key, value in flatten(params).items():
         client.log_param(run.info.run_id, key, value)
     return run.info.run_id
+
+
+def _reach(client: Any, tracking_uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_experiment_by_name(EXPERIMENT)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: no MLflow answers there: {reason}") from None
 
 
 def _exists(client: Any, run_id: str) -> bool:

@@ -1,8 +1,8 @@
 """`python -m pipelines STAGE [--variant NAME]`: run one stage here, or submit it as a Ray job.
 
 With RAY_ADDRESS=http://... the heavy stages submit themselves to that cluster and bring their manifest back;
-without it the same command runs on local Ray. Also: `summary` (what `make repro` prints last) and
-`profile NAME --root DIR` (writes params.yaml from infra/profiles).
+without it the same command runs on local Ray. Also: `check` and `summary` (what `make repro` does first and prints
+last) and `profile NAME --root DIR` (writes params.yaml from infra/profiles).
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in VARIANT_STAGES:
             stage_parser.add_argument("--variant", required=True)
         stage_parser.add_argument("--as-job", metavar="ID", help=argparse.SUPPRESS)
+    commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
     profile_parser = commands.add_parser("profile", help="write params.yaml from infra/profiles")
     profile_parser.add_argument("name")
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(args: argparse.Namespace) -> None:
     # imported here: a stage must not pay for the others' imports (torch, ray, mlflow)
+    if args.command == "check":
+        from pipelines.check import main as run_check
+
+        return run_check()
     if args.command == "summary":
         from pipelines.summary import main as run_summary
 

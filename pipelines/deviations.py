@@ -44,7 +44,7 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
     )
     yield Deviation(
         "shrinking",
-        "bilinear down to half, below it averages areas",
+        "bilinear down to a quarter, as the original; below it averages areas",
         "bilinear without antialias",
         "no aliasing at small sizes",
     )

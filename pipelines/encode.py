@@ -5,7 +5,7 @@ in manifest order; for each row the reference is encoded `reference_draws` times
 fresh augmentation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -48,12 +48,17 @@ def main(stage: Stage) -> None:
 
 
 def _fit_codec(stage: Stage, triplets: Manifest, cfg: EncodeConfig) -> str:
-    """Storage path of the fitted codec; its name says what it was fitted on."""
-    identity = digest([cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops, triplets.digest, stage.code])
-    path = f"parts/encode/codec-{identity}/codec.safetensors"
+    """Storage path of the fitted codec; its name says what it was fitted on: the files that the crops come from.
+
+    So new photos leave the codec, and with it the parts of other buckets, as they are once the first buckets alone hold
+    `codec_fit_crops` crops.
+    """
+    files = list(_first_files(triplets, cfg.codec_fit_crops))
+    shape = [cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops]
+    path = f"parts/encode/codec-{digest([*shape, [file.sha256 for file in files], stage.code])}/codec.safetensors"
     if not stage.store.exists(path):
         crops = with_progress(
-            _crops(stage.store, triplets, cfg.codec_fit_crops), "encode: codec", total=cfg.codec_fit_crops, unit="crop"
+            _crops(stage.store, files, cfg.codec_fit_crops), "encode: codec", total=cfg.codec_fit_crops, unit="crop"
         )
         codec, explained = fit_patch_codec(crops, patch_px=cfg.codec_patch_px, channels=cfg.codec_channels)
         print(f"encode: {cfg.codec_channels} components keep {explained:.1%} of the patch variance")
@@ -61,15 +66,22 @@ def _fit_codec(stage: Stage, triplets: Manifest, cfg: EncodeConfig) -> str:
     return path
 
 
-def _crops(store: Store, triplets: Manifest, limit: int) -> Iterator[np.ndarray]:
+def _first_files(triplets: Manifest, crops: int) -> Iterator[File]:
+    """Files with the first `crops` rows, slot by slot."""
+    rows = 0
+    for file in (file for files in slot_files(triplets) for file in files):
+        if rows >= crops:
+            return
+        rows += file.rows
+        yield file
+
+
+def _crops(store: Store, files: Sequence[File], limit: int) -> Iterator[np.ndarray]:
     left = limit
-    for files in slot_files(triplets):
-        for file in files:
-            for data in store.read_table(file, columns=["source"]).column("source").to_pylist()[:left]:
-                left -= 1
-                yield images.decode(data)
-            if not left:
-                return
+    for file in files:
+        for data in store.read_table(file, columns=["source"]).column("source").to_pylist()[:left]:
+            left -= 1
+            yield images.decode(data)
 
 
 def _identity(cfg: EncodeConfig) -> dict[str, object]:
@@ -86,7 +98,7 @@ def _worker(store: Store, cfg: EncodeConfig, image_px: int, codec_path: str, see
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
     codec, backbone, augmenter = (
-        codec_from_bytes(store.read_bytes(codec_path)),
+        codec_from_bytes(store.read_bytes(codec_path), store.full_uri(codec_path)),
         load_backbone(cfg.backbone),
         make_augmenter(),
     )

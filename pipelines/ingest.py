@@ -116,8 +116,9 @@ def _selection(cfg: IngestConfig) -> Selection:
         path = repo_root() / Path(cfg.image_ids).expanduser()
         try:
             lines = path.read_text(encoding="utf-8-sig").split()
-        except OSError as error:
-            raise SourceError(f"ingest.image_ids: {path} cannot be read: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
+            raise SourceError(f"ingest.image_ids: {path} cannot be read: {reason}") from None
         ids = {line.rpartition("/")[2].removesuffix(".jpg") for line in lines}  # also `train/<id>`, as the downloader's
         if not ids:
             raise SourceError(f"ingest.image_ids: {path} holds no id")

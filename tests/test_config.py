@@ -277,6 +277,7 @@ def test_numbers_as_the_command_line_writes_them_are_numbers(load: Load) -> None
         (b"train: [1, 2", "not valid YAML"),
         (b"train: {\n  lr: }: 3\n", "not valid YAML"),
         (b"seed: \xff", "not valid YAML"),
+        (b"seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", "not valid YAML: key 'lr' is there twice"),
     ],
     ids=str,
 )
@@ -336,6 +337,10 @@ def test_storage_is_an_absolute_path_or_s3(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PBE_STORAGE", "gs://bucket")
     with pytest.raises(ParamsError, match=r"^PBE_STORAGE=gs://bucket: use a local path or s3://bucket/prefix$"):
         storage_uri()
+    for value in ("s3://", "s3:///", "~nobody-of-this-name/x"):
+        monkeypatch.setenv("PBE_STORAGE", value)
+        with pytest.raises(ParamsError, match=f"^PBE_STORAGE={value}: "):
+            storage_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri() == "http://tracking:5000"
 

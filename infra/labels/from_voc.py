@@ -10,9 +10,12 @@ from pathlib import Path
 
 
 def main(folder: str) -> None:
+    files = sorted(Path(folder).rglob("*.xml"))
+    if not files:
+        sys.exit(f"{folder}: no .xml annotation there")
     out = csv.writer(sys.stdout)
     out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsTruncated"])
-    for path in sorted(Path(folder).rglob("*.xml")):
+    for path in files:
         try:
             root = ElementTree.parse(path).getroot()
             width, height = number(root, "size/width"), number(root, "size/height")

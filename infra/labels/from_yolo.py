@@ -9,12 +9,17 @@ import csv
 import sys
 from pathlib import Path
 
+NOT_LABELS = ("classes.txt", "obj.names", "train.txt", "val.txt", "test.txt")  # tools leave these among the labels
+
 
 def main(folder: str, names_file: str | None = None) -> None:
     names = Path(names_file).read_text().splitlines() if names_file else []
+    files = [path for path in sorted(Path(folder).rglob("*.txt")) if path.name not in NOT_LABELS]
+    if not files:
+        sys.exit(f"{folder}: no .txt label file there")
     out = csv.writer(sys.stdout)
     out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
-    for path in sorted(Path(folder).rglob("*.txt")):
+    for path in files:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if not line.strip():
                 continue

@@ -1,14 +1,15 @@
 """Box files to ANNOTATIONS batches: OpenImages CSVs in one streaming pass, COCO instances JSON.
 
 Every line comes out, also a wrong one: it then carries a reason and a detail (pbe/data/schema.py). The split is
-taken from the file's name, as upstream's read_bbox.py does: "train" in it, else "val", else "test"; a file that
-names none is train.
-Formats: REFERENCE 6.2 (21 columns for train, 13 for validation and test; read by column name).
+taken from a word of the file's name, as upstream's read_bbox.py does: train, else val or validation, else test; a file
+that names none is train.
+OpenImages has 21 columns for train, 13 for validation and test; they are read by name.
 """
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,12 @@ FLAG_COLUMNS = {
 COORDINATES = {"xmin": "XMin", "xmax": "XMax", "ymin": "YMin", "ymax": "YMax"}
 BOX_COLUMNS = ("ImageID", "LabelName", *COORDINATES.values())
 NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
+# words of a file's name, e.g. oidv6-train-annotations-bbox.csv, instances_val2017.json; not the "test" of "latest"
+_SPLIT_WORDS = {
+    r"(?<![a-z])train(ing)?(?![a-z])": "train",
+    r"(?<![a-z])val(id|idation)?(?![a-z])": "validation",
+    r"(?<![a-z])test(ing)?(?![a-z])": "test",
+}
 IMAGE_SUFFIX = r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$"  # some tools write file names into ImageID
 
 
@@ -66,7 +73,7 @@ def read_annotations(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
 
 
 def class_names(tree: FileTree) -> dict[str, str]:
-    """Label id to name from class-descriptions*.csv beside the box files, and from the box files' COCO categories.
+    """Label id to name from class-descriptions*.csv beside the box files; COCO files name their classes themselves.
 
     Both the headerless V5 file and the V7 file with a header (LabelName,DisplayName or id,name) are read.
     """
@@ -104,8 +111,8 @@ def _is_box_file(name: str) -> bool:
 
 
 def _split_of(name: str) -> int:
-    splits = {"train": "train", "val": "validation", "test": "test"}
-    return SPLITS.index(next((split for word, split in splits.items() if word in name.lower()), "train"))
+    found = next((split for pattern, split in _SPLIT_WORDS.items() if re.search(pattern, name.lower())), "train")
+    return SPLITS.index(found)
 
 
 # -- OpenImages CSV ------------------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def _typed(batch: pa.RecordBatch, file: BoxFile, lines: pa.Array) -> pa.Table:
     label = pc.utf8_trim_whitespace(batch.column("LabelName"))
     problem(pc.equal(label, ""), "box_unparsable", "LabelName is empty")
     image_id = clean_ids(batch.column("ImageID"))
-    problem(invalid_ids(image_id), "image_id_invalid", pc.binary_join_element_wise("ImageID", image_id, " "))
+    problem(invalid_ids(image_id), "box_image_id_invalid", pc.binary_join_element_wise("ImageID", image_id, " "))
     problem(_outside(columns), "box_outside_image", _outside_detail(columns) if _outside(columns).any() else "")
 
     reason, detail = _first_problem(problems, count)
@@ -384,7 +391,7 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         return row | {"detail": f"annotation {row['line']}: {type(error).__name__} {error}"}
     if invalid_ids(pa.array([row["image_id"]]))[0].as_py():
-        return row | {"reason": "image_id_invalid", "detail": f"file_name {photo['file_name']!r} gives no plain id"}
+        return row | {"reason": "box_image_id_invalid", "detail": f"file_name {photo['file_name']!r} gives no plain id"}
     slack = [1 / photo_width, 1 / photo_width, 1 / photo_height, 1 / photo_height]
     clipped = [min(max(end, 0.0), 1.0) if -by <= end <= 1 + by else end for end, by in zip(ends, slack, strict=True)]
     row |= dict(zip(COORDINATES, clipped, strict=True))

@@ -65,7 +65,7 @@ def padded(box: Box, pad_px: int, *, width_px: int, height_px: int) -> Box:
 def extended(box: Box, *, width_px: int, height_px: int, extend_frac: float, rng: np.random.Generator) -> Box:
     """Push each side out by an inclusive uniform integer in [0, int(extend_frac * room)], room = px to the border.
 
-    Four independent draws, order left, top, right, bottom (REFERENCE 1.3 b).
+    Four independent draws, order left, top, right, bottom.
     """
 
     def draw(room: int) -> int:
@@ -80,7 +80,7 @@ def extended(box: Box, *, width_px: int, height_px: int, extend_frac: float, rng
 
 
 def square_window(ext: Box, *, width_px: int, height_px: int, shrink_frac: float, rng: np.random.Generator) -> Window:
-    """The crop around the extended box (REFERENCE 1.3 d).
+    """The crop around the extended box.
 
     A window of the image's short side slides along the long side, keeping `ext` inside; then r px are cut off
     all four sides, r uniform in [0, int(shrink_frac * free)], free = the smallest distance from `ext` to the

@@ -54,6 +54,10 @@ class FileTree:
             raise SourceError(f"{self.key}: there is no {self.where}")
         return bool(kind == pafs.FileType.Directory)
 
+    def require(self) -> None:
+        """Raises SourceError when there is nothing at the place."""
+        _ = self.is_folder
+
     def _info(self, path: str) -> Any:
         try:
             return self._opened[0].get_file_info(path)
@@ -95,9 +99,16 @@ class FileTree:
         found = []
         for info in self._list(pafs.FileSelector(root, recursive=True)):
             if info.type == pafs.FileType.File:
-                inner = PurePosixPath(info.path).relative_to(root).as_posix()
+                inner = PurePosixPath(self._text(info)).relative_to(root).as_posix()
                 found.append(FileInfo(inner, info.size, f"{info.size}:{info.mtime_ns}"))
         return sorted(found, key=lambda info: info.name)
+
+    def _text(self, info: Any) -> str:
+        try:
+            return str(info.path)
+        except UnicodeDecodeError as error:
+            name = error.object.decode(errors="backslashreplace")
+            raise SourceError(f"{self.key}: {name}: the name is not UTF-8; rename the file") from None
 
     def read(self, name: str) -> bytes:
         """Raises OSError."""
@@ -113,4 +124,4 @@ def file_tree(location: str, *, root: Path, key: str) -> FileTree:
     """location: s3://..., or a local path, taken relative to `root`."""
     if location.startswith("s3://"):
         return FileTree(location.rstrip("/"), key)
-    return FileTree(str((root / Path(location).expanduser()).resolve()), key)
+    return FileTree(str((root / location).resolve()), key)

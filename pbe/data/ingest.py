@@ -15,6 +15,9 @@ from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, table_from_rows
 FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
 
 
+NO_IDS = ("", ".", "..")  # what is left of a file name like .jpg
+
+
 @dataclass(frozen=True)
 class PhotoLimits:
     """exif: whether boxes are those of the upright picture ("apply") or of the stored one ("ignore")."""
@@ -87,9 +90,14 @@ def read_bucket(
         bucket.counts["images_in"] += len(copies)
         if boxes.get(image_id):
             jobs.append(copies)
-        else:
-            for photo in copies:
-                bucket.reject("images", photo.address, "image_without_box", "no usable line of the box files names it")
+            continue
+        reason, detail = "image_without_box", "no line of the box files names it"
+        if image_id in boxes:
+            detail = "every line about it was rejected"
+        elif image_id in NO_IDS:
+            reason, detail = "image_id_invalid", "the file's name gives no id"
+        for photo in copies:
+            bucket.reject("images", photo.address, reason, detail)
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(lambda copies: [_read(photo, read, limits) for photo in copies], jobs))
 
@@ -123,7 +131,7 @@ def _usable_boxes(
     for row in annotations.to_pylist():
         bucket.counts["boxes_in"] += 1
         key, image_id, split = f"{row['file']}:{row['line']}", row["image_id"], SPLITS[row["split"]]
-        if row["reason"] == "image_id_invalid":
+        if row["reason"] == "box_image_id_invalid":
             bucket.reject("boxes", key, row["reason"], row["detail"])
             continue
         if image_id not in known:
@@ -148,8 +156,6 @@ def _usable_boxes(
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
     """The IMAGES row of a photo but for its split; decoding it in full is the only way to know that it can be."""
     try:
-        if photo.image_id in ("", ".", ".."):
-            raise PhotoError("image_id_invalid", f"{photo.address}: the file's name gives no id")
         data = read(photo.image_id, photo.address)
         header = image_codec.read_header(data)
         if header.width_px * header.height_px > limits.max_pixels:

@@ -1,7 +1,7 @@
 """Hole masks: the extended box as a rectangle, and the Bezier shape around the tight box.
 
 `hole_mask` is uint8, 1 where the edit goes, 0 where the photo is kept.
-Source: upstream ldm/data/open-images.py (REFERENCE 1.3 c). The paper's text says 20 points per curve and
+Source: upstream ldm/data/open-images.py. The paper's text says 20 points per curve and
 offsets of 1-5 px; the code, which trained the published weights, samples 18 (t = 0.05 .. 0.90) and draws
 offsets from [-5, 5]. The code's values are the default.
 Deviation: upstream skips a point whose x or y equals one already taken, an accident of float ties in

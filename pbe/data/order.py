@@ -1,4 +1,4 @@
-"""Sample order: a pure function of (seed, epoch, lane), not of the number of workers (DESIGN 5.3).
+"""Sample order: a pure function of (seed, epoch, lane), not of the number of workers.
 
 Row groups of a slot are dealt round robin to a fixed number of *lanes*. Each lane is an endless stream of its
 own epochs; epoch e reads slot e mod slots. A global batch takes batch / lanes rows from every lane, and rank r

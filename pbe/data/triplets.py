@@ -2,7 +2,7 @@
 
 `plan_triplet` decides where everything lies and draws the holes, with all the randomness and without a pixel of the
 photo; `cut` takes the source and the reference out of it. Both are pure functions of their arguments.
-Source: upstream ldm/data/open-images.py (REFERENCE 1.3 a-d).
+Source: upstream ldm/data/open-images.py, `OpenImageDataset.__getitem__`.
 Deviations: both hole shapes are cut for the same crop, so that training can pick; they are drawn in the crop, where
 a pixel is 0 or 1 (upstream draws in the photo and resizes, which leaves fractional edges); the reference is stored
 clean, augmentation comes later.

@@ -13,7 +13,7 @@ TRAIN_TIMESTEPS = 1000  # upstream configs/v1.yaml
 def make_scheduler(beta_schedule: BetaSchedule) -> DDIMScheduler:
     """DDIM on predicted x0 (`sampling` converts every objective to x0 first), trailing timesteps.
 
-    scaled_linear with 0.00085 .. 0.012 is upstream's "linear" schedule (REFERENCE 1.4).
+    scaled_linear with 0.00085 .. 0.012 is upstream's "linear" schedule (its v1.yaml).
     """
     return DDIMScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,

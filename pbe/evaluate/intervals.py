@@ -4,7 +4,7 @@ Sources: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Davison a
 (whole clusters); Shao and Wu 1989 (delete-d jackknife).
 
 A bootstrap sample repeats rows, which shrinks a covariance's support: on a Frechet distance its interval lies
-beside the point estimate (STACK.md section 9: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without
+beside the point estimate (in one trial: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without
 replacement repeat nothing, and their spread around their own mean is free of the bias that fewer rows bring.
 """
 

@@ -4,7 +4,7 @@ Source: GMM-GIQA (Gu et al. 2020, arXiv 2003.08932): the log-likelihood of an im
 Gaussian mixture of real images. Upstream: eval_tool/gmm/gmm_score_coco.py.
 
 This is NOT the paper's QS. That is 100 * mean(clip(log-likelihood / 300, 0, 1)) under one pickled mixture on
-CLIP ViT-B/32 features (REFERENCE 2.3): the 0..300 belongs to that mixture, and its covariance type and
+CLIP ViT-B/32 features: the 0..300 belongs to that mixture, and its covariance type and
 fitting split are stated nowhere. GIQA's own README calls the absolute value meaningless and says to use
 ranks. So we rank each edit among real photos the mixture has not seen: 50 is an average real photo, 0 is
 below all of them. A rank is comparable between edits scored with the same photos, not between extractors or

@@ -1,6 +1,6 @@
 """All metrics of one set of edits: bench rows and edited images in, named estimates out.
 
-Names are honest (DESIGN 5.9): a metric that is not computed with the paper's extractor carries the extractor's name.
+Names are honest: a metric that is not computed with the paper's extractor carries the extractor's name.
 `own_*` and `swap_*` are two different things (they are reported apart, `exemplar_gain` is their mean):
 own rises when a foreign reference makes the fill worse, swap only when the fill moves towards the foreign reference.
 """

@@ -105,8 +105,7 @@ def hole_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
 def match_resolution(reference: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height_px, width_px, 3): the reference at the pixel size of the region it fills.
 
-    Without it a sharp reference is compared with a small region, and sharpness outweighs content (SAMPLE.md
-    section 0: "low"). By `images.resize`.
+    Without it a sharp reference is compared with a small region, and sharpness outweighs content. By `images.resize`.
     """
     return resize(reference, width_px=width_px, height_px=height_px)
 

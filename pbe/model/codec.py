@@ -9,8 +9,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+
+from pbe.errors import UserError
+
+
+class CodecError(UserError, ValueError):
+    """A codec's file is damaged."""
 
 
 class PatchCodec(nn.Module):
@@ -55,10 +62,13 @@ def codec_bytes(codec: PatchCodec) -> bytes:
     return save({name: value.contiguous() for name, value in codec.state_dict().items()})
 
 
-def codec_from_bytes(data: bytes) -> PatchCodec:
-    """Inverse of codec_bytes."""
-    tensors = load(data)
-    return PatchCodec(tensors["mean"], tensors["basis"], tensors["rms"])
+def codec_from_bytes(data: bytes, where: str) -> PatchCodec:
+    """Inverse of codec_bytes. Raises CodecError naming `where` for anything else."""
+    try:
+        tensors = load(data)
+        return PatchCodec(tensors["mean"], tensors["basis"], tensors["rms"])
+    except (SafetensorError, KeyError) as error:
+        raise CodecError(f"{where}: not a whole codec ({error}); delete it, and what wrote it makes it again") from None
 
 
 def fit_patch_codec(crops: Iterable[np.ndarray], *, patch_px: int, channels: int) -> tuple[PatchCodec, float]:

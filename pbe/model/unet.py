@@ -1,7 +1,7 @@
 """The denoiser: diffusers' UNet2DConditionModel on [noisy latent, masked latent, keep mask], with the mapper.
 
-Channel order and polarity are upstream's (REFERENCE 1.7): noisy latent first, then the masked photo's latent,
-then the keep mask with 1 = known. SD-inpainting differs in both.
+Channel order and polarity are upstream's (ldm/models/diffusion/ddpm.py): noisy latent first, then the masked photo's
+latent, then the keep mask with 1 = known. SD-inpainting differs in both.
 Deviation of the sample profile: `class_embedding` feeds the same token to the time embedding as well.
 """
 

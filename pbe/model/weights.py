@@ -71,4 +71,8 @@ def _read_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
             f"{folder}/model.safetensors does not fit model.json: missing {problems.missing_keys[:3]}, "
             f"unexpected {problems.unexpected_keys[:3]}"
         )
-    return model.eval(), codec_from_bytes((folder / "codec.safetensors").read_bytes()), card
+    return (
+        model.eval(),
+        codec_from_bytes((folder / "codec.safetensors").read_bytes(), f"{folder}/codec.safetensors"),
+        card,
+    )

@@ -61,7 +61,8 @@ def train_worker(job: Job) -> None:
     model.exemplar.set_statistics(_reference_features(store, job.encoded))
     if cfg.precision == "bf16_autocast" and device.type == "cpu":
         use_float32_group_norm(model)
-    codec = codec_from_bytes(store.read_bytes(str(job.encoded.config["codec"])))
+    codec_path = str(job.encoded.config["codec"])
+    codec = codec_from_bytes(store.read_bytes(codec_path), store.full_uri(codec_path))
     grey_latent = codec.posterior(torch.zeros(1, 3, job.card.image_px, job.card.image_px))[0].to(device)
     alpha_bar = alphas_cumprod(cfg.beta_schedule).to(device)
     engine = make_engine(model, cfg)

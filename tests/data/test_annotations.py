@@ -76,11 +76,11 @@ def test_the_21_columns_of_train_and_the_13_of_validation_are_read_by_name(tmp_p
         ("a,/m/1,-0.1,0.5,0.2,0.6", "box_outside_image", "x -0.1..0.5"),
         ("a,/m/1,0.1,0.5,0.6,0.6", "box_outside_image", "y 0.6..0.6"),
         ("a,/m/1,12,480,30,200", "box_outside_image", "x 12..480"),  # pixels instead of fractions
-        (",/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "ImageID "),
-        ("../../etc/passwd,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "ImageID ../../etc/passwd"),
-        ("/etc/passwd,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", "/etc/passwd"),
-        ("..\\..\\x,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", ""),
-        ("..,/m/1,0.1,0.5,0.2,0.6", "image_id_invalid", ".."),
+        (",/m/1,0.1,0.5,0.2,0.6", "box_image_id_invalid", "ImageID "),
+        ("../../etc/passwd,/m/1,0.1,0.5,0.2,0.6", "box_image_id_invalid", "ImageID ../../etc/passwd"),
+        ("/etc/passwd,/m/1,0.1,0.5,0.2,0.6", "box_image_id_invalid", "/etc/passwd"),
+        ("..\\..\\x,/m/1,0.1,0.5,0.2,0.6", "box_image_id_invalid", ""),
+        ("..,/m/1,0.1,0.5,0.2,0.6", "box_image_id_invalid", ".."),
     ],
 )
 def test_a_wrong_line_has_its_reason_and_costs_no_other_line(
@@ -123,6 +123,10 @@ def test_a_byte_order_mark_extra_columns_windows_ends_and_another_order_are_fine
         ("boxes.csv", "train"),
         ("latest_train.csv", "train"),  # "test" comes first in the name, "train" decides
         ("test_vs_val.csv", "validation"),
+        ("instances_val2017.json.csv", "validation"),
+        ("oidv6-test.csv", "test"),
+        ("latest_boxes.csv", "train"),  # names no split: a word counts, not its end
+        ("interval_values.csv", "train"),
     ],
 )
 def test_the_split_is_in_the_files_name_train_before_val_before_test_and_the_folder_has_no_say(
@@ -272,7 +276,7 @@ def test_a_coco_annotation_that_is_no_annotation_costs_no_other(tmp_path: Path, 
 def test_a_coco_photo_without_a_name_is_an_invalid_id(tmp_path: Path) -> None:
     photo = _coco()["images"][0] | {"file_name": ""}
     (row,) = _read(tmp_path, json.dumps(_coco(images=[photo])), "instances.json")
-    assert row["reason"] == "image_id_invalid"
+    assert row["reason"] == "box_image_id_invalid"
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_the_draws_are_left_top_right_bottom() -> None:
 
 
 def _upstream_range(ext: Box, width_px: int, height_px: int) -> tuple[int, int]:
-    """left_most and right_most (or upper and lower) of REFERENCE 1.3 d."""
+    """left_most and right_most (or upper and lower) of upstream's open-images.py."""
     side = min(width_px, height_px)
     low, high, length = (ext.x0, ext.x1, width_px) if width_px > height_px else (ext.y0, ext.y1, height_px)
     return max(high - side, 0), min(low + side, length) - side

@@ -20,6 +20,7 @@ BODY = b"\xff\xd8\xff" + b"x" * 5000
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # many threads connect at once; of 5 in the queue one was turned away
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -97,10 +97,7 @@ def test_a_tree_travels_to_other_processes_after_it_was_opened(put: Put) -> None
     assert again == tree and again.read("b.jpg") == FILES["b.jpg"]
 
 
-def test_a_relative_place_is_one_of_the_repository_and_a_tilde_is_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def test_a_relative_place_is_one_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "repository"
 
@@ -109,7 +106,6 @@ def test_a_relative_place_is_one_of_the_repository_and_a_tilde_is_home(
 
     assert where("photos") == where("./photos/") == str(root / "photos")
     assert where("../photos") == where(str(tmp_path / "photos")) == str(tmp_path / "photos")
-    assert where("~/photos") == str(tmp_path / "home" / "photos")
     assert where("s3://bucket/my photos/") == "s3://bucket/my photos"
 
 

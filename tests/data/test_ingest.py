@@ -159,6 +159,7 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
     place.photo("bad.png", data=b"no image")
     place.photo("lonely.png")
     place.photo("unusable.png")
+    place.photo("nameless/.png")
     place.photo("large.png", (200, 100))
     place.photo("x/twice.png", grey=1)
     place.photo("y/twice.png", grey=2)
@@ -200,13 +201,14 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
         "train.csv:5": "image_missing",
         "train.csv:6": "box_outside_image",
         "unusable.png": "image_without_box",
+        "nameless/.png": "image_id_invalid",
         "train.csv:7": "box_unparsable",
         "large.png": "image_too_large",
         "train.csv:8": "box_image_rejected",
         "x/twice.png": "image_id_duplicated",
         "y/twice.png": "image_id_duplicated",
         "train.csv:9": "box_image_rejected",
-        "train.csv:10": "image_id_invalid",
+        "train.csv:10": "box_image_id_invalid",
         "val.csv:2": "box_in_other_split",
         "lonely.png": "image_without_box",
         "s404": "image_unpublished",
@@ -365,7 +367,7 @@ def test_a_source_that_does_not_list_all_is_asked_for_what_boxes_name_and_no_mor
     assert _rejects(tables) == {
         "train.csv:4": "box_outside_image",
         "train/wrong.png": "image_without_box",
-        "train.csv:5": "image_id_invalid",
+        "train.csv:5": "box_image_id_invalid",
     }
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,9 @@ from pbe.data.schema import (
     array_field,
     array_shape,
     encoded_schema,
+    picture_field,
     require,
+    table_from_rows,
 )
 from pbe.store import Store
 
@@ -78,3 +81,33 @@ def test_encoded_columns_have_the_shapes_of_latents_masks_and_tokens() -> None:
 
 def test_reject_reasons_are_a_closed_list_without_repeats() -> None:
     assert len(set(REJECT_REASONS)) == len(REJECT_REASONS) > 0
+
+
+SCHEMA = pa.schema([pa.field("name", pa.string()), pa.field("blob", pa.binary()), pa.field("size", pa.int32())])
+
+
+@pytest.mark.parametrize("blobs", [[], [b""], [b"a", b"", b"ccc"], [b"a", None, b"b"], [None]], ids=str)
+def test_the_table_is_what_pyarrow_makes_of_the_rows(blobs: list[bytes | None]) -> None:
+    rows = [{"name": f"{number}", "blob": blob, "size": number} for number, blob in enumerate(blobs)]
+    table = table_from_rows(rows, SCHEMA)
+    table.validate(full=True)
+    assert table.equals(pa.Table.from_pylist(rows, schema=SCHEMA)) and table.schema == SCHEMA
+
+
+def test_a_key_that_a_row_lacks_is_null() -> None:
+    assert table_from_rows([{"name": "a"}], SCHEMA).to_pylist() == [{"name": "a", "blob": None, "size": None}]
+
+
+def test_the_storage_compresses_everything_but_pictures(store: Store) -> None:
+    schema = pa.schema([picture_field("picture"), pa.field("mask", pa.binary()), pa.field("name", pa.string())])
+    rows = [{"picture": b"p" * 1000, "mask": b"m" * 1000, "name": "n" * 1000}]
+    record = store.write_unit("materialize", "unit", {"all": table_from_rows(rows, schema)}, counts={})
+    group = pq.read_metadata(store.path(record.file("all").path)).row_group(0)
+    codecs = {group.column(index).path_in_schema: group.column(index).compression for index in range(3)}
+    assert codecs == {"picture": "UNCOMPRESSED", "mask": "ZSTD", "name": "ZSTD"}
+    assert store.read_table(record.file("all")).to_pylist() == rows
+
+
+def test_photos_are_pictures_and_rejects_hold_none() -> None:
+    assert IMAGES.field("bytes").equals(picture_field("bytes"), check_metadata=True)
+    assert not any(field.metadata for field in REJECTS)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -277,3 +278,9 @@ def test_photos_are_read_where_their_info_says_or_where_their_split_puts_them(tm
     with pytest.raises(PhotoError) as caught:
         source.read(source.address_without_photo("b", "test"), 1000)
     assert caught.value.reason == "image_unpublished" and "test/b.jpg" in str(caught.value)
+
+
+def test_a_file_name_that_is_not_utf8_is_one_message_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"ingest\.images: .*caf\\xe9\.jpg: the name is not UTF-8; rename the file"):
+        list(FolderSource(FileTree(str(tmp_path), "ingest.images")).photos())

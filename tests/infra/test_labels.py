@@ -36,6 +36,7 @@ def test_yolo_labels_of_coco256_give_the_boxes_of_its_csv() -> None:
 
 def test_yolo_names_polygons_and_a_wrong_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 0.5 0.5 0.5 0.25\n\n0 0.1 0.2 0.9 0.2 0.5 0.8\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")  # labelImg puts it beside the labels
     names = tmp_path / "classes.names"
     names.write_text("cat\ndog\n")
     rows = list(csv.reader(io.StringIO(_run("from_yolo.py", str(tmp_path), str(names)).stdout)))
@@ -55,3 +56,10 @@ def test_voc_pixels_start_at_1(tmp_path: Path) -> None:
     (tmp_path / "bad.xml").write_text("<annotation>")
     failed = _run("from_voc.py", str(tmp_path), check=False)
     assert failed.returncode == 1 and "bad.xml" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("tool", ["from_yolo.py", "from_voc.py"])
+def test_a_folder_without_labels_is_an_error(tool: str, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        failed = _run(tool, str(folder), check=False)
+        assert failed.returncode == 1 and failed.stdout == "" and str(folder) in failed.stderr

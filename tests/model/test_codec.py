@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pbe.model.codec import PatchCodec, codec_bytes, codec_from_bytes, fit_patch_codec
+from pbe.model.codec import CodecError, PatchCodec, codec_bytes, codec_from_bytes, fit_patch_codec
 
 
 def _pixels(crops: np.ndarray) -> Tensor:
@@ -120,7 +120,7 @@ def test_with_all_components_projection_is_idempotent(crops: np.ndarray) -> None
 
 def test_bytes_and_back_is_exact(codec: PatchCodec) -> None:
     data = codec_bytes(codec)
-    assert _equal(codec_from_bytes(data), codec) and codec_bytes(codec_from_bytes(data)) == data
+    assert _equal(codec_from_bytes(data, "x"), codec) and codec_bytes(codec_from_bytes(data, "x")) == data
 
 
 def test_without_crops_there_is_no_codec() -> None:
@@ -132,3 +132,9 @@ def test_crops_of_one_colour_give_finite_latents() -> None:
     codec, explained = fit_patch_codec([np.full((4, 4, 3), 77, np.uint8)], patch_px=2, channels=3)
     latents = codec.posterior(_pixels(np.full((1, 4, 4, 3), 78, np.uint8)))[0]
     assert torch.isfinite(latents).all() and np.isfinite(explained)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_damaged_file_is_one_error_with_its_place(codec: PatchCodec, cut: int) -> None:
+    with pytest.raises(CodecError, match=r"^parts/codec: not a whole codec"):
+        codec_from_bytes(codec_bytes(codec)[:cut], "parts/codec")

@@ -100,11 +100,12 @@ def make_project(folder: Path, profile: str = "tiny") -> Project:
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL the process and all it started (raylet, workers), as a machine that loses power would."""
     parent = psutil.Process(process.pid)
-    family = [*parent.children(recursive=True), parent]
+    # the parent first: DVC would see its stage die and be killed while it writes that down
+    family = [parent, *parent.children(recursive=True)]
     for member in family:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family[:-1], timeout=20)
+    psutil.wait_procs(family[1:], timeout=20)
     process.wait(timeout=20)

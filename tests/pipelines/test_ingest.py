@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
     """Serves train/<id>.jpg; those in `busy` answer 503, unknown ones 404."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,0 +1,43 @@
+"""check: what `make repro` asks first, so that wrong settings are refused in our words, before DVC reads them.
+
+It also removes DVC's lock file when a DVC that was killed left it half written: DVC refuses to start then.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from pbe.config import load_params, repo_root
+from pbe.data.files import file_tree
+
+TORN_AFTER_S = 2.0  # a lock that is being written is whole again long before
+
+
+def main() -> None:
+    """Raises ParamsError for settings, SourceError for photos or boxes that are not there."""
+    root, ingest = repo_root(), load_params().ingest
+    for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
+        tree = file_tree(location, root=root, key=key)
+        if tree.is_local:
+            tree.require()
+    _remove_torn_lock(root / ".dvc" / "tmp" / "rwlock")
+
+
+def _remove_torn_lock(path: Path) -> None:
+    deadline = time.monotonic() + TORN_AFTER_S
+    while _is_torn(path):
+        if time.monotonic() > deadline:
+            path.unlink(missing_ok=True)
+            print(f"pbe: removed {path}, which a killed DVC had left half written")
+            return
+        time.sleep(0.1)
+
+
+def _is_torn(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False

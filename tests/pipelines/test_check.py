@@ -1,0 +1,70 @@
+"""`python -m pipelines check`: what `make repro` asks before DVC reads anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pbe import config
+from pbe.config import ParamsError
+from pbe.data.files import SourceError
+from pipelines import check
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with the sample settings, its photos and boxes, and DVC's folder."""
+    home = config.repo_root()
+    for name in ("params.yaml", "pbe/data/sample/photos.csv", "pbe/data/sample/boxes_openimages.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((home / name).read_bytes())
+    (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    monkeypatch.setattr(check, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(check, "TORN_AFTER_S", 0.3)
+    return tmp_path
+
+
+def _replace(root: Path, old: str, new: str) -> None:
+    text = (root / "params.yaml").read_text()
+    assert old in text
+    (root / "params.yaml").write_text(text.replace(old, new))
+
+
+def test_sound_settings_pass_in_silence(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check.main()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", ["images", "boxes"])
+def test_photos_or_boxes_that_are_not_there_are_named_with_their_key(root: Path, key: str) -> None:
+    name = {"images": "photos.csv", "boxes": "boxes_openimages.csv"}[key]
+    (root / "pbe" / "data" / "sample" / name).unlink()
+    with pytest.raises(SourceError, match=rf"^ingest\.{key}: there is no .*{name}"):
+        check.main()
+
+
+def test_settings_are_refused_in_our_words(root: Path) -> None:
+    _replace(root, "  images: pbe/data/sample/photos.csv", "  images: ~/photos.csv")
+    with pytest.raises(ParamsError, match=r"images: ~/photos\.csv: write the path in full"):
+        check.main()
+    (root / "params.yaml").write_text("variants: [full]\n")
+    with pytest.raises(ParamsError, match=r"^params\.yaml: "):
+        check.main()
+
+
+@pytest.mark.parametrize("left", ["", '{"a": '])
+def test_a_lock_that_a_killed_dvc_left_half_written_is_removed(
+    root: Path, left: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = root / ".dvc" / "tmp" / "rwlock"
+    lock.write_text(left)
+    check.main()
+    assert not lock.exists() and str(lock) in capsys.readouterr().out
+
+
+def test_a_whole_lock_stays(root: Path) -> None:
+    lock = root / ".dvc" / "tmp" / "rwlock"
+    lock.write_text(json.dumps({"data": {"write": {"pid": 1, "cmd": "dvc repro"}}}))
+    check.main()
+    assert lock.exists()

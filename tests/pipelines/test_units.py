@@ -1,0 +1,47 @@
+"""Units on a real Ray of their own, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.project import FOREIGN, ROOT
+
+# Each unit ends only when the other has begun: one after the other they would wait for ever.
+MEET = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from pipelines.environment import prepare_driver
+prepare_driver()
+from pbe.store import Store
+from pipelines.units import Unit, run_units
+
+def worker(store):
+    def work(unit):
+        Path(store.path(unit.label)).touch()
+        deadline = time.monotonic() + 60
+        while not all(Path(store.path(label)).exists() for label in ("a", "b")):
+            assert time.monotonic() < deadline, f"{unit.label} ran alone"
+            time.sleep(0.02)
+        return store.write_unit("meet", unit.name, {}, counts={"met": 1})
+    return work
+
+store = Store(sys.argv[1])
+units = [Unit("a", "1", None), Unit("b", "1", None)]
+records = run_units("meet", units, store=store, worker=partial(worker, store), cpus=2)
+print([record.unit for record in records])
+"""
+
+
+@pytest.mark.timeout(200)
+def test_tasks_that_fit_run_side_by_side_from_the_start(tmp_path: Path) -> None:
+    """Ray Data holds a task back until it knows what the first one's output weighs; ours weigh nothing."""
+    (tmp_path / "store").mkdir()
+    env = {key: value for key, value in os.environ.items() if key not in FOREIGN} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEET, str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "['a-1', 'b-1']" in done.stdout

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pbe.errors import UserError
 from pipelines.environment import prepare_driver
-from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, open_stage
+from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +59,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         return run_profile(args.name, args.root)
     stage = open_stage(args.command, getattr(args, "variant", None))
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
     if stage.name in CLUSTER_STAGES and address.startswith("http") and not args.as_job:
         from pipelines.jobs import run_remotely
 

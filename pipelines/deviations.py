@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pbe.config import Params, TrainConfig
+from pbe.config import FilterConfig, Params, TrainConfig
 
 PAPER_IMAGE_PX = 512
-
+PAPER_REFERENCE_PX = 224
 PAPER_PHOTOS = 1_900_000
 
 
@@ -36,6 +36,18 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
         yield Deviation(
             "box filter", f"area {kept.min_area_frac} to {kept.max_area_frac}", "area 0.02 to 0.8", "a setting"
         )
+    if more := _rules_beyond_area(kept):
+        yield Deviation("more filter rules", ", ".join(more), "area alone", "a setting")
+    for topic, here, original, unit in (
+        ("padding of the reference", cut.reference_pad_px, 10, " px"),
+        ("growth of the box hole, of the room", cut.box_extend_frac, 0.4, ""),
+        ("shrinking of the crop, of what is free", cut.crop_shrink_frac, 0.6, ""),
+        ("jitter of a Bezier hole", cut.bezier_jitter_px, 5, " px"),
+    ):
+        if here != original:
+            yield Deviation(topic, f"up to {here:g}{unit}", f"up to {original:g}{unit}", "a setting")
+    if cut.reference_px != PAPER_REFERENCE_PX:
+        yield Deviation("reference size", f"{cut.reference_px} px", f"{PAPER_REFERENCE_PX} px", "CPU time")
     yield Deviation(
         "crops and holes",
         f"{cut.slots} triplets per photo, cut once, stored as JPEG (quality {cut.jpeg_quality}), read again in turn",
@@ -73,6 +85,12 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
         "drawn afresh in every epoch",
         "the encoder then runs once",
     )
+
+
+def _rules_beyond_area(kept: FilterConfig) -> list[str]:
+    """Settings of the optional rules that are on; `exclude_images` is upstream's too."""
+    optional = kept.model_dump(exclude={"min_area_frac", "max_area_frac", "exclude_images"})
+    return [f"{name} {value}" for name, value in optional.items() if value]
 
 
 def _train_deviations(params: Params) -> Iterator[Deviation]:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 TRAIN_ROWS, TRAIN_PHOTOS = 14_610_229, 1_743_042
 BLOCK_PHOTOS = 50_000
 

@@ -70,6 +70,13 @@ def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_
         ("reference augmentation off", "train.reference_augmentation", False),
         ("box filter", "filter.max_area_frac", 0.9),
         ("number format", "train.precision", "bf16_autocast"),
+        ("padding of the reference", "materialize.reference_pad_px", 0),
+        ("growth of the box hole, of the room", "materialize.box_extend_frac", 0.2),
+        ("shrinking of the crop, of what is free", "materialize.crop_shrink_frac", 0.0),
+        ("jitter of a Bezier hole", "materialize.bezier_jitter_px", 0),
+        ("reference size", "materialize.reference_px", 128),
+        ("more filter rules", "filter.min_side_px", 32),
+        ("more filter rules", "filter.exclude_flags", ["is_group_of"]),
     ],
 )
 def test_a_setting_of_the_paper_is_not_a_deviation(topic: str, key: str, other: object) -> None:

@@ -12,6 +12,7 @@ Two sets of photos give two lines of ratios; the last is the smaller ratio of ea
 """
 
 import argparse
+import hashlib
 import os
 import statistics
 import sys
@@ -33,6 +34,7 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
+from pbe.data import images as image_codec  # noqa: E402
 from pbe.data.annotations import box_files, read_annotations  # noqa: E402
 from pbe.data.boxes import Box, extended, padded, pixel_box, square_window  # noqa: E402
 from pbe.data.files import FileTree  # noqa: E402
@@ -96,6 +98,9 @@ def main() -> int:
             f"{photos.name}: {photos.images.num_rows} photos, roofline {roofline:.0f}/s, plain {ours:.0f}/s, "
             f"ray {one:.0f}/s on one core, {two:.0f}/s on two"
         )
+    if not args.quick:
+        for photos in sets:
+            print(f"{photos.name}: {more_rates(photos, repeats)}")
     low = [min(ratio[index] for ratio in ratios) for index in range(3)]
     print(f"plain_over_roofline={low[0]:.3f} ray_over_roofline={low[1]:.3f} scaling_1_to_2={low[2]:.3f}")
     return 0
@@ -183,6 +188,31 @@ def plain_rates(photos: Photos, repeats: int) -> tuple[float, float]:
             if turn:  # the first warms up
                 found.append(samples / (time.process_time() - started))
     return statistics.median(rates[roofline]), statistics.median(rates[ours])
+
+
+def more_rates(photos: Photos, repeats: int) -> str:
+    """What infra/scaling.py reckons with: one core, processor time, medians."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()
+        found = []
+        for _ in range(repeats):
+            started = time.process_time()
+            run()
+            found.append(time.process_time() - started)
+        return statistics.median(found)
+
+    def check() -> None:
+        for data in photos.images.column("bytes").to_pylist():
+            image_codec.read_header(data)
+            image_codec.decode(data)
+            hashlib.sha256(data).hexdigest()
+
+    def slots_8() -> None:
+        triplet_tables(photos.images, photos.boxes, cfg=CUT, slots=8, jpeg=JPEG, seed=SEED)
+
+    rows = photos.images.num_rows
+    return f"8 slots {8 * rows / seconds(slots_8):.0f} triplets/s, ingest checks {rows / seconds(check):.0f} photos/s"
 
 
 def ray_rates(sets: Sequence[Photos], *, repeats: int, parts: int) -> dict[str, tuple[float, float]]:

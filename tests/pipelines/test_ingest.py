@@ -388,3 +388,61 @@ def test_a_wrong_base_address_leaves_nothing_to_the_right_one(project: Project) 
         project.run(image_base=right + "/404")
     manifest, _ = project.run(image_base=right)
     assert manifest.counts["images_kept"] > 0
+
+
+# -- real photos, both formats -----------------------------------------------------------------------------------------
+
+COCO256 = REPOSITORY.parent / "shared" / "data" / "coco256"
+
+
+def _as_coco_json(target: Path) -> None:
+    """coco256's YOLO labels as two COCO instances files."""
+    names = yaml.safe_load((COCO256 / "object_detection" / "config.yaml").read_text())["names"]
+    classes = names if isinstance(names, dict) else dict(enumerate(names))
+    for split in ("train2017", "val2017"):
+        photos, boxes = [], []
+        for number, path in enumerate(sorted((COCO256 / "images" / split).glob("*.jpg"))):
+            size = images.read_header(path.read_bytes())
+            photos.append({"id": number, "file_name": path.name, "width": size.width_px, "height": size.height_px})
+            labels = COCO256 / "object_detection" / "labels" / split / f"{path.stem}.txt"
+            for line in labels.read_text().splitlines() if labels.is_file() else ():
+                label, *ends = line.split()
+                x, y, width, height = (float(end) for end in ends)
+                box = [(x - width / 2) * size.width_px, (y - height / 2) * size.height_px]
+                box += [width * size.width_px, height * size.height_px]
+                boxes.append(
+                    {"id": len(boxes), "image_id": number, "category_id": int(label), "bbox": box, "iscrowd": 0}
+                )
+        categories = [{"id": int(number), "name": name} for number, name in classes.items()]
+        text = json.dumps({"images": photos, "annotations": boxes, "categories": categories})
+        (target / f"instances_{split}.json").write_text(text)
+
+
+@pytest.mark.parametrize("boxes_as", ["csv", "json"])
+def test_coco256_from_a_folder_loses_nothing_in_either_format(project: Project, tmp_path: Path, boxes_as: str) -> None:
+    """Its README: 256 photos, 2 of them without a box, 1827 boxes, 772 of which pass the area rule."""
+    if not COCO256.is_dir():
+        pytest.skip(f"{COCO256} is not there")
+    boxes = COCO256
+    if boxes_as == "json":
+        boxes = tmp_path / "json"
+        boxes.mkdir()
+        _as_coco_json(boxes)
+    manifest, _ = project.run(
+        source="folder", images=str(COCO256 / "images"), boxes=str(boxes), image_base=None, max_image_bytes=1 << 26
+    )
+    counts = {key: value for key, value in manifest.counts.items() if value}
+    print(boxes_as, counts)
+    assert counts == {
+        "images_in": 256,
+        "images_kept": 254,
+        "images_rejected": 2,
+        "rejected_image_without_box": 2,
+        "boxes_in": 1827,
+        "boxes_kept": 1827,
+    }
+    found = project.rows(manifest, "boxes")
+    areas = [(box["xmax"] - box["xmin"]) * (box["ymax"] - box["ymin"]) for box in found]
+    assert sum(0.02 <= area <= 0.8 for area in areas) == 772
+    assert Counter(box["split"] for box in found) == {"train": 929, "validation": 898}
+    assert all(box["label_name"] != box["label"] or boxes_as == "json" for box in found)

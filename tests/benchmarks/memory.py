@@ -1,0 +1,123 @@
+"""Does memory grow with the number of photos? python tests/benchmarks/memory.py [--photos FOLDER] [--times 8]
+
+Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a project of its own) on the
+photos of FOLDER enlarged to 1024 px, and on `--times` as many, in buckets of the same size. Prints per stage the peak
+resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet). The
+last line has the ratios of the larger to the smaller run; nothing is asserted.
+"""
+
+import argparse
+import csv
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import cv2  # noqa: E402
+
+from tests.pipelines.project import Project, make_project  # noqa: E402
+
+STAGES = ("ingest", "filter", "materialize")
+PHOTOS_PER_BUCKET = 32
+SIDE_PX = 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ROOT.parent / "shared" / "data" / "coco256"
+    parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
+    parser.add_argument("--times", type=int, default=8)
+    args = parser.parse_args()
+    if not args.photos.is_dir():
+        print(f"skipped: no photos at {args.photos}; name a folder with --photos")
+        return 0
+    peaks = []
+    for times in (1, args.times):
+        with tempfile.TemporaryDirectory(prefix="pbe-bench-") as name:
+            count, project = make_input(args.photos, Path(name), times)
+            peaks.append({stage: run(project, stage) for stage in STAGES})
+        for stage, peak in peaks[-1].items():
+            print(f"{count} photos, {stage}: " + ", ".join(f"{who} {mib:.0f} MiB" for who, mib in peak.items()))
+    small, large = peaks
+    ratios = {f"{s}_{who}": large[s][who] / max(small[s][who], 1) for s in STAGES for who in ("driver", "worker")}
+    print(" ".join(f"{name}={ratio:.2f}" for name, ratio in ratios.items()))
+    return 0
+
+
+def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
+    """`times` copies of every photo, each with its boxes under an id of its own, and a project that reads them."""
+    (folder / "photos").mkdir()
+    count = 0
+    for path in sorted((photos / "images").rglob("*.jpg")):
+        image = cv2.imread(str(path))
+        scale = SIDE_PX / max(image.shape[:2])
+        size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        data = cv2.imencode(".jpg", cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), [1, 90])[1].tobytes()
+        for copy in range(times):
+            (folder / "photos" / f"{path.stem}_{copy}.jpg").write_bytes(data)
+            count += 1
+    with (folder / "boxes.csv").open("w", newline="") as stream:
+        out = csv.writer(stream)
+        out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
+        for path in sorted(photos.glob("boxes_openimages_*.csv")):
+            with path.open(newline="") as source:
+                for row in csv.DictReader(source):
+                    ends = [row[name] for name in ("XMin", "XMax", "YMin", "YMax")]
+                    for copy in range(times):
+                        out.writerow([f"{row['ImageID']}_{copy}", row["LabelName"], *ends])
+    project = make_project(folder / "project")
+    text = (project.folder / "params.yaml").read_text().splitlines()
+    changes = {
+        "  source:": "folder", "  images:": str(folder / "photos"), "  boxes:": str(folder / "boxes.csv"),
+        "  buckets:": str(max(1, count // PHOTOS_PER_BUCKET)), "  image_px:": "512", "  slots:": "4",
+        "  max_reject_frac:": "0.5",
+    }  # fmt: skip
+    for index, line in enumerate(text):
+        for key, value in changes.items():
+            if line.startswith(key):
+                text[index] = f"{key} {value}"
+    (project.folder / "params.yaml").write_text("\n".join(text) + "\n")
+    return count, project
+
+
+def run(project: Project, stage: str) -> dict[str, float]:
+    """Peak MiB of the driver, the largest worker and the object store while the stage runs."""
+    process = project.start("pipelines", stage)
+    driver = psutil.Process(process.pid)
+    peak = {"driver": 0.0, "worker": 0.0, "object store": 0.0}
+    while process.poll() is None:
+        for member in (driver, *children(driver)):
+            try:
+                name, memory = member.name(), member.memory_info()
+            except psutil.NoSuchProcess:
+                continue
+            kind, size = "worker", memory.rss - memory.shared
+            if member == driver:
+                kind = "driver"
+            elif name == "raylet":
+                kind, size = "object store", memory.shared
+            elif not name.startswith("ray::"):
+                continue
+            peak[kind] = max(peak[kind], size / 2**20)
+        time.sleep(0.05)
+    if process.returncode:
+        shutil.copyfileobj((project.folder / "started.log").open(), sys.stderr)
+        raise SystemExit(f"{stage} failed")
+    return peak
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,13 @@ PHOTO_BYTES = 513 * GB / PHOTOS  # 513 GB of train tars
 TRIPLET_BYTES = {"420": 128_700, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; holes are 650 of them
 BOX_BYTES = 53  # a Parquet row of boxes
 
+# -- measured: the same, one core, coco256 at 1024 px
+CHECKS_PER_S = 0.0  # photos that ingest opens, decodes and hashes
+TRIPLETS_PER_S = {1: 0.0, 8: 0.0}  # by slots: a photo is decoded once for all of them
+RAY_SHARE = 0.0  # of that rate through Ray Data with Parquet
+# -- measured: python tests/benchmarks/openimages_csv.py, one core: all box lines and photos cut by bucket
+INDEX_S = 0.0
+
 # -- by the schema (pbe/data/schema.py), before compression
 LATENT_CELLS = 4 * 64 * 64  # AutoencoderKL at 512 px
 TOKEN_BYTES = {"class": 2 * 1024, "all": 2 * 257 * 1024}  # float16, CLIP ViT-L/14
@@ -72,6 +79,21 @@ def main() -> None:
         size = group * encoded_bytes(4)
         rows.append([f"{group}", volume(size), f"{PHOTOS / group:,.0f}", volume(2 * 64 * size)])
     print(table(rows))
+
+    print("\n## Hours of one core\n")
+    print(table(cpu_hours()))
+
+
+def cpu_hours() -> list[list[str]]:
+    """Seconds per photo of materialize are taken as decode + slots * rest, from the rates at 1 and 8 slots."""
+    rest_s = (8 / TRIPLETS_PER_S[8] - 1 / TRIPLETS_PER_S[1]) / 7
+    decode_s = 1 / TRIPLETS_PER_S[1] - rest_s
+    rows = [["stage", *(f"{slots} slots" for slots in SLOTS)]]
+    rows.append(["ingest: index", *([f"{INDEX_S / HOUR_S:.2f}"] * len(SLOTS))])
+    rows.append(["ingest: check of the photos", *([f"{PHOTOS / CHECKS_PER_S / HOUR_S:.1f}"] * len(SLOTS))])
+    hours = [PHOTOS * (decode_s + slots * rest_s) / RAY_SHARE / HOUR_S for slots in SLOTS]
+    rows.append(["materialize", *(f"{value:.1f}" for value in hours)])
+    return rows
 
 
 def volume(size: float) -> str:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -284,11 +284,19 @@ class _Log:
 
     printed: int = 0  # characters
     end: str = ""
+    interrupted: bool = False
 
     async def follow(self, client: JobSubmissionClient, job_id: str) -> None:
         """Print what is new until the job is over. Raises TimeoutError after QUIET_S without a line."""
+        try:
+            await self._print(client.tail_job_logs(job_id))
+        finally:
+            # Ctrl-C cancels this task; a connection that breaks while it is being closed for that hides it
+            task = asyncio.current_task()
+            self.interrupted = task is not None and task.cancelling() > 0
+
+    async def _print(self, chunks: AsyncIterator[str]) -> None:
         position = 0
-        chunks = client.tail_job_logs(job_id)
         while True:
             async with asyncio.timeout(QUIET_S):  # a connection that died in a sleeping laptop says nothing
                 text = await anext(chunks, None)
@@ -310,6 +318,8 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
             # a broken log connection matters only when the cluster does not answer either
             with contextlib.suppress(*CLIENT_ERRORS):
                 asyncio.run(log.follow(client, job_id))
+            if log.interrupted:
+                raise KeyboardInterrupt
             job = client.get_job_info(job_id)
         except CLIENT_ERRORS as error:
             if time.monotonic() - last_answer > LOST_S:

@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +43,31 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     set_unset(DRIVER_ENV)
+    with _interrupts_wait():
+        _init_ray()
+    context = ray.data.DataContext.get_current()
+    # It holds tasks back for what their outputs may weigh, ours return one short line: of two tasks that fit, Ray 2.60
+    # ran 1.4 at a time, and always a single one first.
+    context.op_resource_reservation_enabled = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is delivered when the block ends: while Ray starts, it may vanish in one of Ray's own handlers."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _init_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
     else:
@@ -58,13 +85,6 @@ def start_ray() -> None:
             # Ray 2.60 puts its interpreter into a shell line as it is, so a folder with a space needs quotes
             runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
         )
-    context = ray.data.DataContext.get_current()
-    # It holds tasks back for what their outputs may weigh, ours return one short line: of two tasks that fit, Ray 2.60
-    # ran 1.4 at a time, and always a single one first.
-    context.op_resource_reservation_enabled = False
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def run_units(

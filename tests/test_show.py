@@ -133,8 +133,6 @@ def test_more_photos_than_rows_show_each_photo_once(root: Path, capsys: pytest.C
     ("more", "words"),
     [
         (["--ids", "apple", "kiwi", "fig"], "no triplet of kiwi, fig; `pbe rejects` says what was dropped"),
-        (["--rows", "0"], "no triplet of any photo"),
-        (["--rows", "-1"], ""),
         (["--out", "sheet.jpg"], "must end in .png"),
         (["--out", "nowhere/sheet.png"], "there is no folder nowhere"),
     ],

@@ -137,7 +137,7 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     photos.write_bytes(whole)
     project.edit_params("cpus_per_bucket: 1\n", "cpus_per_bucket: 1000\n")
     assert "a task asks for 1000 CPUs" in project.run("pipelines", "materialize", check=False).stderr
-    project.edit_params("cpus_per_bucket: 1000\n", "cpus_per_bucket: 1\n")
+    project.edit_params("cpus_per_bucket: 1000\n", "cpus_per_bucket: 4\n")  # one bucket after the other
     shutil.rmtree(parts)  # the buckets that were whole are done
 
     process = project.start("pipelines", "materialize")

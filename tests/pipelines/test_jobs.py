@@ -3,8 +3,11 @@
 Jobs on a real cluster are in test_cluster_path.py.
 """
 
+import asyncio
 import json
+import os
 import shlex
+import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -417,6 +420,23 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
     said = capsys.readouterr().out
     assert "the same command attaches to it again" in said
     assert f"ray job stop --address {LOOPBACK} {job_id}" in said
+
+
+@pytest.mark.timeout(30)
+def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(stage: Stage, cluster: Cluster) -> None:
+    """The error of closing then stands where the cancellation stood, and broken connections are tried again."""
+
+    async def break_at_the_end(_: str) -> AsyncIterator[str]:
+        try:
+            yield "working\n"
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(20)
+        finally:
+            raise ConnectionResetError("Cannot write to closing transport")
+
+    cluster.tail_job_logs = break_at_the_end  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_remotely(stage, LOOPBACK)
 
 
 def test_a_broken_connection_repeats_no_line_and_loses_none(

@@ -1,12 +1,14 @@
 """Units on a real Ray of their own, in a process of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipelines.units import _interrupts_wait
 from tests.pipelines.project import FOREIGN, ROOT
 
 # Each unit ends only when the other has begun: one after the other they would wait for ever.
@@ -45,3 +47,17 @@ def test_tasks_that_fit_run_side_by_side_from_the_start(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "['a-1', 'b-1']" in done.stdout
+
+
+def test_ctrl_c_while_ray_starts_counts_when_it_has_started() -> None:
+    seen = []
+
+    def start() -> None:
+        with _interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert seen == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -97,7 +97,8 @@ class BucketSorter:
         """One table per bucket, also for empty ones. Call it once, after the last `add`."""
         held = dict(self._sorted_pieces())
         self._held = []
-        sources = [(pa.memory_map(str(path)), places) for path, places in self._spills]
+        # read, not mapped: the pages of a map would stay with the process until all of the file is in memory
+        sources = [(pa.OSFile(str(path)), places) for path, places in self._spills]
         readers = [(pa.ipc.open_file(source), places) for source, places in sources]
         for bucket in range(self._buckets):
             pieces = [pa.table(reader.get_batch(places[bucket])) for reader, places in readers if bucket in places]

@@ -88,7 +88,7 @@ def main() -> int:
     repeats = 2 if args.quick else 7
     sets = [coco256(args.photos, enlarge_to_px=None), coco256(args.photos, enlarge_to_px=1024)]
     plain = {photos.name: plain_rates(photos, repeats) for photos in sets}
-    ray = ray_rates(sets, repeats=1 if args.quick else 5, parts=3 if args.quick else 8)
+    ray = ray_rates(sets, repeats=1 if args.quick else 4, parts=3 if args.quick else 8)
     ratios = []
     for photos in sets:
         roofline, ours = plain[photos.name]

@@ -45,7 +45,7 @@ def main() -> int:
         for stage, peak in peaks[-1].items():
             print(f"{count} photos, {stage}: " + ", ".join(f"{who} {mib:.0f} MiB" for who, mib in peak.items()))
     small, large = peaks
-    ratios = {f"{s}_{who}": large[s][who] / max(small[s][who], 1) for s in STAGES for who in ("driver", "worker")}
+    ratios = {f"{s}_{who}": large[s][who] / mib for s in STAGES for who, mib in small[s].items() if mib}
     print(" ".join(f"{name}={ratio:.2f}" for name, ratio in ratios.items()))
     return 0
 

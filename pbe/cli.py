@@ -164,3 +164,7 @@ def _must_be_writable_png(out: Path) -> None:
         raise ValueError(f"--out {out}: is a folder")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,6 +20,10 @@ import yaml
 from pbe.errors import UserError
 from pbe.store import Store
 
+# what pbe makes; other folders in a shared storage are not ours to judge
+PART_STAGES = ("index", "ingest", "filter", "materialize", "encode", "evaluate")
+RUN_ENTRIES = ("checkpoints", "export", "history.json", "finished.json")
+
 
 class GcError(UserError):
     """git or DVC could not say what is still in use; nothing is removed."""
@@ -46,7 +50,9 @@ def find_unused(
     """
     used = used_paths(manifests_in_use(root, run_cache=run_cache, forget_missing=forget_missing))
     out = []
-    for path in [*_folders(store, "parts", depth=2), *_folders(store, "runs", depth=1)]:
+    runs = [path for path in _folders(store, "runs", depth=1) if _is_run(store, path)]
+    parts = [path for path in _folders(store, "parts", depth=2) if path.split("/")[1] in PART_STAGES]
+    for path in [*parts, *runs]:
         if path not in used:
             size = store.folder_size(path)
             if size.age_s >= older_than_s:
@@ -151,6 +157,10 @@ def _manifest_outs(stage: dict[str, Any]) -> Iterator[str]:
     for out in stage.get("outs") or ():
         if str(out.get("path", "")).endswith("manifest.json") and "md5" in out:
             yield str(out["md5"])
+
+
+def _is_run(store: Store, path: str) -> bool:
+    return any(name in RUN_ENTRIES for name in store.list_names(path))
 
 
 def _folders(store: Store, relative: str, *, depth: int) -> list[str]:

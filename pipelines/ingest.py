@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.config import IngestConfig, repo_root
-from pbe.data.annotations import box_files, class_names, read_annotations, with_names
+from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names
 from pbe.data.download import Downloader, DownloadLimits, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_bucket
@@ -87,7 +87,17 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, l
             records.append(
                 store.write_unit_by_content("index", f"b{bucket:04d}", {"annotations": boxes, "photos": known})
             )
+    _say_missing(selector)
     return selector.left_out, records
+
+
+def _say_missing(selector: Selector) -> None:
+    """Ids of `ingest.image_ids` that no box names are no rows of the input, hence no rejects."""
+    wanted = set(selector.selection.image_ids or ())
+    missing = sorted(wanted - selector.found_ids)
+    if missing:
+        shown = ", ".join(missing[:3])
+        print(f"ingest: {len(missing)} of {len(wanted)} ids of ingest.image_ids have no box, such as {shown}")
 
 
 def _takes_all(source: Source, cfg: IngestConfig) -> bool:
@@ -115,11 +125,12 @@ def _selection(cfg: IngestConfig) -> Selection:
     if cfg.image_ids is not None:
         path = repo_root() / Path(cfg.image_ids).expanduser()
         try:
-            lines = path.read_text(encoding="utf-8-sig").split()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
             raise SourceError(f"ingest.image_ids: {path} cannot be read: {reason}") from None
-        ids = {line.rpartition("/")[2].removesuffix(".jpg") for line in lines}  # also `train/<id>`, as the downloader's
+        named = [line.strip().rpartition("/")[2] for line in lines]  # also `train/<id>`, as the official downloader's
+        ids = set(clean_ids(pa.array(named, pa.string())).to_pylist()) - {""}
         if not ids:
             raise SourceError(f"ingest.image_ids: {path} holds no id")
     return Selection(splits=cfg.splits, limit=cfg.limit, classes=cfg.classes, image_ids=ids, val_frac=cfg.val_frac)

@@ -20,6 +20,8 @@ def main(stage: Stage) -> None:
     cfg, seed = stage.params.materialize, stage.params.seed
     images = load_manifest(stage.input("ingest")).units
     boxes = load_manifest(stage.input("filter")).units
+    if [unit.unit.split("-")[0] for unit in images] != [unit.unit.split("-")[0] for unit in boxes]:
+        raise StageError("materialize: filter's parts belong to another ingest; run `dvc repro filter` first")
     units = []
     for image_unit, box_unit in zip(images, boxes, strict=True):
         inputs = image_unit.file("images"), box_unit.file("boxes")

@@ -161,3 +161,9 @@ def test_the_console_script_leads_here_and_help_needs_no_torch() -> None:
     assert getattr(import_module(module), name) is main
     code = "import sys; import pbe.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(), check=False).returncode == 0
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "pbe.cli", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repo_root())
+    assert done.returncode == 2 and "invalid choice: 'nonsense'" in done.stderr

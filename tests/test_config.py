@@ -277,6 +277,7 @@ def test_numbers_as_the_command_line_writes_them_are_numbers(load: Load) -> None
         (b"train: [1, 2", "not valid YAML"),
         (b"train: {\n  lr: }: 3\n", "not valid YAML"),
         (b"seed: \xff", "not valid YAML"),
+        (b"seed: 1\ningest:\n  limit: {{LIMIT}}\n", "not valid YAML: a key must be a plain word"),
         (b"seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", "not valid YAML: key 'lr' is there twice"),
     ],
     ids=str,

@@ -263,6 +263,14 @@ def test_a_stray_file_in_the_storage_stops_nothing(root: Path, name: str) -> Non
     assert _present(store) == USED
 
 
+@pytest.mark.parametrize("name", ["parts/wood/oak/f", "runs/my_tensorboard/events", "parts/ingested/b0/x"])
+def test_folders_that_are_not_ours_stay(root: Path, name: str) -> None:
+    store = _store(root)
+    store.write_bytes(name, b"not ours")
+    assert main(["gc", "--yes", "--older-than-h", "0"]) == 0
+    assert Path(store.path(name)).is_file()
+
+
 @pytest.mark.parametrize("missing", ["git and DVC", "git", "the git program"])
 def test_without_a_history_nothing_is_removed_and_one_line_says_why(
     root: Path, missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -13,8 +13,7 @@ def main(folder: str) -> None:
     files = sorted(Path(folder).rglob("*.xml"))
     if not files:
         sys.exit(f"{folder}: no .xml annotation there")
-    out = csv.writer(sys.stdout)
-    out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsTruncated"])
+    rows = []
     for path in files:
         try:
             root = ElementTree.parse(path).getroot()
@@ -24,9 +23,14 @@ def main(folder: str) -> None:
                 y0, y1 = number(entry, "bndbox/ymin") - 1, number(entry, "bndbox/ymax")
                 ends = (x0 / width, x1 / width, y0 / height, y1 / height)
                 clipped = [round(min(max(end, 0.0), 1.0), 6) for end in ends]
-                out.writerow([path.stem, entry.findtext("name", ""), *clipped, entry.findtext("truncated", "-1")])
+                truncated = entry.findtext("truncated", "").strip()
+                flag = truncated if truncated in ("0", "1") else "-1"  # also "Unspecified"
+                rows.append([path.stem, entry.findtext("name", ""), *clipped, flag])
         except (ElementTree.ParseError, ValueError, ZeroDivisionError) as error:
             sys.exit(f"{path}: not a VOC annotation: {error}")
+    out = csv.writer(sys.stdout)  # after all was read: `> boxes.csv` then never holds a part
+    out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsTruncated"])
+    out.writerows(rows)
 
 
 def number(element: ElementTree.Element, path: str) -> float:

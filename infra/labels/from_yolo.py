@@ -9,27 +9,40 @@ import csv
 import sys
 from pathlib import Path
 
-NOT_LABELS = ("classes.txt", "obj.names", "train.txt", "val.txt", "test.txt")  # tools leave these among the labels
+NOT_LABELS = ("classes.txt", "obj.names")  # tools leave these among the labels
 
 
 def main(folder: str, names_file: str | None = None) -> None:
-    names = Path(names_file).read_text().splitlines() if names_file else []
+    names = text_of(Path(names_file)).splitlines() if names_file else []
     files = [path for path in sorted(Path(folder).rglob("*.txt")) if path.name not in NOT_LABELS]
     if not files:
         sys.exit(f"{folder}: no .txt label file there")
-    out = csv.writer(sys.stdout)
-    out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
+    rows = []
     for path in files:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(text_of(path).splitlines(), start=1):
             if not line.strip():
                 continue
             try:
                 label, *values = line.split()
                 x0, x1, y0, y1 = bounds([float(value) for value in values])
-                name = names[int(label)] if names else label
+                name = label
+                if names:
+                    if int(label) < 0:
+                        raise ValueError("a class number starts at 0")
+                    name = names[int(label)]
             except (ValueError, IndexError) as error:
                 sys.exit(f"{path}:{number}: not `class cx cy width height`: {line!r} ({error})")
-            out.writerow([path.stem, name, *(round(min(max(end, 0.0), 1.0), 6) for end in (x0, x1, y0, y1))])
+            rows.append([path.stem, name, *(round(min(max(end, 0.0), 1.0), 6) for end in (x0, x1, y0, y1))])
+    out = csv.writer(sys.stdout)  # after all was read: `> boxes.csv` then never holds a part
+    out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
+    out.writerows(rows)
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{path}: cannot be read: {error}")
 
 
 def bounds(values: list[float]) -> tuple[float, float, float, float]:

@@ -129,7 +129,7 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     wanted = [*BOX_COLUMNS, *(name for name in FLAG_COLUMNS.values() if name in header)]
     odd: list[pacsv.InvalidRow] = []
     rows_before = 0
-    for batch in csv_batches(tree, file.name, wanted, odd):
+    for batch in csv_batches(tree, file.name, wanted, odd, quoted=False):
         lines = _line_numbers(rows_before, batch.num_rows, odd)
         rows_before += batch.num_rows
         blank = np.ones(batch.num_rows, bool)
@@ -138,8 +138,27 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
         if blank.any():
             batch, lines = batch.filter(pa.array(~blank)), lines.filter(pa.array(~blank))
         yield _typed(batch, file, lines)
-    if odd:
-        yield _odd_rows(odd, file, header.index("ImageID"))
+    good, still_odd = _with_quoted_commas(odd, header, wanted)
+    if good.num_rows:
+        numbers = [row.number for row in odd if row not in still_odd]
+        yield _typed(good, file, pa.array(numbers, pa.int64()))
+    if still_odd:
+        yield _odd_rows(still_odd, file, header.index("ImageID"))
+
+
+def _with_quoted_commas(
+    odd: Sequence[pacsv.InvalidRow], header: Sequence[str], wanted: Sequence[str]
+) -> tuple[pa.RecordBatch, list[pacsv.InvalidRow]]:
+    """The odd rows that are sound once commas inside quotes are no borders, and the other ones."""
+    rows, others = [], []
+    for row in odd:
+        cells = next(csv.reader([row.text], strict=False), [])
+        if len(cells) == len(header):
+            rows.append(dict(zip(header, cells, strict=True)))
+        else:
+            others.append(row)
+    columns = [pa.array([row[name] for row in rows], pa.string()) for name in wanted]
+    return pa.record_batch(columns, names=list(wanted)), others
 
 
 def csv_header(tree: FileTree, name: str) -> list[str]:
@@ -159,22 +178,34 @@ def csv_header(tree: FileTree, name: str) -> list[str]:
 
 
 def csv_batches(
-    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow]
+    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow], *, quoted: bool
 ) -> Iterator[pa.RecordBatch]:
     """String columns of a CSV, a block at a time; a blank line is a row of empty cells, so that lines can be counted.
 
+    quoted: False takes every line end for the end of a row, so that a stray quote costs its own row and no other;
+    quotes around a cell are removed, commas inside quotes make the row an odd one.
     Rows of another width are put into `odd`, with their number. Raises SourceError for what is no CSV in UTF-8.
     """
     try:
-        yield from _csv_batches(tree, name, columns, odd)
+        for batch in _csv_batches(tree, name, columns, odd, quoted):
+            yield batch if quoted else _without_quotes(batch)
     except pa.ArrowInvalid as error:
         raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
 
 
-def _csv_batches(
-    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow]
-) -> Iterator[pa.RecordBatch]:
+def _without_quotes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [
+        pc.replace_substring_regex(column, pattern=r'^\s*"(.*)"\s*$', replacement=r"\1")
+        if pc.any(pc.match_substring(column, '"')).as_py()
+        else column
+        for column in batch.columns
+    ]
+    return pa.record_batch(columns, names=batch.schema.names)
 
+
+def _csv_batches(
+    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow], quoted: bool
+) -> Iterator[pa.RecordBatch]:
     def keep(row: pacsv.InvalidRow) -> str:
         odd.append(row)
         return "skip"
@@ -185,7 +216,9 @@ def _csv_batches(
             stream,
             # one thread: only then does an odd row know its number
             read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=keep, ignore_empty_lines=False),
+            parse_options=pacsv.ParseOptions(
+                invalid_row_handler=keep, ignore_empty_lines=False, quote_char='"' if quoted else False
+            ),
             convert_options=pacsv.ConvertOptions(
                 include_columns=list(columns),
                 column_types=dict.fromkeys(columns, pa.string()),
@@ -337,8 +370,9 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     where = tree.path_of(file.name)
     coco = load_coco(tree, file.name)
     try:
-        photos = {entry["id"]: entry for entry in coco["images"]}
-        classes = {entry["id"]: str(entry["name"]) for entry in coco["categories"]}
+        photos = _by_id(coco["images"], "images", "file_name", where)
+        named = _by_id(coco["categories"], "categories", "name", where)
+        classes = {key: str(entry["name"]) for key, entry in named.items()}
         entries = coco["annotations"]
     except (KeyError, TypeError) as error:
         raise SourceError(f"{where}: not a COCO instances JSON: no usable {error} in it") from None
@@ -350,14 +384,29 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     table: dict[str, list[Any]] = {field.name: [row.get(field.name) for row in rows] for field in ANNOTATIONS}
     splits = [file.split] * len(rows)
     table |= {"file": [file.name] * len(rows), "split": splits, "listed_split": splits, "label_name": table["label"]}
-    yield pa.table(table, schema=ANNOTATIONS)
+    try:
+        yield pa.table(table, schema=ANNOTATIONS)
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{where}: a text in it is no valid Unicode: {_one_line(error)}") from None
+
+
+def _by_id(entries: Sequence[dict[str, Any]], what: str, name: str, where: str) -> dict[Any, dict[str, Any]]:
+    """Raises SourceError for an id of two different entries: its boxes could mean either."""
+    found: dict[Any, dict[str, Any]] = {}
+    for entry in entries:
+        other = found.setdefault(entry["id"], entry)
+        if other.get(name) != entry.get(name):
+            raise SourceError(
+                f"{where}: {what}: id {entry['id']!r} is both {other.get(name)!r} and {entry.get(name)!r}"
+            )
+    return found
 
 
 def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
     """Raises SourceError when it is not JSON."""
     try:
         coco = json.loads(tree.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{tree.path_of(name)}: not a JSON file: {_one_line(error)}") from None
     if not isinstance(coco, dict):
         raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: a mapping is expected")
@@ -376,7 +425,9 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
     if not isinstance(entry, dict):
         return row | {"detail": f"annotation number {number} is no mapping"}
     try:
-        row["line"] = int(np.int64(entry.get("id", number)))
+        own = entry.get("id")
+        if isinstance(own, int) and abs(own) < 2**63:  # it only names the row in messages
+            row["line"] = own
         photo = photos.get(entry["image_id"])
         if photo is None:
             detail = f"image_id {entry['image_id']} is not among the file's images"

@@ -87,7 +87,7 @@ class FileTree:
     def siblings(self) -> list[str]:
         """Names of the files in the place, or beside it when it is a file; sorted."""
         infos = self._list(pafs.FileSelector(self._folder))
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+        return sorted(PurePosixPath(self._text(info)).name for info in infos if info.type == pafs.FileType.File)
 
     def names(self) -> list[str]:
         """Names of the files in the place, which must be a folder; sorted."""

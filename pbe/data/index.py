@@ -39,6 +39,7 @@ class Selector:
     class_ids: Collection[str] | None  # labels as they stand in the files
     taken: dict[int, set[str]] = field(default_factory=dict)
     left_out: int = 0
+    found_ids: set[str] = field(default_factory=set)  # of the selection's image_ids
 
     def __call__(self, annotations: pa.Table) -> pa.Table:
         """The wanted rows, with the split that val_frac gives them. Odd lines are always wanted: they are rejects."""
@@ -51,6 +52,7 @@ class Selector:
             split = np.where(by_hash[index], SPLITS.index("validation"), SPLITS.index("train")).astype(np.int8)
         keep = np.isin(split, [SPLITS.index(name) for name in chosen.splits])
         if chosen.image_ids is not None:
+            self.found_ids.update(image_id for image_id in ids if image_id in chosen.image_ids)
             keep &= np.array([image_id in chosen.image_ids for image_id in ids], bool)[index]
         if self.class_ids is not None:
             labels = pc.is_in(annotations.column("label"), pa.array(sorted(self.class_ids), pa.string()))

@@ -293,3 +293,53 @@ def test_no_box_file_at_all(tmp_path: Path) -> None:
         box_files(FileTree(str(tmp_path), "ingest.boxes"))
     with pytest.raises(SourceError, match=r"ingest\.boxes: there is no .*nowhere"):
         box_files(FileTree(str(tmp_path / "nowhere"), "ingest.boxes"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "image_ids"),
+    [
+        ('"b,/m/1,0.1,0.5,0.2,0.6', ["a", '"b', "c", "d"]),
+        ('b,"/m/1,0.1,0.5,0.2,0.6', ["a", "b", "c", "d"]),
+        ('b,/m/1",0.1,0.5,0.2,0.6', ["a", "b", "c", "d"]),
+    ],
+)
+def test_a_stray_quote_costs_no_other_row(tmp_path: Path, bad: str, image_ids: list[str]) -> None:
+    """A parser that honours quotes reads on to the next one, or to the end of its block of megabytes."""
+    lines = [HEADER, GOOD, bad, GOOD.replace("a,", "c,", 1), GOOD.replace("a,", "d,", 1)]
+    rows = _read(tmp_path, "\n".join(lines) + "\n")
+    assert [(row["line"], row["image_id"]) for row in rows] == list(zip((2, 3, 4, 5), image_ids, strict=True))
+    assert [row["reason"] for row in rows if row["line"] != 3] == [None] * 3
+
+
+def test_a_comma_inside_quotes_is_part_of_its_cell(tmp_path: Path) -> None:
+    lines = [HEADER, GOOD, 'b,"Cat, domestic",0.1,0.5,0.2,0.6', 'c,"Cat ""big""",0.1,0.5,0.2,0.6', "d,x,0,1,0.1"]
+    rows = {row["line"]: row for row in _read(tmp_path, "\n".join(lines) + "\n")}
+    assert [rows[line]["reason"] for line in (2, 3, 4, 5)] == [None, None, None, "box_unparsable"]
+    assert (rows[3]["image_id"], rows[3]["label"], rows[3]["xmax"]) == ("b", "Cat, domestic", 0.5)
+
+
+@pytest.mark.parametrize("what", ["images", "categories"])
+def test_a_coco_id_of_two_things_is_one_message_that_names_it(tmp_path: Path, what: str) -> None:
+    """The last one would win, and its boxes might be the other's."""
+    (first,) = _coco()[what]
+    name = {"images": "file_name", "categories": "name"}[what]
+    same = _read(tmp_path / "same", json.dumps(_coco(**{what: [first, first]})), "instances.json")
+    assert [row["reason"] for row in same] == [None]
+    text = json.dumps(_coco(**{what: [first, first | {name: "other.jpg"}]}))
+    with pytest.raises(SourceError, match=rf"{what}: id {first['id']} is both '{first[name]}' and 'other.jpg'"):
+        _read(tmp_path, text, "instances.json")
+
+
+@pytest.mark.parametrize("own", ["abc-1", None, 2**70, 1.5])
+def test_a_coco_annotations_own_id_may_be_anything(tmp_path: Path, own: Any) -> None:
+    (entry,) = _coco()["annotations"]
+    (row,) = _read(tmp_path, json.dumps(_coco(annotations=[entry | {"id": own}])), "instances.json")
+    assert (row["reason"], row["line"]) == (None, 0)
+
+
+def test_a_coco_text_that_is_no_unicode_is_one_message(tmp_path: Path) -> None:
+    (category,) = _coco()["categories"]
+    with pytest.raises(SourceError, match="no valid Unicode"):
+        _read(tmp_path, json.dumps(_coco(categories=[category | {"name": "\ud800"}])), "instances.json")
+    with pytest.raises(SourceError, match="not a JSON file"):
+        _read(tmp_path, "[" * 100_000, "instances.json")

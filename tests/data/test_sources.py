@@ -284,3 +284,5 @@ def test_a_file_name_that_is_not_utf8_is_one_message_that_names_it(tmp_path: Pat
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
     with pytest.raises(SourceError, match=r"ingest\.images: .*caf\\xe9\.jpg: the name is not UTF-8; rename the file"):
         list(FolderSource(FileTree(str(tmp_path), "ingest.images")).photos())
+    with pytest.raises(SourceError, match="the name is not UTF-8"):
+        FileTree(str(tmp_path), "ingest.boxes").siblings()

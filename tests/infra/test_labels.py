@@ -63,3 +63,22 @@ def test_a_folder_without_labels_is_an_error(tool: str, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         failed = _run(tool, str(folder), check=False)
         assert failed.returncode == 1 and failed.stdout == "" and str(folder) in failed.stderr
+
+
+@pytest.mark.parametrize("line", ["-1 0.5 0.5 0.5 0.25", "7 0.5 0.5 0.5 0.25"])
+def test_a_class_that_has_no_name_stops_before_anything_is_written(tmp_path: Path, line: str) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.25\n")
+    (tmp_path / "labels" / "b.txt").write_text(line)
+    (tmp_path / "names").write_text("cat\ndog\n")
+    failed = _run("from_yolo.py", str(tmp_path / "labels"), str(tmp_path / "names"), check=False)
+    assert failed.returncode == 1 and failed.stdout == "" and "b.txt:1" in failed.stderr
+
+
+def test_bytes_before_the_first_class_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 0.5 0.25\n", encoding="utf-8-sig")
+    assert _run("from_yolo.py", str(tmp_path)).stdout.splitlines()[1].startswith("a,0,")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 0.5 0.5 0.5 0.25\n")
+    for arguments in ((str(tmp_path),), (str(tmp_path), str(tmp_path / "nowhere"))):
+        failed = _run("from_yolo.py", *arguments, check=False)
+        assert failed.returncode == 1 and "cannot be read" in failed.stderr and "Traceback" not in failed.stderr

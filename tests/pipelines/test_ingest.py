@@ -305,7 +305,7 @@ def test_photos_that_no_wanted_box_names_are_not_asked_for(project: Project) -> 
 
 @pytest.mark.parametrize(
     "text",
-    [f"{IDS[0]}\n{IDS[2]}\n", f"\ufefftrain/{IDS[0]}\r\ntrain/{IDS[2]}\r\n", f"{IDS[2]}.jpg {IDS[0]}.jpg\nunknown"],
+    [f"{IDS[0]}\n{IDS[2]}\n", f"\ufefftrain/{IDS[0]}\r\ntrain/{IDS[2]}\r\n", f"{IDS[2]}.jpg\n{IDS[0]}.jpg\nunknown"],
     ids=["plain", "as the downloader's", "with suffix"],
 )
 def test_a_list_of_ids_selects_in_the_usual_spellings(project: Project, text: str) -> None:
@@ -388,6 +388,15 @@ def test_a_wrong_base_address_leaves_nothing_to_the_right_one(project: Project) 
         project.run(image_base=right + "/404")
     manifest, _ = project.run(image_base=right)
     assert manifest.counts["images_kept"] > 0
+
+
+def test_listed_ids_may_be_file_names_and_those_without_a_box_are_told(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project.root / "ids.txt").write_text(f" train/{IDS[0]} \n{IDS[1]}.JPG\n\n{IDS[2]}.png\nno such photo\n")
+    _, asked = project.run(image_ids=str(project.root / "ids.txt"))
+    assert set(asked) == {f"train/{image_id}.jpg" for image_id in IDS[:3]}
+    assert "1 of 4 ids of ingest.image_ids have no box, such as no such photo" in capsys.readouterr().out
 
 
 # -- real photos, both formats -----------------------------------------------------------------------------------------

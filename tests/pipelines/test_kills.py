@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.pipelines.project import Project, kill_tree, make_project
 
@@ -22,10 +23,15 @@ def manifest_hash(project: Project, stage: str) -> str:
 
 
 def forget(project: Project, stage: str) -> None:
-    """Remove what the stage has left: its parts (and the index's, for ingest) and its outputs."""
+    """Remove what the stage has left: its parts (and the index's, for ingest), its outputs, and DVC's memory of it."""
     for name in (stage, "index") if stage == "ingest" else (stage,):
         shutil.rmtree(project.folder / ".store" / "parts" / name, ignore_errors=True)
     shutil.rmtree(project.folder / "data" / stage, ignore_errors=True)
+    shutil.rmtree(project.folder / ".dvc" / "cache" / "runs", ignore_errors=True)  # else DVC restores the manifest
+    path = project.folder / "dvc.lock"
+    lock = yaml.safe_load(path.read_text())
+    del lock["stages"][stage]
+    path.write_text(yaml.safe_dump(lock))
 
 
 @pytest.mark.drill

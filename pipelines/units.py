@@ -57,6 +57,9 @@ def start_ray() -> None:
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
     """Ctrl-C is delivered when the block ends: while Ray starts, it may vanish in one of Ray's own handlers."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # in the background Ctrl-C is ignored, and stays so
+        return
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     }.items():
         monkeypatch.setenv(key, value)
     return "s3://bucket"
+
+
+def pytest_configure() -> None:
+    """A shell starts background commands with Ctrl-C ignored, and what tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

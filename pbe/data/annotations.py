@@ -138,27 +138,30 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
         if blank.any():
             batch, lines = batch.filter(pa.array(~blank)), lines.filter(pa.array(~blank))
         yield _typed(batch, file, lines)
-    good, still_odd = _with_quoted_commas(odd, header, wanted)
+    good, good_lines, still_odd = _with_quoted_commas(odd, header, wanted)
     if good.num_rows:
-        numbers = [row.number for row in odd if row not in still_odd]
-        yield _typed(good, file, pa.array(numbers, pa.int64()))
+        yield _typed(good, file, good_lines)
     if still_odd:
         yield _odd_rows(still_odd, file, header.index("ImageID"))
 
 
 def _with_quoted_commas(
     odd: Sequence[pacsv.InvalidRow], header: Sequence[str], wanted: Sequence[str]
-) -> tuple[pa.RecordBatch, list[pacsv.InvalidRow]]:
-    """The odd rows that are sound once commas inside quotes are no borders, and the other ones."""
-    rows, others = [], []
+) -> tuple[pa.RecordBatch, pa.Array, list[pacsv.InvalidRow]]:
+    """The odd rows that are sound once commas inside quotes are no borders, with their lines, and the other ones."""
+    rows, lines, others = [], [], []
     for row in odd:
-        cells = next(csv.reader([row.text], strict=False), [])
+        try:
+            cells = next(csv.reader([row.text]), [])
+        except csv.Error:  # a cell of more than 128 KiB
+            cells = []
         if len(cells) == len(header):
             rows.append(dict(zip(header, cells, strict=True)))
+            lines.append(row.number)
         else:
             others.append(row)
     columns = [pa.array([row[name] for row in rows], pa.string()) for name in wanted]
-    return pa.record_batch(columns, names=list(wanted)), others
+    return pa.record_batch(columns, names=list(wanted)), pa.array(lines, pa.int64()), others
 
 
 def csv_header(tree: FileTree, name: str) -> list[str]:

@@ -318,6 +318,11 @@ def test_a_comma_inside_quotes_is_part_of_its_cell(tmp_path: Path) -> None:
     assert (rows[3]["image_id"], rows[3]["label"], rows[3]["xmax"]) == ("b", "Cat, domestic", 0.5)
 
 
+def test_an_endless_cell_of_an_odd_row_costs_no_other_row(tmp_path: Path) -> None:
+    rows = _read(tmp_path, "\n".join([HEADER, GOOD, "b," + "x" * 200_000, GOOD]) + "\n")
+    assert [(row["line"], row["reason"]) for row in rows] == [(2, None), (3, "box_unparsable"), (4, None)]
+
+
 @pytest.mark.parametrize("what", ["images", "categories"])
 def test_a_coco_id_of_two_things_is_one_message_that_names_it(tmp_path: Path, what: str) -> None:
     """The last one would win, and its boxes might be the other's."""

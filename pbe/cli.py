@@ -75,13 +75,14 @@ def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:
 
 def _rejects(args: argparse.Namespace) -> None:
     from pbe.config import repo_root, storage_uri
-    from pbe.rejects import count_rejects, stages_with_rejects, table_text, write_rejects
+    from pbe.rejects import count_rejects, made_from_earlier_input, stages_with_rejects, table_text, write_rejects
     from pbe.store import Store
 
     manifests, store = stages_with_rejects(repo_root()), Store(storage_uri())
     if not manifests:
         raise ValueError("no data stage has run here; `dvc repro ingest` is the first")
-    print(table_text(count_rejects(store, manifests, examples=args.examples), manifests))
+    reasons = count_rejects(store, manifests, examples=args.examples)
+    print(table_text(reasons, manifests, made_from_earlier_input(repo_root())))
     if args.out is not None:
         print(f"wrote {write_rejects(store, manifests, args.out)} rows to {args.out}")
 

@@ -1,10 +1,12 @@
 """What the data stages dropped, and why: the table behind `pbe rejects`."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.csv as pacsv
+import yaml
 
 from pbe.data.schema import REJECTS, TRANSIENT_REASONS
 from pbe.store import Manifest, Store, load_manifest
@@ -24,6 +26,26 @@ def stages_with_rejects(root: Path) -> dict[str, Manifest]:
     """Manifests of the data stages that have run, by stage; of a stage that failed on its rejects too."""
     paths = {stage: root / "data" / stage / "manifest.json" for stage in STAGES}
     return {stage: load_manifest(path) for stage, path in paths.items() if path.is_file()}
+
+
+def made_from_earlier_input(root: Path) -> set[str]:
+    """Stages whose manifest DVC made from other inputs than those here now: a stage before them ran since, or failed on
+    its rejects. A stage that dvc.lock does not know is taken as it is."""
+    lock = root / "dvc.lock"
+    try:
+        locked = (yaml.safe_load(lock.read_bytes()) or {}).get("stages", {}) if lock.is_file() else {}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{lock}: not a lock file of DVC ({' '.join(str(error).split())[:200]}); mend it") from None
+    stale: set[str] = set()
+    for stage in STAGES:
+        for dep in locked.get(stage, {}).get("deps", ()):
+            path = root / dep["path"]
+            before = path.parent.name
+            if path.name == "manifest.json" and path.is_file():
+                changed = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != dep.get("md5")
+                if changed or before in stale:
+                    stale.add(stage)
+    return stale
 
 
 def count_rejects(store: Store, manifests: Mapping[str, Manifest], *, examples: int) -> list[Reason]:
@@ -59,14 +81,15 @@ def _tables(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[tuple[s
                 yield stage, store.read_table(unit.file("rejects")).to_pylist()
 
 
-def table_text(reasons: list[Reason], totals: Mapping[str, Manifest]) -> str:
-    """For a terminal: a line per reason, its examples below it."""
+def table_text(reasons: list[Reason], totals: Mapping[str, Manifest], stale: Collection[str]) -> str:
+    """For a terminal: a line per reason, its examples below it. stale: stages to be marked as of an earlier run."""
     lines = []
     for stage, manifest in totals.items():
         read = {kind: manifest.counts.get(f"{kind}_in") for kind in ("images", "boxes")}
         text = ", ".join(f"{count} {kind}" for kind, count in read.items() if count is not None)
         dropped = sum(entry.rows for entry in reasons if entry.stage == stage)
-        lines.append(f"{stage}: {dropped} rows dropped of {text}")
+        earlier = " (of an earlier run: its input has changed since; `dvc repro` makes it anew)"
+        lines.append(f"{stage}: {dropped} rows dropped of {text}{earlier if stage in stale else ''}")
         for entry in reasons:
             if entry.stage == stage:
                 note = "  (ingest.retry_rejected tries these again)" if entry.reason in TRANSIENT_REASONS else ""

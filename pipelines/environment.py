@@ -20,6 +20,8 @@ WORKER_ENV = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES),
     "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD_BYTES),
+    # pyarrow's own allocator gives blocks back too: reading the photos of a part took 110 ms, and 20 by glibc's
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
 DRIVER_ENV = {

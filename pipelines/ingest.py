@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.config import IngestConfig, repo_root
-from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names
+from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names, without_lines
 from pbe.data.download import Downloader, DownloadLimits, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_bucket
@@ -113,7 +113,7 @@ def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iter
             for table in read_annotations(tree, file):
                 rows += table.num_rows
                 bar.update(table.num_rows)
-                yield selector(with_names(table, names))
+                yield without_lines(selector(with_names(table, names)))
     if rows == selector.left_out:
         raise SourceError(
             f"ingest.boxes: none of the {rows} boxes in {tree.where} is of ingest.splits, classes and image_ids"

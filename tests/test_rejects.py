@@ -1,11 +1,13 @@
 """`pbe rejects`: every dropped row by stage and reason, with examples; all of them as CSV."""
 
 import csv
+import hashlib
 import io
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from pbe import config
 from pbe.cli import main
@@ -68,6 +70,30 @@ def test_reasons_are_counted_by_stage_the_most_frequent_first_with_examples(
         "d#2: why, d#2",
         "materialize: 0 rows dropped of 8 images",
     ]
+
+
+def test_a_stage_whose_input_has_changed_since_is_marked(
+    root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage, parts in (("ingest", INGEST), ("filter", FILTER), ("materialize", [[]])):
+        _run_stage(root, store, stage, parts, images_in=9, boxes_in=44)
+    before = {"filter": ["ingest"], "materialize": ["ingest", "filter"]}
+    stages = {}
+    for stage, names in before.items():
+        paths = [f"data/{name}/manifest.json" for name in names]
+        deps = [{"path": path, "md5": hashlib.md5((root / path).read_bytes()).hexdigest()} for path in paths]
+        stages[stage] = {"deps": [*deps, {"path": "pbe/store.py", "md5": "0"}]}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+    def marked() -> list[str]:
+        assert main(["rejects"]) == 0
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "of an earlier run" in line]
+
+    assert marked() == []
+    _run_stage(root, store, "filter", FILTER[:1], boxes_in=40)
+    assert marked() == ["materialize"]
+    _run_stage(root, store, "ingest", INGEST[:1], images_in=9, boxes_in=44)
+    assert marked() == ["filter", "materialize"]
 
 
 @pytest.mark.parametrize(("examples", "shown"), [(0, 0), (2, 2), (3, 3), (50, 3)])

@@ -39,7 +39,7 @@ _SPLIT_WORDS = {
     r"(?<![a-z])val(id|idation)?(?![a-z])": "validation",
     r"(?<![a-z])test(ing)?(?![a-z])": "test",
 }
-IMAGE_SUFFIX = r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$"  # some tools write file names into ImageID
+IMAGE_SUFFIX = r"(?i)\.(jpe?g|png|webp|avif|hei[cf]|bmp|gif|tiff?)$"  # some tools write file names into ImageID
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,13 @@ def with_names(annotations: pa.Table, names: dict[str, str]) -> pa.Table:
     named = pa.array([names.get(label, label) for label in encoded.dictionary.to_pylist()], pa.string())
     index = annotations.schema.get_field_index("label_name")
     return annotations.set_column(index, annotations.schema.field(index), named.take(encoded.indices))
+
+
+def without_lines(annotations: pa.Table) -> pa.Table:
+    """Line numbers only where there is a reason, so that a good row is the same wherever it stands in its file."""
+    index = annotations.schema.get_field_index("line")
+    lines = pc.if_else(annotations.column("reason").is_valid(), annotations.column("line"), None)
+    return annotations.set_column(index, annotations.schema.field(index), lines)
 
 
 def _is_classes(name: str) -> bool:

@@ -66,7 +66,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
-    """Bytes to (H, W, 3) uint8 RGB, turned by `exif_orientation`; 1 leaves the picture as stored.
+    """Bytes to (H, W, 3) uint8 RGB, turned by `exif_orientation`; 1 leaves the picture as stored, but for TIFF, which
+    its decoders turn upright in any case.
 
     Greyscale becomes three equal channels, alpha is dropped, 16 bits become 8, of several frames the first is taken.
     Raises ImageError, also for an image whose end is missing: half a photo would be grey.
@@ -91,7 +92,11 @@ def _decode_tolerantly(data: Buffer) -> np.ndarray:
     """By Pillow, which lets warnings pass but not a missing end."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("F", "I")):  # no scale is known: Pillow would clip it to black or white
+                raise ImageError(f"pixels of 32 bits or floating point (mode {image.mode}); save it with 8 or 16 bits")
             return np.asarray(image.convert("RGB"))
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(_what_it_is(data) or " ".join(str(error).split()) or type(error).__name__) from None
 
@@ -121,6 +126,17 @@ def _what_it_is(data: Buffer) -> str:
         return "empty file"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
         return "a web page or an error message, not an image"
+    if start[4:8] == b"ftyp" and start[8:12] in (
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"hevx",
+        b"mif1",
+        b"msf1",
+    ):
+        return "HEIC, the format of phones, which nothing here reads; export it as JPEG"
     return ""
 
 

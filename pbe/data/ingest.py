@@ -1,6 +1,7 @@
 """One bucket of a source: its annotations and photos to `images`, `boxes` and `rejects` tables."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,9 +129,13 @@ def _usable_boxes(
     """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose lines are all
     wrong has an empty list."""
     boxes: dict[str, list[dict[str, Any]]] = {}
+    seen: Counter[str] = Counter()  # without a line, a box is the n-th of its photo
     for row in annotations.to_pylist():
         bucket.counts["boxes_in"] += 1
-        key, image_id, split = f"{row['file']}:{row['line']}", row["image_id"], SPLITS[row["split"]]
+        image_id, split = row["image_id"], SPLITS[row["split"]]
+        seen[image_id] += 1
+        place = row["line"] if row["line"] is not None else f"{image_id}#{seen[image_id]}"
+        key = f"{row['file']}:{place}"
         if row["reason"] == "box_image_id_invalid":
             bucket.reject("boxes", key, row["reason"], row["detail"])
             continue

@@ -23,7 +23,8 @@ from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# HEIC is listed to be rejected by name: a phone's photos must not be passed over in silence
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif", ".tiff")
 HASH_THREADS = 8
 
 

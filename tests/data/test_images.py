@@ -110,6 +110,7 @@ GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "webp lossy": (_saved(PICTURE, "WEBP", quality=95), PHOTO, 40),
     "webp alpha": (_saved(_with_alpha(PICTURE), "WEBP", lossless=True, exact=True), PHOTO, 0),
     "webp animated": (_saved(PICTURE, "WEBP", lossless=True, **FRAMES), PHOTO, 0),
+    "avif": (_saved(PICTURE, "AVIF", quality=100, subsampling="4:4:4"), PHOTO, 8),
     "bmp": (_saved(PICTURE, "BMP"), PHOTO, 0),
     "tiff": (_saved(PICTURE, "TIFF"), PHOTO, 0),
     "tiff packed": (_saved(PICTURE, "TIFF", compression="tiff_lzw"), PHOTO, 0),
@@ -154,6 +155,7 @@ def test_half_a_picture_is_no_picture(name: str, share: float) -> None:
         (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "a web page or an error message"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', None),
         (b"%PDF-1.7", None),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC.*export it as JPEG"),
     ],
     ids=lambda value: repr(value[:12]) if value else "",
 )
@@ -233,6 +235,13 @@ def test_all_orientations_are_turned_as_every_viewer_does(kind: str, more: dict[
     assert np.abs(got.astype(int) - upright).max() <= (2 if kind == "JPEG" else 0)
     # OpenImages' boxes match the stored file: without being asked for, nothing is turned
     np.testing.assert_array_equal(decode(data), decode(_saved(PICTURE, kind, **more)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_whose_scale_nobody_knows_are_refused_not_clipped(dtype: type[np.generic]) -> None:
+    data = _saved(Image.fromarray((DEEP / 7).astype(dtype)), "TIFF")
+    with pytest.raises(ImageError, match=r"32 bits or floating point.*save it with 8 or 16 bits"):
+        decode(data)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

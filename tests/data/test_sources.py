@@ -113,12 +113,18 @@ def test_a_package_without_the_photo_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_with_its_subfolders_and_any_case_of_suffix(tmp_path: Path) -> None:
-    for name in ("b.JPG", "x/a.png", "x/y/c.d.jpeg", "ünï code.webp", "x/notes.txt", "x/d.csv", "x/jpg"):
+    for name in ("b.JPG", "phone.HEIC", "x/a.png", "x/y/c.d.jpeg", "ünï code.webp", "x/notes.txt", "x/d.csv", "x/jpg"):
         _write(tmp_path / name, name.encode())
     (tmp_path / "e.png").mkdir()
     photos = _photos(_folder(tmp_path))
     addresses = {image_id: photo["address"] for image_id, photo in photos.items()}
-    assert addresses == {"b": "b.JPG", "a": "x/a.png", "c.d": "x/y/c.d.jpeg", "ünï code": "ünï code.webp"}
+    assert addresses == {
+        "b": "b.JPG",
+        "a": "x/a.png",
+        "c.d": "x/y/c.d.jpeg",
+        "phone": "phone.HEIC",
+        "ünï code": "ünï code.webp",
+    }
     for photo in photos.values():
         assert _folder(tmp_path).read(photo["address"], 100) == photo["address"].encode()
         assert [photo[key] for key in ("license", "author", "source_url", "rotation")] == [None] * 4

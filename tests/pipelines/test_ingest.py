@@ -18,6 +18,7 @@ from pbe.config import Params
 from pbe.data import images
 from pbe.data.download import PhotoError
 from pbe.data.files import SourceError
+from pbe.data.rng import bucket_of
 from pbe.data.sources import FolderSource
 from pbe.gc import used_paths
 from pbe.store import File, Manifest, Record, Store, load_manifest
@@ -211,6 +212,21 @@ def test_parts_of_other_buckets_are_not_made_again(project: Project, server: Ser
     assert any(with_failures) and not all(with_failures)
     changed = [old.unit != new.unit for old, new in zip(first.units, second.units, strict=True)]
     assert changed == with_failures
+
+
+def test_lines_put_anywhere_into_the_box_file_redo_their_own_bucket_alone(project: Project) -> None:
+    lines = [f"{image_id},/m/1,0.1,0.5,0.2,0.6" for image_id in IDS]
+    project.boxes(lines)
+    first, _ = project.run()
+    bucket = bucket_of(IDS[3], 3)
+    project.boxes([lines[0], f"{IDS[3]},/m/2,0.2,0.5,0.2,0.6", f"{IDS[3]},/m/1,0.3,oops,0.2,0.6", *lines[1:]])
+    second, _ = project.run()
+    changed = [old.unit != new.unit for old, new in zip(first.units, second.units, strict=True)]
+    assert changed == [number == bucket for number in range(3)]
+    (wrong,) = [row for row in project.rows(second, "rejects") if row["reason"] == "box_unparsable"]
+    assert wrong["key"] == "train-annotations-bbox.csv:4"  # the line that an editor shows
+    rejected = [row["key"] for row in project.rows(second, "rejects") if row["reason"] == "box_image_rejected"]
+    assert rejected and len(set(rejected)) == len(rejected) and all("#" in key for key in rejected)
 
 
 def test_a_lost_part_of_a_first_try_is_made_again_and_loses_no_photo(project: Project, server: Server) -> None:

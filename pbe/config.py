@@ -147,16 +147,17 @@ class EncodeConfig(Strict):
 
 class UNetConfig(Strict):
     block_channels: tuple[PositiveInt, ...] = Field(min_length=1)
-    attention_from_block: Annotated[int, Field(ge=0)]
+    attention: tuple[bool, ...]
     layers_per_block: PositiveInt
     attention_heads: PositiveInt
     norm_groups: PositiveInt
     context_width: PositiveInt
-    mapper_width: PositiveInt
     class_embedding: bool
 
     @model_validator(mode="after")
     def _divides(self) -> "UNetConfig":
+        if len(self.attention) != len(self.block_channels):
+            raise ValueError(f"attention: {len(self.attention)} levels, block_channels has {len(self.block_channels)}")
         for channels in self.block_channels:
             if channels % self.norm_groups or channels % self.attention_heads:
                 raise ValueError(
@@ -164,6 +165,11 @@ class UNetConfig(Strict):
                     f"and attention_heads ({self.attention_heads})"
                 )
         return self
+
+
+class ExemplarConfig(Strict):
+    mapper_width: PositiveInt
+    mapper_blocks: Annotated[int, Field(ge=0, le=48)]
 
 
 class TrainConfig(Strict):
@@ -191,6 +197,7 @@ class TrainConfig(Strict):
     log_every: PositiveInt
     max_failures: Annotated[int, Field(ge=0)]
     unet: UNetConfig
+    exemplar: ExemplarConfig
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":

@@ -108,7 +108,7 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
     yield from where("network", _network, "channels 320, 640, 1280, 1280; 2 layers per block; 8 heads", "CPU time")
     yield from where(
         "exemplar mapper",
-        lambda t: f"two linear layers, {t.unet.mapper_width} wide, to a token of {t.unet.context_width}",
+        _exemplar,
         "five transformer blocks, 1024 wide, to a token of 768",
         "CPU time",
     )
@@ -172,11 +172,19 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
     )
 
 
+def _exemplar(cfg: TrainConfig) -> str | None:
+    mapper, context = cfg.exemplar, cfg.unet.context_width
+    if (mapper.mapper_width, mapper.mapper_blocks, context) == (1024, 5, 768):
+        return None
+    return f"{mapper.mapper_blocks} transformer block(s), {mapper.mapper_width} wide, to a token of {context}"
+
+
 def _network(cfg: TrainConfig) -> str | None:
     unet = cfg.unet
     if unet.block_channels == (320, 640, 1280, 1280) and (unet.layers_per_block, unet.attention_heads) == (2, 8):
         return None
-    attention = f"cross-attention from resolution {unet.attention_from_block} on" if unet.attention_from_block else ""
+    attends = [str(level + 1) for level, here in enumerate(unet.attention) if here]
+    attention = f"cross-attention at level {', '.join(attends)}" if not all(unet.attention[:-1]) else ""
     return f"channels {', '.join(map(str, unet.block_channels))}; {unet.layers_per_block} layer(s) per block; " + (
         f"{unet.attention_heads} heads" + (f"; {attention}" if attention else "")
     )

@@ -118,12 +118,13 @@ def arch(one_thread: None) -> Architecture:
         latent_px=IMAGE_PX // PATCH_PX,
         backbone_width=1280,
         block_channels=(8, 16),
-        attention_from_block=1,
+        attention=(False, True),
         layers_per_block=1,
         attention_heads=2,
         norm_groups=4,
         context_width=8,
         mapper_width=16,
+        mapper_blocks=1,
         class_embedding=True,
     )
 

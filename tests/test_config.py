@@ -38,14 +38,14 @@ KNOWN: dict[str, dict[str, Any]] = {
         "micro_batch": 16,
         "unet": {
             "block_channels": [48, 96],
-            "attention_from_block": 1,
+            "attention": [False, True],
             "layers_per_block": 1,
             "attention_heads": 2,
             "norm_groups": 16,
             "context_width": 128,
-            "mapper_width": 256,
             "class_embedding": True,
         },
+        "exemplar": {"mapper_width": 256, "mapper_blocks": 1},
     },
 }
 Load = Callable[..., config.Params]
@@ -169,7 +169,11 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ),
         ({"encode.codec_channels": 49}, "params.yaml: encode: codec_channels 49 exceeds 3 * codec_patch_px^2 = 48"),
         (
-            {"materialize.image_px": 72, "train.unet.block_channels": [48, 96, 96]},
+            {
+                "materialize.image_px": 72,
+                "train.unet.block_channels": [48, 96, 96],
+                "train.unet.attention": [False, False, True],
+            },
             "params.yaml: variants.full: latents of 18 px (materialize.image_px / encode.codec_patch_px)",
         ),
         (

@@ -1,39 +1,82 @@
-"""The exemplar condition: frozen backbone features to one context token, with a learned unconditional vector.
+"""The exemplar condition: features of a frozen backbone to context tokens, with a learned unconditional vector.
 
-Source: paper section 3.3 (bottleneck: the class token alone) and upstream ldm/modules/encoders/modules.py.
-Deviation of the sample profile: the mapper is a two-layer MLP on pooled EfficientNet features; the paper has
-five decoder blocks on CLIP's class token.
+    x (B, T, width)  ->  N decoder blocks: x + attn(LN x), then x + mlp(LN x)  ->  LayerNorm  ->  Linear to context_width
+
+Source: paper section 3.3 (bottleneck: T = 1, the class token alone); upstream ldm/modules/encoders/{modules,xf}.py.
+Parameter names are those of diffusers' `PaintByExampleImageEncoder` but for its `model.*`, the backbone. The paper:
+width 1024, 5 blocks, 1 head, context 768. With one token a block is a deep MLP: softmax over one key is 1, so its
+queries and keys have no gradient but zero (upstream issue 14).
 """
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+
+
+class StandardisedProjection(nn.Module):
+    """Features to zero mean and unit variance over training references, then a linear map to the mapper's width.
+
+    Ours, for backbones wider than the mapper (sample profile). CLIP's class token comes after a LayerNorm and the
+    paper's mapper is as wide as it, so there is none there.
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.register_buffer("feature_mean", torch.zeros(width_in))
+        self.register_buffer("feature_std", torch.ones(width_in))
+        self.linear = nn.Linear(width_in, width_out)
+
+    def set_statistics(self, tokens: Tensor) -> None:
+        """tokens: (N, width_in) of training references. The std is floored at 0.05."""
+        self.feature_mean.copy_(tokens.mean(0))
+        self.feature_std.copy_(tokens.std(0, correction=min(1, len(tokens) - 1)).clamp_min(0.05))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear((tokens - self.feature_mean) / self.feature_std)
+
+
+class Mapper(nn.Module):
+    """Holds the blocks under diffusers' name, `mapper.blocks`."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(width, 1, width, activation_fn="gelu", attention_bias=True) for _ in range(blocks)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
 
 
 class ExemplarMapper(nn.Module):
     """Trainable part of the condition: (B, T, backbone_width) tokens to (B, T, context_width)."""
 
-    feature_mean: Tensor
-    feature_std: Tensor
-
-    def __init__(self, *, backbone_width: int, mapper_width: int, context_width: int) -> None:
+    def __init__(self, *, backbone_width: int, mapper_width: int, mapper_blocks: int, context_width: int) -> None:
         super().__init__()
-        self.register_buffer("feature_mean", torch.zeros(backbone_width))
-        self.register_buffer("feature_std", torch.ones(backbone_width))
-        self.mapper = nn.Sequential(
-            nn.Linear(backbone_width, mapper_width), nn.GELU(), nn.Linear(mapper_width, context_width)
+        self.projection = (
+            StandardisedProjection(backbone_width, mapper_width) if backbone_width != mapper_width else None
         )
-        self.final_layer_norm = nn.LayerNorm(context_width)
+        self.mapper = Mapper(mapper_width, mapper_blocks)
+        self.final_layer_norm = nn.LayerNorm(mapper_width)
+        self.proj_out = nn.Linear(mapper_width, context_width)
         self.uncond_vector = nn.Parameter(torch.randn(1, 1, context_width))
 
     def set_statistics(self, tokens: Tensor) -> None:
-        """Standardise with the mean and std of training references, tokens (N, backbone_width)."""
-        self.feature_mean.copy_(tokens.mean(0))
-        self.feature_std.copy_(tokens.std(0, correction=min(1, len(tokens) - 1)).clamp_min(0.05))
+        """Standardise by training references, tokens (N, backbone_width); nothing to do for a mapper of that width."""
+        if self.projection is not None:
+            self.projection.set_statistics(tokens)
 
     def forward(self, tokens: Tensor, drop_condition: Tensor) -> Tensor:
-        """drop_condition: (B,) bool, True replaces the row's tokens by the unconditional vector.
+        """drop_condition: (B,) bool, True replaces all the row's tokens by the unconditional vector.
 
         Deviation: upstream drops whole batches; per row keeps every parameter in every graph.
         """
-        context = self.final_layer_norm(self.mapper((tokens - self.feature_mean) / self.feature_std))
+        if self.projection is not None:
+            tokens = self.projection(tokens)
+        context = self.proj_out(self.final_layer_norm(self.mapper(tokens)))
         return torch.where(drop_condition[:, None, None], self.uncond_vector.to(context.dtype), context)

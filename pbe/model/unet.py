@@ -22,12 +22,13 @@ class Architecture:
     latent_px: int
     backbone_width: int
     block_channels: tuple[int, ...]
-    attention_from_block: int  # blocks from this index on have cross-attention; 0 = all
+    attention: tuple[bool, ...]  # which levels have cross-attention; SD: all but the last
     layers_per_block: int
     attention_heads: int
     norm_groups: int
     context_width: int
     mapper_width: int
+    mapper_blocks: int
     class_embedding: bool
 
 
@@ -35,15 +36,14 @@ class ConditionedUNet(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        attends = [index >= arch.attention_from_block for index in range(len(arch.block_channels))]
         self.unet = UNet2DConditionModel(
             sample_size=arch.latent_px,
             in_channels=2 * arch.latent_channels + 1,
             out_channels=arch.latent_channels,
             block_out_channels=arch.block_channels,
             layers_per_block=arch.layers_per_block,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in arch.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(arch.attention)),
             cross_attention_dim=arch.context_width,
             # diffusers' attention_head_dim is the number of heads for this class
             attention_head_dim=arch.attention_heads,
@@ -52,7 +52,10 @@ class ConditionedUNet(nn.Module):
             projection_class_embeddings_input_dim=arch.context_width if arch.class_embedding else None,
         )
         self.exemplar = ExemplarMapper(
-            backbone_width=arch.backbone_width, mapper_width=arch.mapper_width, context_width=arch.context_width
+            backbone_width=arch.backbone_width,
+            mapper_width=arch.mapper_width,
+            mapper_blocks=arch.mapper_blocks,
+            context_width=arch.context_width,
         )
 
     def forward(

@@ -62,7 +62,8 @@ def load_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
 def _read_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
     raw = json.loads((folder / "model.json").read_text())
     arch_raw = raw.pop("arch")
-    arch = Architecture(**{**arch_raw, "block_channels": tuple(arch_raw["block_channels"])})
+    tuples = {key: tuple(value) for key, value in arch_raw.items() if isinstance(value, list)}
+    arch = Architecture(**{**arch_raw, **tuples})
     card = ModelCard(arch=arch, **raw)
     model = ConditionedUNet(arch)
     problems = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)

@@ -88,14 +88,12 @@ def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architect
     torch.testing.assert_close(out[~drop], model(**inputs)[~drop], atol=1e-5, rtol=0)
 
 
-def test_attention_starts_at_the_given_block(arch: Architecture) -> None:
-    def blocks(first: int) -> list[bool]:
-        unet = ConditionedUNet(replace(arch, block_channels=(8, 8, 8), attention_from_block=first)).unet
-        down = [hasattr(block, "attentions") for block in unet.down_blocks]
-        assert [hasattr(block, "attentions") for block in unet.up_blocks] == down[::-1]
-        return down
-
-    assert [blocks(first) for first in range(4)] == [[True] * 3, [False, True, True], [False, False, True], [False] * 3]
+@pytest.mark.parametrize("attention", [(True, True, False), (False, False, True), (False,) * 3, (True,) * 3])
+def test_attention_is_where_it_is_asked_for(attention: tuple[bool, ...], arch: Architecture) -> None:
+    unet = ConditionedUNet(replace(arch, block_channels=(8, 8, 8), attention=attention)).unet
+    down = [hasattr(block, "attentions") for block in unet.down_blocks]
+    assert down == list(attention)
+    assert [hasattr(block, "attentions") for block in unet.up_blocks] == down[::-1]
 
 
 def test_the_width_of_the_condition_fits_and_class_embedding_is_a_switch(arch: Architecture) -> None:
@@ -128,3 +126,25 @@ def test_float32_group_norm_ignores_autocast() -> None:
         from_half = norm(values.bfloat16())
     assert got.dtype == from_half.dtype == torch.float32 and torch.equal(got, expected)
     torch.testing.assert_close(from_half, expected, atol=0.05, rtol=0)
+
+
+def test_the_papers_network_has_upstreams_parameter_count() -> None:
+    """923,306,500 trainable: the UNet's 859,535,364 and the exemplar's 63,771,136."""
+    paper = Architecture(
+        latent_channels=4,
+        latent_px=64,
+        backbone_width=1024,
+        block_channels=(320, 640, 1280, 1280),
+        attention=(True, True, True, False),
+        layers_per_block=2,
+        attention_heads=8,
+        norm_groups=32,
+        context_width=768,
+        mapper_width=1024,
+        mapper_blocks=5,
+        class_embedding=False,
+    )
+    with torch.device("meta"):
+        model = ConditionedUNet(paper)
+    assert sum(parameter.numel() for parameter in model.unet.parameters()) == 859_535_364
+    assert sum(parameter.numel() for parameter in model.parameters()) == 923_306_500

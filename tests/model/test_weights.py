@@ -87,7 +87,10 @@ def test_a_card_that_does_not_fit_is_refused(model_folder: Path, arch: Architect
         _edit_json(model_folder, **changes)
         _refused(model_folder, word)
         (model_folder / "model.json").write_text(before)
-    _edit_json(model_folder, arch={**vars(replace(arch, context_width=12)), "block_channels": [8, 16]})
+    _edit_json(
+        model_folder,
+        arch={**vars(replace(arch, context_width=12)), "block_channels": [8, 16], "attention": [False, True]},
+    )
     _refused(model_folder)
 
 

@@ -17,7 +17,8 @@ import torch
 from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.rng import row_rng
-from pbe.diffusion.sampling import sample
+from pbe.diffusion.sampling import forwards_per_step, sample
+from pbe.diffusion.schedule import SamplerName, default_sampler, make_sampler
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import PatchCodec
@@ -50,6 +51,7 @@ class Editor:
         seed: int,
         guidance_scale: float = DEFAULT_SCALE,
         steps: int = DEFAULT_STEPS,
+        sampler: SamplerName | None = None,
     ) -> np.ndarray:
         """photo (H, W, 3) uint8; hole_mask (H, W), non-zero where the edit goes; reference any (h, w, 3) uint8.
 
@@ -76,6 +78,7 @@ class Editor:
             seeds=[seed],
             guidance_scale=guidance_scale,
             steps=steps,
+            sampler=sampler,
         )[0]
         out = photo.copy()
         grown = images.resize(filled, width_px=window.width_px, height_px=window.height_px)
@@ -91,6 +94,7 @@ class Editor:
         seeds: Sequence[int],
         guidance_scale: float,
         steps: int,
+        sampler: SamplerName | None = None,
     ) -> np.ndarray:
         """A batch at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
 
@@ -106,20 +110,19 @@ class Editor:
         tokens = encode_references(self._backbone, squashed, device=self._device)
         masked, keep = encode_masked(self._codec, sources, hole_masks, device=self._device)
         noise = [row_rng(seed, "edit").standard_normal(masked.mean.shape[1:], dtype=np.float32) for seed in seeds]
-        count = len(sources)
-        condition = {
-            "masked_latent": masked.mean.repeat(2, 1, 1, 1),
-            "keep_mask_latent": keep.repeat(2, 1, 1, 1),
-            "exemplar_tokens": tokens.repeat(2, 1, 1),
-            "drop_condition": torch.arange(2 * count, device=self._device) < count,
-        }
+        copies = forwards_per_step(guidance_scale)
+        drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
+        with torch.no_grad():
+            context = self._model.exemplar(tokens.repeat(copies, 1, 1), drop)
+        masked_latent, keep_mask = masked.mean.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1)
         latent = sample(
-            lambda noisy, timestep: self._model(noisy, timestep, **condition),
+            lambda noisy, timestep: self._model.denoise(
+                noisy, timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
+            ),
             torch.from_numpy(np.stack(noise)).to(self._device),
+            sampler=make_sampler(self.card.scheduler, sampler or default_sampler(self.card.scheduler)),
             steps=steps,
             guidance_scale=guidance_scale,
-            objective=self.card.objective,
-            beta_schedule=self.card.beta_schedule,
             project=self._codec.project,
         )
         return np.where(hole_masks[..., None] > 0, to_images(self._codec.decode(latent)), sources)

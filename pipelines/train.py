@@ -224,6 +224,7 @@ class ProgressBar:
 
 
 def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:
+    from pbe.diffusion.schedule import scheduler_config
     from pbe.model.unet import Architecture
     from pbe.model.weights import ModelCard
 
@@ -248,8 +249,7 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
         image_px=materialize.image_px,
         reference_px=materialize.reference_px,
         reference_pad_px=materialize.reference_pad_px,
-        objective=cfg.objective,
-        beta_schedule=cfg.beta_schedule,
+        scheduler=scheduler_config(cfg.beta_schedule, cfg.objective),
         run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
     )
 

@@ -143,6 +143,7 @@ def model(arch: Architecture) -> ConditionedUNet:
 
 @pytest.fixture
 def card(arch: Architecture) -> ModelCard:
+    from pbe.diffusion.schedule import scheduler_config
     from pbe.model.weights import ModelCard
 
     return ModelCard(
@@ -151,8 +152,7 @@ def card(arch: Architecture) -> ModelCard:
         image_px=IMAGE_PX,
         reference_px=224,
         reference_pad_px=10,
-        objective="x0",
-        beta_schedule="squaredcos_cap_v2",
+        scheduler=scheduler_config("squaredcos_cap_v2", "x0"),
         run={"variant": "tiny", "steps": 0},
     )
 

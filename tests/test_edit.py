@@ -10,7 +10,9 @@ import torch
 
 from pbe.data import images
 from pbe.data.rng import row_rng
+from pbe.diffusion.objective import Objective
 from pbe.diffusion.sampling import sample
+from pbe.diffusion.schedule import make_sampler, scheduler_config
 from pbe.edit import CONTEXT_FACTOR, Editor, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
@@ -20,6 +22,9 @@ from pbe.model.weights import ModelCard, ModelError, save_model
 
 SIZE_PX, STEPS = 16, 3
 Edit = Callable[..., np.ndarray]
+
+
+SCHEDULER = scheduler_config("squaredcos_cap_v2", "x0")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,7 @@ def editor(tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: 
         image_px=SIZE_PX,
         reference_px=224,
         reference_pad_px=10,
-        objective="x0",
-        beta_schedule="squaredcos_cap_v2",
+        scheduler=SCHEDULER,
         run={},
     )
     folder = tmp_path_factory.mktemp("model")
@@ -195,8 +199,7 @@ def test_the_edit_is_the_sampler_with_guidance_between_condition_and_uncondition
         torch.from_numpy(np.stack(noise)),
         steps=STEPS,
         guidance_scale=40.0,
-        objective="x0",
-        beta_schedule="squaredcos_cap_v2",
+        sampler=make_sampler(SCHEDULER, "ddim"),
         project=codec.project,
     )
     expected = np.where(hole_masks[..., None] > 0, to_images(codec.decode(latent)), sources)
@@ -272,8 +275,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["eps", "v"])
-def test_the_card_says_what_the_network_predicts(objective: str, editor: Editor, crops: np.ndarray) -> None:
-    other = Editor(editor._model, editor._codec, replace(editor.card, objective=objective), torch.device("cpu"))  # type: ignore[arg-type]
+def test_the_card_says_what_the_network_predicts(objective: Objective, editor: Editor, crops: np.ndarray) -> None:
+    card = replace(editor.card, scheduler=scheduler_config("squaredcos_cap_v2", objective))
+    other = Editor(editor._model, editor._codec, card, torch.device("cpu"))
     one, two = (
         e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], guidance_scale=1.0, steps=STEPS)
         for e in (editor, other)

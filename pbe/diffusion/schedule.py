@@ -1,32 +1,91 @@
-"""Noise schedules, by diffusers. beta values are passed explicitly: diffusers' defaults are not SD's."""
+"""Noise schedules and samplers, by diffusers. beta values are passed explicitly: diffusers' defaults are not SD's.
 
-from typing import Literal
+A model carries the config of one scheduler (scheduler/scheduler_config.json in the hub layout): its betas, what the
+network predicts and how timesteps are spaced. Every sampler is built from that config.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from pbe.diffusion.objective import Objective
+from pbe.errors import UserError
+
 BetaSchedule = Literal["squaredcos_cap_v2", "scaled_linear"]
+SamplerName = Literal["pndm", "ddim", "dpm++", "unipc"]
 TRAIN_TIMESTEPS = 1000  # upstream configs/v1.yaml
+PREDICTION_TYPES: dict[Objective, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def make_scheduler(beta_schedule: BetaSchedule) -> DDIMScheduler:
-    """DDIM on predicted x0 (`sampling` converts every objective to x0 first), trailing timesteps.
+class Sampler(Protocol):
+    """What the sampling loop uses of diffusers' schedulers."""
 
-    scaled_linear with 0.00085 .. 0.012 is upstream's "linear" schedule (its v1.yaml).
-    """
-    return DDIMScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule=beta_schedule,
-        clip_sample=False,
-        set_alpha_to_one=beta_schedule != "scaled_linear",
-        prediction_type="sample",
-        timestep_spacing="trailing",
-    )
+    config: Mapping[str, Any]
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    init_noise_sigma: float
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any: ...
 
 
-def alphas_cumprod(beta_schedule: BetaSchedule) -> Tensor:
+class SamplerError(UserError, ValueError):
+    """A scheduler's config is not one of ours, or the sampler cannot do what the model predicts."""
+
+
+def scheduler_config(beta_schedule: BetaSchedule, objective: Objective) -> dict[str, Any]:
+    """scaled_linear: SD's own, upstream's "linear" (configs/v1.yaml), with the hub's PNDM settings. squaredcos_cap_v2:
+    DDIM with trailing timesteps, so that sampling starts at the noisiest one."""
+    stable_diffusion = beta_schedule == "scaled_linear"
+    return {
+        "_class_name": "PNDMScheduler" if stable_diffusion and objective != "x0" else "DDIMScheduler",
+        "num_train_timesteps": TRAIN_TIMESTEPS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": beta_schedule,
+        "trained_betas": None,
+        "clip_sample": False,
+        "set_alpha_to_one": not stable_diffusion,
+        "skip_prk_steps": True,
+        "steps_offset": 1 if stable_diffusion else 0,
+        "timestep_spacing": "leading" if stable_diffusion else "trailing",
+        "prediction_type": PREDICTION_TYPES[objective],
+    }
+
+
+def objective_of(config: Mapping[str, Any]) -> Objective:
+    """What the network of a scheduler config predicts. Raises SamplerError."""
+    kind = config.get("prediction_type", "epsilon")  # the hub's oldest configs do not say
+    for objective, name in PREDICTION_TYPES.items():
+        if name == kind:
+            return objective
+    raise SamplerError(f"scheduler: prediction_type {kind!r}; known are {', '.join(PREDICTION_TYPES.values())}")
+
+
+def default_sampler(config: Mapping[str, Any]) -> SamplerName:
+    """The sampler that the model's config names, DDIM for any that is not among ours."""
+    return "pndm" if config.get("_class_name") == "PNDMScheduler" else "ddim"
+
+
+def make_sampler(config: Mapping[str, Any], name: SamplerName) -> Sampler:
+    """The named sampler on the model's own betas and spacing, deterministic. Raises SamplerError."""
+    objective = objective_of(config)
+    if name == "pndm":
+        if objective == "x0":
+            raise SamplerError("sampler pndm: this model predicts x0, pndm takes eps or v; use ddim, dpm++ or unipc")
+        # whatever the config says: without them PLMS would need 9 more forwards, and upstream has none
+        return PNDMScheduler.from_config(dict(config), skip_prk_steps=True)
+    if name == "ddim":
+        return DDIMScheduler.from_config(dict(config))
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type="dpmsolver++")
+    return UniPCMultistepScheduler.from_config(dict(config))
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """alpha_bar_t for t = 0 .. 999, float32."""
-    return make_scheduler(beta_schedule).alphas_cumprod.to(torch.float32)
+    return DDIMScheduler.from_config(dict(config)).alphas_cumprod.to(torch.float32)

@@ -1,8 +1,8 @@
 """The exemplar condition: features of a frozen backbone to context tokens, with a learned unconditional vector.
 
-    x (B, T, width)  ->  N decoder blocks: x + attn(LN x), then x + mlp(LN x)  ->  LayerNorm  ->  Linear to context_width
+    (B, T, width)  ->  N blocks: x + attn(LN x), then x + mlp(LN x)  ->  LayerNorm  ->  Linear to context_width
 
-Source: paper section 3.3 (bottleneck: T = 1, the class token alone); upstream ldm/modules/encoders/modules.py and xf.py
+Source: paper section 3.3 (bottleneck: T = 1, the class token alone); upstream ldm/modules/encoders/modules.py, xf.py.
 Parameter names are those of diffusers' `PaintByExampleImageEncoder` but for its `model.*`, the backbone. The paper:
 width 1024, 5 blocks, 1 head, context 768. With one token a block is a deep MLP: softmax over one key is 1, so its
 queries and keys have no gradient but zero (upstream issue 14).

@@ -72,7 +72,24 @@ class ConditionedUNet(nn.Module):
 
         Returns the prediction (B, C, h, w); the objective says of what.
         """
-        context = self.exemplar(exemplar_tokens, drop_condition)
+        return self.denoise(
+            noisy_latent,
+            timestep,
+            masked_latent=masked_latent,
+            keep_mask_latent=keep_mask_latent,
+            context=self.exemplar(exemplar_tokens, drop_condition),
+        )
+
+    def denoise(
+        self,
+        noisy_latent: Tensor,
+        timestep: Tensor,
+        *,
+        masked_latent: Tensor,
+        keep_mask_latent: Tensor,
+        context: Tensor,
+    ) -> Tensor:
+        """As forward, with the context (B, T, context_width) at hand: sampling needs it once, not at every step."""
         channels = torch.cat([noisy_latent, masked_latent, keep_mask_latent], dim=1)
         labels = context[:, 0] if self.arch.class_embedding else None
         return self.unet(channels, timestep, encoder_hidden_states=context, class_labels=labels).sample

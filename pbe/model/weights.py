@@ -31,8 +31,7 @@ class ModelCard:
     image_px: int
     reference_px: int
     reference_pad_px: int
-    objective: Literal["x0", "eps", "v"]
-    beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear"]
+    scheduler: dict[str, Any]  # diffusers' config: betas, what the network predicts, spacing of the timesteps
     run: dict[str, Any]  # variant, digest, steps, data digest, commit
 
 

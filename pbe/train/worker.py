@@ -64,7 +64,7 @@ def train_worker(job: Job) -> None:
     codec_path = str(job.encoded.config["codec"])
     codec = codec_from_bytes(store.read_bytes(codec_path), store.full_uri(codec_path))
     grey_latent = codec.posterior(torch.zeros(1, 3, job.card.image_px, job.card.image_px))[0].to(device)
-    alpha_bar = alphas_cumprod(cfg.beta_schedule).to(device)
+    alpha_bar = alphas_cumprod(job.card.scheduler).to(device)
     engine = make_engine(model, cfg)
 
     # resume

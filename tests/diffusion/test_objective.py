@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pbe.diffusion.objective import Objective, add_noise, loss_per_row, predicted_x0, target
-from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
@@ -53,7 +53,7 @@ def test_predicted_x0_inverts_the_target(objective: Objective, bars: list[float]
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_at_no_signal_at_all_the_answer_is_finite(objective: Objective) -> None:
-    for bar in (0.0, alphas_cumprod("squaredcos_cap_v2")[-1].item()):
+    for bar in (0.0, alphas_cumprod(scheduler_config("squaredcos_cap_v2", "x0"))[-1].item()):
         out = predicted_x0(objective, prediction=_cell(0.3), noisy=_cell(0.4), alpha_bar=torch.tensor([bar]))
         assert torch.isfinite(out).all()
 

@@ -1,18 +1,32 @@
-"""The noise schedules equal their formulas, computed here in float64."""
+"""The noise schedules equal their formulas, computed here in float64; samplers take the model's own settings."""
+
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, BetaSchedule, alphas_cumprod, make_scheduler
+from pbe.diffusion.objective import Objective
+from pbe.diffusion.schedule import (
+    TRAIN_TIMESTEPS,
+    BetaSchedule,
+    SamplerError,
+    SamplerName,
+    alphas_cumprod,
+    make_sampler,
+    objective_of,
+    scheduler_config,
+)
 
-SCHEDULES: tuple[BetaSchedule, ...] = ("squaredcos_cap_v2", "scaled_linear")
+SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 def test_scaled_linear_is_stable_diffusions() -> None:
     """linspace of sqrt(beta) from 0.00085 to 0.012, squared (upstream's "linear")."""
     betas = np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2
-    np.testing.assert_allclose(alphas_cumprod("scaled_linear"), np.cumprod(1 - betas), rtol=1e-4)
+    config = scheduler_config("scaled_linear", "eps")
+    np.testing.assert_allclose(alphas_cumprod(config), np.cumprod(1 - betas), rtol=1e-4)
 
 
 def test_squaredcos_is_nichol_and_dhariwals() -> None:
@@ -20,21 +34,52 @@ def test_squaredcos_is_nichol_and_dhariwals() -> None:
     t = np.arange(1001) / 1000
     bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    np.testing.assert_allclose(alphas_cumprod("squaredcos_cap_v2"), np.cumprod(1 - betas), rtol=1e-3)
+    config = scheduler_config("squaredcos_cap_v2", "x0")
+    np.testing.assert_allclose(alphas_cumprod(config), np.cumprod(1 - betas), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_alpha_bar_falls_from_almost_one_towards_zero(name: BetaSchedule) -> None:
-    bar = alphas_cumprod(name)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_has_the_same_betas(name: BetaSchedule, sampler: SamplerName) -> None:
+    config = scheduler_config(name, "eps")
+    bar = alphas_cumprod(config)
     assert bar.shape == (TRAIN_TIMESTEPS,) and bar.dtype == torch.float32
     assert (bar[1:] < bar[:-1]).all() and bar[0] > 0.999 and 0 < bar[-1] < 0.01
+    torch.testing.assert_close(make_sampler(config, sampler).alphas_cumprod, bar)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 25, 50, 1000])
-def test_sampling_starts_at_the_noisiest_timestep_in_even_steps(name: BetaSchedule, steps: int) -> None:
+def test_squaredcos_starts_at_the_noisiest_timestep_in_even_steps(steps: int) -> None:
     """Trailing timesteps: training's last one is the sampler's first."""
-    scheduler = make_scheduler(name)
-    scheduler.set_timesteps(steps)
-    times = scheduler.timesteps.tolist()
-    assert times == [round(1000 - index * 1000 / steps) - 1 for index in range(steps)]
+    sampler = make_sampler(scheduler_config("squaredcos_cap_v2", "x0"), "ddim")
+    sampler.set_timesteps(steps)
+    assert sampler.timesteps.tolist() == [round(1000 - index * 1000 / steps) - 1 for index in range(steps)]
+
+
+def test_scaled_linear_has_upstreams_timesteps() -> None:
+    """ldm's make_ddim_timesteps: every 20th of 1000, plus 1; PLMS then repeats its second one."""
+    config = scheduler_config("scaled_linear", "eps")
+    expected = list(range(981, 0, -20))
+    ddim, plms = make_sampler(config, "ddim"), make_sampler(config, "pndm")
+    for sampler in (ddim, plms):
+        sampler.set_timesteps(50)
+    assert ddim.timesteps.tolist() == expected
+    assert plms.timesteps.tolist() == [981, 961, 961, *expected[2:]]
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_know_what_the_network_predicts(objective: Objective, sampler: SamplerName) -> None:
+    config = scheduler_config("scaled_linear", objective)
+    assert objective_of(config) == objective
+    if (sampler, objective) == ("pndm", "x0"):
+        with pytest.raises(SamplerError, match="use ddim"):
+            make_sampler(config, sampler)
+    else:
+        assert objective_of(make_sampler(config, sampler).config) == objective
+
+
+def test_a_foreign_prediction_type_is_refused() -> None:
+    assert objective_of({}) == "eps"
+    with pytest.raises(SamplerError, match="flow_prediction"):
+        objective_of({"prediction_type": "flow_prediction"})

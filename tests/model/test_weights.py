@@ -82,7 +82,7 @@ def _edit_json(folder: Path, **changes: Any) -> None:
 
 
 def test_a_card_that_does_not_fit_is_refused(model_folder: Path, arch: Architecture) -> None:
-    for changes, word in (({"arch": None}, "arch"), ({"colour": 3}, "colour"), ({"objective": None}, "objective")):
+    for changes, word in (({"arch": None}, "arch"), ({"colour": 3}, "colour"), ({"scheduler": None}, "scheduler")):
         before = (model_folder / "model.json").read_text()
         _edit_json(model_folder, **changes)
         _refused(model_folder, word)

@@ -20,10 +20,7 @@ from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
 from pbe.diffusion.schedule import SamplerName, default_sampler, make_sampler
 from pbe.encode import encode_masked, encode_references, to_images
-from pbe.model.backbone import load_backbone
-from pbe.model.codec import PatchCodec
-from pbe.model.unet import ConditionedUNet
-from pbe.model.weights import ModelCard, ModelError, load_model
+from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_STEPS = 25
 DEFAULT_SCALE = 3.0
@@ -31,16 +28,17 @@ CONTEXT_FACTOR = 1.6  # side of the edited square over the hole's longer side, w
 
 
 class Editor:
-    def __init__(self, model: ConditionedUNet, codec: PatchCodec, card: ModelCard, device: torch.device) -> None:
-        self.card = card
-        self._model, self._codec, self._device = model.to(device).eval(), codec.to(device), device
-        self._backbone = load_backbone(card.backbone).to(device)
+    def __init__(self, model: Model, device: torch.device) -> None:
+        self.card = model.card
+        self._device = device
+        self._network = model.network.to(device).eval()
+        self._codec, self._backbone = model.codec.to(device), model.backbone.to(device)
 
     @classmethod
     def load(cls, folder: Path, *, device: str | None = None) -> "Editor":
         """Open a model folder. device: default "cuda" when there is one, else "cpu". Raises ModelError."""
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(*load_model(folder), torch.device(name))
+        return cls(load_model(folder), torch.device(name))
 
     def edit(
         self,
@@ -113,10 +111,10 @@ class Editor:
         copies = forwards_per_step(guidance_scale)
         drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
         with torch.no_grad():
-            context = self._model.exemplar(tokens.repeat(copies, 1, 1), drop)
+            context = self._network.exemplar(tokens.repeat(copies, 1, 1), drop)
         masked_latent, keep_mask = masked.mean.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1)
         latent = sample(
-            lambda noisy, timestep: self._model.denoise(
+            lambda noisy, timestep: self._network.denoise(
                 noisy, timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
             ),
             torch.from_numpy(np.stack(noise)).to(self._device),

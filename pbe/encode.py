@@ -17,8 +17,8 @@ from pbe.data.masks import HOLE_KINDS, keep_mask_latent, unpack_mask
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
 from pbe.data.schema import encoded_schema
-from pbe.model.backbone import EfficientNetLite
-from pbe.model.codec import PatchCodec
+from pbe.model.backbone import Backbone
+from pbe.model.codec import Codec
 
 CPU = torch.device("cpu")
 
@@ -49,14 +49,14 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_source(codec: PatchCodec, sources: np.ndarray) -> Posterior:
+def encode_source(codec: Codec, sources: np.ndarray) -> Posterior:
     """sources: (B, S, S, 3) uint8."""
     return Posterior(*codec.posterior(to_pixels(sources)))
 
 
 @torch.no_grad()
 def encode_masked(
-    codec: PatchCodec, sources: np.ndarray, hole_masks: np.ndarray, *, device: torch.device = CPU
+    codec: Codec, sources: np.ndarray, hole_masks: np.ndarray, *, device: torch.device = CPU
 ) -> tuple[Posterior, Tensor]:
     """The masked photo's posterior and the keep mask at latent size (B, 1, h, w) in [0, 1].
 
@@ -70,7 +70,7 @@ def encode_masked(
 
 
 @torch.no_grad()
-def encode_references(backbone: EfficientNetLite, references: np.ndarray, *, device: torch.device = CPU) -> Tensor:
+def encode_references(backbone: Backbone, references: np.ndarray, *, device: torch.device = CPU) -> Tensor:
     """(B, R, R, 3) uint8 references to (B, 1, width) float32: the pooled vector, our "class token"."""
     pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2)))
     return backbone(pixels.to(device))[:, None]
@@ -80,8 +80,8 @@ def encode_triplets(
     triplets: pa.Table,
     *,
     image_px: int,
-    codec: PatchCodec,
-    backbone: EfficientNetLite,
+    codec: Codec,
+    backbone: Backbone,
     augmenter: A.Compose,
     draws: int,
     batch_rows: int,
@@ -119,14 +119,14 @@ def encode_triplets(
     return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
 
 
-def _tokens(references: list[np.ndarray], backbone: EfficientNetLite, batch_rows: int) -> list[np.ndarray]:
+def _tokens(references: list[np.ndarray], backbone: Backbone, batch_rows: int) -> list[np.ndarray]:
     out: list[np.ndarray] = []
     for start in range(0, len(references), batch_rows):
         out += list(encode_references(backbone, np.stack(references[start : start + batch_rows])).numpy())
     return out
 
 
-def _latent_columns(rows: list[dict[str, Any]], codec: PatchCodec) -> dict[str, list[np.ndarray]]:
+def _latent_columns(rows: list[dict[str, Any]], codec: Codec) -> dict[str, list[np.ndarray]]:
     """Posteriors and holes at latent size, by column name of the `encoded` schema."""
     columns: dict[str, list[np.ndarray]] = {}
     if not rows:

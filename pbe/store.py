@@ -168,6 +168,12 @@ class Store:
         """Names of files and folders directly below `relative`, sorted; empty when there is no such folder."""
         return sorted(info.base_name for info in self._children(relative))
 
+    def list_files(self, relative: str) -> list[str]:
+        """Paths of all files below `relative`, relative to it, sorted."""
+        selector = pafs.FileSelector(self.path(relative), recursive=True, allow_not_found=True)
+        infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        return sorted(PurePosixPath(info.path).relative_to(self.path(relative)).as_posix() for info in infos)
+
     def list_folders(self, relative: str) -> list[str]:
         """Names of the folders directly below `relative`, sorted."""
         return sorted(info.base_name for info in self._children(relative) if info.type == pafs.FileType.Directory)

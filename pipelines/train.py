@@ -138,6 +138,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         seed=stage.params.seed,
         store_uri=stage.store.uri,
         encoded=encoded,
+        arch=_architecture(stage, cfg, encoded),
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,
         tracking_uri=uri,
@@ -223,29 +224,32 @@ class ProgressBar:
             self._bar.update(step - self._bar.n)
 
 
+def _architecture(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> Any:
+    from pbe.model.unet import Architecture
+
+    unet = cfg.unet
+    return Architecture(
+        latent_channels=int(encoded.config["codec_channels"]),
+        latent_px=stage.params.materialize.image_px // int(encoded.config["codec_patch_px"]),
+        backbone_width=1280,
+        block_channels=unet.block_channels,
+        attention=unet.attention,
+        layers_per_block=unet.layers_per_block,
+        attention_heads=unet.attention_heads,
+        norm_groups=unet.norm_groups,
+        context_width=unet.context_width,
+        mapper_width=cfg.exemplar.mapper_width,
+        mapper_blocks=cfg.exemplar.mapper_blocks,
+        class_embedding=unet.class_embedding,
+    )
+
+
 def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:
     from pbe.diffusion.schedule import scheduler_config
-    from pbe.model.unet import Architecture
     from pbe.model.weights import ModelCard
 
     materialize = stage.params.materialize
-    unet = cfg.unet
     return ModelCard(
-        arch=Architecture(
-            latent_channels=int(encoded.config["codec_channels"]),
-            latent_px=materialize.image_px // int(encoded.config["codec_patch_px"]),
-            backbone_width=1280,
-            block_channels=unet.block_channels,
-            attention=unet.attention,
-            layers_per_block=unet.layers_per_block,
-            attention_heads=unet.attention_heads,
-            norm_groups=unet.norm_groups,
-            context_width=unet.context_width,
-            mapper_width=cfg.exemplar.mapper_width,
-            mapper_blocks=cfg.exemplar.mapper_blocks,
-            class_embedding=unet.class_embedding,
-        ),
-        backbone=encoded.config["backbone"],
         image_px=materialize.image_px,
         reference_px=materialize.reference_px,
         reference_pad_px=materialize.reference_pad_px,
@@ -273,7 +277,7 @@ def _write_outputs(stage: Stage, run: Run, run_id: str, identity: str, finished:
             "loss": finished["loss"],
             "export": {
                 name: hashlib.sha256(stage.store.read_bytes(f"{export}/{name}")).hexdigest()
-                for name in stage.store.list_names(export)
+                for name in stage.store.list_files(export)
             },
         },
     )

@@ -134,21 +134,19 @@ def model(arch: Architecture) -> ConditionedUNet:
     """Random weights, the same at every run, float32, eval mode."""
     import torch
 
-    from pbe.model.unet import ConditionedUNet
+    from pbe.model.unet import new_network
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return ConditionedUNet(arch).eval()
+        return new_network(arch).eval()
 
 
 @pytest.fixture
-def card(arch: Architecture) -> ModelCard:
+def card() -> ModelCard:
     from pbe.diffusion.schedule import scheduler_config
     from pbe.model.weights import ModelCard
 
     return ModelCard(
-        arch=arch,
-        backbone="efficientnet_lite0",
         image_px=IMAGE_PX,
         reference_px=224,
         reference_pad_px=10,
@@ -158,9 +156,11 @@ def card(arch: Architecture) -> ModelCard:
 
 
 @pytest.fixture
-def model_folder(tmp_path: Path, model: ConditionedUNet, codec: PatchCodec, card: ModelCard) -> Path:
-    from pbe.model.weights import save_model
+def model_folder(
+    tmp_path: Path, model: ConditionedUNet, codec: PatchCodec, backbone: EfficientNetLite, card: ModelCard
+) -> Path:
+    from pbe.model.weights import Model, save_model
 
     folder = tmp_path / "models" / "tiny"
-    save_model(folder, model=model, codec=codec, card=card)
+    save_model(folder, Model(model, codec, backbone, card))
     return folder

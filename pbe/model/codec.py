@@ -1,11 +1,12 @@
-"""Pixels to latents and back.
+"""Pixels to latents and back: what a codec is, and the sample profile's. Stable Diffusion's is in vae.py.
 
 The sample profile's codec is closed-form: PCA of p x p x 3 patches, fitted on training crops, with one global scale
 that gives latents unit rms. It stands where the paper has Stable Diffusion's AutoencoderKL, which cannot be
 trained in minutes. Deviation from the paper, named in the report.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -14,6 +15,35 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pbe.errors import UserError
+
+
+class Codec(Protocol):
+    """Frozen. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), about unit rms."""
+
+    @property
+    def patch_px(self) -> int:
+        """p, pixels per latent cell and side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def project(self) -> Callable[[Tensor], Tensor] | None:
+        """Latents to the latents of valid pixels; None where the decoder gives valid pixels anyway."""
+        ...
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
 
 
 class CodecError(UserError, ValueError):

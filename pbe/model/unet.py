@@ -1,8 +1,8 @@
-"""The denoiser: diffusers' UNet2DConditionModel on [noisy latent, masked latent, keep mask], with the mapper.
+"""The denoiser: diffusers' UNet2DConditionModel on [noisy latent, masked latent, keep mask], with the exemplar mapper.
 
 Channel order and polarity are upstream's (ldm/models/diffusion/ddpm.py): noisy latent first, then the masked photo's
 latent, then the keep mask with 1 = known. SD-inpainting differs in both.
-Deviation of the sample profile: `class_embedding` feeds the same token to the time embedding as well.
+Deviation of the sample profile: a class embedding feeds the same token to the time embedding as well.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pbe.model.exemplar import ExemplarMapper
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a ConditionedUNet is built from; stored beside the weights."""
+    """What a network with random weights is built from. The paper's values: pbe/config.py, infra/profiles."""
 
     latent_channels: int
     latent_px: int
@@ -33,30 +33,17 @@ class Architecture:
 
 
 class ConditionedUNet(nn.Module):
-    def __init__(self, arch: Architecture) -> None:
+    """unet: 2 C + 1 channels in, C out, as wide in its cross-attention as the mapper's context."""
+
+    def __init__(self, unet: UNet2DConditionModel, exemplar: ExemplarMapper) -> None:
         super().__init__()
-        self.arch = arch
-        self.unet = UNet2DConditionModel(
-            sample_size=arch.latent_px,
-            in_channels=2 * arch.latent_channels + 1,
-            out_channels=arch.latent_channels,
-            block_out_channels=arch.block_channels,
-            layers_per_block=arch.layers_per_block,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in arch.attention),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(arch.attention)),
-            cross_attention_dim=arch.context_width,
-            # diffusers' attention_head_dim is the number of heads for this class
-            attention_head_dim=arch.attention_heads,
-            norm_num_groups=arch.norm_groups,
-            class_embed_type="projection" if arch.class_embedding else None,
-            projection_class_embeddings_input_dim=arch.context_width if arch.class_embedding else None,
-        )
-        self.exemplar = ExemplarMapper(
-            backbone_width=arch.backbone_width,
-            mapper_width=arch.mapper_width,
-            mapper_blocks=arch.mapper_blocks,
-            context_width=arch.context_width,
-        )
+        self.unet = unet
+        self.exemplar = exemplar
+        self._class_embedding = unet.config.class_embed_type == "projection"
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet.config.out_channels
 
     def forward(
         self,
@@ -91,8 +78,42 @@ class ConditionedUNet(nn.Module):
     ) -> Tensor:
         """As forward, with the context (B, T, context_width) at hand: sampling needs it once, not at every step."""
         channels = torch.cat([noisy_latent, masked_latent, keep_mask_latent], dim=1)
-        labels = context[:, 0] if self.arch.class_embedding else None
+        labels = context[:, 0] if self._class_embedding else None
         return self.unet(channels, timestep, encoder_hidden_states=context, class_labels=labels).sample
+
+
+def new_network(arch: Architecture) -> ConditionedUNet:
+    """Random weights, from torch's generator."""
+    unet = UNet2DConditionModel(
+        sample_size=arch.latent_px,
+        in_channels=2 * arch.latent_channels + 1,
+        out_channels=arch.latent_channels,
+        block_out_channels=arch.block_channels,
+        layers_per_block=arch.layers_per_block,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in arch.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(arch.attention)),
+        cross_attention_dim=arch.context_width,
+        # diffusers' attention_head_dim is the number of heads for this class
+        attention_head_dim=arch.attention_heads,
+        norm_num_groups=arch.norm_groups,
+        class_embed_type="projection" if arch.class_embedding else None,
+        projection_class_embeddings_input_dim=arch.context_width if arch.class_embedding else None,
+    )
+    exemplar = ExemplarMapper(
+        backbone_width=arch.backbone_width,
+        mapper_width=arch.mapper_width,
+        mapper_blocks=arch.mapper_blocks,
+        context_width=arch.context_width,
+    )
+    return ConditionedUNet(unet, exemplar)
+
+
+def widened(weight: Tensor, in_channels: int) -> Tensor:
+    """A first convolution (out, C, k, k) for `in_channels`: the new ones zero, so that it computes what it did whatever
+    they see (upstream scripts/modify_checkpoints.py)."""
+    out = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
+    out[:, : weight.shape[1]] = weight
+    return out
 
 
 class Float32GroupNorm(nn.GroupNorm):

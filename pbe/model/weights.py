@@ -1,21 +1,39 @@
-"""A model folder: what `train` exports and `Editor.load` opens. Weights are safetensors, never a pickle.
+"""A model folder, in the layout of diffusers' Paint by Example pipeline: what `train` exports and `Editor.load` opens.
 
-<folder>/model.json            architecture, objective, schedule, pixel sizes, digests
-<folder>/model.safetensors     UNet and exemplar mapper, float32
-<folder>/codec.safetensors     pixel codec
+    pbe.json                                     what the layout has no place for; a published folder lacks it
+    model_index.json                             diffusers' index, where all parts are its own (CLIP and AutoencoderKL)
+    unet/config.json, diffusion_pytorch_model.safetensors
+    image_encoder/config.json, model.safetensors the exemplar mapper, and CLIP's vision part where that is the backbone
+    vae/...  or  codec/codec.safetensors         AutoencoderKL, or the patch codec of the sample profile
+    scheduler/scheduler_config.json, feature_extractor/preprocessor_config.json
+
+Weights are written as float32 safetensors, never as a pickle. CLIP's part is named `model.vision_model.*`, which
+transformers 4 and 5 both read.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pbe.errors import UserError
-from pbe.model.codec import PatchCodec, codec_bytes, codec_from_bytes
-from pbe.model.unet import Architecture, ConditionedUNet
+from pbe.model.backbone import Backbone, load_backbone
+from pbe.model.clip import MEAN, STD, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
+from pbe.model.codec import Codec, PatchCodec, codec_bytes, codec_from_bytes
+from pbe.model.exemplar import ExemplarMapper
+from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
+from pbe.model.unet import ConditionedUNet
+from pbe.model.vae import STEM, KlCodec, load_vae
+
+ENCODER_STEMS = ("model", "pytorch_model")
+MAPPER_PARTS = ("projection.", "mapper.", "final_layer_norm.", "proj_out.", "uncond_vector")
+CLIP_LAYERS_PER_BLOCK = 5  # diffusers: (layers + 1) // 5 mapper blocks
+REFERENCE_PAD_PX = 10  # upstream open-images.py
 
 
 class ModelError(UserError, ValueError):
@@ -24,55 +42,215 @@ class ModelError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything besides the tensors that using the model needs."""
+    """What using the model needs besides its parts."""
 
-    arch: Architecture
-    backbone: Literal["efficientnet_lite0", "efficientnet_lite2"]
     image_px: int
     reference_px: int
     reference_pad_px: int
     scheduler: dict[str, Any]  # diffusers' config: betas, what the network predicts, spacing of the timesteps
-    run: dict[str, Any]  # variant, digest, steps, data digest, commit
+    run: dict[str, Any]  # variant, digest, steps, data digest; empty for foreign weights
 
 
-def save_model(folder: Path, *, model: ConditionedUNet, codec: PatchCodec, card: ModelCard) -> None:
+@dataclass(frozen=True)
+class Model:
+    """A whole model on the CPU, in eval mode."""
+
+    network: ConditionedUNet
+    codec: Codec
+    backbone: Backbone
+    card: ModelCard
+
+
+# -- out -------------------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, model: Model) -> None:
     """Write the folder; tensors are copied to contiguous float32 on the CPU."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "codec.safetensors").write_bytes(codec_bytes(codec))
-    (folder / "model.json").write_text(json.dumps(asdict(card), indent=1, sort_keys=True) + "\n")
+    unet = model.network.unet
+    _write_json(folder / "unet" / "config.json", _plain(unet.config) | {"_class_name": "UNet2DConditionModel"})
+    _save(folder / "unet" / f"{STEM}.safetensors", unet.state_dict())
+
+    encoder = dict(model.network.exemplar.state_dict())
+    if isinstance(model.backbone, ClipBackbone):
+        clip = clip_tensors(model.backbone.network.state_dict())
+        encoder |= {f"model.vision_model.{name}": value for name, value in clip.items()}
+        pixels = _preprocessor(model.backbone.input_px)
+        _write_json(folder / "feature_extractor" / "preprocessor_config.json", pixels)
+    _write_json(folder / "image_encoder" / "config.json", _encoder_config(model))
+    _save(folder / "image_encoder" / "model.safetensors", encoder)
+
+    if isinstance(model.codec, KlCodec):
+        vae = model.codec.vae
+        _write_json(folder / "vae" / "config.json", _plain(vae.config) | {"_class_name": "AutoencoderKL"})
+        _save(folder / "vae" / f"{STEM}.safetensors", vae.state_dict())
+    elif isinstance(model.codec, PatchCodec):
+        (folder / "codec").mkdir(parents=True, exist_ok=True)
+        (folder / "codec" / "codec.safetensors").write_bytes(codec_bytes(model.codec))
+
+    card = model.card
+    _write_json(folder / "scheduler" / "scheduler_config.json", card.scheduler)
+    if opens_in_diffusers(model):
+        _write_json(folder / "model_index.json", _model_index(card.scheduler))
+    sizes = {"image_px": card.image_px, "reference_px": card.reference_px, "reference_pad_px": card.reference_pad_px}
+    _write_json(folder / "pbe.json", sizes | {"run": card.run})
 
 
-def load_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
-    """Read a model folder, strictly: a missing or unknown tensor is an error. Models come back in eval mode."""
-    for name in ("model.json", "model.safetensors", "codec.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: no {name}; a model folder is what the train stage exports (models/<variant>)")
+def opens_in_diffusers(model: Model) -> bool:
+    """Whether PaintByExamplePipeline has a class for every part, and would build the mapper as large as it is."""
+    if not (isinstance(model.backbone, ClipBackbone) and isinstance(model.codec, KlCodec)):
+        return False
+    exemplar = model.network.exemplar
+    blocks = (model.backbone.config.num_hidden_layers + 1) // CLIP_LAYERS_PER_BLOCK
+    return exemplar.projection is None and len(exemplar.mapper.blocks) == blocks
+
+
+def _encoder_config(model: Model) -> dict[str, Any]:
+    exemplar = model.network.exemplar
+    sizes = {
+        "mapper_width": exemplar.proj_out.in_features,
+        "mapper_blocks": len(exemplar.mapper.blocks),
+        "projection_dim": exemplar.proj_out.out_features,
+    }
+    if isinstance(model.backbone, ClipBackbone):
+        config = model.backbone.config.to_dict()
+        return config | sizes | {"architectures": ["PaintByExampleImageEncoder"], "dtype": "float32"}
+    return sizes | {"backbone": model.backbone.name, "backbone_digest": model.backbone.digest}
+
+
+def _preprocessor(side_px: int) -> dict[str, Any]:
+    """CLIP's. The pipeline of diffusers crops the reference to its middle; upstream, and this project, squash it."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True,
+        "size": {"shortest_edge": side_px},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side_px, "width": side_px},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "do_convert_rgb": True,
+    }
+
+
+def _model_index(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "_class_name": "PaintByExamplePipeline",
+        "_diffusers_version": "0.33.1",  # the last that supported it
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["paint_by_example", "PaintByExampleImageEncoder"],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without where it was read from."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+# -- in --------------------------------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path) -> Model:
+    """Read a model folder, strictly: a missing, unknown or misshaped tensor is an error. Raises ModelError."""
+    if not (folder / "unet" / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no unet/config.json; a model folder is what the train stage exports (models/<variant>), or has "
+            "the layout of Paint by Example on the hub"
+        )
     try:
         return _read_model(folder)
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except UserError as error:
+        message = str(error)
+        raise ModelError(message if str(folder) in message else f"{folder}: {message}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ModelError(f"{folder}: its files are damaged or do not fit one another ({reason})") from error
 
 
-def _read_model(folder: Path) -> tuple[ConditionedUNet, PatchCodec, ModelCard]:
-    raw = json.loads((folder / "model.json").read_text())
-    arch_raw = raw.pop("arch")
-    tuples = {key: tuple(value) for key, value in arch_raw.items() if isinstance(value, list)}
-    arch = Architecture(**{**arch_raw, **tuples})
-    card = ModelCard(arch=arch, **raw)
-    model = ConditionedUNet(arch)
-    problems = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    if problems.missing_keys or problems.unexpected_keys:
+def _read_model(folder: Path) -> Model:
+    unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+    load_strictly(unet, _float32(read_folder(folder / "unet", STEM)), f"{folder}/unet")
+    exemplar, backbone = _read_encoder(folder / "image_encoder")
+    codec = _read_codec(folder)
+    if unet.config.in_channels != 2 * codec.channels + 1 or unet.config.out_channels != codec.channels:
         raise ModelError(
-            f"{folder}/model.safetensors does not fit model.json: missing {problems.missing_keys[:3]}, "
-            f"unexpected {problems.unexpected_keys[:3]}"
+            f"{folder}/unet: {unet.config.in_channels} channels in, {unet.config.out_channels} out; Paint by Example "
+            f"on latents of {codec.channels} has {2 * codec.channels + 1} in, {codec.channels} out"
         )
-    return (
-        model.eval(),
-        codec_from_bytes((folder / "codec.safetensors").read_bytes(), f"{folder}/codec.safetensors"),
-        card,
+    if unet.config.cross_attention_dim != exemplar.proj_out.out_features:
+        raise ModelError(
+            f"{folder}: the UNet takes tokens of {unet.config.cross_attention_dim}, the image encoder makes "
+            f"{exemplar.proj_out.out_features}"
+        )
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    card = ModelCard(scheduler=scheduler, **_sizes(folder, unet, codec, backbone))
+    return Model(ConditionedUNet(unet, exemplar).eval(), codec, backbone, card)
+
+
+def _sizes(folder: Path, unet: UNet2DConditionModel, codec: Codec, backbone: Backbone) -> dict[str, Any]:
+    if (folder / "pbe.json").is_file():
+        return read_json(folder / "pbe.json")
+    return {
+        "image_px": unet.config.sample_size * codec.patch_px,
+        "reference_px": backbone.input_px,
+        "reference_pad_px": REFERENCE_PAD_PX,
+        "run": {},
+    }
+
+
+def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
+    raw = read_json(folder / "config.json")
+    tensors = _float32(read_folder(folder, *ENCODER_STEMS))
+    backbone: Backbone
+    if "backbone" in raw:  # from a package of its own
+        backbone, blocks = load_backbone(raw["backbone"]), raw["mapper_blocks"]
+        if backbone.digest != raw["backbone_digest"]:
+            raise ModelError(
+                f"{folder}: made with {raw['backbone']} {raw['backbone_digest']}, here is {backbone.digest}"
+            )
+    else:
+        network = new_clip(vision_config(raw, str(folder)))
+        load_clip_tensors(network, clip_tensors(tensors), str(folder))
+        backbone = ClipBackbone(network, digest=folder_digest(folder, *ENCODER_STEMS))
+        blocks = raw.get("mapper_blocks", (network.config.num_hidden_layers + 1) // CLIP_LAYERS_PER_BLOCK)
+    exemplar = ExemplarMapper(
+        backbone_width=backbone.width,
+        mapper_width=raw.get("mapper_width", backbone.width),
+        mapper_blocks=blocks,
+        context_width=raw["projection_dim"],
     )
+    mapper = {name: value for name, value in tensors.items() if name.startswith(MAPPER_PARTS)}
+    load_strictly(exemplar, mapper, str(folder))
+    return exemplar, backbone
+
+
+def _read_codec(folder: Path) -> Codec:
+    if (folder / "vae").is_dir():
+        return load_vae(folder / "vae")
+    path = folder / "codec" / "codec.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no vae and no codec/codec.safetensors in it")
+    return codec_from_bytes(path.read_bytes(), str(path))
+
+
+def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in tensors.items()}

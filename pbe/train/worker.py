@@ -25,9 +25,10 @@ from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
 from pbe.data.slots import slot_files
 from pbe.diffusion.objective import add_noise, loss_per_row, target
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
+from pbe.model.backbone import load_backbone
 from pbe.model.codec import codec_from_bytes
-from pbe.model.unet import ConditionedUNet, use_float32_group_norm
-from pbe.model.weights import ModelCard, save_model
+from pbe.model.unet import Architecture, new_network, use_float32_group_norm
+from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run
 from pbe.train.engine import load_engine, make_engine, save_engine
@@ -43,6 +44,7 @@ class Job:
     seed: int
     store_uri: str
     encoded: Manifest
+    arch: Architecture
     card: ModelCard
     run_name: str
     tracking_uri: str
@@ -57,7 +59,7 @@ def train_worker(job: Job) -> None:
     run = Run(store, job.run_name)
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)  # same initial weights on every rank
-    model = ConditionedUNet(job.card.arch)
+    model = new_network(job.arch)
     model.exemplar.set_statistics(_reference_features(store, job.encoded))
     if cfg.precision == "bf16_autocast" and device.type == "cpu":
         use_float32_group_norm(model)
@@ -124,7 +126,8 @@ def train_worker(job: Job) -> None:
     # finish: ZeRO 0-2 keep whole parameters on every rank
     if rank == 0:
         with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-            save_model(Path(local), model=engine.module, codec=codec, card=job.card)
+            backbone = load_backbone(job.encoded.config["backbone"])
+            save_model(Path(local), Model(engine.module, codec, backbone, job.card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
         run.write_json("finished.json", {"steps": cfg.steps, "world": world, "loss": history[-1]["loss"]})

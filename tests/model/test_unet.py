@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.model.unet import Architecture, ConditionedUNet, Float32GroupNorm, use_float32_group_norm
+from pbe.model.unet import Architecture, ConditionedUNet, Float32GroupNorm, new_network, use_float32_group_norm
 
 
 def _inputs(arch: Architecture, rows: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _alive(model: ConditionedUNet) -> ConditionedUNet:
 def _build(arch: Architecture) -> ConditionedUNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _alive(ConditionedUNet(arch).eval())
+        return _alive(new_network(arch).eval())
 
 
 @torch.no_grad()
@@ -90,14 +90,14 @@ def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architect
 
 @pytest.mark.parametrize("attention", [(True, True, False), (False, False, True), (False,) * 3, (True,) * 3])
 def test_attention_is_where_it_is_asked_for(attention: tuple[bool, ...], arch: Architecture) -> None:
-    unet = ConditionedUNet(replace(arch, block_channels=(8, 8, 8), attention=attention)).unet
+    unet = new_network(replace(arch, block_channels=(8, 8, 8), attention=attention)).unet
     down = [hasattr(block, "attentions") for block in unet.down_blocks]
     assert down == list(attention)
     assert [hasattr(block, "attentions") for block in unet.up_blocks] == down[::-1]
 
 
 def test_the_width_of_the_condition_fits_and_class_embedding_is_a_switch(arch: Architecture) -> None:
-    with_class, without = (ConditionedUNet(replace(arch, class_embedding=value)) for value in (True, False))
+    with_class, without = (new_network(replace(arch, class_embedding=value)) for value in (True, False))
     extra = set(with_class.state_dict()) - set(without.state_dict())
     assert extra and all("class_embedding" in name for name in extra)
     assert with_class.unet.config.cross_attention_dim == arch.context_width == without.unet.config.cross_attention_dim
@@ -145,6 +145,6 @@ def test_the_papers_network_has_upstreams_parameter_count() -> None:
         class_embedding=False,
     )
     with torch.device("meta"):
-        model = ConditionedUNet(paper)
+        model = new_network(paper)
     assert sum(parameter.numel() for parameter in model.unet.parameters()) == 859_535_364
     assert sum(parameter.numel() for parameter in model.parameters()) == 923_306_500

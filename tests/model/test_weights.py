@@ -1,7 +1,6 @@
-"""A model folder: exact round trip; anything missing, unknown or damaged is one clear error; never a pickle."""
+"""A model folder: exact round trip; the published layout; anything missing, unknown or damaged is one clear error."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,37 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pbe.errors import UserError
-from pbe.model.codec import PatchCodec, codec_bytes
-from pbe.model.unet import Architecture, ConditionedUNet
-from pbe.model.weights import ModelCard, ModelError, load_model, save_model
+from pbe.model.weights import Model, ModelError, load_model, save_model
+from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, paper_model
 
-FILES = ("model.json", "model.safetensors", "codec.safetensors")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+ENCODER = "image_encoder/model.safetensors"
+SAMPLE_FILES = (
+    "pbe.json",
+    "unet/config.json",
+    UNET,
+    "image_encoder/config.json",
+    ENCODER,
+    "codec/codec.safetensors",
+    "scheduler/scheduler_config.json",
+)
+PAPER_FILES = (
+    *(name for name in SAMPLE_FILES if not name.startswith("codec")),
+    "model_index.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "feature_extractor/preprocessor_config.json",
+)
+
+
+@pytest.fixture
+def paper_folder(tmp_path: Path) -> Path:
+    save_model(tmp_path / "paper", paper_model())
+    return tmp_path / "paper"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _refused(folder: Path, *words: str) -> None:
@@ -25,76 +50,124 @@ def _refused(folder: Path, *words: str) -> None:
     assert all(word in message for word in words), message
 
 
-def test_the_round_trip_is_exact(
-    model_folder: Path, model: ConditionedUNet, codec: PatchCodec, card: ModelCard
+def _all_tensors(model: Model) -> dict[str, torch.Tensor]:
+    parts = {"network": model.network, "codec": model.codec, "backbone": model.backbone}
+    return {f"{part}.{name}": v for part, module in parts.items() for name, v in module.state_dict().items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["model_folder", "paper_folder"])
+def test_the_round_trip_is_exact_and_saving_again_gives_the_same_bytes(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    loaded, loaded_codec, loaded_card = load_model(model_folder)
-    assert loaded_card == card and loaded.arch == card.arch
-    assert not loaded.training
-    state = model.state_dict()
-    assert list(loaded.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
-    assert codec_bytes(loaded_codec) == codec_bytes(codec)
+    folder: Path = request.getfixturevalue(kind)
+    model = load_model(folder)
+    assert not model.network.training
+    save_model(tmp_path / "again", model)
+    assert _files(tmp_path / "again") == _files(folder)
+    assert sorted(_files(folder)) == sorted(PAPER_FILES if kind == "paper_folder" else SAMPLE_FILES)
+    if kind == "paper_folder":
+        before, after = _all_tensors(paper_model()), _all_tensors(model)
+        assert before.keys() == after.keys()
+        assert max(float((before[name] - after[name]).abs().max()) for name in before) == 0
 
 
-def test_saving_again_gives_the_same_bytes(model_folder: Path, tmp_path: Path) -> None:
-    model, codec, card = load_model(model_folder)
-    save_model(tmp_path / "again", model=model, codec=codec, card=card)
-    for name in FILES:
-        assert (tmp_path / "again" / name).read_bytes() == (model_folder / name).read_bytes()
-    assert sorted(path.name for path in model_folder.iterdir()) == sorted(FILES)
+def test_weights_are_stored_as_float32_whatever_they_were(tmp_path: Path, model_folder: Path) -> None:
+    model = load_model(model_folder)
+    model.network.bfloat16()
+    save_model(tmp_path / "half", model)
+    assert {value.dtype for value in load_file(tmp_path / "half" / UNET).values()} == {torch.float32}
+    assert load_model(tmp_path / "half").network.unet.conv_in.weight.dtype == torch.float32
 
 
-def test_weights_are_stored_as_float32_whatever_they_were(
-    tmp_path: Path, model: ConditionedUNet, codec: PatchCodec, card: ModelCard
-) -> None:
-    save_model(tmp_path / "half", model=model.bfloat16(), codec=codec, card=card)
-    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float32}
-    assert load_model(tmp_path / "half")[0].unet.conv_in.weight.dtype == torch.float32
+def test_a_published_folder_has_no_card_of_ours_and_opens_with_what_its_parts_say(paper_folder: Path) -> None:
+    (paper_folder / "pbe.json").unlink()
+    config = json.loads((paper_folder / "image_encoder" / "config.json").read_text())
+    for ours in ("mapper_width", "mapper_blocks"):
+        del config[ours]
+    (paper_folder / "image_encoder" / "config.json").write_text(json.dumps(config))
+    model = load_model(paper_folder)
+    card = model.card
+    assert (card.image_px, card.reference_px, card.reference_pad_px) == (IMAGE_PX, REFERENCE_PX, 10)
+    assert (
+        len(model.network.exemplar.mapper.blocks) == 2 and model.network.exemplar.proj_out.out_features == CONTEXT_WIDTH
+    )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("names", ["transformers 4", "transformers 5", "with position_ids"])
+def test_the_image_encoder_is_read_under_old_and_new_names(names: str, paper_folder: Path) -> None:
+    expected = load_model(paper_folder).backbone.network.state_dict()  # type: ignore[attr-defined]
+    tensors = load_file(paper_folder / ENCODER)
+    assert any(name.startswith("model.vision_model.encoder.") for name in tensors)
+    if names == "transformers 5":
+        tensors = {name.replace("model.vision_model.", "model."): value for name, value in tensors.items()}
+    if names == "with position_ids":
+        tensors["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(tensors, paper_folder / ENCODER)
+    got = load_model(paper_folder).backbone.network.state_dict()  # type: ignore[attr-defined]
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("name", SAMPLE_FILES)
 def test_a_missing_file_is_named(name: str, model_folder: Path) -> None:
     (model_folder / name).unlink()
-    _refused(model_folder, f"no {name}", "models/<variant>")
+    if name == "pbe.json":  # as a published folder
+        return
+    parent, _, file = name.rpartition("/")
+    _refused(model_folder, parent, file if "config" in name else f"no {file}" if parent != "codec" else "no vae")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    _refused(tmp_path / "nothing", "no model.json")
+    _refused(tmp_path / "nothing", "no unet/config.json", "models/<variant>")
 
 
+@pytest.mark.parametrize("file", [UNET, ENCODER, "vae/diffusion_pytorch_model.safetensors"])
 @pytest.mark.parametrize("change", ["missing", "unknown", "other shape"])
-def test_tensors_must_fit_one_by_one(change: str, model_folder: Path) -> None:
-    tensors = load_file(model_folder / "model.safetensors")
-    weight = tensors.pop("unet.conv_in.weight")
+def test_tensors_must_fit_one_by_one(change: str, file: str, paper_folder: Path) -> None:
+    tensors = load_file(paper_folder / file)
+    name = next(name for name in sorted(tensors) if name.endswith("weight") and "mapper" not in name)
+    weight = tensors.pop(name)
+    extra = "mapper.extra.weight" if file == ENCODER else "extra.weight"
     if change == "unknown":
-        tensors |= {"unet.conv_in.weight": weight, "unet.extra.weight": torch.zeros(1)}
+        tensors |= {name: weight, extra: torch.zeros(1)}
     elif change == "other shape":
-        tensors["unet.conv_in.weight"] = weight[:, :-1].contiguous()
-    save_file(tensors, model_folder / "model.safetensors")
-    _refused(model_folder, "unet.extra.weight" if change == "unknown" else "unet.conv_in.weight")
-
-
-def _edit_json(folder: Path, **changes: Any) -> None:
-    raw = json.loads((folder / "model.json").read_text())
-    raw |= changes
-    (folder / "model.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
-
-
-def test_a_card_that_does_not_fit_is_refused(model_folder: Path, arch: Architecture) -> None:
-    for changes, word in (({"arch": None}, "arch"), ({"colour": 3}, "colour"), ({"scheduler": None}, "scheduler")):
-        before = (model_folder / "model.json").read_text()
-        _edit_json(model_folder, **changes)
-        _refused(model_folder, word)
-        (model_folder / "model.json").write_text(before)
-    _edit_json(
-        model_folder,
-        arch={**vars(replace(arch, context_width=12)), "block_channels": [8, 16], "attention": [False, True]},
+        tensors[name] = weight[:-1].contiguous()
+    save_file(tensors, paper_folder / file)
+    word = extra if change == "unknown" else name.removeprefix("model.vision_model.")
+    _refused(
+        paper_folder, "do not fit", {"missing": "missing", "unknown": "unexpected"}.get(change, "another shape"), word
     )
-    _refused(model_folder)
 
 
-@pytest.mark.parametrize("name", FILES)
+def _edit_json(path: Path, **changes: Any) -> None:
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "word"),
+    [
+        ("pbe.json", {"image_px": None}, "image_px"),
+        ("pbe.json", {"colour": 3}, "colour"),
+        ("image_encoder/config.json", {"hidden_size": None}, "hidden_size"),
+        ("image_encoder/config.json", {"projection_dim": None}, "projection_dim"),
+        ("image_encoder/config.json", {"model_type": "siglip"}, "a siglip model, not CLIP"),
+        ("image_encoder/config.json", {"backbone": "resnet"}, "resnet"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(file: str, changes: dict[str, Any], word: str, paper_folder: Path) -> None:
+    _edit_json(paper_folder / file, **changes)
+    _refused(paper_folder, word)
+
+
+def test_stable_diffusion_alone_or_its_inpainting_model_are_not_paint_by_example(paper_folder: Path) -> None:
+    from tests.tiny_weights import tiny_unet
+
+    for channels in (4, 8):
+        tiny_unet(in_channels=channels).save_pretrained(paper_folder / "unet")
+        _refused(paper_folder, f"{channels} channels in", "9 in, 4 out")
+
+
+@pytest.mark.parametrize("name", SAMPLE_FILES)
 def test_a_damaged_file_is_refused(name: str, model_folder: Path) -> None:
     data = (model_folder / name).read_bytes()
     for damaged in (data[: len(data) // 2], b"", b"\x80\x04pickle"):
@@ -103,5 +176,5 @@ def test_a_damaged_file_is_refused(name: str, model_folder: Path) -> None:
 
 
 def test_a_codec_without_its_tensors_is_refused(model_folder: Path) -> None:
-    save_file({"mean": torch.zeros(3)}, model_folder / "codec.safetensors")
+    save_file({"mean": torch.zeros(3)}, model_folder / "codec" / "codec.safetensors")
     _refused(model_folder, "basis")

@@ -41,7 +41,7 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
     assert counts["boxes_in"] == 44
     assert counts["boxes_kept"] + counts["boxes_rejected"] == 44
     for variant in ("full", "no_context_dropout"):
-        assert (repro.folder / "models" / variant / "model.safetensors").is_file()
+        assert (repro.folder / "models" / variant / "unet" / "diffusion_pytorch_model.safetensors").is_file()
         own = metrics(repro, variant)["own_gain_efficientnet_lite2"]
         assert own["low"] <= own["value"] <= own["high"]
         assert own["n"] == 12
@@ -185,7 +185,7 @@ def test_killed_by_sigkill_in_train_goes_on(tmp_path: Path) -> None:
     kill_tree(process)
     result = project.run("dvc", "repro", "train@full")
     assert "goes on from the checkpoint" in result.stdout + result.stderr
-    assert (project.folder / "models" / "full" / "model.safetensors").is_file()
+    assert (project.folder / "models" / "full" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.drill

@@ -250,8 +250,8 @@ def stub(laptop: Laptop, body: str) -> None:
 
 def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, bucket: Store) -> None:
     (laptop.root / ".env").write_text("TOKEN=laptop")
-    (laptop.root / "models" / "full").mkdir(parents=True)
-    (laptop.root / "models" / "full" / "model.safetensors").write_bytes(b"weights")
+    (laptop.root / "models" / "full" / "unet").mkdir(parents=True)
+    (laptop.root / "models" / "full" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     stub(
         laptop,
         """

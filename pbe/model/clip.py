@@ -1,0 +1,121 @@
+"""CLIP's vision transformer as exemplar backbone: the paper's (ViT-L/14), by transformers.
+
+Upstream: ldm/modules/encoders/modules.py `FrozenCLIPImageEmbedder`. Files name the network's parts in three ways
+(`vision_model.*`; flat since transformers 5.6; either of them below `model.` in Paint by Example's image encoder); all
+are read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]; upstream open-images.py, OpenAI's CLIP
+STD = (0.26862954, 0.26130258, 0.27577711)
+_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the misspelling is CLIP's
+
+
+class ClipBackbone(nn.Module):
+    """float32, in eval mode, no gradients. `digest` names the weights."""
+
+    name = "clip"
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, network: CLIPVisionModel, *, digest: str) -> None:
+        super().__init__()
+        self.network = network.float().eval().requires_grad_(False)
+        self.digest = digest
+        self.register_buffer("pixel_mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD)[:, None, None], persistent=False)
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.network.config
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def input_px(self) -> int:
+        return self.config.image_size
+
+    @property
+    def token_count(self) -> int:
+        """Class token and patches: 257 for ViT-L/14."""
+        return 1 + (self.config.image_size // self.config.patch_size) ** 2
+
+    def train(self, mode: bool = True) -> "ClipBackbone":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 RGB to (B, width): the class token after the last LayerNorm, no visual projection."""
+        return self._run(images).pooler_output
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 RGB to (B, 1 + patches, width): all tokens after the last LayerNorm, class token first."""
+        norm = getattr(self.network, "vision_model", self.network).post_layernorm
+        with torch.no_grad():
+            return norm(self._run(images).last_hidden_state)
+
+    def _run(self, images: Tensor) -> Any:
+        side = self.input_px
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})")
+        # Features are stored and compared across processes, so the caller's autocast must not matter.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            scaled = (images.to(torch.float32) / 255 - self.pixel_mean) / self.pixel_std
+            return self.network(pixel_values=scaled)
+
+
+def load_clip(folder: Path) -> ClipBackbone:
+    """From a CLIP model (its vision part), a CLIP vision model, or the image_encoder of a Paint by Example folder.
+
+    Raises WeightsError.
+    """
+    network = new_clip(vision_config(read_json(folder / "config.json"), str(folder)))
+    tensors = clip_tensors(read_folder(folder, "model", "pytorch_model"))
+    load_clip_tensors(network, tensors, str(folder))
+    return ClipBackbone(network, digest=folder_digest(folder, "model", "pytorch_model"))
+
+
+def vision_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
+    """The vision part of a CLIP config. Raises WeightsError for another family."""
+    inner = raw.get("vision_config", raw)
+    if raw.get("model_type", "clip_vision_model") not in ("clip", "clip_vision_model"):
+        raise WeightsError(f"{where}: a {raw['model_type']} model, not CLIP")
+    known = set(CLIPVisionConfig().to_dict()) - {"architectures", "model_type", "torch_dtype", "dtype"}
+    missing = [key for key in ("hidden_size", "num_hidden_layers", "patch_size") if key not in inner]
+    if missing:
+        raise WeightsError(f"{where}: not a CLIP vision config, it lacks {', '.join(missing)}")
+    return CLIPVisionConfig(**{key: value for key, value in inner.items() if key in known})
+
+
+def new_clip(config: CLIPVisionConfig) -> CLIPVisionModel:
+    """Random weights; sdpa attention."""
+    config._attn_implementation = "sdpa"
+    return CLIPVisionModel(config)
+
+
+def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's vision part under flat names, from any of the three spellings; everything else is left out."""
+    out = {}
+    for name, value in tensors.items():
+        flat = name.removeprefix("model.").removeprefix("vision_model.")
+        if flat.startswith(_PARTS) and not flat.endswith("position_ids"):  # a counter that old files carry
+            out[flat] = value.float()
+    return out
+
+
+def load_clip_tensors(network: CLIPVisionModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Flat names into this transformers' own. Raises WeightsError."""
+    nested = any(name.startswith("vision_model.") for name in network.state_dict())
+    load_strictly(
+        network, {f"vision_model.{name}" if nested else name: value for name, value in tensors.items()}, where
+    )

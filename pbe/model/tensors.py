@@ -1,0 +1,178 @@
+"""Weight files to tensors by name: safetensors, and pickles (.bin, .ckpt, .pt) of which nothing is executed.
+
+A pickle is a program. torch's weights_only reader refuses every class it does not know, and the official checkpoint
+carries Lightning's. For those the second reader here turns each unknown class or function into `_Inert`, which takes
+any arguments and does nothing; only what rebuilds tensors is real.
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pbe.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_REAL = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+}
+
+
+class WeightsError(UserError, ValueError):
+    """A weight file is missing, damaged, or not what it should be; the message names the file."""
+
+
+class _Inert:
+    """Stands for a class or function that a pickle names: takes everything, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __call__(self, *args: object, **kwargs: object) -> "_Inert":
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, value: object) -> None:
+        pass
+
+    def extend(self, values: object) -> None:
+        pass
+
+    def add(self, value: object) -> None:
+        pass
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _REAL.get((module, name), _Inert)
+
+
+def _load_inert(file: Any, **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+_INERT_PICKLE = SimpleNamespace(Unpickler=_InertUnpickler, load=_load_inert, __name__="inert")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file, by name, on the CPU; of a checkpoint those of its `state_dict`. Raises WeightsError."""
+    try:
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, *_ODD) as error:
+        raise WeightsError(f"{path}: not a whole weight file ({_one_line(error)})") from None
+    tensors = found.get("state_dict", found) if isinstance(found, dict) else {}
+    tensors = {str(key): value.detach() for key, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path}: no tensors in it")
+    return tensors
+
+
+# what a damaged pickle may raise while it is taken apart
+_ODD = (ValueError, KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError, MemoryError, RecursionError)
+
+
+def _read_pickle(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)  # then tensors are mapped, not read: a checkpoint may hold an optimizer too
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:  # a class that torch does not know
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mapped)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files of `folder/stem.*` or, in shards, those that its index names; safetensors before pickles.
+
+    Raises WeightsError when there is none.
+    """
+    for suffix in (".safetensors", ".bin"):
+        if (folder / f"{stem}{suffix}").is_file():
+            return [folder / f"{stem}{suffix}"]
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise WeightsError(f"{index}: not an index of weight files ({_one_line(error)})") from None
+            if any(Path(name).name != name for name in names):
+                raise WeightsError(f"{index}: names a file outside its folder")
+            return [folder / name for name in names]
+    raise WeightsError(f"{folder}: no {stem}.safetensors and no {stem}.bin in it")
+
+
+def read_folder(folder: Path, *stems: str) -> dict[str, Tensor]:
+    """All tensors of a folder's weights, under the first of `stems` that is there. Raises WeightsError."""
+    tensors: dict[str, Tensor] = {}
+    for path in _first_files(folder, stems):
+        tensors |= read_tensors(path)
+    return tensors
+
+
+def folder_digest(folder: Path, *stems: str) -> str:
+    """16 hex digits of the sha256 over those files' sha256. Raises WeightsError."""
+    digest = hashlib.sha256()
+    for path in _first_files(folder, stems):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _first_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+    missing: list[WeightsError] = []
+    for stem in stems:
+        try:
+            return weight_files(folder, stem)
+        except WeightsError as error:
+            missing.append(error)
+    raise missing[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping. Raises WeightsError."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path.parent}: no {path.name} in it") from None
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path}: not JSON ({_one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: a JSON mapping is expected")
+    return value
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """load_state_dict that refuses anything missing, unexpected or of another shape, in one line naming `where`."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{what} {len(names)} such as {names[0]}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
+            if names
+        ]
+        raise WeightsError(f"{where}: these weights do not fit: {', '.join(parts)}")
+    module.load_state_dict(tensors)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

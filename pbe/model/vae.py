@@ -1,0 +1,67 @@
+"""Stable Diffusion's image codec, diffusers' AutoencoderKL, frozen. The paper's; 8 px per cell, 4 channels."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
+
+STEM = "diffusion_pytorch_model"
+
+
+class KlCodec(nn.Module):
+    """Pixels (B, 3, S, S) float in [-1, 1]; latents (B, 4, S/8, S/8), scaled to about unit rms (0.18215 for SD 1.x).
+
+    `digest` names the weights.
+    """
+
+    project = None  # nothing to hold to: the decoder's range is that of images
+
+    def __init__(self, vae: AutoencoderKL, *, digest: str) -> None:
+        super().__init__()
+        self.vae = vae.float().eval().requires_grad_(False)
+        self.digest = digest
+
+    @property
+    def patch_px(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    def train(self, mode: bool = True) -> "KlCodec":
+        return super().train(False)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent's posterior, scaled (upstream draws from it at every step)."""
+        distribution = self.vae.encode(pixels).latent_dist
+        scale = self.vae.config.scaling_factor
+        return distribution.mean * scale, distribution.std * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels, not clamped."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+
+def load_vae(folder: Path) -> KlCodec:
+    """From a `vae` folder of the hub layout. Raises WeightsError."""
+    vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+    load_strictly(vae, vae_tensors(read_folder(folder, STEM)), str(folder))
+    return KlCodec(vae, digest=folder_digest(folder, STEM))
+
+
+def vae_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under today's names: before diffusers 0.15 the middle attention was query, key, value and proj_attn."""
+    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    out = {}
+    for name, value in tensors.items():
+        parts = name.split(".")
+        if "attentions" in parts and parts[-2] in new:
+            name = ".".join([*parts[:-2], new[parts[-2]], parts[-1]])
+        out[name] = value.float()
+    return out

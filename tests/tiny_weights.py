@@ -1,0 +1,124 @@
+"""Weight folders of the real layouts, tiny and random: Stable Diffusion 1.x, CLIP, Paint by Example.
+
+Same classes, same file names, same keys as the published ones; only smaller. What they compute means nothing.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from pbe.diffusion.schedule import scheduler_config
+from pbe.model.clip import ClipBackbone, new_clip
+from pbe.model.exemplar import ExemplarMapper
+from pbe.model.unet import ConditionedUNet
+from pbe.model.vae import KlCodec
+from pbe.model.weights import Model, ModelCard, save_model
+
+CONTEXT_WIDTH, CLIP_WIDTH, CLIP_LAYERS, REFERENCE_PX, IMAGE_PX = 24, 64, 9, 28, 32
+UNET = {
+    "sample_size": IMAGE_PX // 8,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": CONTEXT_WIDTH,
+    "attention_head_dim": 8,
+}
+
+
+def lively(module: torch.nn.Module, seed: int, scale: float = 0.05) -> torch.nn.Module:
+    """Every parameter gets a say: some layers start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def tiny_unet(in_channels: int = 4, seed: int = 1) -> UNet2DConditionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return lively(UNet2DConditionModel(in_channels=in_channels, **UNET), seed)
+
+
+def tiny_vae() -> AutoencoderKL:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            layers_per_block=1,
+            sample_size=IMAGE_PX,
+            scaling_factor=0.18215,
+        ).eval()
+
+
+def tiny_clip() -> CLIPVisionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = CLIPVisionConfig(
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=2 * CLIP_WIDTH,
+            num_hidden_layers=CLIP_LAYERS,
+            num_attention_heads=CLIP_WIDTH // 64,
+            image_size=REFERENCE_PX,
+            patch_size=7,
+            projection_dim=CONTEXT_WIDTH,
+        )
+        return lively(new_clip(config), 3)
+
+
+def tiny_exemplar() -> ExemplarMapper:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return ExemplarMapper(
+            backbone_width=CLIP_WIDTH,
+            mapper_width=CLIP_WIDTH,
+            mapper_blocks=(CLIP_LAYERS + 1) // 5,
+            context_width=CONTEXT_WIDTH,
+        ).eval()
+
+
+def paper_model() -> Model:
+    """All parts of the paper's path."""
+    return Model(
+        ConditionedUNet(tiny_unet(in_channels=9), tiny_exemplar()),
+        KlCodec(tiny_vae(), digest="tiny"),
+        ClipBackbone(tiny_clip(), digest="tiny"),
+        ModelCard(IMAGE_PX, REFERENCE_PX, 10, scheduler_config("scaled_linear", "eps"), run={}),
+    )
+
+
+def write_stable_diffusion(folder: Path) -> Path:
+    """As CompVis/stable-diffusion-v1-4 in diffusers' layout, with the parts that matter here."""
+    tiny_unet().save_pretrained(folder / "unet")
+    tiny_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+def write_clip(folder: Path) -> Path:
+    """As openai/clip-vit-large-patch14, which has a text model beside the vision model; old, nested names."""
+    network = tiny_clip()
+    tensors = {f"vision_model.{name.removeprefix('vision_model.')}": v for name, v in network.state_dict().items()}
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(3, 4)
+    tensors["logit_scale"] = torch.zeros(())
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    vision = network.config.to_dict()
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}}))
+    return folder
+
+
+def write_paint_by_example(folder: Path) -> Path:
+    """As this project exports it."""
+    save_model(folder, paper_model())
+    return folder

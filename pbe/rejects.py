@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.csv as pacsv
 import yaml
@@ -33,16 +34,22 @@ def made_from_earlier_input(root: Path) -> set[str]:
     its rejects. A stage that dvc.lock does not know is taken as it is."""
     lock = root / "dvc.lock"
     try:
-        locked = (yaml.safe_load(lock.read_bytes()) or {}).get("stages", {}) if lock.is_file() else {}
-    except (yaml.YAMLError, AttributeError) as error:
+        return _stale_stages(
+            root, (yaml.safe_load(lock.read_bytes()) or {}).get("stages", {}) if lock.is_file() else {}
+        )
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{lock}: not a lock file of DVC ({' '.join(str(error).split())[:200]}); mend it") from None
+
+
+def _stale_stages(root: Path, locked: Mapping[str, Any]) -> set[str]:
     stale: set[str] = set()
     for stage in STAGES:
         for dep in locked.get(stage, {}).get("deps", ()):
             path = root / dep["path"]
             before = path.parent.name
-            if path.name == "manifest.json" and path.is_file():
-                changed = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != dep.get("md5")
+            if path.name == "manifest.json":  # DVC removes it before the stage runs, so a failed one has none
+                here = path.read_bytes() if path.is_file() else b""
+                changed = hashlib.md5(here, usedforsecurity=False).hexdigest() != dep.get("md5")
                 if changed or before in stale:
                     stale.add(stage)
     return stale
@@ -84,11 +91,16 @@ def _tables(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[tuple[s
 def table_text(reasons: list[Reason], totals: Mapping[str, Manifest], stale: Collection[str]) -> str:
     """For a terminal: a line per reason, its examples below it. stale: stages to be marked as of an earlier run."""
     lines = []
-    for stage, manifest in totals.items():
+    latest = max(map(STAGES.index, totals))
+    for stage in STAGES[: latest + 1]:
+        if stage not in totals:
+            lines.append(f"{stage}: no result here; it has not run, or failed before it had one")
+            continue
+        manifest = totals[stage]
         read = {kind: manifest.counts.get(f"{kind}_in") for kind in ("images", "boxes")}
         text = ", ".join(f"{count} {kind}" for kind, count in read.items() if count is not None)
         dropped = sum(entry.rows for entry in reasons if entry.stage == stage)
-        earlier = " (of an earlier run: its input has changed since; `dvc repro` makes it anew)"
+        earlier = " (of an earlier run: dvc.lock has another input for it; `dvc repro` makes it anew)"
         lines.append(f"{stage}: {dropped} rows dropped of {text}{earlier if stage in stale else ''}")
         for entry in reasons:
             if entry.stage == stage:

@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"pbe: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a file or folder of the user that cannot be read or written
+        print(f"pbe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "pbe: interrupted; finished parts and checkpoints stay, the same command goes on from them", file=sys.stderr

@@ -4,11 +4,12 @@ It also removes DVC's lock file when a DVC that was killed left it half written:
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
 from pbe.config import load_params, repo_root
-from pbe.data.files import file_tree
+from pbe.data.files import SourceError, file_tree
 
 TORN_AFTER_S = 2.0  # a lock that is being written is whole again long before
 
@@ -20,7 +21,24 @@ def main() -> None:
         tree = file_tree(location, root=root, key=key)
         if tree.is_local:
             tree.require()
+            _refuse_what_dvc_cannot_read(Path(tree.where), root, key)
     _remove_torn_lock(root / ".dvc" / "tmp" / "rwlock")
+
+
+def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
+    """DVC hashes the place before any stage runs, and its own messages name neither the file nor the key."""
+    if place == root or place == root / "data" or root / "data" in place.parents or place in root.parents:
+        raise SourceError(f"{key} = {place}: the stages write there (data/); put your photos and boxes elsewhere")
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # the bytes of another encoding
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            raise SourceError(f"{key}: {shown}: the name is not UTF-8; rename the file") from None
+        if not path.exists():
+            raise SourceError(f"{key}: {path}: a link to a file that is not there; remove it")
+        if not os.access(path, os.R_OK):
+            raise SourceError(f"{key}: {path}: cannot be read: no permission")
 
 
 def _remove_torn_lock(path: Path) -> None:

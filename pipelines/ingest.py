@@ -108,12 +108,20 @@ def _takes_all(source: Source, cfg: IngestConfig) -> bool:
 
 def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iterator[pa.Table]:
     rows = 0
+    labels: set[str] = set()
     with progress_bar("ingest: boxes", total=None, unit="box") as bar:
         for file in box_files(tree):
             for table in read_annotations(tree, file):
                 rows += table.num_rows
                 bar.update(table.num_rows)
-                yield without_lines(selector(with_names(table, names)))
+                named = with_names(table, names)
+                if selector.class_ids is not None and not names:  # COCO and CSVs without class descriptions
+                    labels.update(pc.unique(named.column("label")).to_pylist())
+                yield without_lines(selector(named))
+    unknown = sorted(set(selector.class_ids or ()) - labels) if not names else []
+    if unknown:
+        known = ", ".join(sorted(labels)[:20])
+        raise SourceError(f"ingest.classes: no box in {tree.where} is of class {', '.join(unknown)}; there are {known}")
     if rows == selector.left_out:
         raise SourceError(
             f"ingest.boxes: none of the {rows} boxes in {tree.where} is of ingest.splits, classes and image_ids"
@@ -255,5 +263,5 @@ def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> 
             raise StageError(
                 f"ingest: {rejected} of {total} {kind} rejected ({reasons}), above ingest.max_reject_frac = "
                 f"{max_reject_frac}. `pbe rejects` shows them; mend the input, set ingest.retry_rejected for failed "
-                "downloads, or raise the limit. What was read stays in the storage"
+                "downloads and files that were gone, or raise the limit. What was read stays in the storage"
             )

@@ -94,6 +94,24 @@ def test_a_stage_whose_input_has_changed_since_is_marked(
     assert marked() == ["materialize"]
     _run_stage(root, store, "ingest", INGEST[:1], images_in=9, boxes_in=44)
     assert marked() == ["filter", "materialize"]
+    (root / "data" / "ingest" / "manifest.json").unlink()  # as DVC does before it runs the stage, which then fails
+    assert main(["rejects"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "ingest: no result here; it has not run, or failed before it had one"
+    assert second.startswith("filter:") and "of an earlier run" in second
+
+
+@pytest.mark.parametrize(
+    "text", ["stages: []", "stages: {filter: null}", "stages: {filter: {deps: [{md5: 0}]}}", "a: [", "[1]"]
+)
+def test_a_lock_file_that_is_none_of_dvcs_is_one_line(
+    text: str, root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
+    (root / "dvc.lock").write_text(text)
+    assert main(["rejects"]) == 1
+    err = capsys.readouterr().err
+    assert "dvc.lock: not a lock file of DVC" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("examples", "shown"), [(0, 0), (2, 2), (3, 3), (50, 3)])

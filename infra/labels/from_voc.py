@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(folder: str) -> None:
-    files = sorted(Path(folder).rglob("*.xml"))
+    files = sorted(path for path in Path(folder).rglob("*.xml") if path.is_file())
     if not files:
         sys.exit(f"{folder}: no .xml annotation there")
     rows = []

@@ -1,19 +1,22 @@
 """YOLO labels to an OpenImages-style box CSV: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv
 
 LABELS: folder of .txt files, one per photo and of its name; a line is `class cx cy width height`, fractions (of a
-polygon's line, longer, the bounds are taken). NAMES: a text file with a class name per line, in order; without it the
-class numbers stay.
+polygon's line, longer, the bounds are taken). NAMES: a text file with a class name per line, in order, or the data
+set's .yaml, of which `names` is taken; without it the class numbers stay.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
+
+import yaml
 
 NOT_LABELS = ("classes.txt", "obj.names")  # tools leave these among the labels
 
 
 def main(folder: str, names_file: str | None = None) -> None:
-    names = text_of(Path(names_file)).splitlines() if names_file else []
+    names = names_of(Path(names_file)) if names_file else {}
     files = [path for path in sorted(Path(folder).rglob("*.txt")) if path.name not in NOT_LABELS]
     if not files:
         sys.exit(f"{folder}: no .txt label file there")
@@ -27,15 +30,28 @@ def main(folder: str, names_file: str | None = None) -> None:
                 x0, x1, y0, y1 = bounds([float(value) for value in values])
                 name = label
                 if names:
-                    if int(label) < 0:
-                        raise ValueError("a class number starts at 0")
                     name = names[int(label)]
-            except (ValueError, IndexError) as error:
+            except KeyError:
+                sys.exit(f"{path}:{number}: class {label} has no name in {names_file}")
+            except ValueError as error:
                 sys.exit(f"{path}:{number}: not `class cx cy width height`: {line!r} ({error})")
             rows.append([path.stem, name, *(round(min(max(end, 0.0), 1.0), 6) for end in (x0, x1, y0, y1))])
     out = csv.writer(sys.stdout)  # after all was read: `> boxes.csv` then never holds a part
     out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
     out.writerows(rows)
+
+
+def names_of(path: Path) -> dict[int, str]:
+    """Class names by number."""
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return dict(enumerate(text_of(path).splitlines()))
+    try:
+        names = yaml.safe_load(text_of(path))["names"]
+        return {
+            int(number): str(name) for number, name in (names.items() if isinstance(names, dict) else enumerate(names))
+        }
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        sys.exit(f"{path}: no list of class names under `names` in it: {' '.join(str(error).split())}")
 
 
 def text_of(path: Path) -> str:
@@ -46,6 +62,8 @@ def text_of(path: Path) -> str:
 
 
 def bounds(values: list[float]) -> tuple[float, float, float, float]:
+    if not all(map(math.isfinite, values)):
+        raise ValueError("not finite")
     if len(values) == 4:
         cx, cy, width, height = values
         return cx - width / 2, cx + width / 2, cy - height / 2, cy + height / 2

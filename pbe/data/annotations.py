@@ -39,7 +39,9 @@ _SPLIT_WORDS = {
     r"(?<![a-z])val(id|idation)?(?![a-z])": "validation",
     r"(?<![a-z])test(ing)?(?![a-z])": "test",
 }
-IMAGE_SUFFIX = r"(?i)\.(jpe?g|png|webp|avif|hei[cf]|bmp|gif|tiff?)$"  # some tools write file names into ImageID
+IMAGE_SUFFIX = (
+    r"(?i)\.(jpe?g?|jfif|png|webp|avif|hei[cf]|bmp|gif|tiff?|jp2|jxl|dng)$"  # some tools write file names into ImageID
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ def box_files(tree: FileTree) -> list[BoxFile]:
     """The box files at `ingest.boxes`, a file or a folder, by name. Raises SourceError when there is none."""
     names = [name for name in tree.names() if _is_box_file(name)] if tree.is_folder else [tree.only_name]
     if not names:
-        raise SourceError(f"ingest.boxes: no CSV or COCO JSON of boxes at {tree.where}")
+        raise SourceError(
+            f"ingest.boxes: no CSV or COCO JSON of boxes at {tree.where}; of a folder its .csv files are "
+            "read, and .json files whose name has instances, boxes or annotations in it; those of subfolders are not"
+        )
     return [BoxFile(name, _split_of(name)) for name in names]
 
 
@@ -174,16 +179,19 @@ def _with_quoted_commas(
 def csv_header(tree: FileTree, name: str) -> list[str]:
     """Column names of a CSV. Raises SourceError for an empty file or a repeated name."""
     with tree.open(name) as stream:
-        first = stream.read(1 << 16).split(b"\n", 1)[0]
+        first = stream.read(1 << 16)
     try:
-        header = [cell.strip() for cell in next(csv.reader([first.decode("utf-8-sig").rstrip("\r")]), [])]
+        header = [
+            cell.strip() for cell in next(csv.reader([first.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")]), [])
+        ]
     except (UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
     if not header:
-        raise SourceError(f"{tree.path_of(name)}: the file is empty")
+        what = "its first line is empty, the header belongs there" if first else "the file is empty"
+        raise SourceError(f"{tree.path_of(name)}: {what}")
     repeated = sorted({cell for cell in header if header.count(cell) > 1})
     if repeated:
-        raise SourceError(f"{tree.path_of(name)}: the header names {', '.join(repeated)} more than once")
+        raise SourceError(f"{tree.path_of(name)}: the header names {', '.join(map(repr, repeated))} more than once")
     return header
 
 
@@ -436,7 +444,7 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
         return row | {"detail": f"annotation number {number} is no mapping"}
     try:
         own = entry.get("id")
-        if isinstance(own, int) and abs(own) < 2**63:  # it only names the row in messages
+        if isinstance(own, int) and not isinstance(own, bool) and abs(own) < 2**63:  # it only names the row in messages
             row["line"] = own
         photo = photos.get(entry["image_id"])
         if photo is None:

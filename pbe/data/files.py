@@ -123,5 +123,10 @@ class FileTree:
 def file_tree(location: str, *, root: Path, key: str) -> FileTree:
     """location: s3://..., or a local path, taken relative to `root`."""
     if location.startswith("s3://"):
+        if not location.removeprefix("s3://").strip("/"):
+            raise SourceError(f"{key} = {location}: names no bucket")
         return FileTree(location.rstrip("/"), key)
-    return FileTree(str((root / location).resolve()), key)
+    try:
+        return FileTree(str((root / location).resolve()), key)
+    except (OSError, RuntimeError) as error:  # a symlink to itself
+        raise SourceError(f"{key} = {location}: {' '.join(str(error).split())}") from None

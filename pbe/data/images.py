@@ -137,6 +137,8 @@ def _what_it_is(data: Buffer) -> str:
         b"msf1",
     ):
         return "HEIC, the format of phones, which nothing here reads; export it as JPEG"
+    if start.startswith((b"ii*", b"mm\0*")):
+        return "a TIFF of a kind that nothing here reads; save it with three channels of 8 or 16 bits"
     return ""
 
 

@@ -42,7 +42,7 @@ class Selector:
     found_ids: set[str] = field(default_factory=set)  # of the selection's image_ids
 
     def __call__(self, annotations: pa.Table) -> pa.Table:
-        """The wanted rows, with the split that val_frac gives them. Odd lines are always wanted: they are rejects."""
+        """The wanted rows, with the split that val_frac gives them. Odd lines are wanted whatever their class."""
         chosen = self.selection
         encoded = pc.dictionary_encode(annotations.column("image_id").combine_chunks())
         ids, index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()

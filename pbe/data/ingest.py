@@ -16,6 +16,7 @@ from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, table_from_rows
 FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
 
 
+SHA256_DIGITS = 64
 NO_IDS = ("", ".", "..")  # what is left of a file name like .jpg
 
 
@@ -33,6 +34,7 @@ class Photo:
 
     image_id: str
     address: str
+    version: str = ""  # sha256 of the bytes where the source has hashed them (PHOTOS)
     license: str | None = None
     author: str | None = None
     source_url: str | None = None
@@ -79,7 +81,7 @@ def read_bucket(
     """
     bucket = _Bucket()
     known: dict[str, list[Photo]] = {}
-    for row in photos.select(["image_id", "address", "license", "author", "source_url", "rotation"]).to_pylist():
+    for row in photos.to_pylist():
         copies = known.setdefault(row["image_id"], [])
         if all(row["address"] != copy.address for copy in copies):  # a list may name one photo twice
             copies.append(Photo(**row))
@@ -129,12 +131,12 @@ def _usable_boxes(
     """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose lines are all
     wrong has an empty list."""
     boxes: dict[str, list[dict[str, Any]]] = {}
-    seen: Counter[str] = Counter()  # without a line, a box is the n-th of its photo
+    seen: Counter[tuple[str, str]] = Counter()  # without a line, a box is the n-th of its file and photo
     for row in annotations.to_pylist():
         bucket.counts["boxes_in"] += 1
         image_id, split = row["image_id"], SPLITS[row["split"]]
-        seen[image_id] += 1
-        place = row["line"] if row["line"] is not None else f"{image_id}#{seen[image_id]}"
+        seen[row["file"], image_id] += 1
+        place = row["line"] if row["line"] is not None else f"{image_id}#{seen[row['file'], image_id]}"
         key = f"{row['file']}:{place}"
         if row["reason"] == "box_image_id_invalid":
             bucket.reject("boxes", key, row["reason"], row["detail"])
@@ -160,8 +162,17 @@ def _usable_boxes(
 
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
     """The IMAGES row of a photo but for its split; decoding it in full is the only way to know that it can be."""
+    hashed = len(photo.version) == SHA256_DIGITS
     try:
-        data = read(photo.image_id, photo.address)
+        try:
+            data = read(photo.image_id, photo.address)
+        except PhotoError as error:
+            if hashed and error.reason == "image_unreadable":  # the index could read it a while ago
+                raise PhotoError("image_changed", str(error)) from None
+            raise
+        sha256 = hashlib.sha256(data).hexdigest()
+        if hashed and sha256 != photo.version:  # the part's name says which bytes it was made from
+            raise PhotoError("image_changed", f"{photo.address}: not the bytes that were there when ingest began")
         header = image_codec.read_header(data)
         if header.width_px * header.height_px > limits.max_pixels:
             detail = f"{photo.address}: {header.width_px} x {header.height_px} px, more than {limits.max_pixels} pixels"
@@ -179,7 +190,7 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         "bytes": data,
         "width_px": width_px,
         "height_px": height_px,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256,
         "license": photo.license,
         "author": photo.author,
         "source_url": photo.source_url,

@@ -27,6 +27,7 @@ IMAGE_REASONS = (
     "image_too_large",  # more bytes or pixels than ingest.max_image_bytes, ingest.max_image_pixels
     "image_unpublished",  # the server has no such image (404, 410) or does not give it (401, 403)
     "download_failed",  # no answer, a cut one, 429 or 5xx, after all attempts
+    "image_changed",  # the file was replaced or vanished (an unplugged drive) while ingest ran
     "image_without_kept_box",  # the filter left the photo no box
 )
 INGEST_BOX_REASONS = (
@@ -49,7 +50,7 @@ FILTER_REASONS = (
 )
 REJECT_REASONS = tuple(dict.fromkeys((*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILTER_REASONS)))
 # Another try may help: `ingest.retry_rejected` drives these again.
-TRANSIENT_REASONS = ("download_failed",)
+TRANSIENT_REASONS = ("download_failed", "image_changed")
 
 
 def picture_field(name: str) -> pa.Field:

@@ -23,8 +23,9 @@ from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
 
-# HEIC is listed to be rejected by name: a phone's photos must not be passed over in silence
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif", ".tiff")
+# the last three and HEIC are listed to be rejected where nothing reads them: no photo is passed over in silence
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif",
+                  ".tiff", ".jp2", ".jxl", ".dng")  # fmt: skip
 HASH_THREADS = 8
 
 

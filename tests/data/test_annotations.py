@@ -176,7 +176,7 @@ def test_blank_lines_are_no_lines_but_they_count(tmp_path: Path) -> None:
         (HEADER.encode() + b"\n", "no box in it"),
         (b"ImageID,LabelName,XMin,XMax,YMin\na,b,0,1,0\n", "its header lacks YMax"),
         (b"ImageID;LabelName;XMin;XMax;YMin;YMax\n", "its header lacks ImageID"),
-        (HEADER.encode() + b",XMin\n", "names XMin more than once"),
+        (HEADER.encode() + b",XMin\n", "names 'XMin' more than once"),
         (HEADER.encode() + b"\na\xff\xfe,/m/1,0.1,0.5,0.2,0.6\n", "not a CSV in UTF-8"),
     ],
 )

@@ -174,13 +174,16 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
         _line("twice"),
         _line("../good"),
     )
+    place.photo("other.png")
     place.boxes(_line("good"), name="val.csv")
+    place.boxes(_line("other"), name="z.csv")
     place.boxes(_line("s404"), _line("s503"), name="web.csv")
 
     def read(image_id: str, address: str) -> bytes:
         if image_id.startswith("s"):
             raise PhotoError("image_unpublished" if image_id == "s404" else "download_failed", f"{address}: HTTP")
-        return place.read(image_id, address)
+        data = place.read(image_id, address)
+        return data + b"x" if image_id == "other" else data
 
     tables, counts = place.check(
         photos=pa.concat_tables(
@@ -213,6 +216,8 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
         "lonely.png": "image_without_box",
         "s404": "image_unpublished",
         "s503": "download_failed",
+        "other.png": "image_changed",
+        "z.csv:2": "box_image_rejected",
         "web.csv:2": "box_image_rejected",
         "web.csv:3": "box_image_rejected",
     }
@@ -268,13 +273,18 @@ def test_what_is_kept_is_as_the_source_has_it(place: Place) -> None:
     assert [other[flag] for flag in flags] == [-1, -1, 1, -1, -1]  # a missing flag is unknown
 
 
-def test_an_image_that_is_gone_when_it_is_read_is_unreadable(place: Place) -> None:
+def test_an_image_that_is_gone_or_another_when_it_is_read_may_be_tried_again(place: Place) -> None:
     gone, _ = place.photo("gone.png"), place.photo("a.png")
     place.boxes(_line("gone"), _line("a"))
     photos = place.photos()
     gone.unlink()
     tables, counts = place.check(photos=photos)
-    assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_unreadable")
+    assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_changed")
+    place.photo("gone.png", grey=200)  # the index was made of another file: its part must not hold this one
+    tables, counts = place.check(photos=photos)
+    assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_changed")
+    place.photo("gone.png")
+    assert place.check(photos=photos)[1]["images_kept"] == 2
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(

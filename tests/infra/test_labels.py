@@ -41,9 +41,22 @@ def test_yolo_names_polygons_and_a_wrong_line(tmp_path: Path) -> None:
     names.write_text("cat\ndog\n")
     rows = list(csv.reader(io.StringIO(_run("from_yolo.py", str(tmp_path), str(names)).stdout)))
     assert rows[1:] == [["a", "dog", "0.25", "0.75", "0.375", "0.625"], ["a", "cat", "0.1", "0.9", "0.2", "0.8"]]
-    (tmp_path / "b.txt").write_text("0 0.5 0.5 wide 0.25\n")
-    failed = _run("from_yolo.py", str(tmp_path), check=False)
-    assert failed.returncode == 1 and "b.txt:1" in failed.stderr and "Traceback" not in failed.stderr
+    for text in ("names: [cat, dog]\n", "path: x\nnames:\n  0: cat\n  1: dog\n"):  # the data set's own file
+        (tmp_path / "data.yaml").write_text(text)
+        again = _run("from_yolo.py", str(tmp_path), str(tmp_path / "data.yaml")).stdout
+        assert list(csv.reader(io.StringIO(again))) == rows
+    (tmp_path / "data.yaml").write_text("train: images\n")
+    failed = _run("from_yolo.py", str(tmp_path), str(tmp_path / "data.yaml"), check=False)
+    assert failed.returncode == 1 and "data.yaml: no list of class names" in failed.stderr
+    for line, word in (
+        ("0 0.5 0.5 wide 0.25", "wide"),
+        ("0 0.5 nan 0.2 0.2", "finite"),
+        ("7 .5 .5 .2 .2", "class 7 has"),
+    ):
+        (tmp_path / "b.txt").write_text(f"{line}\n")
+        failed = _run("from_yolo.py", str(tmp_path), str(names), check=False)
+        assert failed.returncode == 1 and "b.txt:1" in failed.stderr and word in failed.stderr
+        assert "Traceback" not in failed.stderr and failed.stdout == ""
 
 
 def test_voc_pixels_start_at_1(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m pipelines check`: what `make repro` asks before DVC reads anything."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,30 @@ def test_photos_or_boxes_that_are_not_there_are_named_with_their_key(root: Path,
     name = {"images": "photos.csv", "boxes": "boxes_openimages.csv"}[key]
     (root / "pbe" / "data" / "sample" / name).unlink()
     with pytest.raises(SourceError, match=rf"^ingest\.{key}: there is no .*{name}"):
+        check.main()
+
+
+@pytest.mark.parametrize("what", ["a name in Latin-1", "a dangling link", "where the stages write", "no permission"])
+def test_what_dvc_would_stumble_over_is_named_with_its_key(root: Path, what: str, tmp_path: Path) -> None:
+    photos = tmp_path / ("data/photos" if what == "where the stages write" else "photos")
+    photos.mkdir(parents=True)
+    (photos / "a.jpg").write_bytes(b"a")
+    if what == "a name in Latin-1":
+        Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.jpg")).write_bytes(b"b")
+    elif what == "a dangling link":
+        (photos / "b.jpg").symlink_to("nothing.jpg")
+    elif what == "no permission":
+        (photos / "a.jpg").chmod(0)
+        if os.access(photos / "a.jpg", os.R_OK):
+            pytest.skip("this user may read everything")
+    _replace(root, "  images: pbe/data/sample/photos.csv", f"  images: {photos}")
+    words = {
+        "a name in Latin-1": r"caf.xe9\.jpg: the name is not UTF-8",
+        "a dangling link": r"b\.jpg: a link to a file that is not there",
+        "where the stages write": "the stages write there",
+        "no permission": r"a\.jpg: cannot be read",
+    }
+    with pytest.raises(SourceError, match=rf"^ingest\.images.*{words[what]}"):
         check.main()
 
 

@@ -338,6 +338,13 @@ def test_classes_select_by_label_or_name_in_any_case(project: Project, classes: 
     assert {box["label_name"] for box in project.rows(manifest, "boxes")} == {"Flying bat"}
 
 
+def test_without_class_descriptions_a_class_that_no_box_has_is_refused_by_name(project: Project) -> None:
+    (project.root / "boxes" / "class-descriptions.csv").unlink()
+    with pytest.raises(SourceError, match=r"ingest\.classes: no box .* is of class /m/7; there are /m/1, /m/2"):
+        project.run(classes=["/m/1", "/m/7"])
+    assert project.run(classes=["/m/1"])[0].counts["boxes_kept"]
+
+
 def test_splits_select_by_the_box_files_name(project: Project, server: Server) -> None:
     project.boxes([f"{IDS[0]},/m/1,0.1,0.5,0.2,0.5"], "validation-annotations-bbox.csv")
     manifest, asked = project.run(splits=["validation"])

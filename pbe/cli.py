@@ -18,13 +18,19 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     edit = commands.add_parser("edit", help="fill the hole of a photo after a reference image")
     edit.add_argument("photo", type=Path)
-    edit.add_argument("--mask", type=Path, required=True, help="image of the photo's size, white where the edit goes")
+    hole = edit.add_mutually_exclusive_group(required=True)
+    hole.add_argument("--mask", type=Path, help="image of the photo's size, white where the edit goes")
+    hole.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="pixels of the photo, instead of a mask")
     edit.add_argument("--reference", type=Path, required=True, help="image of what should appear there")
+    edit.add_argument("--reference-box", type=_box, metavar="X0,Y0,X1,Y1", help="the part of it that counts")
     edit.add_argument("--model", type=Path, required=True, help="model folder, e.g. models/full")
-    edit.add_argument("--out", type=Path, required=True, help="PNG to write")
+    edit.add_argument("--out", type=Path, required=True, help="PNG to write; with --n, a folder, or a PNG with --grid")
+    edit.add_argument("--n", type=_at_least(1, int), default=1, help="edits, of seeds SEED, SEED + 1 ...")
+    edit.add_argument("--grid", action="store_true", help="photo with its hole, reference and edits in one picture")
     edit.add_argument("--seed", type=_at_least(0, int), default=42)
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
+    edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
     edit.set_defaults(run=_edit)
     rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
     rejects.add_argument("--examples", type=_at_least(0, int), default=3, help="rows shown per reason")
@@ -125,25 +131,73 @@ def _gc(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from pbe.data import images
+    from pbe.data.contact import edits_sheet
     from pbe.edit import DEFAULT_SCALE, DEFAULT_STEPS, Editor
 
-    _must_be_writable_png(args.out)
-    photo, mask, reference = (_read(path) for path in (args.photo, args.mask, args.reference))
+    one_file = args.n == 1 or args.grid
+    if one_file:
+        _must_be_writable_png(args.out)
+    elif args.out.suffix or args.out.is_file():
+        raise ValueError(f"--out {args.out}: {args.n} edits need a folder, or --grid for one picture")
+    photo, reference = _read(args.photo), _read(args.reference)
+    if args.reference_box is not None:
+        reference = reference[_slices(args.reference_box, reference, f"--reference-box of {args.reference}")]
+    hole_mask = _hole_mask(args, photo)
+    steps = DEFAULT_STEPS if args.steps is None else args.steps
+    editor = Editor.load(args.model)
+    with tqdm(total=steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+        edits = editor.edit(
+            photo,
+            hole_mask,
+            reference,
+            seed=args.seed,
+            n=args.n,
+            guidance_scale=DEFAULT_SCALE if args.scale is None else args.scale,
+            steps=steps,
+            sampler=args.sampler,
+            on_step=bar.update,
+        )
+    pictures = {args.out: edits_sheet(photo, hole_mask, reference, edits) if args.grid else edits[0]}
+    if not one_file:
+        args.out.mkdir(parents=True, exist_ok=True)
+        pictures = {args.out / f"seed-{args.seed + k}.png": edit for k, edit in enumerate(edits)}
+    for path, picture in pictures.items():
+        path.write_bytes(images.encode_png(picture))
+        print(f"wrote {path}")
+
+
+def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
+    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more."""
+    if args.box is not None:
+        hole_mask = np.zeros(photo.shape[:2], bool)
+        hole_mask[_slices(args.box, photo, f"--box in {args.photo}")] = True
+        return hole_mask
+    mask = _read(args.mask)
     if mask.shape != photo.shape:
         raise ValueError(
             f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
         )
-    edited = Editor.load(args.model).edit(
-        photo,
-        mask.max(axis=2) >= 128,
-        reference,
-        seed=args.seed,
-        guidance_scale=DEFAULT_SCALE if args.scale is None else args.scale,
-        steps=DEFAULT_STEPS if args.steps is None else args.steps,
-    )
-    args.out.write_bytes(images.encode_png(edited))
-    print(f"wrote {args.out}")
+    return mask.max(axis=2) >= 128
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    """An argparse type: x0,y0,x1,y1 in pixels, half-open."""
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: four whole numbers are needed, such as 10,20,200,180") from None
+    return x0, y0, x1, y1
+
+
+def _slices(box: tuple[int, int, int, int], image: np.ndarray, what: str) -> tuple[slice, slice]:
+    x0, y0, x1, y1 = box
+    height_px, width_px = image.shape[:2]
+    if not (0 <= x0 < x1 <= width_px and 0 <= y0 < y1 <= height_px):
+        raise ValueError(f"{what}: {x0},{y0},{x1},{y1} is not inside its {width_px} x {height_px} px")
+    return slice(y0, y1), slice(x0, x1)
 
 
 def _read(path: Path) -> np.ndarray:

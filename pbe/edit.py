@@ -1,14 +1,14 @@
 """Editor: the one public door to inference. `pbe edit`, the evaluate stage and your own code all use it.
 
     editor = Editor.load(Path("models/full"))
-    edited = editor.edit(photo, hole_mask, reference, seed=7)
+    edited, other = editor.edit(photo, hole_mask, reference, seed=7, n=2)
 
 Differences from upstream's scripts/inference.py, on purpose: any photo size (the square around the hole is
 edited and pasted back), pixels outside the hole are returned untouched, noise comes from one generator per item so
 that an item's result does not depend on its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +47,24 @@ class Editor:
         reference: np.ndarray,
         *,
         seed: int,
+        n: int = 1,
         guidance_scale: float = DEFAULT_SCALE,
         steps: int = DEFAULT_STEPS,
         sampler: SamplerName | None = None,
-    ) -> np.ndarray:
+        on_step: Callable[[], object] | None = None,
+    ) -> list[np.ndarray]:
         """photo (H, W, 3) uint8; hole_mask (H, W), non-zero where the edit goes; reference any (h, w, 3) uint8.
 
-        Returns (H, W, 3) uint8, equal to `photo` outside the hole. Raises ValueError for an empty hole or shapes
-        that do not fit.
+        Returns n edits (H, W, 3) uint8, equal to `photo` outside the hole; edit k is the one of seed + k, drawn alone
+        or with others. sampler: None for the one that the model names. on_step: called after every forward. Raises
+        ValueError for an empty hole or shapes that do not fit.
         """
         if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
             raise ValueError(f"photo must be (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
         if hole_mask.shape != photo.shape[:2]:
             raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: they must match")
+        if n < 1:
+            raise ValueError(f"n = {n}: at least one edit")
         if not hole_mask.any():
             raise ValueError("hole_mask is empty: nothing to edit")
         hole = (hole_mask != 0).astype(np.uint8)
@@ -70,18 +75,22 @@ class Editor:
         # any cover counts: a cell that the model took for known would bring the old content back into the hole
         small_hole = images.resize(hole[rows, columns].astype(np.float32), width_px=size_px, height_px=size_px) > 0
         filled = self.edit_crops(
-            source[None],
-            small_hole[None].astype(np.uint8),
-            [reference],
-            seeds=[seed],
+            np.repeat(source[None], n, axis=0),
+            np.repeat(small_hole[None].astype(np.uint8), n, axis=0),
+            [reference] * n,
+            seeds=range(seed, seed + n),
             guidance_scale=guidance_scale,
             steps=steps,
             sampler=sampler,
-        )[0]
-        out = photo.copy()
-        grown = images.resize(filled, width_px=window.width_px, height_px=window.height_px)
-        out[rows, columns] = np.where(hole[rows, columns, None] > 0, grown, photo[rows, columns])
-        return out
+            on_step=on_step,
+        )
+        edits = []
+        for fill in filled:
+            edit = photo.copy()
+            grown = images.resize(fill, width_px=window.width_px, height_px=window.height_px)
+            edit[rows, columns] = np.where(hole[rows, columns, None] > 0, grown, photo[rows, columns])
+            edits.append(edit)
+        return edits
 
     def edit_crops(
         self,
@@ -93,6 +102,7 @@ class Editor:
         guidance_scale: float,
         steps: int,
         sampler: SamplerName | None = None,
+        on_step: Callable[[], object] | None = None,
     ) -> np.ndarray:
         """A batch at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
 
@@ -122,6 +132,7 @@ class Editor:
             steps=steps,
             guidance_scale=guidance_scale,
             project=self._codec.project,
+            on_step=on_step,
         )
         return np.where(hole_masks[..., None] > 0, to_images(self._codec.decode(latent)), sources)
 

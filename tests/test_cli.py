@@ -33,8 +33,11 @@ def args(tmp_path: Path, model_folder: Path, backbone: Any) -> dict[str, str]:
 
 
 def _run(args: dict[str, str]) -> int:
-    options = [part for name, value in args.items() if name != "photo" for part in (f"--{name}", value)]
-    return main(["edit", args["photo"], *options])
+    return main(["edit", args["photo"], *_options(args)])
+
+
+def _options(args: dict[str, str]) -> list[str]:
+    return [part for name, value in args.items() if name != "photo" for part in (f"--{name}", value)]
 
 
 def _pixels(path: str) -> np.ndarray:
@@ -48,7 +51,7 @@ def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.
     assert capsys.readouterr() == (f"wrote {args['out']}\n", "")
     assert Path(args["out"]).read_bytes().startswith(b"\x89PNG")
     photo, hole_mask = _pixels(args["photo"]), _pixels(args["mask"])[..., 0] > 0
-    expected = Editor.load(Path(args["model"])).edit(
+    (expected,) = Editor.load(Path(args["model"])).edit(
         photo, hole_mask, _pixels(args["reference"]), seed=42, guidance_scale=DEFAULT_SCALE, steps=2
     )
     out = _pixels(args["out"])
@@ -126,12 +129,56 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_one(
     assert not Path(args["out"]).exists()
 
 
+def test_a_box_is_a_mask_and_part_of_the_reference_is_a_reference(args: dict[str, str], tmp_path: Path) -> None:
+    assert _run(args) == 0
+    by_mask = _pixels(args["out"])
+    reference = _pixels(args["reference"])
+    larger = np.pad(reference, ((7, 3), (4, 9), (0, 0)), constant_values=200)
+    (tmp_path / "larger.png").write_bytes(images.encode_png(larger))
+    height_px, width_px = reference.shape[:2]
+    boxed = {key: value for key, value in args.items() if key != "mask"} | {
+        "box": "8,5,25,15",
+        "reference": str(tmp_path / "larger.png"),
+        "reference-box": f"4,7,{4 + width_px},{7 + height_px}",
+    }
+    assert _run(boxed) == 0
+    np.testing.assert_array_equal(_pixels(args["out"]), by_mask)
+
+
+def test_n_edits_are_a_folder_of_seeds_or_one_grid(
+    args: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "edits"
+    assert _run({**args, "n": "3", "out": str(folder), "seed": "5"}) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["seed-5.png", "seed-6.png", "seed-7.png"]
+    assert _run({**args, "seed": "6"}) == 0
+    np.testing.assert_allclose(_pixels(str(folder / "seed-6.png")).astype(int), _pixels(args["out"]), atol=1)
+    assert main(["edit", args["photo"], *_options({**args, "n": "3"}), "--grid"]) == 0
+    grid, photo = _pixels(args["out"]), _pixels(args["photo"])
+    assert grid.shape[0] >= photo.shape[0] and grid.shape[1] >= 5 * photo.shape[1]
+    capsys.readouterr()
+    assert _run({**args, "n": "3"}) == 1
+    assert "3 edits need a folder, or --grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("box", ["0,0,41,10", "5,5,5,9", "-1,0,3,3", "0,20,10,25"])
+def test_a_box_outside_the_photo_is_one_line(
+    box: str, args: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del args["mask"]
+    assert main(["edit", args["photo"], *_options(args), f"--box={box}"]) == 1
+    err = capsys.readouterr().err
+    assert f"{box} is not inside its 40 x 24 px" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
         ([], 2, "command"),
         (["paint"], 2, "invalid choice: 'paint'"),
-        (["edit", "photo.png"], 2, "--mask, --reference, --model, --out"),
+        (["edit", "photo.png"], 2, "--reference, --model, --out"),
+        (["edit", "a", "--mask", "b", "--box", "1,2,3,4"], 2, "not allowed with argument --mask"),
+        (["edit", "a", "--box", "1,2,3"], 2, "four whole numbers are needed"),
         (["edit", "--seed", "x"], 2, "invalid int value: 'x'"),
         (["show", "boxes", "--out", "a.png"], 2, "invalid choice: 'boxes'"),
         (["show", "triplets"], 2, "--out"),

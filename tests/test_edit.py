@@ -12,7 +12,7 @@ from pbe.data import images
 from pbe.data.rng import row_rng
 from pbe.diffusion.objective import Objective
 from pbe.diffusion.sampling import sample
-from pbe.diffusion.schedule import make_sampler, scheduler_config
+from pbe.diffusion.schedule import SamplerError, SamplerName, make_sampler, scheduler_config
 from pbe.edit import CONTEXT_FACTOR, Editor, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
@@ -58,7 +58,9 @@ def _model_of(editor: Editor) -> Model:
 def edit(editor: Editor) -> Edit:
     def _edit(photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray | None = None, **changes) -> np.ndarray:
         settings = {"seed": 7, "guidance_scale": 3.0, "steps": STEPS, **changes}
-        return editor.edit(photo, hole_mask, _photo(30, 20, seed=9) if reference is None else reference, **settings)
+        reference = _photo(30, 20, seed=9) if reference is None else reference
+        (out,) = editor.edit(photo, hole_mask, reference, **settings)
+        return out
 
     return _edit
 
@@ -231,6 +233,33 @@ def test_scale_one_does_not_use_the_unconditional_vector(
             for e in (editor, other)
         )
         assert np.array_equal(one, two) == same
+
+
+def test_edit_k_of_n_is_the_one_of_seed_plus_k_drawn_alone(editor: Editor, edit: Edit) -> None:
+    photo, hole_mask, spent = _photo(40, 64), _hole(40, 64), []
+    together = editor.edit(
+        photo, hole_mask, _photo(30, 20, seed=9), seed=7, n=4, guidance_scale=3.0, steps=STEPS,
+        on_step=lambda: spent.append(1),
+    )  # fmt: skip
+    assert len(together) == 4 and len(spent) == STEPS
+    assert len({out.tobytes() for out in together}) == 4
+    for k, out in enumerate(together):  # batches of another size may round another way in the last bit
+        np.testing.assert_allclose(out.astype(int), edit(photo, hole_mask, seed=7 + k), atol=1)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_the_sampler_is_a_choice(sampler: SamplerName, edit: Edit) -> None:
+    photo, hole_mask = _photo(40, 64), _hole(40, 64)
+    default = edit(photo, hole_mask)
+    np.testing.assert_array_equal(default, edit(photo, hole_mask, sampler="ddim"))
+    assert (default != edit(photo, hole_mask, sampler=sampler)).any()
+
+
+def test_a_sampler_that_cannot_do_what_the_model_predicts_and_no_edit_at_all_are_refused(edit: Edit) -> None:
+    with pytest.raises(SamplerError, match="use ddim"):
+        edit(_photo(20, 30), _hole(20, 30), sampler="pndm")
+    with pytest.raises(ValueError, match="n = 0"):
+        edit(_photo(20, 30), _hole(20, 30), n=0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pbe.data.masks import unpack_mask
 
 TILE_PX = 96
 HOLE_GREY = 128
+EDIT_PX = 512  # longer side of a picture in edits_sheet
+GAP_PX = 4
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], *, gap_px: int = 2) -> np.ndarray:
@@ -43,3 +45,19 @@ def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         return [with_hole(source, mask) for source, mask in zip(sources, masks, strict=True)]
 
     return sheet([sources, holed("box"), holed("bezier"), [images.decode(row["reference"]) for row in rows]])
+
+
+def edits_sheet(
+    photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray, edits: Sequence[np.ndarray]
+) -> np.ndarray:
+    """One row: photo with its hole, reference, edits. Photo at most EDIT_PX; the reference keeps its aspect."""
+    pictures = [with_hole(photo, hole_mask), reference, *edits]
+    scale = min(1.0, EDIT_PX / max(photo.shape[:2]))
+    height_px, width_px = (max(1, round(scale * side)) for side in photo.shape[:2])
+    out = np.full((height_px, len(pictures) * (width_px + GAP_PX) - GAP_PX, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        fit = min(height_px / picture.shape[0], width_px / picture.shape[1])
+        high, wide = (max(1, round(fit * side)) for side in picture.shape[:2])
+        left = index * (width_px + GAP_PX)
+        out[:high, left : left + wide] = images.resize(picture, width_px=wide, height_px=high)
+    return out

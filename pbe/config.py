@@ -187,6 +187,7 @@ class TrainConfig(Strict):
     zero_stage: Annotated[int, Field(ge=0, le=2)]
     precision: Literal["fp32", "bf16_autocast"]
     objective: Literal["x0", "eps", "v"]
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None
     beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear"]
     bezier_prob: Prob
     condition_dropout_prob: Prob

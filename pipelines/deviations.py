@@ -125,6 +125,12 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
         "x0 leaves no speckle at this budget, where v did; eps was not tried",
     )
     yield from where(
+        "loss weight",
+        lambda t: f"min-SNR, at most {t.min_snr_gamma:g}" if t.min_snr_gamma is not None else None,
+        "none",
+        "a setting",
+    )
+    yield from where(
         "noise schedule",
         lambda t: t.beta_schedule if t.beta_schedule != "scaled_linear" else None,
         "scaled_linear, 0.00085 to 0.012",

@@ -7,6 +7,9 @@ target:            eps -> n                                       (paper, upstre
                    x0  -> x_0                                     (sample profile: no speckle at small budgets)
                    v   -> sqrt(ab_t) n - sqrt(1 - ab_t) x_0       (Salimans & Ho 2022, eq. 9)
 
+weight (optional):  with snr = ab_t / (1 - ab_t) and a bound g, the loss on x_0 is weighted by min(snr, g), which is
+                   min(snr, g) / snr on eps, min(snr, g) / (snr + 1) on v  (min-SNR, Hang et al. 2023; upstream: none)
+
 Only the first C channels of the network's input are noised; the masked latent and the keep mask are given clean.
 """
 
@@ -49,3 +52,12 @@ def predicted_x0(objective: Objective, *, prediction: Tensor, noisy: Tensor, alp
 def loss_per_row(prediction: Tensor, wanted: Tensor) -> Tensor:
     """(B,) float32 mean squared error of each row."""
     return (prediction.float() - wanted.float()).pow(2).flatten(1).mean(1)
+
+
+def min_snr_weight(objective: Objective, *, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """(B,) weights of the rows' losses, for alpha_bar (B,) in (0, 1)."""
+    snr = alpha_bar / (1 - alpha_bar).clamp_min(1e-8)
+    bounded = snr.clamp_max(gamma)
+    if objective == "x0":
+        return bounded
+    return bounded / (snr.clamp_min(1e-8) if objective == "eps" else snr + 1)

@@ -23,7 +23,7 @@ from pbe import track
 from pbe.config import TrainConfig
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
 from pbe.data.slots import slot_files
-from pbe.diffusion.objective import add_noise, loss_per_row, target
+from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import codec_from_bytes
@@ -168,7 +168,10 @@ def _loss(
             drop_condition=b.drop_condition,
         )
     wanted = target(cfg.objective, x0=b.x0, noise=b.noise, alpha_bar=ab)
-    return loss_per_row(prediction, wanted).mean()
+    loss = loss_per_row(prediction, wanted)
+    if cfg.min_snr_gamma is not None:
+        loss = loss * min_snr_weight(cfg.objective, alpha_bar=ab, gamma=cfg.min_snr_gamma)
+    return loss.mean()
 
 
 def _batches(job: Job, store: Store, *, rank: int, world: int, start_step: int) -> Any:

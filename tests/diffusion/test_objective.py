@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbe.diffusion.objective import Objective, add_noise, loss_per_row, predicted_x0, target
+from pbe.diffusion.objective import Objective, add_noise, loss_per_row, min_snr_weight, predicted_x0, target
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -35,6 +35,38 @@ def test_by_hand(objective: Objective, expected: float) -> None:
     assert loss_per_row(wanted + 0.5, wanted).item() == pytest.approx(0.25, abs=1e-6)
     again = predicted_x0(objective, prediction=wanted, noisy=noisy, alpha_bar=alpha_bar)
     assert again.item() == pytest.approx(2.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "gamma", "expected"),
+    [
+        ("x0", 0.5, 0.5),  # snr = 0.36 / 0.64 = 0.5625, above the bound
+        ("eps", 0.5, 0.5 / 0.5625),
+        ("v", 0.5, 0.5 / 1.5625),
+        ("x0", 5.0, 0.5625),
+        ("eps", 5.0, 1.0),
+        ("v", 5.0, 0.36),
+    ],
+)
+def test_min_snr_by_hand(objective: Objective, gamma: float, expected: float) -> None:
+    weight = min_snr_weight(objective, alpha_bar=torch.tensor([0.36]), gamma=gamma)
+    assert weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_min_snr_weighs_one_error_of_x0_alike_whatever_is_predicted() -> None:
+    """The three losses are the same loss on x_0, each in its own unit."""
+    generator = torch.Generator().manual_seed(0)
+    bars = torch.tensor([0.01, 0.3, 0.9, 0.999], dtype=torch.float64)
+    x0, noise, error = (torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    noisy = add_noise(x0, noise, bars)
+    losses = []
+    for objective in OBJECTIVES:
+        wrong_noise = (noisy - bars.sqrt()[:, None, None, None] * (x0 + error)) / (1 - bars).sqrt()[:, None, None, None]
+        prediction = target(objective, x0=x0 + error, noise=wrong_noise, alpha_bar=bars)
+        loss = loss_per_row(prediction, target(objective, x0=x0, noise=noise, alpha_bar=bars))
+        losses.append(loss * min_snr_weight(objective, alpha_bar=bars, gamma=5.0))
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -203,7 +203,7 @@ def copy_project(root: Path) -> Path:
     params = yaml.safe_load((root / "params.yaml").read_text())
     for stage, changes in yaml.safe_load(textwrap.dedent(TINY)).items():
         params[stage] |= changes
-    params["train"]["unet"] |= {"block_channels": [16, 32]}
+    params["train"]["unet"] |= {"block_channels": [16, 32], "attention": [False, True]}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 

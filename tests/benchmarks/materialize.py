@@ -115,7 +115,8 @@ def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
     boxes_tree = FileTree(str(folder), "--photos")
     annotations = [table for file in box_files(boxes_tree) for table in read_annotations(boxes_tree, file)]
     source = FolderSource(FileTree(str(folder / "images"), "--photos"))
-    with by_bucket(annotations, ANNOTATIONS, 1) as lines, by_bucket(source.photos(), PHOTOS, 1) as photos:
+    listed = map(without_versions, source.photos())
+    with by_bucket(annotations, ANNOTATIONS, 1) as lines, by_bucket(listed, PHOTOS, 1) as photos:
         tables, _ = read_bucket(
             next(iter(lines)),
             next(iter(photos)),
@@ -130,6 +131,12 @@ def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
     images = as_train(tables["images"].filter(used))
     name = "coco256" if enlarge_to_px is None else f"coco256 at {enlarge_to_px} px"
     return Photos(name, images, as_train(kept), windows_of_slot_0(images, kept))
+
+
+def without_versions(photos: pa.Table) -> pa.Table:
+    """Enlarged photos are not the files that were hashed."""
+    index = photos.schema.get_field_index("version")
+    return photos.set_column(index, photos.schema.field(index), pa.repeat("", photos.num_rows))
 
 
 def enlarged(data: bytes, side_px: int | None) -> bytes:

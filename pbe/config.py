@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pbe.errors import UserError
@@ -21,6 +31,8 @@ Frac = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
 Split = Literal["train", "validation", "test"]
+Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
+Tokens = Literal["class", "all"]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
@@ -125,24 +137,59 @@ class MaterializeConfig(Strict):
     cpus_per_bucket: Annotated[float, Field(gt=0)]
 
 
+def _kind_of(value: Any) -> Any:
+    """Which of several models a mapping in params.yaml is for; by a function, since pydantic's discriminator by field
+    name does not go with Strict's validator."""
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+class PatchCodecConfig(Strict):
+    """The closed-form codec, fitted on the run's own crops."""
+
+    kind: Literal["patch"]
+    patch_px: Annotated[int, Field(ge=1, le=32)]
+    channels: PositiveInt
+    fit_crops: PositiveInt
+
+    @model_validator(mode="after")
+    def _keeps_at_most_all(self) -> "PatchCodecConfig":
+        if self.channels > 3 * self.patch_px**2:
+            raise ValueError(f"channels {self.channels} exceeds 3 * patch_px^2 = {3 * self.patch_px**2}")
+        return self
+
+
+class PretrainedCodecConfig(Strict):
+    """AutoencoderKL as Stable Diffusion has it, or the codec of a model folder."""
+
+    kind: Literal["pretrained"]
+    weights: Weights
+
+
+class EfficientNetConfig(Strict):
+    kind: Literal["efficientnet_lite0"]
+    tokens: Tokens
+
+
+class ClipConfig(Strict):
+    kind: Literal["clip"]
+    weights: Weights
+    tokens: Tokens
+
+
 class EncodeConfig(Strict):
-    codec_patch_px: Annotated[int, Field(ge=1, le=32)]
-    codec_channels: PositiveInt
-    codec_fit_crops: PositiveInt
-    backbone: Literal["efficientnet_lite0"]
+    codec: Annotated[
+        Annotated[PatchCodecConfig, Tag("patch")] | Annotated[PretrainedCodecConfig, Tag("pretrained")],
+        Discriminator(_kind_of),
+    ]
+    backbone: Annotated[
+        Annotated[EfficientNetConfig, Tag("efficientnet_lite0")] | Annotated[ClipConfig, Tag("clip")],
+        Discriminator(_kind_of),
+    ]
     reference_draws: Annotated[int, Field(ge=1, le=256)]
     rows_per_group: PositiveInt
     batch_rows: PositiveInt
     actors: PositiveInt
     cpus_per_actor: Annotated[float, Field(gt=0)]
-
-    @model_validator(mode="after")
-    def _codec_fits(self) -> "EncodeConfig":
-        if self.codec_channels > 3 * self.codec_patch_px**2:
-            raise ValueError(
-                f"codec_channels {self.codec_channels} exceeds 3 * codec_patch_px^2 = {3 * self.codec_patch_px**2}"
-            )
-        return self
 
 
 class UNetConfig(Strict):
@@ -168,11 +215,13 @@ class UNetConfig(Strict):
 
 
 class ExemplarConfig(Strict):
+    tokens: Tokens
     mapper_width: PositiveInt
     mapper_blocks: Annotated[int, Field(ge=0, le=48)]
 
 
 class TrainConfig(Strict):
+    init: Weights  # or: random, sd
     steps: PositiveInt
     batch: PositiveInt
     lanes: PositiveInt
@@ -250,10 +299,10 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Params":
-        if self.materialize.image_px % self.encode.codec_patch_px:
+        codec = self.encode.codec
+        if codec.kind == "patch" and self.materialize.image_px % codec.patch_px:
             raise ValueError(
-                f"encode.codec_patch_px {self.encode.codec_patch_px} must divide "
-                f"materialize.image_px {self.materialize.image_px}"
+                f"encode.codec.patch_px {codec.patch_px} must divide materialize.image_px {self.materialize.image_px}"
             )
         return self
 
@@ -336,12 +385,18 @@ def load_params(path: Path | None = None) -> Params:
             cfg = params.train_variant(name)
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
-        halvings = len(cfg.unet.block_channels) - 1
-        latent_px = params.materialize.image_px // params.encode.codec_patch_px
+        if cfg.exemplar.tokens == "all" and params.encode.backbone.tokens != "all":
+            raise ParamsError(
+                f"{path.name}: variants.{name}: train.exemplar.tokens = 'all' needs encode.backbone.tokens: all, so "
+                "that they are stored"
+            )
+        halvings, codec = len(cfg.unet.block_channels) - 1, params.encode.codec
+        # AutoencoderKL's cells are as its weights say; the train stage looks again
+        latent_px = params.materialize.image_px // codec.patch_px if codec.kind == "patch" else 0
         if latent_px % 2**halvings:
             raise ParamsError(
                 f"{path.name}: variants.{name}: latents of {latent_px} px (materialize.image_px / "
-                f"encode.codec_patch_px) cannot be halved {halvings} times, as the {halvings + 1} levels of "
+                f"encode.codec.patch_px) cannot be halved {halvings} times, as the {halvings + 1} levels of "
                 "train.unet.block_channels ask"
             )
     return params
@@ -353,10 +408,15 @@ def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     for item in items:
         if any(other["loc"][:-1] == item["loc"] for other in items if other["loc"]):
             continue  # a list is "too short" because its items are wrong
-        key = (prefix + ".".join(str(part) for part in item["loc"])).rstrip(".")
+        names, model = _without_kinds(TrainConfig if prefix else Params, item["loc"])
+        key = (prefix + ".".join(names)).rstrip(".")
         given = item["input"]
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(TrainConfig if prefix else Params, item["loc"])
+        if item["type"].startswith("union_tag_"):
+            given = given.get("kind") if isinstance(given, dict) else given
+            kinds = _models_by_kind(model.model_fields[names[-1]].annotation)
+            out.append(f"{file}: {key}.kind = {given!r}: allowed are {', '.join(kinds)}")
+        elif item["type"] == "extra_forbidden":
+            known = sorted(model.model_fields)
             out.append(f"{file}: {key} = {given!r}: unknown key; allowed here: {', '.join(known)}")
         elif item["type"] == "missing":
             out.append(f"{file}: {key}: required key is missing")
@@ -367,9 +427,24 @@ def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     return out
 
 
-def _known_keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    for part in loc[:-1]:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+def _without_kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
+    """Keys of an error's place, without the kinds that pydantic puts after a key that has several; and the model that
+    the last key belongs to."""
+    names: list[str] = []
+    annotation: Any = model
+    for part in loc:
+        if options := _models_by_kind(annotation):
+            annotation = options[part]
+            continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
-    return sorted(model.model_fields)
+            annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        names.append(str(part))
+    return names, model
+
+
+def _models_by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Of a key that may hold one of several models; empty for every other."""
+    models = [getattr(option, "__origin__", None) for option in get_args(annotation)]
+    named = [model for model in models if isinstance(model, type) and issubclass(model, BaseModel)]
+    return {kind: model for model in named for kind in get_args(model.model_fields["kind"].annotation)}

@@ -115,7 +115,7 @@ class Editor:
         if steps < 1 or not np.isfinite(guidance_scale):
             raise ValueError(f"steps {steps}, guidance scale {guidance_scale}: at least one step, a finite scale")
         squashed = np.stack([images.resize(r, width_px=reference_px, height_px=reference_px) for r in references])
-        tokens = encode_references(self._backbone, squashed, device=self._device)
+        tokens = encode_references(self._backbone, squashed, tokens=self.card.tokens, device=self._device)
         masked, keep = encode_masked(self._codec, sources, hole_masks, device=self._device)
         noise = [row_rng(seed, "edit").standard_normal(masked.mean.shape[1:], dtype=np.float32) for seed in seeds]
         copies = forwards_per_step(guidance_scale)

@@ -17,7 +17,7 @@ from pbe.data.masks import HOLE_KINDS, keep_mask_latent, unpack_mask
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
 from pbe.data.schema import encoded_schema
-from pbe.model.backbone import Backbone
+from pbe.model.backbone import Backbone, Tokens
 from pbe.model.codec import Codec
 
 CPU = torch.device("cpu")
@@ -49,9 +49,9 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_source(codec: Codec, sources: np.ndarray) -> Posterior:
+def encode_source(codec: Codec, sources: np.ndarray, *, device: torch.device = CPU) -> Posterior:
     """sources: (B, S, S, 3) uint8."""
-    return Posterior(*codec.posterior(to_pixels(sources)))
+    return Posterior(*codec.posterior(to_pixels(sources).to(device)))
 
 
 @torch.no_grad()
@@ -70,10 +70,15 @@ def encode_masked(
 
 
 @torch.no_grad()
-def encode_references(backbone: Backbone, references: np.ndarray, *, device: torch.device = CPU) -> Tensor:
-    """(B, R, R, 3) uint8 references to (B, 1, width) float32: the pooled vector, our "class token"."""
-    pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2)))
-    return backbone(pixels.to(device))[:, None]
+def encode_references(
+    backbone: Backbone, references: np.ndarray, *, tokens: Tokens = "class", device: torch.device = CPU
+) -> Tensor:
+    """(B, R, R, 3) uint8 references to (B, T, width) float32: the class token alone (T = 1), or all, class token first.
+
+    The paper's bottleneck is the class token; all of them are its naive baseline (section 4.1).
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2))).to(device)
+    return backbone(pixels)[:, None] if tokens == "class" else backbone.tokens(pixels)
 
 
 def encode_triplets(
@@ -82,22 +87,32 @@ def encode_triplets(
     image_px: int,
     codec: Codec,
     backbone: Backbone,
+    tokens: Tokens,
     augmenter: A.Compose,
     draws: int,
     batch_rows: int,
     seed: int,
     clean_tokens: dict[bytes, np.ndarray],
+    device: torch.device = CPU,
 ) -> pa.Table:
     """A TRIPLETS table to the `encoded` table with the same rows in the same order.
 
     clean_tokens: cache of draw 0 by reference bytes; many slots share a box, hence its clean reference.
-    Images go through the backbone in batches of `batch_rows`.
+    Images go through the networks in batches of `batch_rows`.
     """
+
+    def encoded_tokens(references: list[np.ndarray]) -> list[np.ndarray]:
+        out: list[np.ndarray] = []
+        for start in range(0, len(references), batch_rows):
+            batch = np.stack(references[start : start + batch_rows])
+            out += list(encode_references(backbone, batch, tokens=tokens, device=device).cpu().numpy())
+        return out
+
     rows = triplets.to_pylist()
     references = [images.decode(row["reference"]) for row in rows]
     new = {row["reference"]: reference for row, reference in zip(rows, references, strict=True)}
     wanted = [data for data in new if data not in clean_tokens]
-    clean = _tokens([new[data] for data in wanted], backbone, batch_rows)
+    clean = encoded_tokens([new[data] for data in wanted])
     clean_tokens.update(zip(wanted, clean, strict=True))
     augmented = [
         augment_reference(
@@ -106,43 +121,42 @@ def encode_triplets(
         for row, reference in zip(rows, references, strict=True)
         for draw in range(1, draws)
     ]
-    drawn = _tokens(augmented, backbone, batch_rows)
-    columns = _latent_columns(rows, codec)
+    drawn = encoded_tokens(augmented)
+    columns = _latent_columns(rows, codec, batch_rows, device)
     columns["exemplar_tokens"] = [
         np.stack([clean_tokens[row["reference"]], *drawn[index * (draws - 1) : (index + 1) * (draws - 1)]])
         for index, row in enumerate(rows)
     ]
     latent_px = image_px // codec.patch_px
-    schema = encoded_schema((codec.channels, latent_px, latent_px), (draws, 1, backbone.width))
+    schema = encoded_schema(
+        (codec.channels, latent_px, latent_px),
+        (draws, 1 if tokens == "class" else backbone.token_count, backbone.width),
+    )
     arrays: dict[str, list[object]] = {name: [row[name] for row in rows] for name in ("image_id", "slot", "box_index")}
     arrays.update({name: [value.astype("<f2").tobytes() for value in values] for name, values in columns.items()})
     return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
 
 
-def _tokens(references: list[np.ndarray], backbone: Backbone, batch_rows: int) -> list[np.ndarray]:
-    out: list[np.ndarray] = []
-    for start in range(0, len(references), batch_rows):
-        out += list(encode_references(backbone, np.stack(references[start : start + batch_rows])).numpy())
-    return out
-
-
-def _latent_columns(rows: list[dict[str, Any]], codec: Codec) -> dict[str, list[np.ndarray]]:
+def _latent_columns(
+    rows: list[dict[str, Any]], codec: Codec, batch_rows: int, device: torch.device
+) -> dict[str, list[np.ndarray]]:
     """Posteriors and holes at latent size, by column name of the `encoded` schema."""
-    columns: dict[str, list[np.ndarray]] = {}
-    if not rows:
-        return {name: [] for name in LATENT_COLUMNS}
-    sources = np.stack([images.decode(row["source"]) for row in rows])
-    height_px, width_px = sources.shape[1:3]
-    source = encode_source(codec, sources)
-    columns["source_mean"], columns["source_std"] = list(source.mean.numpy()), list(source.std.numpy())
-    for kind in HOLE_KINDS:
-        holes = np.stack(
-            [unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in rows]
-        )
-        masked, keep = encode_masked(codec, sources, holes)
-        columns[f"{kind}_masked_mean"], columns[f"{kind}_masked_std"] = (
-            list(masked.mean.numpy()),
-            list(masked.std.numpy()),
-        )
-        columns[f"{kind}_hole_mask_latent"] = list(1.0 - keep.numpy())
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in LATENT_COLUMNS}
+    for start in range(0, len(rows), batch_rows):
+        batch = rows[start : start + batch_rows]
+        sources = np.stack([images.decode(row["source"]) for row in batch])
+        _extend(columns, "source", encode_source(codec, sources, device=device))
+        height_px, width_px = sources.shape[1:3]
+        for kind in HOLE_KINDS:
+            holes = np.stack(
+                [unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in batch]
+            )
+            masked, keep = encode_masked(codec, sources, holes, device=device)
+            _extend(columns, f"{kind}_masked", masked)
+            columns[f"{kind}_hole_mask_latent"] += list(1.0 - keep.cpu().numpy())
     return columns
+
+
+def _extend(columns: dict[str, list[np.ndarray]], name: str, posterior: Posterior) -> None:
+    columns[f"{name}_mean"] += list(posterior.mean.cpu().numpy())
+    columns[f"{name}_std"] += list(posterior.std.cpu().numpy())

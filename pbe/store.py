@@ -13,7 +13,9 @@ s3://bucket/prefix, behind one pyarrow filesystem.
 
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +28,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pbe.errors import UserError
+
+COPY_BYTES = 8 << 20
 
 
 class StoreError(UserError):
@@ -184,7 +188,15 @@ class Store:
     def copy_tree_in(self, source: Path, relative: str) -> None:
         """Upload every file below the local folder `source`."""
         for file in sorted(p for p in source.rglob("*") if p.is_file()):
-            self.write_bytes(f"{relative}/{file.relative_to(source).as_posix()}", file.read_bytes())
+            self.copy_file_in(file, f"{relative}/{file.relative_to(source).as_posix()}")
+
+    def copy_file_in(self, source: Path, relative: str) -> None:
+        """Upload one file, atomically, without reading it into memory."""
+        if not source.stat().st_size:
+            self.write_bytes(relative, b"")
+            return
+        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self.write_bytes(relative, memoryview(data))
 
     def copy_tree_out(self, relative: str, target: Path) -> None:
         """Copy a folder of the storage to the local folder `target`."""
@@ -194,7 +206,8 @@ class Store:
                 inner = PurePosixPath(info.path).relative_to(self.path(relative))
                 local = target / inner
                 local.parent.mkdir(parents=True, exist_ok=True)
-                local.write_bytes(self.read_bytes(f"{relative}/{inner}"))
+                with self._fs.open_input_stream(info.path) as stream, local.open("wb") as out:
+                    shutil.copyfileobj(stream, out, COPY_BYTES)
 
     def delete_tree(self, relative: str) -> None:
         """Remove a folder; nothing happens when it is not there."""

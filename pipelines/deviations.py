@@ -67,18 +67,20 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
             "20 per side in the text, 18 in the code",
             "follows the code" if cut.bezier_points_per_side == 18 else "a setting",
         )
-    yield Deviation(
-        "image codec",
-        f"linear: principal components of {encode.codec_patch_px} px patches, {encode.codec_channels} kept",
-        "AutoencoderKL of Stable Diffusion: 8 px, 4 channels",
-        "fitted in seconds, no download",
-    )
-    yield Deviation(
-        "exemplar encoder",
-        f"{encode.backbone}, mean-pooled, ImageNet",
-        "CLIP ViT-L/14, class token",
-        "comes inside a pip package",
-    )
+    if encode.codec.kind == "patch":
+        yield Deviation(
+            "image codec",
+            f"linear: principal components of {encode.codec.patch_px} px patches, {encode.codec.channels} kept",
+            "AutoencoderKL of Stable Diffusion: 8 px, 4 channels",
+            "fitted in seconds, no download",
+        )
+    if encode.backbone.kind != "clip":
+        yield Deviation(
+            "exemplar encoder",
+            f"{encode.backbone.kind}, mean-pooled, ImageNet",
+            "CLIP ViT-L/14, class token",
+            "comes inside a pip package",
+        )
     yield Deviation(
         "reference augmentation",
         f"{encode.reference_draws} draws per triplet, made once; the first is clean",
@@ -104,13 +106,24 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
                 names = [name for name, other in texts.items() if other == text]
                 yield Deviation(topic, text, original, why, "" if len(names) == len(texts) else ", ".join(names))
 
-    yield from where("first weights", lambda _: "random", "Stable Diffusion 1.4", "small UNet; no download")
+    yield from where(
+        "first weights",
+        lambda t: {"random": "random", "sd": None}.get(t.init, t.init),
+        "Stable Diffusion 1.4",
+        "small UNet; no download",
+    )
     yield from where("network", _network, "channels 320, 640, 1280, 1280; 2 layers per block; 8 heads", "CPU time")
     yield from where(
         "exemplar mapper",
         _exemplar,
         "five transformer blocks, 1024 wide, to a token of 768",
         "CPU time",
+    )
+    yield from where(
+        "tokens of the exemplar",
+        lambda t: "all, without the bottleneck" if t.exemplar.tokens == "all" else None,
+        "the class token alone",
+        "an ablation",
     )
     yield from where(
         "class embedding",

@@ -1,67 +1,123 @@
 """encode: triplets to codec latents and exemplar tokens, by Ray Data actors that hold the models.
 
-Training then runs no encoder. The codec is fitted here, in closed form, on the first `codec_fit_crops` source crops
-in manifest order; for each row the reference is encoded `reference_draws` times: draw 0 clean, the others with
-fresh augmentation.
+Training then runs no encoder. The codec is AutoencoderKL, or a small one that is fitted here, in closed form, on the
+first `fit_crops` source crops in manifest order. For each row the reference is encoded `reference_draws` times: draw 0
+clean, the others with fresh augmentation.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import EncodeConfig
+from pbe.config import EncodeConfig, PatchCodecConfig
 from pbe.data import images
 from pbe.data.schema import TRIPLETS, require
 from pbe.data.slots import slot_files
-from pbe.model.codec import codec_bytes, fit_patch_codec
+from pbe.model.backbone import Backbone
+from pbe.model.codec import CODEC_FILE, codec_bytes, codec_from_bytes, fit_patch_codec
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.progress import with_progress
-from pipelines.stage import Stage, save_counts
+from pipelines.stage import Stage, StageError, save_counts
 from pipelines.units import Unit, run_units
 
 
 def main(stage: Stage) -> None:
     cfg, seed = stage.params.encode, stage.params.seed
     triplets = load_manifest(stage.input("materialize"))
-    codec_path = _fit_codec(stage, triplets, cfg)
+    codec, backbone = _codec_entry(stage, triplets), _backbone_entry(stage)
+    settings = cfg.model_dump(mode="json", include={"reference_draws", "rows_per_group", "batch_rows"})
+    config = {**settings, "codec": codec, "backbone": backbone}
 
     units = []
     for unit in triplets.units:
         slots = tuple(file for file in unit.files if file.dataset.startswith("slot-"))
-        identity = digest(["encode", stage.code, seed, _identity(cfg), codec_path, [file.sha256 for file in slots]])
+        identity = digest(["encode", stage.code, seed, config, [file.sha256 for file in slots]])
         units.append(Unit(unit.unit.split("-")[0], identity, slots))
     records = run_units(
         "encode",
         units,
         store=stage.store,
-        worker=partial(_worker, stage.store, cfg, stage.params.materialize.image_px, codec_path, seed),
+        worker=partial(_worker, stage.store, cfg, stage.params.materialize.image_px, codec, backbone, seed),
         cpus=cfg.cpus_per_actor,
         actors=cfg.actors,
     )
-    config = {**_identity(cfg), "codec": codec_path}
     manifest = make_manifest("encode", config=config, code=stage.code, units=records)
     assert manifest.counts["rows"] == triplets.counts["triplets"]
     save_counts(stage, dict(manifest.counts))
     save_manifest(stage.outputs / "manifest.json", manifest)
 
 
-def _fit_codec(stage: Stage, triplets: Manifest, cfg: EncodeConfig) -> str:
+def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
+    """What the manifest says of the codec: fitted now, or copied to the storage from the weights that are named."""
+    from pbe.model.frozen import keep_weights
+    from pbe.model.hub import part_folder, weights_folder
+    from pbe.model.vae import STEM, load_vae
+
+    cfg, image_px = stage.params.encode.codec, stage.params.materialize.image_px
+    if cfg.kind == "patch":
+        path = _fit_codec(stage, triplets, cfg)
+        return {"kind": "patch", "path": path, "patch_px": cfg.patch_px, "channels": cfg.channels}
+    whole = weights_folder(cfg.weights, parts=["vae", ""])
+    if (whole / CODEC_FILE).is_file():
+        return _copied_codec(stage, whole / CODEC_FILE)
+    folder = part_folder(whole, "vae")
+    vae = load_vae(folder)
+    if image_px % vae.patch_px:
+        raise StageError(f"materialize.image_px = {image_px}: {cfg.weights} needs multiples of {vae.patch_px}")
+    path = keep_weights(stage.store, folder, "vae", STEM)
+    print(f"encode: codec {cfg.weights}, sha256 {vae.digest}")
+    return {"kind": "kl", "path": path, "patch_px": vae.patch_px, "channels": vae.channels}
+
+
+def _copied_codec(stage: Stage, file: Path) -> dict[str, Any]:
+    """The patch codec of a model that is fine-tuned: one that is fitted again would have other latents."""
+    data = file.read_bytes()
+    codec = codec_from_bytes(data, str(file))
+    path = f"parts/encode/codec-{hashlib.sha256(data).hexdigest()[:16]}/codec.safetensors"
+    stage.store.write_bytes(path, data)
+    return {"kind": "patch", "path": path, "patch_px": codec.patch_px, "channels": codec.channels}
+
+
+def _backbone_entry(stage: Stage) -> dict[str, Any]:
+    from pbe.model.backbone import load_backbone
+    from pbe.model.clip import STEMS, load_clip
+    from pbe.model.frozen import keep_weights
+    from pbe.model.hub import part_folder, weights_folder
+
+    cfg, reference_px = stage.params.encode.backbone, stage.params.materialize.reference_px
+    if cfg.kind == "efficientnet_lite0":
+        backbone: Backbone = load_backbone(cfg.kind)
+        entry = {"kind": cfg.kind, "digest": backbone.digest}
+    else:
+        folder = part_folder(weights_folder(cfg.weights, parts=["image_encoder", ""]), "image_encoder")
+        backbone = load_clip(folder)
+        entry = {"kind": "clip", "path": keep_weights(stage.store, folder, "clip", *STEMS)}
+        print(f"encode: backbone {cfg.weights}, sha256 {backbone.digest}")
+    if backbone.input_px != reference_px:
+        raise StageError(f"materialize.reference_px = {reference_px}: this backbone takes {backbone.input_px} px")
+    return {**entry, "width": backbone.width, "tokens": cfg.tokens}
+
+
+def _fit_codec(stage: Stage, triplets: Manifest, cfg: PatchCodecConfig) -> str:
     """Storage path of the fitted codec; its name says what it was fitted on: the files that the crops come from.
 
     So new photos leave the codec, and with it the parts of other buckets, as they are once the first buckets alone hold
     `codec_fit_crops` crops.
     """
-    files = list(_first_files(triplets, cfg.codec_fit_crops))
-    shape = [cfg.codec_patch_px, cfg.codec_channels, cfg.codec_fit_crops]
+    files = list(_first_files(triplets, cfg.fit_crops))
+    shape = [cfg.patch_px, cfg.channels, cfg.fit_crops]
     path = f"parts/encode/codec-{digest([*shape, [file.sha256 for file in files], stage.code])}/codec.safetensors"
     if not stage.store.exists(path):
         crops = with_progress(
-            _crops(stage.store, files, cfg.codec_fit_crops), "encode: codec", total=cfg.codec_fit_crops, unit="crop"
+            _crops(stage.store, files, cfg.fit_crops), "encode: codec", total=cfg.fit_crops, unit="crop"
         )
-        codec, explained = fit_patch_codec(crops, patch_px=cfg.codec_patch_px, channels=cfg.codec_channels)
-        print(f"encode: {cfg.codec_channels} components keep {explained:.1%} of the patch variance")
+        codec, explained = fit_patch_codec(crops, patch_px=cfg.patch_px, channels=cfg.channels)
+        print(f"encode: {cfg.channels} components keep {explained:.1%} of the patch variance")
         stage.store.write_bytes(path, codec_bytes(codec))
     return path
 
@@ -84,24 +140,24 @@ def _crops(store: Store, files: Sequence[File], limit: int) -> Iterator[np.ndarr
             yield images.decode(data)
 
 
-def _identity(cfg: EncodeConfig) -> dict[str, object]:
-    return cfg.model_dump(mode="json", exclude={"actors", "cpus_per_actor"})
-
-
-def _worker(store: Store, cfg: EncodeConfig, image_px: int, codec_path: str, seed: int) -> Callable[[Unit], Record]:
+def _worker(
+    store: Store,
+    cfg: EncodeConfig,
+    image_px: int,
+    codec_entry: dict[str, Any],
+    backbone_entry: dict[str, Any],
+    seed: int,
+) -> Callable[[Unit], Record]:
     import torch
 
     from pbe.data.reference import make_augmenter
     from pbe.encode import encode_triplets
-    from pbe.model.backbone import load_backbone
-    from pbe.model.codec import codec_from_bytes
+    from pbe.model.frozen import open_backbone, open_codec
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
-    codec, backbone, augmenter = (
-        codec_from_bytes(store.read_bytes(codec_path), store.full_uri(codec_path)),
-        load_backbone(cfg.backbone),
-        make_augmenter(),
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec, backbone = open_codec(store, codec_entry).to(device), open_backbone(store, backbone_entry).to(device)
+    augmenter = make_augmenter()
 
     def work(unit: Unit) -> Record:
         slots: tuple[File, ...] = unit.payload
@@ -115,11 +171,13 @@ def _worker(store: Store, cfg: EncodeConfig, image_px: int, codec_path: str, see
                 image_px=image_px,
                 codec=codec,
                 backbone=backbone,
+                tokens=cfg.backbone.tokens,
                 augmenter=augmenter,
                 draws=cfg.reference_draws,
                 batch_rows=cfg.batch_rows,
                 seed=seed,
                 clean_tokens=clean_tokens,
+                device=device,
             )
             rows += table.num_rows
         return store.write_unit("encode", unit.name, tables, counts={"rows": rows}, rows_per_group=cfg.rows_per_group)

@@ -1,6 +1,6 @@
 """profile NAME [--root DIR]: params.yaml from infra/profiles/NAME.yaml, checked before it takes the old one's place.
 
-A profile of photos on disk holds the placeholder @ROOT@ where their folder goes.
+A profile of photos or weights on disk holds the placeholder @ROOT@ where their folder goes.
 """
 
 import json
@@ -13,7 +13,7 @@ PLACEHOLDER = "@ROOT@"
 
 
 def main(name: str, root: str) -> None:
-    """root: folder of the photos; "" for profiles that bring their own. Raises ParamsError; params.yaml then stays."""
+    """root: folder of the photos or weights; "" for profiles that bring their own. Raises ParamsError; params.yaml then stays."""
     home = repo_root()
     text = profile_text(home / "infra" / "profiles", name, root)
     target = home / "params.yaml"
@@ -35,10 +35,10 @@ def profile_text(folder: Path, name: str, root: str) -> str:
     text = (folder / f"{name}.yaml").read_text()
     if PLACEHOLDER not in text:
         if root:
-            raise ParamsError(f"profile {name} brings its own photos and takes no ROOT; '{root}' was given")
+            raise ParamsError(f"profile {name} needs no folder and takes no ROOT; '{root}' was given")
         return text
     if not root:
-        raise ParamsError(f"profile {name} needs the folder of the photos: make profile P={name} ROOT=/path/to/folder")
+        raise ParamsError(f"profile {name} needs a folder: make profile P={name} ROOT=/path/to/folder")
     absolute = Path(root).expanduser().resolve()
     if not absolute.is_dir():
         raise ParamsError(f"ROOT={root}: {absolute} is not a folder")

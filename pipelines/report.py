@@ -73,7 +73,7 @@ def main(stage: Stage) -> None:
         params=stage.params,
         results=results,
         judge=judge,
-        judge_conditions=judge == stage.params.encode.backbone,
+        judge_conditions=judge == stage.params.encode.backbone.kind,
         data=data,
         counts={name: dict(manifest.counts) for name, manifest in data.items()},
         first=results[0].estimates[f"own_gain_{judge}"],

@@ -40,15 +40,17 @@ def main(stage: Stage) -> None:
     assert stage.variant is not None
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
-    identity = digest(
-        [stage.code, stage.params.seed, cfg.model_dump(mode="json", exclude=EXECUTION_ONLY), encoded.digest]
-    )
+    initial = _initial_weights(stage, cfg, encoded)
+    # of the first weights their content counts, not where they were found
+    settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init"})
+    identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity)
     if run.read_json("finished.json") is None:
         _refuse_empty_lanes(encoded, cfg.lanes)
         _refuse_other_world(run, cfg.workers)
-        _train(stage, cfg, encoded, run, run_id)
+        _refuse_odd_latents(stage, cfg, encoded)
+        _train(stage, cfg, encoded, initial, run, run_id)
     else:
         print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.read_json("finished.json")
@@ -101,6 +103,41 @@ def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run
     return run_id
 
 
+def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple[str, str | None] | None:
+    """Storage paths of the UNet and of the image encoder that training starts from; None for random weights."""
+    if cfg.init == "random":
+        return None
+    from pbe.model.clip import STEMS
+    from pbe.model.codec import CODEC_FILE
+    from pbe.model.frozen import keep_weights
+    from pbe.model.hub import STABLE_DIFFUSION, weights_folder
+    from pbe.model.vae import STEM
+
+    name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
+    folder = weights_folder(name, parts=["unet", "image_encoder"])
+    codec = encoded.config["codec"]
+    if (folder / CODEC_FILE).is_file() and (folder / CODEC_FILE).read_bytes() != stage.store.read_bytes(codec["path"]):
+        raise StageError(
+            f"train.init = {cfg.init}: its latents are those of another codec than these rows were encoded with; set "
+            f"encode.codec: {{kind: pretrained, weights: {cfg.init}}}"
+        )
+    unet = keep_weights(stage.store, folder / "unet", "unet", STEM)
+    has_encoder = (folder / "image_encoder").is_dir()
+    encoder = keep_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
+    print(f"train@{stage.variant}: starts from {name}: {unet}{f', {encoder}' if encoder else '; the mapper is random'}")
+    return unet, encoder
+
+
+def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> None:
+    latent_px = stage.params.materialize.image_px // int(encoded.config["codec"]["patch_px"])
+    halvings = len(cfg.unet.block_channels) - 1
+    if latent_px % 2**halvings:
+        raise StageError(
+            f"train@{stage.variant}: latents of {latent_px} px cannot be halved {halvings} times, as the levels of "
+            "train.unet.block_channels ask; change materialize.image_px"
+        )
+
+
 def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
     """Each lane needs a row group of every slot (pbe/data/order.py)."""
     rows_per_group = int(encoded.config["rows_per_group"])
@@ -121,7 +158,9 @@ def _refuse_other_world(run: Run, workers: int) -> None:
         )
 
 
-def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: str) -> None:
+def _train(
+    stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None] | None, run: Run, run_id: str
+) -> None:
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -139,6 +178,7 @@ def _train(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, run_id: 
         store_uri=stage.store.uri,
         encoded=encoded,
         arch=_architecture(stage, cfg, encoded),
+        initial=initial,
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,
         tracking_uri=uri,
@@ -229,9 +269,9 @@ def _architecture(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> Any:
 
     unet = cfg.unet
     return Architecture(
-        latent_channels=int(encoded.config["codec_channels"]),
-        latent_px=stage.params.materialize.image_px // int(encoded.config["codec_patch_px"]),
-        backbone_width=1280,
+        latent_channels=int(encoded.config["codec"]["channels"]),
+        latent_px=stage.params.materialize.image_px // int(encoded.config["codec"]["patch_px"]),
+        backbone_width=int(encoded.config["backbone"]["width"]),
         block_channels=unet.block_channels,
         attention=unet.attention,
         layers_per_block=unet.layers_per_block,
@@ -253,6 +293,7 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
         image_px=materialize.image_px,
         reference_px=materialize.reference_px,
         reference_pad_px=materialize.reference_pad_px,
+        tokens=cfg.exemplar.tokens,
         scheduler=scheduler_config(cfg.beta_schedule, cfg.objective),
         run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
     )

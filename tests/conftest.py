@@ -150,6 +150,7 @@ def card() -> ModelCard:
         image_px=IMAGE_PX,
         reference_px=224,
         reference_pad_px=10,
+        tokens="class",
         scheduler=scheduler_config("squaredcos_cap_v2", "x0"),
         run={"variant": "tiny", "steps": 0},
     )

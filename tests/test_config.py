@@ -30,7 +30,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "filter": {"min_area_frac": 0.02, "max_area_frac": 0.8},
     "materialize": {"image_px": 64},
-    "encode": {"codec_patch_px": 4, "codec_channels": 16},
+    "encode": {
+        "codec": {"kind": "patch", "patch_px": 4, "channels": 16, "fit_crops": 32},
+        "backbone": {"kind": "efficientnet_lite0", "tokens": "class"},
+    },
     "train": {
         "batch": 32,
         "lanes": 2,
@@ -45,7 +48,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "context_width": 128,
             "class_embedding": True,
         },
-        "exemplar": {"mapper_width": 256, "mapper_blocks": 1},
+        "exemplar": {"tokens": "class", "mapper_width": 256, "mapper_blocks": 1},
     },
 }
 Load = Callable[..., config.Params]
@@ -167,18 +170,28 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             {"train.unet.block_channels": [48, 50]},
             "params.yaml: train.unet: block_channels: 50 must be divisible by norm_groups (16) and attention_heads (2)",
         ),
-        ({"encode.codec_channels": 49}, "params.yaml: encode: codec_channels 49 exceeds 3 * codec_patch_px^2 = 48"),
+        ({"encode.codec.channels": 49}, "params.yaml: encode.codec: channels 49 exceeds 3 * patch_px^2 = 48"),
+        ({"encode.codec.kind": "vq"}, "params.yaml: encode.codec.kind = 'vq': allowed are patch, pretrained"),
+        ({"encode.codec.kind": ...}, "params.yaml: encode.codec.kind = None: allowed are patch, pretrained"),
+        ({"encode.codec": "patch"}, "params.yaml: encode.codec.kind = 'patch': allowed are patch, pretrained"),
+        (
+            {"encode.codec.pach_px": 4},
+            "params.yaml: encode.codec.pach_px = 4: unknown key; allowed here: channels, fit_crops, kind, patch_px",
+        ),
+        ({"encode.codec.patch_px": 0}, "params.yaml: encode.codec.patch_px = 0: input should be greater than"),
+        ({"encode.backbone.kind": "clip"}, "params.yaml: encode.backbone.weights: required key is missing"),
+        ({"train.exemplar.tokens": "all"}, "params.yaml: variants.full: train.exemplar.tokens = 'all' needs encode."),
         (
             {
                 "materialize.image_px": 72,
                 "train.unet.block_channels": [48, 96, 96],
                 "train.unet.attention": [False, False, True],
             },
-            "params.yaml: variants.full: latents of 18 px (materialize.image_px / encode.codec_patch_px)",
+            "params.yaml: variants.full: latents of 18 px (materialize.image_px / encode.codec.patch_px)",
         ),
         (
-            {"encode.codec_patch_px": 5},
-            "params.yaml: params: encode.codec_patch_px 5 must divide materialize.image_px 64",
+            {"encode.codec.patch_px": 5},
+            "params.yaml: params: encode.codec.patch_px 5 must divide materialize.image_px 64",
         ),
         (
             {"ingest.source": "openimages"},

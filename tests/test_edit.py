@@ -42,6 +42,7 @@ def editor(
         image_px=SIZE_PX,
         reference_px=224,
         reference_pad_px=10,
+        tokens="class",
         scheduler=SCHEDULER,
         run={},
     )

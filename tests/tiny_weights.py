@@ -1,9 +1,11 @@
 """Weight folders of the real layouts, tiny and random: Stable Diffusion 1.x, CLIP, Paint by Example.
 
 Same classes, same file names, same keys as the published ones; only smaller. What they compute means nothing.
+`python -m tests.tiny_weights FOLDER` writes what the paper-tiny profile names.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -93,7 +95,7 @@ def paper_model() -> Model:
         ConditionedUNet(tiny_unet(in_channels=9), tiny_exemplar()),
         KlCodec(tiny_vae(), digest="tiny"),
         ClipBackbone(tiny_clip(), digest="tiny"),
-        ModelCard(IMAGE_PX, REFERENCE_PX, 10, scheduler_config("scaled_linear", "eps"), run={}),
+        ModelCard(IMAGE_PX, REFERENCE_PX, 10, "class", scheduler_config("scaled_linear", "eps"), run={}),
     )
 
 
@@ -122,3 +124,8 @@ def write_paint_by_example(folder: Path) -> Path:
     """As this project exports it."""
     save_model(folder, paper_model())
     return folder
+
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1])
+    print(write_stable_diffusion(home / "sd"), write_clip(home / "clip"))

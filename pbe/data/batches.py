@@ -34,6 +34,7 @@ class DrawConfig:
     condition_dropout_prob: float
     context_dropout_prob: float
     reference_augmentation: bool  # False: always draw 0, the clean reference
+    class_token_only: bool  # the first of the stored tokens; False: all of them
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict
         "x0": row["source_mean"] + row["source_std"] * normal(),
         "masked_latent": row[f"{kind}_masked_mean"] + row[f"{kind}_masked_std"] * normal(),
         "keep_mask_latent": 1.0 - row[f"{kind}_hole_mask_latent"],
-        "exemplar_tokens": row["exemplar_tokens"][draw],
+        "exemplar_tokens": row["exemplar_tokens"][draw, : 1 if cfg.class_token_only else None],
     }
 
 

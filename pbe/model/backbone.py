@@ -21,6 +21,9 @@ from pbe.errors import UserError
 BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]
 
 
+Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
+
+
 class Backbone(Protocol):
     """A frozen image network; `name` and `digest` say which weights."""
 
@@ -35,6 +38,11 @@ class Backbone(Protocol):
     @property
     def input_px(self) -> int:
         """R, the side of its input."""
+        ...
+
+    @property
+    def token_count(self) -> int:
+        """T, the class token and the cells or patches."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -60,6 +68,7 @@ class EfficientNetLite(nn.Module):
 
     width = 1280
     input_px = 224
+    token_count = 50
 
     def __init__(self, network: Any, *, name: str, digest: str) -> None:
         """network: a module whose extract_features maps (B, 3, 224, 224) float32 to (B, 1280, 7, 7)."""

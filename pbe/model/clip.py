@@ -17,6 +17,7 @@ from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_f
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]; upstream open-images.py, OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
+STEMS = ("model", "pytorch_model")  # of its weight files
 _PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the misspelling is CLIP's
 
 
@@ -80,9 +81,9 @@ def load_clip(folder: Path) -> ClipBackbone:
     Raises WeightsError.
     """
     network = new_clip(vision_config(read_json(folder / "config.json"), str(folder)))
-    tensors = clip_tensors(read_folder(folder, "model", "pytorch_model"))
+    tensors = clip_tensors(read_folder(folder, *STEMS))
     load_clip_tensors(network, tensors, str(folder))
-    return ClipBackbone(network, digest=folder_digest(folder, "model", "pytorch_model"))
+    return ClipBackbone(network, digest=folder_digest(folder, *STEMS))
 
 
 def vision_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:

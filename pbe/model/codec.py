@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pbe.errors import UserError
 
+CODEC_FILE = "codec/codec.safetensors"  # the patch codec's, in a model folder
+
 
 class Codec(Protocol):
     """Frozen. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), about unit rms."""

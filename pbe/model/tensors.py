@@ -136,6 +136,14 @@ def folder_digest(folder: Path, *stems: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def weight_files_of(folder: Path, *stems: str) -> list[Path]:
+    """The weight files under the first of `stems` that is there, and the index where they are shards. Raises
+    WeightsError."""
+    files = _first_files(folder, stems)
+    stem = next(stem for stem in stems if files[0].name.startswith(stem))
+    return [*files, *folder.glob(f"{stem}{files[0].suffix}.index.json")]
+
+
 def _first_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
     missing: list[WeightsError] = []
     for stem in stems:

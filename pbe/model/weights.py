@@ -22,15 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pbe.errors import UserError
-from pbe.model.backbone import Backbone, load_backbone
-from pbe.model.clip import MEAN, STD, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
-from pbe.model.codec import Codec, PatchCodec, codec_bytes, codec_from_bytes
+from pbe.model.backbone import Backbone, Tokens, load_backbone
+from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
+from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
 from pbe.model.exemplar import ExemplarMapper
 from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec, load_vae
 
-ENCODER_STEMS = ("model", "pytorch_model")
 MAPPER_PARTS = ("projection.", "mapper.", "final_layer_norm.", "proj_out.", "uncond_vector")
 CLIP_LAYERS_PER_BLOCK = 5  # diffusers: (layers + 1) // 5 mapper blocks
 REFERENCE_PAD_PX = 10  # upstream open-images.py
@@ -47,6 +46,7 @@ class ModelCard:
     image_px: int
     reference_px: int
     reference_pad_px: int
+    tokens: Tokens  # what the mapper reads of the backbone
     scheduler: dict[str, Any]  # diffusers' config: betas, what the network predicts, spacing of the timesteps
     run: dict[str, Any]  # variant, digest, steps, data digest; empty for foreign weights
 
@@ -84,22 +84,24 @@ def save_model(folder: Path, model: Model) -> None:
         _write_json(folder / "vae" / "config.json", _plain(vae.config) | {"_class_name": "AutoencoderKL"})
         _save(folder / "vae" / f"{STEM}.safetensors", vae.state_dict())
     elif isinstance(model.codec, PatchCodec):
-        (folder / "codec").mkdir(parents=True, exist_ok=True)
-        (folder / "codec" / "codec.safetensors").write_bytes(codec_bytes(model.codec))
+        (folder / CODEC_FILE).parent.mkdir(parents=True, exist_ok=True)
+        (folder / CODEC_FILE).write_bytes(codec_bytes(model.codec))
 
     card = model.card
     _write_json(folder / "scheduler" / "scheduler_config.json", card.scheduler)
     if opens_in_diffusers(model):
         _write_json(folder / "model_index.json", _model_index(card.scheduler))
-    sizes = {"image_px": card.image_px, "reference_px": card.reference_px, "reference_pad_px": card.reference_pad_px}
-    _write_json(folder / "pbe.json", sizes | {"run": card.run})
+    _write_json(folder / "pbe.json", {name: value for name, value in vars(card).items() if name != "scheduler"})
 
 
 def opens_in_diffusers(model: Model) -> bool:
-    """Whether PaintByExamplePipeline has a class for every part, and would build the mapper as large as it is."""
+    """Whether PaintByExamplePipeline has a class for every part, builds the mapper as large as it is, and gives it the
+    tokens that it reads."""
     if not (isinstance(model.backbone, ClipBackbone) and isinstance(model.codec, KlCodec)):
         return False
     exemplar = model.network.exemplar
+    if model.card.tokens != "class":
+        return False
     blocks = (model.backbone.config.num_hidden_layers + 1) // CLIP_LAYERS_PER_BLOCK
     return exemplar.projection is None and len(exemplar.mapper.blocks) == blocks
 
@@ -213,13 +215,14 @@ def _sizes(folder: Path, unet: UNet2DConditionModel, codec: Codec, backbone: Bac
         "image_px": unet.config.sample_size * codec.patch_px,
         "reference_px": backbone.input_px,
         "reference_pad_px": REFERENCE_PAD_PX,
+        "tokens": "class",
         "run": {},
     }
 
 
 def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
     raw = read_json(folder / "config.json")
-    tensors = _float32(read_folder(folder, *ENCODER_STEMS))
+    tensors = _float32(read_folder(folder, *STEMS))
     backbone: Backbone
     if "backbone" in raw:  # from a package of its own
         backbone, blocks = load_backbone(raw["backbone"]), raw["mapper_blocks"]
@@ -230,7 +233,7 @@ def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
     else:
         network = new_clip(vision_config(raw, str(folder)))
         load_clip_tensors(network, clip_tensors(tensors), str(folder))
-        backbone = ClipBackbone(network, digest=folder_digest(folder, *ENCODER_STEMS))
+        backbone = ClipBackbone(network, digest=folder_digest(folder, *STEMS))
         blocks = raw.get("mapper_blocks", (network.config.num_hidden_layers + 1) // CLIP_LAYERS_PER_BLOCK)
     exemplar = ExemplarMapper(
         backbone_width=backbone.width,
@@ -246,9 +249,9 @@ def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
 def _read_codec(folder: Path) -> Codec:
     if (folder / "vae").is_dir():
         return load_vae(folder / "vae")
-    path = folder / "codec" / "codec.safetensors"
+    path = folder / CODEC_FILE
     if not path.is_file():
-        raise ModelError(f"{folder}: no vae and no codec/codec.safetensors in it")
+        raise ModelError(f"{folder}: no vae and no {CODEC_FILE} in it")
     return codec_from_bytes(path.read_bytes(), str(path))
 
 

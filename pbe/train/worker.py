@@ -8,7 +8,7 @@ dropout, class embedding, cosine learning rate) are switches in params.yaml.
 import math
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
 from pbe.data.slots import slot_files
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
-from pbe.model.backbone import load_backbone
-from pbe.model.codec import codec_from_bytes
+from pbe.model.frozen import kept_folder, open_backbone, open_codec
+from pbe.model.initial import load_initial
 from pbe.model.unet import Architecture, new_network, use_float32_group_norm
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
@@ -45,6 +45,7 @@ class Job:
     store_uri: str
     encoded: Manifest
     arch: Architecture
+    initial: tuple[str, str | None] | None  # storage paths of a UNet and of an image encoder, or random weights
     card: ModelCard
     run_name: str
     tracking_uri: str
@@ -61,10 +62,13 @@ def train_worker(job: Job) -> None:
     torch.manual_seed(job.seed)  # same initial weights on every rank
     model = new_network(job.arch)
     model.exemplar.set_statistics(_reference_features(store, job.encoded))
+    if job.initial is not None:
+        unet, encoder = job.initial
+        with kept_folder(store, unet) as at, kept_folder(store, encoder) if encoder else nullcontext() as encoder_at:
+            load_initial(model, at, encoder_at)
     if cfg.precision == "bf16_autocast" and device.type == "cpu":
         use_float32_group_norm(model)
-    codec_path = str(job.encoded.config["codec"])
-    codec = codec_from_bytes(store.read_bytes(codec_path), store.full_uri(codec_path))
+    codec = open_codec(store, job.encoded.config["codec"])
     grey_latent = codec.posterior(torch.zeros(1, 3, job.card.image_px, job.card.image_px))[0].to(device)
     alpha_bar = alphas_cumprod(job.card.scheduler).to(device)
     engine = make_engine(model, cfg)
@@ -126,7 +130,7 @@ def train_worker(job: Job) -> None:
     # finish: ZeRO 0-2 keep whole parameters on every rank
     if rank == 0:
         with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-            backbone = load_backbone(job.encoded.config["backbone"])
+            backbone = open_backbone(store, job.encoded.config["backbone"])
             save_model(Path(local), Model(engine.module, codec, backbone, job.card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
@@ -183,6 +187,7 @@ def _batches(job: Job, store: Store, *, rank: int, world: int, start_step: int) 
         condition_dropout_prob=cfg.condition_dropout_prob,
         context_dropout_prob=cfg.context_dropout_prob,
         reference_augmentation=cfg.reference_augmentation,
+        class_token_only=cfg.exemplar.tokens == "class",
     )
     return rank_batches(
         store,

@@ -26,6 +26,7 @@ CFG = DrawConfig(
     condition_dropout_prob=0.2,
     context_dropout_prob=0.1,
     reference_augmentation=True,
+    class_token_only=True,
 )
 
 

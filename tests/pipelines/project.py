@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.profile import profile_text
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 280
 # the tests' own settings must not leak in from the developer's shell
@@ -70,8 +72,11 @@ class Project:
         return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def make_project(folder: Path, profile: str = "tiny") -> Project:
-    """Copy what git tracks (and what it would, new files) to `folder`, with the profile as params.yaml."""
+def make_project(folder: Path, profile: str = "tiny", root: str = "") -> Project:
+    """Copy what git tracks (and what it would, new files) to `folder`, with the profile as params.yaml.
+
+    root: of a profile that needs one.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -90,7 +95,7 @@ def make_project(folder: Path, profile: str = "tiny") -> Project:
     packages = next((folder / ".venv" / "lib").glob("python*/site-packages"))
     ours = sysconfig.get_path("purelib")
     (packages / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    shutil.copy(ROOT / "infra" / "profiles" / f"{profile}.yaml", folder / "params.yaml")
+    (folder / "params.yaml").write_text(profile_text(ROOT / "infra" / "profiles", profile, root))
     project.git("init", "-q")
     project.git("add", "-A")
     project.git("commit", "-qm", "start")

@@ -39,7 +39,7 @@ STEP_S = 240  # no command below takes longer
 TINY = """
     ingest: {buckets: 2}
     materialize: {slots: 4}
-    encode: {codec_fit_crops: 20, actors: 1}
+    encode: {codec: {kind: patch, patch_px: 4, channels: 16, fit_crops: 20}, actors: 1}
     train: {steps: 4, batch: 4, micro_batch: 2, workers: 1, checkpoint_every: 2, log_every: 1}
     evaluate: {crops_per_box: 1, max_items: 12, steps: 2, judges: [efficientnet_lite0], quality_components: 1,
                quality_pca_dims: 2, resamples: 100, batch_rows: 12, items_per_unit: 12, actors: 1}

@@ -52,7 +52,7 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("imagenet", "", "'imagenet' is unknown; there are: coco, sample, tiny"),
+        ("imagenet", "", "'imagenet' is unknown; there are: coco, paper-tiny, sample, tiny"),
         ("../profiles/coco", "/", "is unknown"),
         ("coco", "", "make profile P=coco ROOT="),
         ("coco", "/nowhere/at/all", "is not a folder"),

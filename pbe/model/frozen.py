@@ -1,0 +1,62 @@
+"""The frozen networks of a run: kept in the storage by their content, opened again from what the encode manifest says.
+
+Where `params.yaml` names weights, the encode stage copies them to `<storage>/parts/weights/<part>-<sha256>` once. From
+then on every worker, and whoever continues the run next year, reads those, whatever became of the name.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pbe.model.backbone import Backbone, load_backbone
+from pbe.model.clip import load_clip
+from pbe.model.codec import Codec, codec_from_bytes
+from pbe.model.tensors import folder_digest, weight_files_of
+from pbe.model.vae import load_vae
+from pbe.store import Store
+
+Entry = Mapping[str, Any]  # of the encode manifest's config: "kind", and "path" below the storage root
+
+
+def keep_weights(store: Store, folder: Path, part: str, *stems: str) -> str:
+    """Copy config.json and the weight files of `folder` to the storage; returns their path there. A folder that is
+    there already is left alone. stems: of the weight files, the first that is there counts. Raises WeightsError."""
+    path = f"parts/weights/{part}-{folder_digest(folder, *stems)}"
+    if not store.exists(f"{path}/record.json"):
+        files = [folder / "config.json", *weight_files_of(folder, *stems)]
+        for file in files:
+            store.copy_file_in(file, f"{path}/{file.name}")
+        # last: what is half copied must not look complete
+        store.write_bytes(f"{path}/record.json", json.dumps({"files": [file.name for file in files]}).encode())
+    return path
+
+
+@contextmanager
+def kept_folder(store: Store, path: str) -> Iterator[Path]:
+    """The folder of `keep_weights` as a local one: itself, or for a remote storage a copy until the block ends."""
+    if store.is_local:
+        yield Path(store.path(path))
+        return
+    with tempfile.TemporaryDirectory(prefix="pbe-weights-") as local:
+        store.copy_tree_out(path, Path(local))
+        yield Path(local)
+
+
+def open_codec(store: Store, entry: Entry) -> Codec:
+    """Raises CodecError, StoreError or WeightsError."""
+    path = str(entry["path"])
+    if entry["kind"] == "patch":
+        return codec_from_bytes(store.read_bytes(path), store.full_uri(path))
+    with kept_folder(store, path) as folder:
+        return load_vae(folder)
+
+
+def open_backbone(store: Store, entry: Entry) -> Backbone:
+    """Raises BackboneError, StoreError or WeightsError."""
+    if entry["kind"] == "clip":
+        with kept_folder(store, str(entry["path"])) as folder:
+            return load_clip(folder)
+    return load_backbone(entry["kind"])

@@ -1,0 +1,79 @@
+"""First weights of training: Stable Diffusion's UNet (the paper), or a whole Paint by Example model (fine-tuning).
+
+Stable Diffusion's first convolution has 4 input channels; the five new ones (masked latent, keep mask) start at zero,
+so that the network computes at first what it did (upstream scripts/modify_checkpoints.py). The mapper then starts
+random.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from pbe.model.clip import STEMS
+from pbe.model.tensors import WeightsError, load_strictly, read_folder, read_json
+from pbe.model.unet import ConditionedUNet, widened
+from pbe.model.vae import STEM
+from pbe.model.weights import MAPPER_PARTS
+
+# the keys of params.yaml that set them; what else a UNet config holds is as diffusers has it
+_SETTINGS = {
+    "block_out_channels": "train.unet.block_channels",
+    "down_block_types": "train.unet.attention",
+    "up_block_types": "train.unet.attention",
+    "layers_per_block": "train.unet.layers_per_block",
+    "attention_head_dim": "train.unet.attention_heads",
+    "norm_num_groups": "train.unet.norm_groups",
+    "cross_attention_dim": "train.unet.context_width",
+    "class_embed_type": "train.unet.class_embedding",
+    "out_channels": "encode.codec",
+}
+_MAY_DIFFER = {"in_channels", "sample_size", "projection_class_embeddings_input_dim"}
+
+
+def load_initial(network: ConditionedUNet, unet: Path, image_encoder: Path | None) -> None:
+    """Fill `network` from a `unet` folder and, where there is one, the `image_encoder` folder beside it.
+
+    The sizes must be those of the network, and what no size shows (heads, norm groups) too. Raises WeightsError.
+    """
+    config = _full_config(read_json(unet / "config.json"), unet)
+    _refuse_other_sizes(config, network.unet.config, unet)
+    tensors = {name: value.float() for name, value in read_folder(unet, STEM).items()}
+    given, wanted = config["in_channels"], network.unet.config.in_channels
+    if image_encoder is None:
+        if given != config["out_channels"]:
+            raise WeightsError(
+                f"{unet}: {given} input channels and no image_encoder beside it: neither Stable Diffusion, which has "
+                f"{config['out_channels']}, nor Paint by Example. The inpainting model of Stable Diffusion orders its "
+                "channels otherwise and marks the hole with 1"
+            )
+        tensors["conv_in.weight"] = widened(tensors["conv_in.weight"], wanted)
+    load_strictly(network.unet, tensors, str(unet))
+    if image_encoder is not None:
+        encoder = read_folder(image_encoder, *STEMS)
+        mapper = {name: value.float() for name, value in encoder.items() if name.startswith(MAPPER_PARTS)}
+        load_strictly(network.exemplar, mapper, f"{image_encoder} (train.exemplar must have its sizes)")
+
+
+def _full_config(raw: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """With diffusers' defaults for what a file leaves out, which old ones do."""
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(raw)).config
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{where}: not the config of a UNet ({' '.join(str(error).split())[:200]})") from None
+
+
+def _refuse_other_sizes(given: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
+    for key in sorted(set(ours) - _MAY_DIFFER):
+        theirs = given.get(key)
+        if key.startswith("_") or _plain(theirs) == _plain(ours[key]):
+            continue
+        setting = f"; set {_SETTINGS[key]} accordingly" if key in _SETTINGS else ", which this project's UNet has not"
+        raise WeightsError(f"{where}: its {key} is {theirs}, here it is {ours[key]}{setting}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -182,10 +182,12 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
         for key in ("images", "boxes", "image_ids"):
             path = getattr(stage.params.ingest, key)
             if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
-                raise StageError(
-                    f"ingest.{key} = {path} does not travel with a job; name it by an absolute path that every node "
-                    "of the cluster sees, or run `env -u RAY_ADDRESS dvc repro ingest` here"
-                )
+                raise _does_not_travel(stage, f"ingest.{key}", path)
+    for key, name in _weights(stage):
+        from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
+
+        if not Path(name).is_absolute() and not is_on_hub(name):
+            raise _does_not_travel(stage, key, name)
     if _is_loopback(urlsplit(address).hostname or ""):
         return
     if stage.store.is_local:
@@ -208,6 +210,26 @@ def _reach_storage(stage: Stage) -> None:
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it: "
             f"{_one_line(error)}"
         ) from None
+
+
+def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Keys of params.yaml that name weights which the stage reads, and the names."""
+    codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
+    if stage.name == "encode" and codec.kind == "pretrained":
+        yield "encode.codec.weights", codec.weights
+    if stage.name == "encode" and backbone.kind == "clip":
+        yield "encode.backbone.weights", backbone.weights
+    if stage.name == "train" and stage.variant is not None:
+        init = stage.params.train_variant(stage.variant).init
+        if init not in ("random", "sd"):
+            yield "train.init", init
+
+
+def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:
+    return StageError(
+        f"{key} = {path} does not travel with a job; name it by an absolute path that every node of the cluster sees, "
+        f"or run `env -u RAY_ADDRESS dvc repro {stage.name}` here"
+    )
 
 
 def _is_loopback(host: str) -> bool:

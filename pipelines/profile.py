@@ -13,7 +13,8 @@ PLACEHOLDER = "@ROOT@"
 
 
 def main(name: str, root: str) -> None:
-    """root: folder of the photos or weights; "" for profiles that bring their own. Raises ParamsError; params.yaml then stays."""
+    """root: folder of the photos or weights; "" for profiles that need none. Raises ParamsError; params.yaml then
+    stays."""
     home = repo_root()
     text = profile_text(home / "infra" / "profiles", name, root)
     target = home / "params.yaml"

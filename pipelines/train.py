@@ -50,6 +50,8 @@ def main(stage: Stage) -> None:
         _refuse_empty_lanes(encoded, cfg.lanes)
         _refuse_other_world(run, cfg.workers)
         _refuse_odd_latents(stage, cfg, encoded)
+        if initial is not None:
+            _refuse_unfit_weights(stage, cfg, encoded, initial)
         _train(stage, cfg, encoded, initial, run, run_id)
     else:
         print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
@@ -126,6 +128,18 @@ def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple
     encoder = keep_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
     print(f"train@{stage.variant}: starts from {name}: {unet}{f', {encoder}' if encoder else '; the mapper is random'}")
     return unet, encoder
+
+
+def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None]) -> None:
+    """Here, on a network without memory, and not after the workers have started. Raises WeightsError."""
+    import torch
+
+    from pbe.model.initial import load_kept
+    from pbe.model.unet import new_network
+
+    with torch.device("meta"):
+        network = new_network(_architecture(stage, cfg, encoded))
+    load_kept(network, stage.store, initial)
 
 
 def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> None:

@@ -6,6 +6,7 @@ random.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pbe.model.clip import STEMS
+from pbe.model.frozen import kept_folder
 from pbe.model.tensors import WeightsError, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet, widened
 from pbe.model.vae import STEM
 from pbe.model.weights import MAPPER_PARTS
+from pbe.store import Store
 
 # the keys of params.yaml that set them; what else a UNet config holds is as diffusers has it
 _SETTINGS = {
@@ -31,6 +34,13 @@ _SETTINGS = {
     "out_channels": "encode.codec",
 }
 _MAY_DIFFER = {"in_channels", "sample_size", "projection_class_embeddings_input_dim"}
+
+
+def load_kept(network: ConditionedUNet, store: Store, paths: tuple[str, str | None]) -> None:
+    """`load_initial` from the storage paths of a UNet and of an image encoder. Raises WeightsError."""
+    unet, encoder = paths
+    with kept_folder(store, unet) as at, kept_folder(store, encoder) if encoder else nullcontext() as encoder_at:
+        load_initial(network, at, encoder_at)
 
 
 def load_initial(network: ConditionedUNet, unet: Path, image_encoder: Path | None) -> None:

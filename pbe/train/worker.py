@@ -8,7 +8,7 @@ dropout, class embedding, cosine learning rate) are switches in params.yaml.
 import math
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
 from pbe.data.slots import slot_files
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
-from pbe.model.frozen import kept_folder, open_backbone, open_codec
-from pbe.model.initial import load_initial
+from pbe.model.frozen import open_backbone, open_codec
+from pbe.model.initial import load_kept
 from pbe.model.unet import Architecture, new_network, use_float32_group_norm
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
@@ -63,9 +63,7 @@ def train_worker(job: Job) -> None:
     model = new_network(job.arch)
     model.exemplar.set_statistics(_reference_features(store, job.encoded))
     if job.initial is not None:
-        unet, encoder = job.initial
-        with kept_folder(store, unet) as at, kept_folder(store, encoder) if encoder else nullcontext() as encoder_at:
-            load_initial(model, at, encoder_at)
+        load_kept(model, store, job.initial)
     if cfg.precision == "bf16_autocast" and device.type == "cpu":
         use_float32_group_norm(model)
     codec = open_codec(store, job.encoded.config["codec"])

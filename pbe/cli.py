@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from pbe.errors import UserError
 
+MASK_BLACK, MASK_WHITE = 32, 224  # of 255; what lies between is grey
 Number = TypeVar("Number", int, float)
 
 
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     hole.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="pixels of the photo, instead of a mask")
     edit.add_argument("--reference", type=Path, required=True, help="image of what should appear there")
     edit.add_argument("--reference-box", type=_box, metavar="X0,Y0,X1,Y1", help="the part of it that counts")
-    edit.add_argument("--model", type=Path, required=True, help="model folder, e.g. models/full")
+    edit.add_argument("--model", required=True, help="model folder, e.g. models/full, or org/name@revision on the hub")
     edit.add_argument("--out", type=Path, required=True, help="PNG to write; with --n, a folder, or a PNG with --grid")
     edit.add_argument("--n", type=_at_least(1, int), default=1, help="edits, of seeds SEED, SEED + 1 ...")
     edit.add_argument("--grid", action="store_true", help="photo with its hole, reference and edits in one picture")
@@ -31,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
+    edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's own")
+    edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="to the encoder's square (squash)")
+    edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see README")
     edit.set_defaults(run=_edit)
     rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
     rejects.add_argument("--examples", type=_at_least(0, int), default=3, help="rows shown per reason")
@@ -135,7 +140,7 @@ def _edit(args: argparse.Namespace) -> None:
 
     from pbe.data import images
     from pbe.data.contact import edits_sheet
-    from pbe.edit import DEFAULT_SCALE, DEFAULT_STEPS, Editor
+    from pbe.edit import BATCH_ROWS, DEFAULT_SCALE, DEFAULT_STEPS, DIFFUSERS, OURS, UPSTREAM, Editor
 
     one_file = args.n == 1 or args.grid
     if one_file:
@@ -148,7 +153,10 @@ def _edit(args: argparse.Namespace) -> None:
     hole_mask = _hole_mask(args, photo)
     steps = DEFAULT_STEPS if args.steps is None else args.steps
     editor = Editor.load(args.model)
-    with tqdm(total=steps, unit="step", disable=not sys.stderr.isatty()) as bar:
+    protocol = {"ours": OURS, "upstream": UPSTREAM, "diffusers": DIFFUSERS}[args.protocol]
+    if args.reference_fit is not None:
+        protocol = replace(protocol, reference_fit=args.reference_fit)
+    with tqdm(total=steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
         edits = editor.edit(
             photo,
             hole_mask,
@@ -158,6 +166,8 @@ def _edit(args: argparse.Namespace) -> None:
             guidance_scale=DEFAULT_SCALE if args.scale is None else args.scale,
             steps=steps,
             sampler=args.sampler,
+            size_px=args.size,
+            protocol=protocol,
             on_step=bar.update,
         )
     pictures = {args.out: edits_sheet(photo, hole_mask, reference, edits) if args.grid else edits[0]}
@@ -170,17 +180,29 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
-    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more."""
+    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more (upstream too
+    splits in the middle, which soft edges need)."""
     if args.box is not None:
         hole_mask = np.zeros(photo.shape[:2], bool)
         hole_mask[_slices(args.box, photo, f"--box in {args.photo}")] = True
         return hole_mask
+    from pbe.data import images
+
     mask = _read(args.mask)
     if mask.shape != photo.shape:
         raise ValueError(
             f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
         )
-    return mask.max(axis=2) >= 128
+    if images.read_alpha(args.mask.read_bytes()) is not None:
+        raise ValueError(f"{args.mask}: has transparent parts; a mask is black and white, without transparency")
+    level = mask.max(axis=2)
+    painted, grey = (
+        np.count_nonzero(level >= MASK_BLACK),
+        np.count_nonzero((level >= MASK_BLACK) & (level < MASK_WHITE)),
+    )
+    if grey > painted / 2:
+        raise ValueError(f"{args.mask}: mostly greys where it is not black; a mask is white where the edit goes")
+    return level >= 128
 
 
 def _box(text: str) -> tuple[int, int, int, int]:
@@ -201,14 +223,19 @@ def _slices(box: tuple[int, int, int, int], image: np.ndarray, what: str) -> tup
 
 
 def _read(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright as every viewer shows it."""
+    """(H, W, 3) uint8 RGB, upright as every viewer shows it, on white where it is transparent."""
     from pbe.data import images
 
     try:
         data = path.read_bytes()
-        return images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
+        image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
+        alpha = images.read_alpha(data)
     except images.ImageError as error:
         raise ValueError(f"{path}: {error}") from None
+    if alpha is None:
+        return image
+    weight = alpha[..., None] / np.float32(255)
+    return np.round(weight * image + (1 - weight) * 255).astype(np.uint8)
 
 
 def _must_be_writable_png(out: Path) -> None:

@@ -1,30 +1,74 @@
 """Editor: the one public door to inference. `pbe edit`, the evaluate stage and your own code all use it.
 
-    editor = Editor.load(Path("models/full"))
+    editor = Editor.load("models/full")
     edited, other = editor.edit(photo, hole_mask, reference, seed=7, n=2)
 
-Differences from upstream's scripts/inference.py, on purpose: any photo size (the square around the hole is
-edited and pasted back), pixels outside the hole are returned untouched, noise comes from one generator per item so
-that an item's result does not depend on its batch.
+Differences from upstream's scripts/inference.py, on purpose: any photo size (the square around the hole is edited and
+pasted back), pixels outside the hole are returned untouched, noise comes from one generator per item so that an item's
+result does not depend on its batch. `UPSTREAM` and `DIFFUSERS` do as those do.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 
 from pbe.data import images
 from pbe.data.boxes import Box
+from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
 from pbe.diffusion.schedule import SamplerName, default_sampler, make_sampler
 from pbe.encode import encode_masked, encode_references, to_images
+from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_STEPS = 25
 DEFAULT_SCALE = 3.0
 CONTEXT_FACTOR = 1.6  # side of the edited square over the hole's longer side, when the photo has room
+BATCH_ROWS = 8  # edits per forward
+PAD_GREY = 128
+
+OnStep = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class EditProtocol:
+    """What happens around the network."""
+
+    paste_back: bool = True  # pixels outside the hole stay; False: the whole square is what the codec decodes
+    feather_frac: float = 0.01  # of the square's side: over so much of it, inside the hole's edge, the fill comes in
+    reference_fit: Literal["squash", "pad", "crop"] = "squash"  # to the encoder's square
+    masked_latent: Literal["mean", "sample"] = "mean"  # of the codec's posterior
+    mask_resize: MaskResize = "bilinear"  # to latent cells
+
+
+OURS = EditProtocol()
+UPSTREAM = EditProtocol(paste_back=False, masked_latent="sample")  # scripts/inference.py, inference_test_bench.py
+DIFFUSERS = EditProtocol(paste_back=False, masked_latent="sample", reference_fit="crop", mask_resize="nearest")
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """photo (H, W, 3) uint8; hole_mask (H, W), non-zero where the edit goes; reference any (h, w, 3) uint8."""
+
+    photo: np.ndarray
+    hole_mask: np.ndarray
+    reference: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The square of a photo that is edited, at the model's size."""
+
+    window: Box  # in the photo
+    source: np.ndarray  # (S, S, 3) uint8
+    hole_mask: np.ndarray  # (S, S) of 0/1
 
 
 class Editor:
@@ -35,8 +79,12 @@ class Editor:
         self._codec, self._backbone = model.codec.to(device), model.backbone.to(device)
 
     @classmethod
-    def load(cls, folder: Path, *, device: str | None = None) -> "Editor":
-        """Open a model folder. device: default "cuda" when there is one, else "cpu". Raises ModelError."""
+    def load(cls, model: Path | str, *, device: str | None = None) -> "Editor":
+        """Open a model folder, or org/name@revision on the hub. device: default "cuda" when there is one, else "cpu".
+        Raises ModelError, WeightsError."""
+        parts = ["unet", "vae", "image_encoder", "scheduler"]
+        on_hub = not Path(model).exists() and is_on_hub(str(model))
+        folder = weights_folder(str(model), parts=parts) if on_hub else Path(model)
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(load_model(folder), torch.device(name))
 
@@ -51,45 +99,64 @@ class Editor:
         guidance_scale: float = DEFAULT_SCALE,
         steps: int = DEFAULT_STEPS,
         sampler: SamplerName | None = None,
-        on_step: Callable[[], object] | None = None,
+        size_px: int | None = None,
+        protocol: EditProtocol = OURS,
+        on_step: OnStep | None = None,
     ) -> list[np.ndarray]:
-        """photo (H, W, 3) uint8; hole_mask (H, W), non-zero where the edit goes; reference any (h, w, 3) uint8.
+        """n edits (H, W, 3) uint8 of one photo; edit k is the one of seed + k, drawn alone or with others.
 
-        Returns n edits (H, W, 3) uint8, equal to `photo` outside the hole; edit k is the one of seed + k, drawn alone
-        or with others. sampler: None for the one that the model names. on_step: called after every forward. Raises
-        ValueError for an empty hole or shapes that do not fit.
+        As `edit_batch` otherwise.
         """
-        if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-            raise ValueError(f"photo must be (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
-        if hole_mask.shape != photo.shape[:2]:
-            raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: they must match")
         if n < 1:
             raise ValueError(f"n = {n}: at least one edit")
-        if not hole_mask.any():
-            raise ValueError("hole_mask is empty: nothing to edit")
-        hole = (hole_mask != 0).astype(np.uint8)
-        window = _window(hole)
-        rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
-        size_px = self.card.image_px
-        source = images.resize(photo[rows, columns], width_px=size_px, height_px=size_px)
-        # any cover counts: a cell that the model took for known would bring the old content back into the hole
-        small_hole = images.resize(hole[rows, columns].astype(np.float32), width_px=size_px, height_px=size_px) > 0
-        filled = self.edit_crops(
-            np.repeat(source[None], n, axis=0),
-            np.repeat(small_hole[None].astype(np.uint8), n, axis=0),
-            [reference] * n,
-            seeds=range(seed, seed + n),
+        return self.edit_batch(
+            [EditTask(photo, hole_mask, reference, seed + k) for k in range(n)],
             guidance_scale=guidance_scale,
             steps=steps,
             sampler=sampler,
+            size_px=size_px,
+            protocol=protocol,
             on_step=on_step,
         )
+
+    def edit_batch(
+        self,
+        tasks: Sequence[EditTask],
+        *,
+        guidance_scale: float = DEFAULT_SCALE,
+        steps: int = DEFAULT_STEPS,
+        sampler: SamplerName | None = None,
+        size_px: int | None = None,
+        protocol: EditProtocol = OURS,
+        on_step: OnStep | None = None,
+    ) -> list[np.ndarray]:
+        """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
+
+        With `protocol.paste_back` an edit equals its photo outside the hole. sampler: None for the one that the model
+        names. size_px: side at which the network works; None for the model's own. on_step: called after every forward,
+        `steps` times for every BATCH_ROWS tasks. Raises ValueError for a hole that is empty or the whole photo, or for
+        shapes that do not fit.
+        """
+        side = self.card.image_px if size_px is None else size_px
+        self._refuse_odd_size(side)
+        for task in tasks:
+            _refuse_misshaped(task)
         edits = []
-        for fill in filled:
-            edit = photo.copy()
-            grown = images.resize(fill, width_px=window.width_px, height_px=window.height_px)
-            edit[rows, columns] = np.where(hole[rows, columns, None] > 0, grown, photo[rows, columns])
-            edits.append(edit)
+        for start in range(0, len(tasks), BATCH_ROWS):
+            batch = tasks[start : start + BATCH_ROWS]
+            cuts = _cuts(batch, side)
+            fills = self._fill(
+                np.stack([cut.source for cut in cuts]),
+                np.stack([cut.hole_mask for cut in cuts]),
+                [task.reference for task in batch],
+                seeds=[task.seed for task in batch],
+                guidance_scale=guidance_scale,
+                steps=steps,
+                sampler=sampler,
+                protocol=protocol,
+                on_step=on_step,
+            )
+            edits += [_pasted(*item, protocol) for item in zip(batch, cuts, fills, strict=True)]
         return edits
 
     def edit_crops(
@@ -102,43 +169,166 @@ class Editor:
         guidance_scale: float,
         steps: int,
         sampler: SamplerName | None = None,
-        on_step: Callable[[], object] | None = None,
+        protocol: EditProtocol = OURS,
     ) -> np.ndarray:
         """A batch at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
 
-        References are squashed to the size the encoder was trained on. Returns (B, S, S, 3) uint8 with the sources
-        pasted back outside the holes.
+        Returns (B, S, S, 3) uint8; pasting back, where the protocol asks for it, has a hard edge.
         """
-        size_px, reference_px = self.card.image_px, self.card.reference_px
-        if sources.shape[1:] != (size_px, size_px, 3):
-            raise ModelError(f"this model edits {size_px} x {size_px} crops, not {sources.shape[1:3]}")
+        if sources.shape[1:] != (self.card.image_px, self.card.image_px, 3):
+            raise ModelError(
+                f"this model edits {self.card.image_px} x {self.card.image_px} crops, not {sources.shape[1:3]}"
+            )
+        fills = self._fill(
+            sources,
+            hole_masks,
+            references,
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            sampler=sampler,
+            protocol=protocol,
+            on_step=None,
+        )
+        return np.where(hole_masks[..., None] > 0, fills, sources) if protocol.paste_back else fills
+
+    def _fill(
+        self,
+        sources: np.ndarray,
+        hole_masks: np.ndarray,
+        references: Sequence[np.ndarray],
+        *,
+        seeds: Sequence[int],
+        guidance_scale: float,
+        steps: int,
+        sampler: SamplerName | None,
+        protocol: EditProtocol,
+        on_step: OnStep | None,
+    ) -> np.ndarray:
+        """What the codec decodes, (B, S, S, 3) uint8."""
         if steps < 1 or not np.isfinite(guidance_scale):
             raise ValueError(f"steps {steps}, guidance scale {guidance_scale}: at least one step, a finite scale")
-        squashed = np.stack([images.resize(r, width_px=reference_px, height_px=reference_px) for r in references])
-        tokens = encode_references(self._backbone, squashed, tokens=self.card.tokens, device=self._device)
-        masked, keep = encode_masked(self._codec, sources, hole_masks, device=self._device)
-        noise = [row_rng(seed, "edit").standard_normal(masked.mean.shape[1:], dtype=np.float32) for seed in seeds]
+        side = self.card.reference_px
+        fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
+        tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
+        masked, keep = encode_masked(
+            self._codec, sources, hole_masks, mask_resize=protocol.mask_resize, device=self._device
+        )
+        shape = masked.mean.shape[1:]
+        masked_latent = masked.mean
+        if protocol.masked_latent == "sample":
+            masked_latent = masked.mean + masked.std * self._noise(seeds, "masked photo", shape)
         copies = forwards_per_step(guidance_scale)
         drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
         with torch.no_grad():
             context = self._network.exemplar(tokens.repeat(copies, 1, 1), drop)
-        masked_latent, keep_mask = masked.mean.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1)
+        masked_latent, keep_mask = masked_latent.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1)
         latent = sample(
             lambda noisy, timestep: self._network.denoise(
                 noisy, timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
             ),
-            torch.from_numpy(np.stack(noise)).to(self._device),
+            self._noise(seeds, "edit", shape),
             sampler=make_sampler(self.card.scheduler, sampler or default_sampler(self.card.scheduler)),
             steps=steps,
             guidance_scale=guidance_scale,
             project=self._codec.project,
             on_step=on_step,
         )
-        return np.where(hole_masks[..., None] > 0, to_images(self._codec.decode(latent)), sources)
+        return to_images(self._codec.decode(latent))
+
+    def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
+        """(B, *shape): each row from its own seed, drawn on the CPU, so that it is the same on every device."""
+        rows = [row_rng(seed, purpose).standard_normal(shape, dtype=np.float32) for seed in seeds]
+        return torch.from_numpy(np.stack(rows)).to(self._device)
+
+    def _refuse_odd_size(self, side_px: int) -> None:
+        levels = len(self._network.unet.config.block_out_channels)
+        multiple = self._codec.patch_px * 2 ** (levels - 1)
+        if side_px < multiple or side_px % multiple:
+            raise ValueError(f"size {side_px} px: this model works at multiples of {multiple} px")
+
+
+def _refuse_misshaped(task: EditTask) -> None:
+    photo, hole_mask = task.photo, task.hole_mask
+    for name, picture in (("photo", photo), ("reference", task.reference)):
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+            raise ValueError(f"{name} must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
+    if hole_mask.shape != photo.shape[:2]:
+        raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: they must match")
+    if not hole_mask.any():
+        raise ValueError("hole_mask is empty: nothing to edit")
+    if hole_mask.all():
+        raise ValueError("hole_mask is the whole photo: nothing is left that the edit could fit to; is it inverted?")
+
+
+def _cuts(tasks: Sequence[EditTask], side_px: int) -> list[_Cut]:
+    """Several edits of one photo are cut once."""
+    made: dict[tuple[int, int], _Cut] = {}
+    for task in tasks:
+        key = id(task.photo), id(task.hole_mask)
+        if key not in made:
+            made[key] = _cut(task.photo, task.hole_mask, side_px)
+    return [made[id(task.photo), id(task.hole_mask)] for task in tasks]
+
+
+def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int) -> _Cut:
+    window = _window(hole_mask)
+    rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
+    source = images.resize(photo[rows, columns], width_px=side_px, height_px=side_px)
+    # any cover counts: a cell that the model took for known would bring the old content back into the hole
+    cover = images.resize((hole_mask[rows, columns] != 0).astype(np.float32), width_px=side_px, height_px=side_px)
+    return _Cut(window, source, (cover > 0).astype(np.uint8))
+
+
+def _pasted(task: EditTask, cut: _Cut, fill: np.ndarray, protocol: EditProtocol) -> np.ndarray:
+    window = cut.window
+    rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
+    grown = images.resize(fill, width_px=window.width_px, height_px=window.height_px)
+    edit = task.photo.copy()
+    if protocol.paste_back:
+        hole = (task.hole_mask[rows, columns] != 0).astype(np.uint8)
+        _feather(grown, edit[rows, columns], hole, round(protocol.feather_frac * max(hole.shape)))
+        edit[rows, columns][hole > 0] = grown[hole > 0]
+    else:
+        edit[rows, columns] = grown
+    return edit
+
+
+def _feather(fill: np.ndarray, photo: np.ndarray, hole: np.ndarray, feather_px: int) -> None:
+    """Inside the edge of the hole, blend the fill, in place, with the nearest known pixel's colour.
+
+    Not with what the hole hides: that must not come back.
+    """
+    if not feather_px or hole.all():
+        return
+    distance, nearest = cv2.distanceTransformWithLabels(hole, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    known, ring = hole == 0, (hole > 0) & (distance <= feather_px)
+    colours = np.zeros((int(nearest.max()) + 1, 3), np.uint8)
+    colours[nearest[known]] = photo[known]
+    weight = (distance[ring] / (feather_px + 1))[:, None]
+    fill[ring] = np.round(weight * fill[ring] + (1 - weight) * colours[nearest[ring]]).astype(np.uint8)
+
+
+def _fitted(reference: np.ndarray, side_px: int, fit: Literal["squash", "pad", "crop"]) -> np.ndarray:
+    """(side, side, 3): squashed, as upstream; whole on grey; or its middle, as diffusers' pipeline."""
+    height_px, width_px = reference.shape[:2]
+    if fit == "squash":
+        return images.resize(reference, width_px=side_px, height_px=side_px)
+    if fit == "crop":  # cut first: a strip would become enormous
+        side = min(height_px, width_px)
+        top, left = (height_px - side) // 2, (width_px - side) // 2
+        middle = reference[top : top + side, left : left + side]
+        return images.resize(middle, width_px=side_px, height_px=side_px)
+    scale = side_px / max(height_px, width_px)
+    high, wide = max(1, round(scale * height_px)), max(1, round(scale * width_px))
+    out = np.full((side_px, side_px, 3), PAD_GREY, np.uint8)
+    top, left = (side_px - high) // 2, (side_px - wide) // 2
+    out[top : top + high, left : left + wide] = images.resize(reference, width_px=wide, height_px=high)
+    return out
 
 
 def _window(hole: np.ndarray) -> Box:
-    """The square around the hole that is edited; the whole photo when no square holds the hole."""
+    """The square around the hole (H, W) that is edited; the whole photo when no square holds the hole."""
     height_px, width_px = hole.shape
     ys, xs = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
     x0, x1, y0, y1 = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[-1]) + 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pbe.data import images
-from pbe.data.masks import HOLE_KINDS, keep_mask_latent, unpack_mask
+from pbe.data.masks import HOLE_KINDS, MaskResize, keep_mask_latent, unpack_mask
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
 from pbe.data.schema import encoded_schema
@@ -56,7 +56,12 @@ def encode_source(codec: Codec, sources: np.ndarray, *, device: torch.device = C
 
 @torch.no_grad()
 def encode_masked(
-    codec: Codec, sources: np.ndarray, hole_masks: np.ndarray, *, device: torch.device = CPU
+    codec: Codec,
+    sources: np.ndarray,
+    hole_masks: np.ndarray,
+    *,
+    mask_resize: MaskResize = "bilinear",
+    device: torch.device = CPU,
 ) -> tuple[Posterior, Tensor]:
     """The masked photo's posterior and the keep mask at latent size (B, 1, h, w) in [0, 1].
 
@@ -65,7 +70,7 @@ def encode_masked(
     """
     keep_px = 1.0 - torch.from_numpy(hole_masks.astype(np.float32))[:, None]
     posterior = Posterior(*codec.posterior((to_pixels(sources) * keep_px).to(device)))
-    keep = np.stack([keep_mask_latent(mask, codec.patch_px) for mask in hole_masks])
+    keep = np.stack([keep_mask_latent(mask, codec.patch_px, resize=mask_resize) for mask in hole_masks])
     return posterior, torch.from_numpy(keep).to(device)
 
 

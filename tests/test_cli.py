@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,68 @@ def test_seed_scale_and_steps_reach_the_editor(args: dict[str, str]) -> None:
     assert len(set(results)) == 4
 
 
-def test_grey_levels_of_the_mask_split_in_the_middle(args: dict[str, str]) -> None:
-    mask = np.full((24, 40, 3), 127, np.uint8)
-    mask[:, 20:, 1] = 128  # any channel counts
+def test_soft_edges_of_the_mask_split_in_the_middle(args: dict[str, str]) -> None:
+    mask = np.zeros((24, 40, 3), np.uint8)
+    mask[:, 22:] = 255
+    mask[:, 20] = 127
+    mask[:, 21, 1] = 128  # any channel counts
     Path(args["mask"]).write_bytes(images.encode_png(mask))
     assert _run(args) == 0
     changed = (_pixels(args["out"]) != _pixels(args["photo"])).any(axis=2)
-    assert changed[:, 20:].mean() > 0.9 and not changed[:, :20].any()
+    assert changed[:, 21:].mean() > 0.9 and not changed[:, :21].any()
+
+
+def _grey_mask(path: Path) -> None:
+    path.write_bytes(images.encode_png(np.random.default_rng(1).integers(40, 210, (24, 40, 3)).astype(np.uint8)))
+
+
+def _transparent_mask(path: Path) -> None:
+    mask = Image.new("RGBA", (40, 24), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (5, 5, 15, 15))
+    mask.save(path)
+
+
+def _white_mask(path: Path) -> None:
+    Image.new("L", (40, 24), 255).save(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (_grey_mask, "mask.png: mostly greys where it is not black"),
+        (_transparent_mask, "mask.png: has transparent parts"),
+        (_white_mask, "hole_mask is the whole photo"),
+    ],
+)
+def test_a_mask_that_says_nothing_clear_is_refused(
+    write: Callable[[Path], None], told: str, args: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(Path(args["mask"]))
+    assert _run(args) == 1
+    err = capsys.readouterr().err
+    assert told in err and len(err.splitlines()) == 1 and not Path(args["out"]).exists()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_of_a_reference_are_white_whatever_colour_they_hide(mode: str, args: dict[str, str]) -> None:
+    results = []
+    for hidden in ((0, 255, 0, 0), (90, 90, 90, 0)):
+        reference = Image.new("RGBA", (30, 50), hidden)
+        reference.paste((200, 200, 200, 255), (5, 5, 20, 40))
+        if mode == "P":
+            reference = reference.quantize()
+        reference.convert(mode).save(args["reference"])
+        assert _run(args) == 0
+        results.append(_pixels(args["out"]).tobytes())
+    assert results[0] == results[1]
+
+
+def test_size_fit_and_protocol_reach_the_editor(args: dict[str, str]) -> None:
+    results = []
+    for changes in ({}, {"size": "32"}, {"reference-fit": "pad"}, {"protocol": "upstream"}):
+        assert _run({**args, **changes}) == 0
+        results.append(_pixels(args["out"]).tobytes())
+    assert len(set(results)) == 4
 
 
 def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[str, str], tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from pbe.data.rng import row_rng
 from pbe.diffusion.objective import Objective
 from pbe.diffusion.sampling import sample
 from pbe.diffusion.schedule import SamplerError, SamplerName, make_sampler, scheduler_config
-from pbe.edit import CONTEXT_FACTOR, Editor, _window
+from pbe.edit import CONTEXT_FACTOR, UPSTREAM, Editor, EditProtocol, EditTask, _fitted, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
 from pbe.model.unet import Architecture, new_network
 from pbe.model.weights import Model, ModelCard, ModelError, save_model
+from tests.tiny_weights import paper_model
 
 SIZE_PX, STEPS = 16, 3
 Edit = Callable[..., np.ndarray]
@@ -79,7 +80,7 @@ def _hole(height_px: int, width_px: int, box: tuple[int, int, int, int] | None =
     return hole_mask
 
 
-SIZES = [(40, 64), (64, 40), (16, 16), (9, 33), (200, 17), (1, 1), (1, 50), (333, 500)]
+SIZES = [(40, 64), (64, 40), (16, 16), (9, 33), (200, 17), (1, 2), (1, 50), (333, 500)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -117,9 +118,98 @@ def test_a_hole_of_one_pixels_width_is_edited_too(box: tuple[int, int, int, int]
     assert (out != photo).any()
 
 
-def test_the_whole_photo_may_be_the_hole(edit: Edit) -> None:
-    hole_mask = np.ones((20, 30), np.uint8)
-    np.testing.assert_array_equal(edit(_photo(20, 30), hole_mask), edit(_photo(20, 30, seed=5), hole_mask))
+@pytest.mark.parametrize("hole_mask", [np.zeros((20, 30)), np.ones((20, 30))], ids=["empty", "everything"])
+def test_a_hole_of_nothing_or_of_everything_is_refused(hole_mask: np.ndarray, edit: Edit) -> None:
+    with pytest.raises(ValueError, match=r"hole_mask is (empty|the whole photo)"):
+        edit(_photo(20, 30), hole_mask)
+
+
+def test_the_fill_comes_in_over_a_feathered_edge_inside_the_hole(edit: Edit) -> None:
+    photo = np.full((400, 400, 3), (200, 40, 90), np.uint8)
+    hole_mask = _hole(400, 400, (100, 100, 300, 300))
+    hard, soft = (edit(photo, hole_mask, protocol=EditProtocol(feather_frac=frac)) for frac in (0.0, 0.05))
+    np.testing.assert_array_equal(soft[hole_mask == 0], photo[hole_mask == 0])
+    np.testing.assert_array_equal(soft[120:280, 120:280], hard[120:280, 120:280])
+    far = np.abs(hard.astype(int) - photo).sum(axis=2)[101:115, 200]  # from the edge inwards
+    near = np.abs(soft.astype(int) - photo).sum(axis=2)[101:115, 200]
+    share = near / np.maximum(far, 1)
+    assert far.min() > 20 and share[0] < 0.25 and (np.diff(share) > -0.05).all() and share[-1] > 0.7
+
+
+@pytest.mark.parametrize("frac", [0.0, 0.05])
+def test_a_feathered_edge_does_not_bring_back_what_the_hole_hides(frac: float, edit: Edit) -> None:
+    photo, hole_mask = _photo(97, 131), _hole(97, 131, (30, 20, 80, 70))
+    other = np.where(hole_mask[..., None] > 0, 255 - photo, photo)
+    protocol = EditProtocol(feather_frac=frac)
+    np.testing.assert_array_equal(edit(photo, hole_mask, protocol=protocol), edit(other, hole_mask, protocol=protocol))
+
+
+def test_upstreams_protocol_leaves_what_the_codec_decodes(editor: Editor, crops: np.ndarray) -> None:
+    hole_masks = _hole(16, 16, (2, 1, 14, 9))[None]  # its square is the whole photo
+    settings = {"seeds": [1], "guidance_scale": 3.0, "steps": STEPS}
+    ours, theirs = (
+        editor.edit_crops(crops[:1], hole_masks, [_photo(9, 9)], protocol=protocol, **settings)
+        for protocol in (EditProtocol(), UPSTREAM)
+    )
+    assert (theirs != crops[:1])[hole_masks == 0].any()
+    np.testing.assert_array_equal(theirs[hole_masks > 0], ours[hole_masks > 0])  # this codec's std is 0
+    (edit,) = editor.edit(
+        crops[0], hole_masks[0], _photo(9, 9), seed=1, guidance_scale=3.0, steps=STEPS, protocol=UPSTREAM
+    )
+    np.testing.assert_array_equal(edit, theirs[0])
+
+
+def test_photos_of_many_sizes_go_in_one_batch_each_as_if_alone(editor: Editor, edit: Edit) -> None:
+    tasks = [
+        EditTask(_photo(h, w, seed=k), _hole(h, w), _photo(30, 20, seed=k), seed=k)
+        for k, (h, w) in enumerate([(40, 64), (64, 40), (16, 16)] * 3 + [(97, 131)])
+    ]
+    spent: list[int] = []
+    together = editor.edit_batch(tasks, guidance_scale=3.0, steps=STEPS, on_step=lambda: spent.append(1))
+    assert len(spent) == 2 * STEPS  # ten tasks, eight at a time
+    for task, out in zip(tasks, together, strict=True):
+        alone = edit(task.photo, task.hole_mask, task.reference, seed=task.seed)
+        np.testing.assert_allclose(out.astype(int), alone, atol=1)
+
+
+def test_the_network_works_at_another_size_when_asked(edit: Edit) -> None:
+    photo, hole_mask = _photo(64, 64), _hole(64, 64)
+    one, two = edit(photo, hole_mask), edit(photo, hole_mask, size_px=32)
+    assert (one != two).any()
+    np.testing.assert_array_equal(two[hole_mask == 0], photo[hole_mask == 0])
+    for size_px in (0, 12, 33):
+        with pytest.raises(ValueError, match=rf"size {size_px} px: this model works at multiples of 8 px"):
+            edit(photo, hole_mask, size_px=size_px)
+
+
+def test_the_reference_is_squashed_padded_or_cropped() -> None:
+    reference = np.zeros((20, 60, 3), np.uint8)
+    reference[:, 20:40], reference[:, 40:] = 100, 200  # left, middle and right third
+    squash, pad, crop = (_fitted(reference, 30, fit) for fit in ("squash", "pad", "crop"))
+    assert squash[:, 0].max() == 0 and squash[:, -1].min() == 200
+    assert (pad[:10] == 128).all() and (pad[20:] == 128).all() and pad[15, 0, 0] == 0 and pad[15, -1, 0] == 200
+    assert (crop == 100).all()
+    assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, "crop").shape == (30, 30, 3)
+    assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, "pad").shape == (30, 30, 3)
+
+
+def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:
+    """On AutoencoderKL, whose posterior is one; a different sample is a different edit."""
+    editor = Editor(paper_model(), torch.device("cpu"))
+    photos = np.stack([_photo(32, 32, seed=k) for k in range(3)])
+    holes, references = np.stack([_hole(32, 32)] * 3), [_photo(30, 20, seed=k) for k in range(3)]
+    settings = {"guidance_scale": 3.0, "steps": 2}
+
+    def run(rows: list[int], **protocol: str) -> np.ndarray:
+        return editor.edit_crops(
+            photos[rows], holes[rows], [references[k] for k in rows], seeds=[5 + k for k in rows],
+            protocol=EditProtocol(paste_back=False, **protocol), **settings,
+        )  # fmt: skip
+
+    sampled = run([0, 1, 2], masked_latent="sample")
+    np.testing.assert_allclose(run([2], masked_latent="sample")[0].astype(int), sampled[2], atol=1)
+    assert (run([0, 1, 2]) != sampled).any()
+    assert (run([0, 1, 2], mask_resize="nearest") != run([0, 1, 2])).any()
 
 
 def test_the_seed_decides(edit: Edit) -> None:

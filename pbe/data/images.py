@@ -11,7 +11,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from pbe.errors import UserError
 
@@ -77,6 +77,20 @@ def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
     else:
         image = _decode_other(data)
     return image if exif_orientation == UPRIGHT else _upright(image, exif_orientation)
+
+
+def read_alpha(data: Buffer) -> np.ndarray | None:
+    """(H, W) uint8, 255 = opaque; None where nothing is transparent. Raises ImageError."""
+    if data[:3] == b"\xff\xd8\xff":
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if not image.has_transparency_data:
+                return None
+            alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+    except Exception as error:
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
+    return None if alpha.min() == 255 else alpha
 
 
 def _decode_jpeg(data: Buffer) -> np.ndarray:

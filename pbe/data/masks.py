@@ -10,12 +10,14 @@ symmetric parabolas (11-17 of 18 points survive); we keep all points.
 
 import functools
 import math
+from typing import Literal
 
 import cv2
 import numpy as np
 
 from pbe.data.boxes import Box
 
+MaskResize = Literal["bilinear", "nearest"]
 HOLE_KINDS = ("box", "bezier")
 _POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
 
@@ -75,12 +77,14 @@ def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:
     return np.unpackbits(rows, axis=1, count=width_px)
 
 
-def keep_mask_latent(hole_mask: np.ndarray, cell_px: int) -> np.ndarray:
+def keep_mask_latent(hole_mask: np.ndarray, cell_px: int, *, resize: MaskResize = "bilinear") -> np.ndarray:
     """(H, W) 0/1 hole mask to the network's (1, H/cell, W/cell) float32 keep mask in [0, 1].
 
     Bilinear without antialias, as upstream's torchvision 0.12 Resize: for an even cell that is the mean of
-    its central 2 x 2 pixels; for an odd cell its central pixel.
+    its central 2 x 2 pixels; for an odd cell its central pixel. Nearest, as diffusers' pipeline: the top left pixel.
     """
+    if resize == "nearest":
+        return 1.0 - hole_mask[None, ::cell_px, ::cell_px].astype(np.float32)
     low, high = (cell_px - 1) // 2, cell_px // 2
     hole = hole_mask.astype(np.float32)
     cells = [hole[dy::cell_px, dx::cell_px] for dy in (low, high) for dx in (low, high)]

@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         "--forget-missing", action="store_true", help="go on without manifests that DVC's cache no longer has"
     )
     collect.set_defaults(run=_gc)
+    imports = commands.add_parser("import", help="published weights to a folder that this project opens")
+    imports.add_argument("source", type=Path, help="a checkpoint of Paint by Example or SD 1.x, or a hub folder")
+    imports.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    imports.set_defaults(run=_import)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -133,6 +137,13 @@ def _gc(args: argparse.Namespace) -> None:
         print(f"removed {total}")
     else:
         print(f"{total} are referred to by no manifest of this repository; `pbe gc --yes` removes them")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from pbe.import_weights import import_weights, table_text
+
+    print(table_text(import_weights(args.source, args.out)))
+    print(f"wrote {args.out}")
 
 
 def _edit(args: argparse.Namespace) -> None:

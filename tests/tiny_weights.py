@@ -48,15 +48,15 @@ def tiny_unet(in_channels: int = 4, seed: int = 1) -> UNet2DConditionModel:
         return lively(UNet2DConditionModel(in_channels=in_channels, **UNET), seed)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(width: int = 8, norm_groups: int = 4) -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         return AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8),
+            block_out_channels=(width,) * 4,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=4,
-            norm_num_groups=4,
+            norm_num_groups=norm_groups,
             layers_per_block=1,
             sample_size=IMAGE_PX,
             scaling_factor=0.18215,

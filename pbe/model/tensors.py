@@ -10,6 +10,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,19 +168,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """load_state_dict that refuses anything missing, unexpected or of another shape, in one line naming `where`."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{what} {len(names)} such as {names[0]}"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes)))
-            if names
-        ]
-        raise WeightsError(f"{where}: these weights do not fit: {', '.join(parts)}")
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises WeightsError unless both have the same names and shapes: one line with `where` and the first few names."""
+    wrong = {
+        "missing": own.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape},
+    }
+    if any(wrong.values()):
+        told = (f"{what} {len(names)} such as {some_names(names)}" for what, names in wrong.items() if names)
+        raise WeightsError(f"{where}: these weights do not fit: {'; '.join(told)}")
+
+
+def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """load_state_dict after check_fit."""
+    check_fit(module.state_dict(), tensors, where)
     module.load_state_dict(tensors)
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The first three in order, for a message."""
+    return ", ".join(sorted(names)[:3])
 
 
 def _one_line(error: Exception) -> str:

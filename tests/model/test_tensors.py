@@ -163,6 +163,6 @@ def test_loading_names_what_is_missing_unexpected_and_misshapen() -> None:
     module, good = nn.Linear(3, 2), {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     load_strictly(module, good, "here")
     assert module(torch.ones(1, 3)).tolist() == [[4.0, 4.0]]
-    with pytest.raises(WeightsError, match=r"^here: .* missing 1 such as bias, unexpected 1 such as more, .* weight$"):
+    with pytest.raises(WeightsError, match=r"^here: .* missing 1 such as bias; unexpected 1 such as more; .* weight$"):
         load_strictly(module, {"weight": torch.zeros(3, 2), "more": torch.zeros(1)}, "here")
     assert module.weight.sum() == 6  # nothing was loaded in part

@@ -1,0 +1,196 @@
+"""`pbe import`: published weights, as a checkpoint of the original code or a folder of the hub, to folders of ours.
+
+    Paint by Example, one file      a model folder, as `train` exports it
+    Paint by Example, hub folder    the same folder with safetensors, names and types as this project writes them
+    Stable Diffusion 1.x, one file  unet/ and vae/ in diffusers' layout, to start training from
+
+Nothing in a pickle is executed. Weights go in whole or not at all: the folder is written beside and renamed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.model.clip import ClipBackbone, clip_tensors
+from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
+from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files
+from pbe.model.unet import ConditionedUNet
+from pbe.model.vae import STEM, KlCodec
+from pbe.model.weights import (
+    ENCODER_STEMS,
+    MAPPER_PARTS,
+    REFERENCE_PAD_PX,
+    Model,
+    ModelCard,
+    load_model,
+    save_model,
+)
+
+# the schedule in the file is float32, or float16 where someone halved it
+ALPHAS_TOLERANCE = 1e-3
+_LAYOUT = ("unet", "image_encoder", "vae", "codec", "scheduler", "feature_extractor", "model_index.json", "pbe.json")
+_PARTS = {"unet": "unet", "backbone": "image encoder: backbone", "mapper": "image encoder: mapper", "vae": "vae"}
+
+
+class ImportRefusedError(WeightsError):
+    """The source is not what can be imported, or --out cannot take it; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read. Nothing was missing or unexpected, or there would be an error instead."""
+
+    kind: str
+    sha256: dict[str, str]  # by weight file, as named below the source
+    found: dict[str, int]  # tensors of the source by part: unet, backbone, mapper, vae
+    left_out: dict[str, int]  # tensors, or files of a folder, by family
+    notes: tuple[str, ...] = field(default=())
+
+
+def import_weights(source: Path, out: Path) -> Imported:
+    """Read `source` and write the folder `out`, which must be new or empty. Raises WeightsError or ModelError."""
+    _refuse_out(out)
+    if source.is_dir():
+        return _import_folder(source, out)
+    return _import_checkpoint(source, out)
+
+
+def table_text(imported: Imported) -> str:
+    """For people: the parts with their counts, what was left out, where it came from."""
+    lines = [imported.kind, *imported.notes, "", f"{'part':<42} {'found':>7} {'missing':>8} {'unexpected':>11}"]
+    lines += [f"{_PARTS[part]:<42} {count:>7} {0:>8} {0:>11}" for part, count in imported.found.items()]
+    if imported.left_out:
+        lines += ["", f"{'left out':<50} {'number':>7}"]
+        lines += [f"{family:<50} {count:>7}" for family, count in sorted(imported.left_out.items())]
+    lines += ["", *(f"sha256 {digest}  {name}" for name, digest in imported.sha256.items())]
+    return "\n".join(lines)
+
+
+def _import_checkpoint(source: Path, out: Path) -> Imported:
+    tensors = read_tensors(source)
+    try:
+        parts = ldm_parts(tensors, str(source))
+    except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ImportRefusedError(f"{source}: its tensors do not fit one another ({reason})") from error
+    if parts.encoder is not None:
+        _refuse_schedule(tensors, source)
+    sha256 = _sha256(source)
+    if parts.encoder is None:
+        kind = "Stable Diffusion 1.x: unet/ and vae/, to start training from"
+        _write(out, lambda folder: _save_stable_diffusion(folder, parts))
+    else:
+        kind = "Paint by Example"
+        model = _model(parts, sha256)
+        _write(out, lambda folder: save_model(folder, model))
+    return Imported(kind, {source.name: sha256}, parts.found, parts.left_out, parts.notes)
+
+
+def _model(parts: LdmParts, sha256: str) -> Model:
+    assert parts.encoder is not None
+    exemplar, clip = parts.encoder
+    backbone = ClipBackbone(clip, digest=sha256[:16])
+    card = ModelCard(
+        image_px=IMAGE_PX,
+        reference_px=backbone.input_px,
+        reference_pad_px=REFERENCE_PAD_PX,
+        scheduler=scheduler_config("scaled_linear", "eps"),
+        run={},
+    )
+    return Model(ConditionedUNet(parts.unet, exemplar), KlCodec(parts.vae, digest=sha256[:16]), backbone, card)
+
+
+def _save_stable_diffusion(folder: Path, parts: LdmParts) -> None:
+    """Through diffusers; float32, as everything this project writes."""
+    parts.unet.float().save_pretrained(folder / "unet")
+    parts.vae.float().save_pretrained(folder / "vae")
+
+
+def _refuse_schedule(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """A checkpoint carries the schedule it was trained with, and sampling with another would be noise."""
+    got, ours = tensors.get("alphas_cumprod"), alphas_cumprod(scheduler_config("scaled_linear", "eps"))
+    if got is not None and not (got.shape == ours.shape and (got.float() - ours).abs().max() < ALPHAS_TOLERANCE):
+        raise ImportRefusedError(
+            f"{source}: its noise schedule (alphas_cumprod) is not Stable Diffusion's 0.00085 to 0.012 in 1000 steps"
+        )
+
+
+def _import_folder(source: Path, out: Path) -> Imported:
+    if (source / "unet").is_dir() and not (source / "image_encoder").is_dir():
+        raise ImportRefusedError(
+            f"{source}: no image_encoder in it, so it is Stable Diffusion or another, not Paint by Example; "
+            "Stable Diffusion in diffusers' layout needs no import"
+        )
+    model = load_model(source)
+    encoder = read_folder(source / "image_encoder", *ENCODER_STEMS)
+    backbone = clip_tensors(model.backbone.network.state_dict()) if isinstance(model.backbone, ClipBackbone) else {}
+    found = {
+        "unet": len(model.network.unet.state_dict()),
+        "backbone": len(backbone),
+        "mapper": len(model.network.exemplar.state_dict()),
+    }
+    # load_model takes from this file what it knows
+    flat = {name.removeprefix("model.").removeprefix("vision_model."): value for name, value in encoder.items()}
+    counters = [name for name in flat if name.endswith("position_ids")]
+    rest = {name: v for name, v in flat.items() if name not in counters and not name.startswith(MAPPER_PARTS)}
+    check_fit(backbone, rest, f"{source}/image_encoder: CLIP")
+    left_out = {"position_ids (a counter in CLIP)": len(counters)} if counters else {}
+    files = weight_files(source / "unet", STEM) + weight_files(
+        source / "image_encoder", next(stem for stem in ENCODER_STEMS if _has(source / "image_encoder", stem))
+    )
+    if isinstance(model.codec, KlCodec):
+        found["vae"] = len(model.codec.vae.state_dict())
+        files += weight_files(source / "vae", STEM)
+    for entry in sorted(source.iterdir()):
+        if entry.name not in _LAYOUT and not entry.name.startswith("."):
+            inside = sum(path.is_file() for path in entry.rglob("*")) if entry.is_dir() else 1
+            left_out[f"{entry.name}{'/' if entry.is_dir() else ''} (files)"] = inside
+    sha256 = {path.relative_to(source).as_posix(): _sha256(path) for path in files}
+    _write(out, lambda folder: save_model(folder, model))
+    return Imported("Paint by Example", sha256, found, left_out)
+
+
+def _has(folder: Path, stem: str) -> bool:
+    try:
+        return bool(weight_files(folder, stem))
+    except WeightsError:
+        return False
+
+
+def _refuse_out(out: Path) -> None:
+    """Before any work: the end of a long one is late to learn it."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ImportRefusedError(f"--out {out}: is not empty; name a new folder")
+    if out.exists() and not out.is_dir():
+        raise ImportRefusedError(f"--out {out}: is a file; name a new folder")
+    if not out.absolute().parent.is_dir():
+        raise ImportRefusedError(f"--out {out}: there is no folder {out.parent}")
+
+
+def _write(out: Path, save: Callable[[Path], None]) -> None:
+    """`save` into a folder beside, then rename it to `out`; on any error nothing stays."""
+    out = out.absolute()
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        save(beside)
+        os.replace(beside, out)
+    except SafetensorError as error:  # its word for a full disk
+        raise ImportRefusedError(f"--out {out}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

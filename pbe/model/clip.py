@@ -87,8 +87,11 @@ def load_clip(folder: Path) -> ClipBackbone:
 
 
 def vision_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
-    """The vision part of a CLIP config. Raises WeightsError for another family."""
-    inner = raw.get("vision_config", raw)
+    """The vision part of a CLIP config. Raises WeightsError for another family.
+
+    An image encoder that diffusers saves again has its own values at the top, and a `vision_config` of defaults.
+    """
+    inner = raw if "hidden_size" in raw else raw.get("vision_config", raw)
     if raw.get("model_type", "clip_vision_model") not in ("clip", "clip_vision_model"):
         raise WeightsError(f"{where}: a {raw['model_type']} model, not CLIP")
     known = set(CLIPVisionConfig().to_dict()) - {"architectures", "model_type", "torch_dtype", "dtype"}

@@ -107,6 +107,34 @@ def test_the_image_encoder_is_read_under_old_and_new_names(names: str, paper_fol
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
 
 
+@pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "pickles"])
+def test_diffusers_opens_the_folder_and_what_it_saves_opens_here(
+    safetensors: bool, paper_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "diffusers.pipelines.deprecated.paint_by_example"
+    theirs = pytest.importorskip(name, reason="this diffusers has no PaintByExamplePipeline any more")
+    # the README's two lines: diffusers 0.38 moved the module, and no longer finds what model_index.json names
+    monkeypatch.setattr("diffusers.pipelines.paint_by_example", theirs, raising=False)
+    pipeline = theirs.PaintByExamplePipeline.from_pretrained(paper_folder)
+    for part, file in (("unet", UNET), ("image_encoder", ENCODER), ("vae", "vae/diffusion_pytorch_model.safetensors")):
+        opened, written = getattr(pipeline, part).state_dict(), load_file(paper_folder / file)
+        renamed = {key.replace("model.vision_model.", "model."): value for key, value in written.items()}
+        assert opened.keys() == renamed.keys() and all(torch.equal(opened[key], renamed[key]) for key in opened), part
+
+    pipeline.save_pretrained(tmp_path / "saved", safe_serialization=safetensors)
+    before, after = _all_tensors(load_model(paper_folder)), _all_tensors(load_model(tmp_path / "saved"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_sizes_of_an_encoder_that_diffusers_saved_are_at_the_top_of_its_config(paper_folder: Path) -> None:
+    """Its class takes CLIP's whole config, so a saved one has the defaults of a vision_config beside its own sizes."""
+    expected = load_model(paper_folder)
+    defaults = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "projection_dim": 512}
+    _edit_json(paper_folder / "image_encoder" / "config.json", model_type="clip", vision_config=defaults)
+    before, after = _all_tensors(expected), _all_tensors(load_model(paper_folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("name", SAMPLE_FILES)
 def test_a_missing_file_is_named(name: str, model_folder: Path) -> None:
     (model_folder / name).unlink()

@@ -18,13 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
-from pbe.model.clip import ClipBackbone, clip_tensors
+from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
 from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec
 from pbe.model.weights import (
-    ENCODER_STEMS,
     MAPPER_PARTS,
     REFERENCE_PAD_PX,
     Model,
@@ -103,6 +102,7 @@ def _model(parts: LdmParts, sha256: str) -> Model:
         image_px=IMAGE_PX,
         reference_px=backbone.input_px,
         reference_pad_px=REFERENCE_PAD_PX,
+        tokens="class",
         scheduler=scheduler_config("scaled_linear", "eps"),
         run={},
     )
@@ -131,7 +131,7 @@ def _import_folder(source: Path, out: Path) -> Imported:
             "Stable Diffusion in diffusers' layout needs no import"
         )
     model = load_model(source)
-    encoder = read_folder(source / "image_encoder", *ENCODER_STEMS)
+    encoder = read_folder(source / "image_encoder", *STEMS)
     backbone = clip_tensors(model.backbone.network.state_dict()) if isinstance(model.backbone, ClipBackbone) else {}
     found = {
         "unet": len(model.network.unet.state_dict()),
@@ -145,7 +145,7 @@ def _import_folder(source: Path, out: Path) -> Imported:
     check_fit(backbone, rest, f"{source}/image_encoder: CLIP")
     left_out = {"position_ids (a counter in CLIP)": len(counters)} if counters else {}
     files = weight_files(source / "unet", STEM) + weight_files(
-        source / "image_encoder", next(stem for stem in ENCODER_STEMS if _has(source / "image_encoder", stem))
+        source / "image_encoder", next(stem for stem in STEMS if _has(source / "image_encoder", stem))
     )
     if isinstance(model.codec, KlCodec):
         found["vae"] = len(model.codec.vae.state_dict())

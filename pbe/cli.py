@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,8 +240,9 @@ def _read(path: Path) -> np.ndarray:
 
     try:
         data = path.read_bytes()
-        image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
-        alpha = images.read_alpha(data)
+        with warnings.catch_warnings(action="ignore"):  # of Pillow's, about pictures of more than 89 megapixels
+            image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
+            alpha = images.read_alpha(data)
     except images.ImageError as error:
         raise ValueError(f"{path}: {error}") from None
     if alpha is None:

@@ -216,14 +216,19 @@ def _learning_rate(cfg: TrainConfig) -> str | None:
     return f"{cfg.lr:g} after {cfg.warmup_frac:.0%} warm-up, {shape}"
 
 
+def _sampler_deviation(params: Params) -> Iterator[Deviation]:
+    cfg, train = params.evaluate, params.train
+    plms = train.beta_schedule == "scaled_linear" and train.objective != "x0"
+    held = ", every predicted picture held to valid pixels" if params.encode.codec.kind == "patch" else ""
+    if not plms or held or cfg.steps != 50:
+        here = f"{'PLMS' if plms else 'DDIM'}, {cfg.steps} steps{held}"
+        yield Deviation("sampler", here, "PLMS, 50 steps", "time; PLMS was not compared" if not plms else "time")
+    yield Deviation("latent of the masked photo, in edits", "the posterior's mean", "a sample of it", "less noise")
+
+
 def _evaluate_deviations(params: Params) -> Iterator[Deviation]:
     cfg = params.evaluate
-    yield Deviation(
-        "sampler",
-        f"DDIM, {cfg.steps} steps, every predicted picture held to valid pixels",
-        "PLMS, 50 steps",
-        "time; PLMS was not compared",
-    )
+    yield from _sampler_deviation(params)
     if cfg.guidance_scale != 5:
         yield Deviation("guidance scale", f"{cfg.guidance_scale:g}", "5 in the published commands", "a setting")
     yield Deviation(

@@ -3,8 +3,13 @@
 The pipeline has been deprecated since diffusers 0.34 and may go; who imports this file skips where it is gone.
 """
 
-from diffusers import SchedulerMixin
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder, PaintByExamplePipeline
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
 from pbe.model.clip import ClipBackbone
@@ -31,3 +36,28 @@ def pipeline_of(model: Model, scheduler: SchedulerMixin) -> PaintByExamplePipeli
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the UNet sees besides the noisy latent, rows as in `sample`: (R, 4, h, w), (R, 1, h, w), (R, T, width)."""
+
+    masked_latent: Tensor
+    keep_mask_latent: Tensor
+    context: Tensor
+
+
+@contextmanager
+def conditions_seen(unet: UNet2DConditionModel) -> Iterator[list[Condition]]:
+    """The condition of every forward while it is open."""
+    seen: list[Condition] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        channels, context = args[0].clone(), kwargs["encoder_hidden_states"].clone()
+        seen.append(Condition(channels[:, 4:8], channels[:, 8:], context))
+
+    hook = unet.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -5,8 +5,7 @@ cropped to its middle, the masked latent drawn from the posterior, the mask take
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,19 +27,10 @@ pytest.importorskip(
 )
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from tests.diffusers_pipeline import pipeline_of
+from tests.diffusers_pipeline import Condition, conditions_seen, pipeline_of
 
 ROWS, STEPS, CELL_PX, POSTERIOR_SEED = 2, 12, 8, 3
 SCHEDULERS = {"pndm": PNDMScheduler, "ddim": DDIMScheduler}
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What the UNet sees besides the noisy latent, rows as in `sample`: (R, 4, h, w), (R, 1, h, w), (R, 1, width)."""
-
-    masked_latent: Tensor
-    keep_mask_latent: Tensor
-    context: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +40,6 @@ def model() -> Model:
     lively(model.network.exemplar, 5)
     lively(model.codec.vae, 6)  # type: ignore[attr-defined]
     return model
-
-
-@pytest.fixture
-def seen(model: Model) -> Iterator[list[Condition]]:
-    """The condition of every forward of the UNet."""
-    calls: list[Condition] = []
-
-    def note(_: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        channels, context = args[0].clone(), kwargs["encoder_hidden_states"].clone()
-        calls.append(Condition(channels[:, 4:8], channels[:, 8:], context))
-
-    hook = model.network.unet.register_forward_pre_hook(note, with_kwargs=True)
-    yield calls
-    hook.remove()
 
 
 def _pictures(*shape: int, seed: int) -> np.ndarray:
@@ -97,23 +73,24 @@ def _condition(model: Model, sources: np.ndarray, holes: np.ndarray, references:
 @pytest.mark.parametrize("scale", [5.0, 1.0])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_conditions_latents_and_pictures_are_those_of_diffusers(
-    sampler: SamplerName, scale: float, model: Model, seen: list[Condition]
+    sampler: SamplerName, scale: float, model: Model
 ) -> None:
     pipeline = pipeline_of(model, SCHEDULERS[sampler].from_config(model.card.scheduler))
     sources = _pictures(ROWS, IMAGE_PX, IMAGE_PX, 3, seed=0)
     holes = _holes((5, 9, 23, 30), (0, 4, 13, 20))  # off the cells' borders, where ways to shrink a mask differ
     references = [*_pil(_pictures(1, 40, 61, 3, seed=1)), *_pil(_pictures(1, 90, 33, 3, seed=2))]
     noise = torch.randn(ROWS, 4, 4, 4, generator=torch.Generator().manual_seed(7))
-    expected = pipeline(
-        example_image=references,
-        image=_pil(sources),
-        mask_image=_pil(holes * 255),
-        num_inference_steps=STEPS,
-        guidance_scale=scale,
-        latents=noise,
-        generator=torch.Generator().manual_seed(POSTERIOR_SEED),
-        output_type="latent",
-    ).images
+    with conditions_seen(model.network.unet) as seen:
+        expected = pipeline(
+            example_image=references,
+            image=_pil(sources),
+            mask_image=_pil(holes * 255),
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            latents=noise,
+            generator=torch.Generator().manual_seed(POSTERIOR_SEED),
+            output_type="latent",
+        ).images
     assert expected.isfinite().all() and expected.std() > 1
 
     cropped = pipeline.feature_extractor(references, do_rescale=False, do_normalize=False).pixel_values

@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="to the encoder's square (squash)")
     edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see README")
     edit.set_defaults(run=_edit)
+    export = commands.add_parser("export", help="a trained model as a folder of the hub's layout, with a model card")
+    export.add_argument("model", help="variant, e.g. full, or a model folder")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.set_defaults(run=_export)
     rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
     rejects.add_argument("--examples", type=_at_least(0, int), default=3, help="rows shown per reason")
     rejects.add_argument("--out", type=Path, default=None, help="CSV to write every row to")
@@ -87,6 +91,16 @@ def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:
 
     parse.__name__ = kind.__name__  # argparse's own message for what is no number names it
     return parse
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pbe.config import repo_root
+    from pbe.export import export_model
+    from pbe.model.weights import opens_in_diffusers
+
+    model = export_model(repo_root(), args.model, args.out)
+    where = "diffusers and pbe open it" if opens_in_diffusers(model) else "pbe opens it, diffusers has no class for it"
+    print(f"wrote {args.out}; {where}")
 
 
 def _rejects(args: argparse.Namespace) -> None:

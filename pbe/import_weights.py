@@ -20,7 +20,7 @@ from torch import Tensor
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
-from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files
+from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files_of
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec
 from pbe.model.weights import (
@@ -144,12 +144,10 @@ def _import_folder(source: Path, out: Path) -> Imported:
     rest = {name: v for name, v in flat.items() if name not in counters and not name.startswith(MAPPER_PARTS)}
     check_fit(backbone, rest, f"{source}/image_encoder: CLIP")
     left_out = {"position_ids (a counter in CLIP)": len(counters)} if counters else {}
-    files = weight_files(source / "unet", STEM) + weight_files(
-        source / "image_encoder", next(stem for stem in STEMS if _has(source / "image_encoder", stem))
-    )
+    files = weight_files_of(source / "unet", STEM) + weight_files_of(source / "image_encoder", *STEMS)
     if isinstance(model.codec, KlCodec):
         found["vae"] = len(model.codec.vae.state_dict())
-        files += weight_files(source / "vae", STEM)
+        files += weight_files_of(source / "vae", STEM)
     for entry in sorted(source.iterdir()):
         if entry.name not in _LAYOUT and not entry.name.startswith("."):
             inside = sum(path.is_file() for path in entry.rglob("*")) if entry.is_dir() else 1
@@ -157,13 +155,6 @@ def _import_folder(source: Path, out: Path) -> Imported:
     sha256 = {path.relative_to(source).as_posix(): _sha256(path) for path in files}
     _write(out, lambda folder: save_model(folder, model))
     return Imported("Paint by Example", sha256, found, left_out)
-
-
-def _has(folder: Path, stem: str) -> bool:
-    try:
-        return bool(weight_files(folder, stem))
-    except WeightsError:
-        return False
 
 
 def _refuse_out(out: Path) -> None:

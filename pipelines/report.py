@@ -23,6 +23,8 @@ from pbe.data import images
 from pbe.data.boxes import area_frac
 from pbe.data.contact import with_hole
 from pbe.data.masks import unpack_mask
+from pbe.data.reference import augment_reference, make_augmenter
+from pbe.data.rng import row_rng
 from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
 from pbe.evaluate.intervals import Estimate, bootstrap_mean
@@ -35,6 +37,7 @@ from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
 from pipelines.stage import DATA_STAGES, Stage, StageError, output_folder
 from pipelines.summary import estimate_text, headline_metrics, load_metrics, read_json
 
+AUGMENTED_DRAWS = 16
 COLUMNS = 12  # pictures per row of a grid
 PICTURE_PX = 128  # larger pictures are scaled down to this side
 PICTURE_QUALITY = 90
@@ -84,6 +87,7 @@ def main(stage: Stage) -> None:
         ],
         grids=[(r, _edit_rows(stage, r)) for r in results],
         triplets=_triplet_rows(stage, data["materialize"]),
+        augmented=_augmented_rows(stage, data["materialize"]),
         loss_svg=Markup(loss_svg({r.name: r.history for r in results})),
         metrics=metric_groups(results, stage.params.evaluate.judges),
         differences=_differences(stage.params, results, [*headline_metrics(judge), "hole_psnr_db"]),
@@ -255,6 +259,30 @@ def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
             "pictures": [(picture_uri(cut(row)), f"{label}, {row['image_id']}, {row['label_name']}") for row in rows],
         }
         for label, cut in pictures
+    ]
+
+
+def _augmented_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
+    """The reference of the first triplet, clean, and AUGMENTED_DRAWS draws of it, with the seeds that encode uses."""
+    file, offset = _row_of(slot_files(triplets)[0], 0)
+    row = stage.store.read_table(file).slice(offset, 1).to_pylist()[0]
+    reference, augmenter = images.decode(row["reference"]), make_augmenter()
+    draws = [
+        augment_reference(
+            reference,
+            augmenter=augmenter,
+            rng=row_rng(stage.params.seed, row["image_id"], row["slot"], "reference", draw),
+        )
+        for draw in range(1, AUGMENTED_DRAWS + 1)
+    ]
+    half = AUGMENTED_DRAWS // 2
+    return [
+        {
+            "label": label,
+            "kind": "",
+            "pictures": [(picture_uri(picture), f"{label}, {row['image_id']}") for picture in group],
+        }
+        for label, group in (("clean", [reference]), ("draws 1 to 8", draws[:half]), ("draws 9 to 16", draws[half:]))
     ]
 
 

@@ -20,7 +20,10 @@ from pbe.cli import main
 from pbe.diffusion.schedule import scheduler_config
 from pbe.errors import UserError
 from pbe.import_weights import import_weights, table_text
+from pbe.model.clip import load_clip
+from pbe.model.initial import load_initial
 from pbe.model.ldm import FIRST_CONVOLUTION
+from pbe.model.vae import load_vae
 from pbe.model.weights import Model, load_model, save_model
 from tests import ldm_layout
 from tests.tiny_weights import CONTEXT_WIDTH, REFERENCE_PX, paper_model, tiny_unet, tiny_vae
@@ -191,6 +194,23 @@ def test_stable_diffusion_becomes_unet_and_vae_without_text_encoder_and_ema(
     text = table_text(imported)
     assert "text encoder" in text and "model_ema.*" in text and ("5 are zero" in text) == widened
     assert sum(imported.found.values()) + sum(imported.left_out.values()) == len(tensors)
+
+
+def test_training_starts_from_what_was_imported(
+    tensors: dict[str, Tensor], stable_diffusion: dict[str, Tensor], original: Model, tmp_path: Path
+) -> None:
+    import_weights(_save(stable_diffusion, tmp_path / "sd.ckpt"), tmp_path / "sd")
+    import_weights(_save(tensors, tmp_path / "pbe.ckpt"), tmp_path / "pbe")
+    network = ldm_layout.ldm_model().network
+    load_initial(network, tmp_path / "sd" / "unet", None)
+    first = network.unet.conv_in.weight
+    assert torch.equal(first[:, :4], stable_diffusion[FIRST_CONVOLUTION]) and not first[:, 4:].any()
+    load_initial(network, tmp_path / "pbe" / "unet", tmp_path / "pbe" / "image_encoder")
+    got, expected = network.state_dict(), original.network.state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    vae, clip = load_vae(tmp_path / "sd" / "vae"), load_clip(tmp_path / "pbe" / "image_encoder")
+    assert torch.equal(vae.vae.quant_conv.weight, original.codec.vae.quant_conv.weight)  # type: ignore[attr-defined]
+    assert clip.input_px == REFERENCE_PX
 
 
 # -- a folder of the hub ---------------------------------------------------------------------------------------------

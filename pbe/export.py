@@ -1,0 +1,126 @@
+"""`pbe export`: a trained model as a folder to give away, in the hub's layout, with a model card.
+
+Weights go through `load_model` and `save_model`, so what is written is whole and safetensors. The card says what is
+known: data digest, settings as dvc.lock has them, metrics of exactly these weights. What is not known is left out.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pbe.errors import UserError
+from pbe.model.weights import Model, load_model, opens_in_diffusers, save_model
+
+OPEN_IN_DIFFUSERS = """```python
+import diffusers  # 0.33 to 0.37; later versions need the next two lines
+import diffusers.pipelines as P, diffusers.pipelines.deprecated.paint_by_example as moved
+P.paint_by_example = moved
+pipe = diffusers.PaintByExamplePipeline.from_pretrained("this folder")
+```"""
+
+
+class ExportError(UserError):
+    """There is nothing to export, or no place for it; the message says which."""
+
+
+def export_model(root: Path, name: str, out: Path) -> Model:
+    """Write the model of variant `name` (models/<name> below root), or of the folder `name`, to `out`, new or empty.
+
+    Raises ExportError, ModelError.
+    """
+    source = root / "models" / name if (root / "models" / name).is_dir() else Path(name)
+    if not source.is_dir():
+        known = sorted(path.name for path in (root / "models").glob("*") if path.is_dir())
+        raise ExportError(f"{name}: no variant and no folder; models/ has: {', '.join(known) or 'none yet'}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: is there already; name a new folder")
+    model = load_model(source)
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    save_model(beside, model)
+    lines = _card(root, source, model, _file_hashes(beside))
+    (beside / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if out.is_dir():
+        out.rmdir()
+    os.replace(beside, out)
+    return model
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    out = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as stream:
+            out[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return out
+
+
+def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> Iterator[str]:
+    run, network = model.card.run, model.network
+    in_diffusers = opens_in_diffusers(model)
+    front = {"tags": ["paint-by-example", "image-editing"], "library_name": "diffusers" if in_diffusers else "pbe"}
+    yield from ("---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "")
+    yield f"# Paint by Example{': ' + run['variant'] if run.get('variant') else ''}"
+    yield ""
+    yield "Fills the hole of a photo after a reference picture (arXiv 2211.13227). Made by pbe."
+    yield "The licence of these weights is that of the weights and photos they were made from."
+    yield from ("", "## Use", "", "```python", "from pbe.edit import Editor", "")
+    yield 'edited, = Editor.load("this folder").edit(photo, hole_mask, reference, seed=7)'
+    yield from ("```", "")
+    if in_diffusers:
+        yield OPEN_IN_DIFFUSERS
+    else:
+        yield "Opens in pbe alone: PaintByExamplePipeline has no class for its codec, its backbone or its mapper."
+    yield from ("", "## What it is", "")
+    trained = sum(value.numel() for value in network.parameters())
+    yield f"- {model.card.image_px} px; UNet and mapper have {trained:,} parameters"
+    yield f"- reads {'the class token' if model.card.tokens == 'class' else 'all tokens'} of {model.backbone.name}"
+    yield from (f"- {key.replace('_', ' ')}: {value}" for key, value in run.items() if key != "variant")
+    made = _made_here(root, source, run)
+    if made is None:
+        yield from ("", "Neither its settings nor metrics of it are here.")
+    else:
+        yield from made
+    yield from ("", "## Files", "", *(f"- `{name}` sha256 {value}" for name, value in hashes.items()))
+
+
+def _made_here(root: Path, source: Path, run: Mapping[str, Any]) -> list[str] | None:
+    """Settings and metrics of the run in this repository that made exactly this folder; None where there is none."""
+    variant = run.get("variant")
+    manifest = root / "data" / "train" / str(variant) / "manifest.json"
+    if not manifest.is_file():
+        return None
+    exported = json.loads(manifest.read_text())["export"]
+    for name, sha256 in exported.items():
+        path = source / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            return None
+    lines: list[str] = []
+    lock = root / "dvc.lock"
+    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.is_file() else {}
+    settings = stages.get(f"train@{variant}", {}).get("params", {}).get("params.yaml")
+    if settings:
+        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=True).strip(), "```"]
+    return lines + _metrics(root, str(variant), manifest, stages)
+
+
+def _metrics(root: Path, variant: str, manifest: Path, stages: Mapping[str, Any]) -> list[str]:
+    """Those that DVC knows to be of this training."""
+    path = root / "data" / "evaluate" / variant / "metrics.json"
+    deps = stages.get(f"evaluate@{variant}", {}).get("deps", [])
+    now = hashlib.md5(manifest.read_bytes(), usedforsecurity=False).hexdigest()
+    if not path.is_file() or now not in [dep.get("md5") for dep in deps]:
+        return ["", "These weights have not been scored."]
+    metrics = json.loads(path.read_text())
+    protocol = metrics.pop("protocol", {})
+    rows = [
+        f"| {name} | {value['value']:.4g} | {value['low']:.4g} to {value['high']:.4g} | {value['n']} |"
+        for name, value in sorted(metrics.items())
+    ]
+    how = ", ".join(f"{key} {protocol[key]}" for key in ("split", "guidance_scale", "steps", "seed") if key in protocol)
+    return ["", f"## Metrics ({how})", "", "| metric | value | 95 % interval | N |", "|---|---|---|---|", *rows]

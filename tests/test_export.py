@@ -1,0 +1,98 @@
+"""`pbe export`: the same weights to the last bit, and a card that says what is known and nothing else."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pbe.cli import main
+from pbe.export import ExportError, export_model
+from pbe.model.weights import load_model
+from tests.tiny_weights import write_paint_by_example
+
+
+@pytest.fixture
+def project(tmp_path: Path, model_folder: Path) -> Path:
+    """A repository whose variant `tiny` was trained and scored."""
+    root = tmp_path / "a project"
+    (root / "models").mkdir(parents=True)
+    model_folder.rename(root / "models" / "tiny")
+    files = [path for path in (root / "models/tiny").rglob("*") if path.is_file()]
+    export = {
+        path.relative_to(root / "models/tiny").as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+    manifest = root / "data/train/tiny/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"export": export}))
+    metrics = root / "data/evaluate/tiny/metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metric = {"value": 0.1234567, "low": 0.1, "high": 0.2, "n": 74, "method": "bootstrap"}
+    metrics.write_text(json.dumps({"own_gain_x": metric, "protocol": {"split": "train", "steps": 20}}))
+    _lock(root, hashlib.md5(manifest.read_bytes(), usedforsecurity=False).hexdigest())
+    return root
+
+
+def _lock(root: Path, md5: str) -> None:
+    stages = {
+        "train@tiny": {"params": {"params.yaml": {"train": {"lr": 0.25}}}},
+        "evaluate@tiny": {"deps": [{"path": "data/train/tiny/manifest.json", "md5": md5}]},
+    }
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+
+
+def test_every_tensor_is_the_same_and_the_card_says_how_it_was_made(project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "to share"
+    export_model(project, "tiny", out)
+    before, after = (load_model(folder).network.state_dict() for folder in (project / "models/tiny", out))
+    assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() == 0 for name in before)
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "pbe"
+    assert "Opens in pbe alone" in card and "lr: 0.25" in card
+    assert "| own_gain_x | 0.1235 | 0.1 to 0.2 | 74 |" in card and "split train, steps 20" in card
+    for path in out.rglob("*.safetensors"):
+        assert f"`{path.relative_to(out)}` sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in card
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_of_the_papers_parts_says_how_diffusers_opens_it(project: Path, tmp_path: Path) -> None:
+    export_model(project, str(write_paint_by_example(tmp_path / "published")), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
+    assert "PaintByExamplePipeline.from_pretrained" in card and "moved" in card
+    assert "Neither its settings nor metrics" in card
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "PaintByExamplePipeline"
+
+
+def test_metrics_of_another_training_are_left_out(project: Path, tmp_path: Path) -> None:
+    _lock(project, "0" * 32)
+    export_model(project, "tiny", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "have not been scored" in card and "own_gain_x" not in card and "lr: 0.25" in card
+
+
+def test_settings_of_another_model_are_left_out(project: Path, tmp_path: Path) -> None:
+    (project / "models/tiny/pbe.json").write_text((project / "models/tiny/pbe.json").read_text() + " ")
+    export_model(project, "tiny", tmp_path / "out")
+    assert "lr: 0.25" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_refused_before_work(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="fulll: no variant and no folder; models/ has: tiny"):
+        export_model(project, "fulll", tmp_path / "out")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match="taken: is there already"):
+        export_model(project, "tiny", taken)
+    assert [path.name for path in taken.iterdir()] == ["mine.txt"]
+
+
+def test_the_command_says_what_opens_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_paint_by_example(tmp_path / "published")
+    assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert "diffusers and pbe open it" in capsys.readouterr().out
+    assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 1
+    assert "is there already" in capsys.readouterr().err

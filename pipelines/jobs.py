@@ -214,11 +214,12 @@ def _reach_storage(stage: Stage) -> None:
 
 def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
     """Keys of params.yaml that name weights which the stage reads, and the names."""
-    codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
-    if stage.name == "encode" and codec.kind == "pretrained":
-        yield "encode.codec.weights", codec.weights
-    if stage.name == "encode" and backbone.kind == "clip":
-        yield "encode.backbone.weights", backbone.weights
+    if stage.name == "encode":
+        codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
+        if codec.kind == "pretrained":
+            yield "encode.codec.weights", codec.weights
+        if backbone.kind == "clip":
+            yield "encode.backbone.weights", backbone.weights
     if stage.name == "train" and stage.variant is not None:
         init = stage.params.train_variant(stage.variant).init
         if init not in ("random", "sd"):

@@ -128,6 +128,29 @@ def test_references_become_one_pooled_token_in_their_own_order(backbone: Efficie
     torch.testing.assert_close(tokens[:, 0], backbone(planar), atol=1e-5, rtol=0)
 
 
+def test_all_tokens_are_the_pooled_one_and_every_cell(
+    triplets: pa.Table, encoded: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
+) -> None:
+    table = encode_triplets(
+        triplets,
+        image_px=SIZE_PX,
+        codec=codec,
+        backbone=backbone,
+        tokens="all",
+        augmenter=make_augmenter(),
+        draws=DRAWS,
+        batch_rows=3,
+        seed=SEED,
+        clean_tokens={},
+    )
+    require(table, encoded_schema((codec.channels, 4, 4), (DRAWS, 50, 1280)), "encoded")
+    for row, one in zip(_arrays(table), _arrays(encoded), strict=True):
+        np.testing.assert_allclose(row["exemplar_tokens"][:, :1], one["exemplar_tokens"], atol=2e-3, rtol=2e-3)
+        cells = row["exemplar_tokens"][:, 1:]
+        np.testing.assert_allclose(cells.mean(axis=1), row["exemplar_tokens"][:, 0], atol=2e-2, rtol=2e-2)
+        assert (cells.std(axis=1) > 0).any()
+
+
 def test_rows_keep_their_order_and_identity_and_fit_the_schema(encoded: pa.Table, codec: PatchCodec) -> None:
     require(encoded, encoded_schema((codec.channels, 4, 4), (DRAWS, 1, 1280)), "encoded")
     assert encoded.column("image_id").to_pylist() == [f"image{k}" for k in range(4)]

@@ -326,3 +326,21 @@ def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
     prefetched.next()
     prefetched.close()
     assert not thread.is_alive()
+
+
+def test_the_class_token_is_the_first_of_those_stored() -> None:
+    row = _arrays_of_one_row(tokens=5)
+    one = draw_row(row, epoch=0, cfg=CFG)["exemplar_tokens"]
+    every = draw_row(row, epoch=0, cfg=replace(CFG, class_token_only=False))["exemplar_tokens"]
+    assert one.shape == (1, 4) and every.shape == (5, 4)
+    np.testing.assert_array_equal(every[:1], one)
+
+
+def _arrays_of_one_row(tokens: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    row = {name: rng.standard_normal(LATENT).astype(np.float32) for name in ("source_mean", "source_std")}
+    for kind in ("box", "bezier"):
+        row |= {f"{kind}_masked_{what}": rng.standard_normal(LATENT).astype(np.float32) for what in ("mean", "std")}
+        row[f"{kind}_hole_mask_latent"] = rng.random((1, *LATENT[1:]), np.float32)
+    tokens_of_draws = rng.standard_normal((3, tokens, 4)).astype(np.float32)
+    return row | {"exemplar_tokens": tokens_of_draws, "image_id": np.array("a"), "slot": np.array(0)}

@@ -20,7 +20,7 @@ import yaml
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobDetails, JobStatus
 
-from pbe.config import IngestConfig, Params
+from pbe.config import EncodeConfig, IngestConfig, Params
 from pbe.store import Store, StoreError, code_digest
 from pipelines import jobs
 from pipelines.stage import Stage, StageError, code_paths
@@ -225,6 +225,32 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
     paths = {"source": "folder", "images": "s3://shared/photos", "boxes": "/shared/boxes.csv", key: "my/folder"}
     with pytest.raises(StageError, match=f"ingest.{key} = my/folder does not travel"):
         jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "weights", "told"),
+    [
+        (
+            "encode",
+            "encode.codec.weights",
+            {"codec": {"kind": "pretrained", "weights": "my/sd"}},
+            "my/sd does not travel",
+        ),
+        (
+            "encode",
+            "encode.backbone.weights",
+            {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}},
+            "my/clip does not travel",
+        ),
+    ],
+)
+def test_weights_inside_the_project_are_refused(
+    stage: Stage, name: str, key: str, weights: dict[str, Any], told: str
+) -> None:
+    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["encode"]
+    params = Params.model_construct(encode=EncodeConfig.model_validate(tiny | weights))
+    with pytest.raises(StageError, match=f"{key} = {told}"):
+        jobs.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])

@@ -29,7 +29,7 @@ from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
 from pbe.evaluate.intervals import Estimate, bootstrap_mean
 from pbe.evaluate.items import EditedItem, edited_items
-from pbe.store import File, Manifest, Record, load_manifest
+from pbe.store import File, Manifest, Record, Store, load_manifest
 from pipelines.charts import areas_svg, classes_svg, loss_svg
 from pipelines.deviations import deviations
 from pipelines.provenance import provenance_tags
@@ -37,7 +37,7 @@ from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
 from pipelines.stage import DATA_STAGES, Stage, StageError, output_folder
 from pipelines.summary import estimate_text, headline_metrics, load_metrics, read_json
 
-AUGMENTED_DRAWS = 16
+DRAWS, DRAWS_PER_ROW = 16, 8  # augmented draws that are shown of one reference
 COLUMNS = 12  # pictures per row of a grid
 PICTURE_PX = 128  # larger pictures are scaled down to this side
 PICTURE_QUALITY = 90
@@ -87,7 +87,7 @@ def main(stage: Stage) -> None:
         ],
         grids=[(r, _edit_rows(stage, r)) for r in results],
         triplets=_triplet_rows(stage, data["materialize"]),
-        augmented=_augmented_rows(stage, data["materialize"]),
+        augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
         loss_svg=Markup(loss_svg({r.name: r.history for r in results})),
         metrics=metric_groups(results, stage.params.evaluate.judges),
         differences=_differences(stage.params, results, [*headline_metrics(judge), "hole_psnr_db"]),
@@ -262,28 +262,25 @@ def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
     ]
 
 
-def _augmented_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
-    """The reference of the first triplet, clean, and AUGMENTED_DRAWS draws of it, with the seeds that encode uses."""
+def augmentation_rows(store: Store, triplets: Manifest, *, seed: int) -> list[dict[str, Any]]:
+    """The first reference of the first slot, clean, and below it DRAWS draws, with the generators that encode has."""
     file, offset = _row_of(slot_files(triplets)[0], 0)
-    row = stage.store.read_table(file).slice(offset, 1).to_pylist()[0]
-    reference, augmenter = images.decode(row["reference"]), make_augmenter()
-    draws = [
-        augment_reference(
-            reference,
-            augmenter=augmenter,
-            rng=row_rng(stage.params.seed, row["image_id"], row["slot"], "reference", draw),
-        )
-        for draw in range(1, AUGMENTED_DRAWS + 1)
-    ]
-    half = AUGMENTED_DRAWS // 2
-    return [
-        {
-            "label": label,
-            "kind": "",
-            "pictures": [(picture_uri(picture), f"{label}, {row['image_id']}") for picture in group],
-        }
-        for label, group in (("clean", [reference]), ("draws 1 to 8", draws[:half]), ("draws 9 to 16", draws[half:]))
-    ]
+    columns = ["image_id", "slot", "label_name", "reference"]
+    row = store.read_table(file, columns=columns).slice(offset, 1).to_pylist()[0]
+    clean, augmenter = images.decode(row["reference"]), make_augmenter()
+
+    def picture(draw: int) -> tuple[str, str]:
+        rng = row_rng(seed, row["image_id"], row["slot"], "reference", draw)
+        drawn = augment_reference(clean, augmenter=augmenter, rng=rng) if draw else clean
+        label = f"augmented reference, draw {draw}" if draw else "clean reference"
+        return picture_uri(drawn), f"{label}, {row['image_id']}, {row['label_name']}"
+
+    rows = [{"label": "clean", "kind": "", "pictures": [picture(0)]}]
+    for first in range(1, DRAWS + 1, DRAWS_PER_ROW):
+        last = first + DRAWS_PER_ROW - 1
+        pictures = [picture(draw) for draw in range(first, last + 1)]
+        rows.append({"label": f"draws {first} to {last}", "kind": "", "pictures": pictures})
+    return rows
 
 
 def _row_of(files: Sequence[File], index: int) -> tuple[File, int]:

@@ -1,5 +1,7 @@
 """A(x_r): the same for the same generator, whatever came before; each part as often and as strong as upstream's."""
 
+import random
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -51,6 +53,38 @@ def test_the_parts_happen_as_often_as_upstream(image: np.ndarray) -> None:
     blurs = [cv2.blur(side, (k, k)) for side in (image, np.ascontiguousarray(image[:, ::-1])) for k in (3, 5, 7)]
     blurred = [np.mean([np.array_equal(draw, blur) for draw in draws]) for blur in blurs]
     np.testing.assert_allclose(blurred, 0.5 * 0.5 * 0.3 * 0.7 / 3, atol=0.015)  # kernels 3, 5 and 7 alike
+
+
+def test_order_borders_and_sampling_are_upstreams() -> None:
+    """Mirror, turn, blur, and the affine part last; no border repeats its edge pixel."""
+    mirror, turn, blur = make_augmenter().transforms
+    assert [type(part) for part in (mirror, turn, blur)] == [A.HorizontalFlip, A.Rotate, A.Blur]
+    assert (mirror.p, turn.p, blur.p) == (0.5, 0.5, 0.3)
+    assert (turn.limit, blur.blur_limit) == ((-20, 20), (3, 7))
+    assert (turn.border_mode, turn.interpolation) == (cv2.BORDER_REFLECT_101, cv2.INTER_LINEAR)
+
+    photo = np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8)
+    before = np.array([[186, 186], [186, 38], [38, 38]], np.float32)  # 112 +- 74
+    seen = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        start = int(rng.integers(0, 2**31))
+        if rng.random() >= 0.3:
+            continue
+        augmenter = make_augmenter()
+        augmenter.set_random_state(np.random.default_rng(start), random.Random(start))
+        after = before + rng.uniform(-50, 50, (3, 2)).astype(np.float32)
+        expected = cv2.warpAffine(
+            augmenter(image=photo)["image"],
+            cv2.getAffineTransform(before, after),
+            (224, 224),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REFLECT_101,
+        )
+        out = augment_reference(photo, augmenter=make_augmenter(), rng=np.random.default_rng(seed))
+        np.testing.assert_array_equal(out, expected)
+        seen += 1
+    assert seen > 9
 
 
 @pytest.mark.parametrize("side", [224, 112])

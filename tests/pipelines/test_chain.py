@@ -48,7 +48,7 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
         assert own["n"] == 12
     html = (repro.folder / "reports" / "index.html").read_text()
     assert "own gain" in html.lower()
-    clean, *draws = re.findall(r'<img src="(data:[^"]+)" alt="(?:clean|draws)', html)
+    clean, *draws = re.findall(r'<img src="(data:[^"]+)" alt="(?:clean|augmented) reference', html)
     assert len(draws) == 16 and len({clean, *draws}) > 8  # some draws leave it as it is
     assert 'src="http' not in html
     assert 'href="http' not in html.split("</head>")[0]

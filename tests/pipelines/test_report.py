@@ -9,13 +9,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
 from pbe.config import Params
-from pbe.data.schema import FILTER_REASONS
+from pbe.data import images
+from pbe.data.masks import pack_mask
+from pbe.data.reference import augment_reference, make_augmenter
+from pbe.data.rng import row_rng
+from pbe.data.schema import FILTER_REASONS, TRIPLETS
 from pbe.evaluate.intervals import Estimate
-from pbe.store import File
+from pbe.store import File, Manifest, Store, make_manifest
 from pipelines import deviations, reading, report, summary
 from pipelines.charts import areas_svg, classes_svg
 from pipelines.stage import StageError
@@ -180,6 +185,50 @@ def test_row_of_walks_over_empty_files() -> None:
         ("c", 1),
         ("c", 2),
     ]
+
+
+def _triplets(store: Store) -> Manifest:
+    """Two slots of two buckets, the first bucket empty; each reference is another picture."""
+    rows = []
+    for slot in range(2):
+        noise = np.random.default_rng(slot).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+        picture = images.encode_jpeg(images.resize(noise, width_px=64, height_px=64), 95)
+        masks = dict.fromkeys(("box_hole_mask", "bezier_hole_mask"), pack_mask(np.ones((64, 64), np.uint8)))
+        box = dict.fromkeys(("box_x0_px", "box_y0_px", "box_x1_px", "box_y1_px"), 1.0)
+        row = {"image_id": "cat", "slot": slot, "box_index": 0, "label_name": "Cat", "source": picture}
+        rows.append({**row, "reference": picture, **masks, **box})
+    units = [
+        store.write_unit(
+            "materialize",
+            f"b{bucket}-test",
+            {f"slot-{row['slot']:04d}": pa.Table.from_pylist([row] * bucket, schema=TRIPLETS) for row in rows},
+            counts={},
+        )
+        for bucket in range(2)
+    ]
+    return make_manifest("materialize", config={}, code="", units=units)
+
+
+def test_augmentation_shows_the_clean_reference_and_the_draws_that_encode_makes_of_it(store: Store) -> None:
+    triplets = _triplets(store)
+    rows = report.augmentation_rows(store, triplets, seed=7)
+    assert [(row["label"], len(row["pictures"])) for row in rows] == [
+        ("clean", 1),
+        ("draws 1 to 8", 8),
+        ("draws 9 to 16", 8),
+    ]
+    (clean, *draws), alts = zip(*(picture for row in rows for picture in row["pictures"]), strict=True)
+    assert alts[0] == "clean reference, cat, Cat" and alts[16] == "augmented reference, draw 16, cat, Cat"
+    assert len(set(alts)) == 17
+    assert sum(draw != clean for draw in draws) >= 12 and len(set(draws)) >= 8  # an eighth stays clean, as many mirror
+    assert report.augmentation_rows(store, triplets, seed=7) == rows
+    assert report.augmentation_rows(store, triplets, seed=8)[0] == rows[0]
+    assert report.augmentation_rows(store, triplets, seed=8)[1:] != rows[1:]
+    reference = images.decode(store.read_table(triplets.units[1].file("slot-0000")).column("reference")[0].as_py())
+    assert clean == report.picture_uri(reference)
+    for draw, shown in enumerate(draws, start=1):
+        rng = row_rng(7, "cat", 0, "reference", draw)  # as pbe.encode
+        assert shown == report.picture_uri(augment_reference(reference, augmenter=make_augmenter(), rng=rng))
 
 
 def test_pictures_and_curve_fetch_nothing() -> None:

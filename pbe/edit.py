@@ -22,7 +22,7 @@ from pbe.data.boxes import Box
 from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import SamplerName, default_sampler, make_sampler
+from pbe.diffusion.schedule import TRAIN_TIMESTEPS, SamplerName, default_sampler, make_sampler
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.weights import Model, ModelError, load_model
@@ -206,8 +206,10 @@ class Editor:
         on_step: OnStep | None,
     ) -> np.ndarray:
         """What the codec decodes, (B, S, S, 3) uint8."""
-        if steps < 1 or not np.isfinite(guidance_scale):
-            raise ValueError(f"steps {steps}, guidance scale {guidance_scale}: at least one step, a finite scale")
+        if not 1 <= steps <= TRAIN_TIMESTEPS or not np.isfinite(guidance_scale):
+            raise ValueError(
+                f"steps {steps}, guidance scale {guidance_scale}: 1 to {TRAIN_TIMESTEPS} steps, a finite scale"
+            )
         side = self.card.reference_px
         fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
         tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)

@@ -193,6 +193,13 @@ def test_the_reference_is_squashed_padded_or_cropped() -> None:
     assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, "pad").shape == (30, 30, 3)
 
 
+def test_more_steps_than_there_are_timesteps_are_refused_by_every_sampler() -> None:
+    """PNDM alone would take them, and go through some timesteps twice."""
+    editor = Editor(paper_model(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"steps 1001, .*: 1 to 1000 steps"):
+        editor.edit(_photo(32, 32), _hole(32, 32), _photo(9, 9), seed=1, steps=1001, sampler="pndm")
+
+
 def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:
     """On AutoencoderKL, whose posterior is one; a different sample is a different edit."""
     editor = Editor(paper_model(), torch.device("cpu"))

@@ -27,8 +27,8 @@ from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.weights import Model, ModelError, load_model
 
-DEFAULT_STEPS = 25
-DEFAULT_SCALE = 3.0
+DEFAULT_STEPS = 50  # upstream
+DEFAULT_SCALE = 5.0  # upstream's published commands; the sample profile is evaluated at 3
 CONTEXT_FACTOR = 1.6  # side of the edited square over the hole's longer side, when the photo has room
 BATCH_ROWS = 8  # edits per forward
 PAD_GREY = 128

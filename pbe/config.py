@@ -220,8 +220,19 @@ class ExemplarConfig(Strict):
     mapper_blocks: Annotated[int, Field(ge=0, le=48)]
 
 
+class KernelsConfig(Strict):
+    """How the same mathematics runs; no part of a run's digest."""
+
+    sdpa: bool
+    channels_last: bool
+    compile: bool
+    fused_adamw: bool
+    activation_checkpointing: bool
+
+
 class TrainConfig(Strict):
     init: Weights  # or: random, sd
+    resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None
     steps: PositiveInt
     batch: PositiveInt
     lanes: PositiveInt
@@ -229,12 +240,14 @@ class TrainConfig(Strict):
     cpus_per_worker: Annotated[float, Field(gt=0)]
     micro_batch: PositiveInt
     lr: Annotated[float, Field(gt=0, le=1)]
-    warmup_frac: Frac
+    warmup_steps: Annotated[int, Field(ge=0)]
     final_lr_frac: Frac
     weight_decay: Annotated[float, Field(ge=0)]
-    grad_clip: Annotated[float, Field(gt=0)]
-    zero_stage: Annotated[int, Field(ge=0, le=2)]
-    precision: Literal["fp32", "bf16_autocast"]
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    adam_eps: Annotated[float, Field(gt=0)]
+    grad_clip: Annotated[float, Field(gt=0)] | None
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    precision: Literal["fp32", "bf16_autocast", "bf16", "bf16_pure"]
     objective: Literal["x0", "eps", "v"]
     min_snr_gamma: Annotated[float, Field(gt=0)] | None
     beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear"]
@@ -245,7 +258,11 @@ class TrainConfig(Strict):
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
     log_every: PositiveInt
+    validate_every: PositiveInt
+    validation_rows: PositiveInt
+    grid_rows: Annotated[int, Field(ge=0, le=64)]
     max_failures: Annotated[int, Field(ge=0)]
+    kernels: KernelsConfig
     unet: UNetConfig
     exemplar: ExemplarConfig
 
@@ -260,6 +277,10 @@ class TrainConfig(Strict):
                 f"micro_batch {self.micro_batch} must divide the rows per worker, batch / workers = "
                 f"{self.batch // self.workers}"
             )
+        if self.precision == "bf16_pure" and self.zero_stage == 0:
+            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed has it nowhere else")
+        if self.kernels.compile and self.zero_stage == 3:
+            raise ValueError("kernels.compile does not go with zero_stage 3, which gathers weights as modules run")
         return self
 
     @property

@@ -198,6 +198,18 @@ class Store:
         with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.write_bytes(relative, memoryview(data))
 
+    def move_file_in(self, source: Path, relative: str) -> None:
+        """As copy_file_in, and `source` is gone afterwards; on the storage's own disk nothing is copied."""
+        if self.is_local:
+            target = Path(self.path(relative))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source.open("rb") as stream:
+                os.fsync(stream.fileno())
+            shutil.move(source, target)
+        else:
+            self.copy_file_in(source, relative)
+            source.unlink()
+
     def copy_tree_out(self, relative: str, target: Path) -> None:
         """Copy a folder of the storage to the local folder `target`."""
         selector = pafs.FileSelector(self.path(relative), recursive=True)
@@ -208,6 +220,11 @@ class Store:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 with self._fs.open_input_stream(info.path) as stream, local.open("wb") as out:
                     shutil.copyfileobj(stream, out, COPY_BYTES)
+
+    def delete_file(self, relative: str) -> None:
+        """Remove a file; nothing happens when it is not there."""
+        if self.exists(relative):
+            self._fs.delete_file(self.path(relative))
 
     def delete_tree(self, relative: str) -> None:
         """Remove a folder; nothing happens when it is not there."""
@@ -223,9 +240,7 @@ class Store:
 
     def delete_unit(self, relative: str) -> None:
         """Remove a folder, its record first: what is half removed must not look complete."""
-        record = self.path(f"{relative}/record.json")
-        if self._fs.get_file_info(record).type == pafs.FileType.File:
-            self._fs.delete_file(record)
+        self.delete_file(f"{relative}/record.json")
         self.delete_tree(relative)
 
     # -- units ----------------------------------------------------------------------------------------------

@@ -73,6 +73,16 @@ def _reach(client: Any, tracking_uri: str) -> None:
         raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: no MLflow answers there: {reason}") from None
 
 
+@contextmanager
+def _as_track_error(tracking_uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:  # OSError: what the disk or the connection says
+        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {' '.join(str(error).split())[:300]}") from error
+
+
 def _exists(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
@@ -107,13 +117,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def log_metrics(
     tracking_uri: str, run_id: str, metrics: Mapping[str, float], *, step: int = 0, prefix: str = ""
 ) -> None:
+    """Raises TrackError."""
     import time
 
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     entries = [Metric(prefix + key, float(value), now, step) for key, value in metrics.items() if key != "step"]
-    _client(tracking_uri).log_batch(run_id, metrics=entries)
+    with _as_track_error(tracking_uri):
+        _client(tracking_uri).log_batch(run_id, metrics=entries)
 
 
 def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, source: str, rows: int) -> None:
@@ -133,8 +145,38 @@ def log_image(tracking_uri: str, run_id: str, image: np.ndarray, *, file: str) -
     _client(tracking_uri).log_image(run_id, image, file)
 
 
+def log_image_at(tracking_uri: str, run_id: str, image: np.ndarray, *, key: str, step: int) -> None:
+    """(H, W, 3) uint8 RGB, one of a series that MLflow shows with a slider. Raises TrackError."""
+    with _as_track_error(tracking_uri):
+        _client(tracking_uri).log_image(run_id, image, key=key, step=step, synchronous=True)
+
+
 def log_files(tracking_uri: str, run_id: str, folder: Path, *, to: str) -> None:
     _client(tracking_uri).log_artifacts(run_id, str(folder), to)
+
+
+def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) -> str:
+    """Make the export at `source` a version of the registered model `name`, once per run; says what it did.
+
+    A tracking server may refuse a source on somebody's own disk; the run's tag `export` then has to do. Raises
+    TrackError.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = _client(tracking_uri)
+    with _as_track_error(tracking_uri):
+        client.set_tag(run_id, "export", source)
+        known = [version for version in client.search_model_versions(f"name='{name}'") if version.run_id == run_id]
+        if known:
+            return f"registered in MLflow as {name} version {known[0].version} already"
+        if not client.search_registered_models(f"name='{name}'"):
+            client.create_registered_model(name)
+    try:
+        version = client.create_model_version(name, source=source, run_id=run_id).version
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"the export is in {source}; MLflow does not take that as a registered model ({reason})"
+    return f"registered in MLflow as {name} version {version}"
 
 
 def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:

@@ -21,6 +21,13 @@ class Deviation:
     variants: str = ""
 
 
+_NUMBER_FORMATS = {
+    "bf16_autocast": "bfloat16 autocast",
+    "bf16": "bfloat16 with float32 master weights",
+    "bf16_pure": "bfloat16, AdamW's states too",
+}
+
+
 def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
     """Every known difference from the paper or its official code that holds for these settings, data first."""
     return [*_data_deviations(params, train_photos), *_train_deviations(params), *_evaluate_deviations(params)]
@@ -182,10 +189,25 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
     yield from where(
         "learning rate", _learning_rate, "1e-5 after 10000 warm-up steps, constant", "trained from scratch"
     )
-    yield from where("gradient clipping", lambda t: f"norm {t.grad_clip:g}", "none", "guards a high learning rate")
+    yield from where(
+        "gradient clipping",
+        lambda t: None if t.grad_clip is None else f"norm {t.grad_clip:g}",
+        "none",
+        "guards a high learning rate",
+    )
+    yield from where(
+        "AdamW",
+        lambda t: (
+            None
+            if (t.adam_betas, t.adam_eps, t.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
+            else f"betas {t.adam_betas}, eps {t.adam_eps:g}, weight decay {t.weight_decay:g}"
+        ),
+        "betas (0.9, 0.999), eps 1e-8, weight decay 0.01",
+        "set in params.yaml",
+    )
     yield from where(
         "number format",
-        lambda t: "bfloat16 autocast" if t.precision != "fp32" else None,
+        lambda t: _NUMBER_FORMATS.get(t.precision),
         "float32",
         "speed",
     )
@@ -210,10 +232,10 @@ def _network(cfg: TrainConfig) -> str | None:
 
 
 def _learning_rate(cfg: TrainConfig) -> str | None:
-    if (cfg.lr, cfg.final_lr_frac) == (1e-5, 1.0):
+    if (cfg.lr, cfg.warmup_steps, cfg.final_lr_frac) == (1e-5, 10_000, 1.0):
         return None
     shape = "constant" if cfg.final_lr_frac == 1 else f"cosine down to {cfg.final_lr_frac:.0%} of it"
-    return f"{cfg.lr:g} after {cfg.warmup_frac:.0%} warm-up, {shape}"
+    return f"{cfg.lr:g} after {cfg.warmup_steps} warm-up steps, {shape}"
 
 
 def _sampler_deviation(params: Params) -> Iterator[Deviation]:

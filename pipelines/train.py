@@ -1,7 +1,8 @@
 """train: fine-tune the conditioned UNet with Ray Train and DeepSpeed ZeRO; export safetensors.
 
 The run's folder is named by the digest of what shapes the result: train settings, encoded data, code. An
-unfinished run of the same digest goes on from its checkpoint; a finished one is only exported again.
+unfinished run of the same digest goes on from its checkpoint, on any number of workers that divides the lanes; a
+finished one is only exported again. `train.resume_from` goes on from the checkpoint of another run, on purpose.
 """
 
 import csv
@@ -12,12 +13,14 @@ import queue
 import shutil
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from pbe import track
 from pbe.config import TrainConfig, tracking_uri
 from pbe.data.slots import group_rows, slot_files
-from pbe.store import Manifest, digest, load_manifest, write_json
+from pbe.errors import UserError
+from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
 from pipelines.progress import progress_bar
 from pipelines.provenance import provenance_tags
@@ -32,7 +35,11 @@ EXECUTION_ONLY = {
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "validate_every",
+    "validation_rows",
+    "grid_rows",
     "max_failures",
+    "kernels",
 }
 
 
@@ -45,21 +52,24 @@ def main(stage: Stage) -> None:
     settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init"})
     identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest])
     run = Run(stage.store, f"{stage.variant}-{identity}")
-    run_id = _open_mlflow_run(stage, cfg, encoded, run, identity)
+    origin = _origin(stage, cfg, run)
+    run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
     if run.read_json("finished.json") is None:
         _refuse_empty_lanes(encoded, cfg.lanes)
-        _refuse_other_world(run, cfg.workers)
         _refuse_odd_latents(stage, cfg, encoded)
         if initial is not None:
             _refuse_unfit_weights(stage, cfg, encoded, initial)
-        _train(stage, cfg, encoded, initial, run, run_id)
+        _train(stage, cfg, encoded, initial, run, run_id, origin)
     else:
         print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.read_json("finished.json")
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
+    export_uri = stage.store.full_uri(f"{run.folder}/export")
+    registered = track.register_model(tracking_uri(), run_id, name=f"pbe-{stage.variant}", source=export_uri)
+    print(f"train@{stage.variant}: {registered}")
     track.end_run(tracking_uri(), run_id)
-    _write_outputs(stage, run, run_id, identity, finished)
+    _write_outputs(stage, run, run_id, identity, origin, finished)
 
 
 def fetch_export(stage: Stage) -> None:
@@ -74,7 +84,40 @@ def fetch_export(stage: Stage) -> None:
     print(f"train@{stage.variant}: model in models/{stage.variant}")
 
 
-def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, identity: str) -> str:
+def _origin(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
+    """Run and step that `train.resume_from` means. Settled at the first start: the other run may go on meanwhile."""
+    if cfg.resume_from is None:
+        return None
+    settled = run.read_json("origin.json")
+    if settled is not None:
+        return settled["run"], settled["step"]
+    name, _, step = cfg.resume_from.partition("@")
+    there = Run(stage.store, name).checkpoints()
+    steps = ", ".join(str(found.step) for found in there) or "none"
+    wanted = [found for found in there if not step or found.step == int(step)]
+    if not wanted:
+        raise StageError(
+            f"train.resume_from = {cfg.resume_from}: no such checkpoint in {stage.store.full_uri('runs/' + name)} "
+            f"(steps there: {steps}); a run's name is in data/train/<variant>/manifest.json and in MLflow's tag `run`"
+        )
+    found = wanted[-1]
+    if found.step >= cfg.steps:
+        raise StageError(
+            f"train.resume_from = {cfg.resume_from}: that checkpoint is of step {found.step}, and train.steps is "
+            f"{cfg.steps}; set train.steps higher"
+        )
+    if (found.zero_stage == 0) != (cfg.zero_stage == 0):
+        raise StageError(
+            f"train.resume_from = {cfg.resume_from}: written under train.zero_stage {found.zero_stage}, and DeepSpeed "
+            f"converts between 1, 2 and 3 alone; it is {cfg.zero_stage} here"
+        )
+    run.write_json("origin.json", {"run": name, "step": found.step})
+    return name, found.step
+
+
+def _open_mlflow_run(
+    stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, identity: str, origin: tuple[str, int] | None
+) -> str:
     uri = tracking_uri()
     known = run.read_json("mlflow.json") or {"run_id": None, "attempt": 0}
     attempt = known["attempt"] + 1
@@ -95,6 +138,8 @@ def _open_mlflow_run(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run
             "dataset_digest": encoded.digest,
             "world_size": str(cfg.workers),
             "attempt": str(attempt),
+            "run": run.name,
+            **({"resumed_from": f"{origin[0]}@{origin[1]}"} if origin else {}),
         },
     )
     if run_id != known["run_id"]:
@@ -163,17 +208,14 @@ def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
         )
 
 
-def _refuse_other_world(run: Run, workers: int) -> None:
-    saved = run.checkpoints()
-    if saved and saved[-1].world != workers:
-        raise StageError(
-            f"run {run.name} was started on {saved[-1].world} workers and can go on only with as many: set "
-            f"train.workers to {saved[-1].world}, or remove {run.store.full_uri(run.folder)} to start again"
-        )
-
-
 def _train(
-    stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None] | None, run: Run, run_id: str
+    stage: Stage,
+    cfg: TrainConfig,
+    encoded: Manifest,
+    initial: tuple[str, str | None] | None,
+    run: Run,
+    run_id: str,
+    origin: tuple[str, int] | None,
 ) -> None:
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -195,10 +237,12 @@ def _train(
         initial=initial,
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,
+        origin=origin,
         tracking_uri=uri,
         mlflow_run_id=run_id,
-        progress=progress,
+        on_progress=_Put(progress),
     )
+    stage.store.delete_file(f"{run.folder}/stopped.json")
     on_gpu = torch.cuda.is_available()
     resources = {"CPU": cfg.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
     trainer = TorchTrainer(
@@ -221,6 +265,9 @@ def _train(
             trainer.fit()
         except TrainingFailedError as error:
             track.end_run(uri, run_id, failed=True)
+            stopped = run.read_json("stopped.json")
+            if stopped is not None:
+                raise StageError(f"train@{stage.variant}: {stopped['reason']}") from error
             raise StageError(f"train@{stage.variant}: {_root_cause(error)}; checkpoints stay in the storage") from error
         except BaseException:
             track.end_run(uri, run_id, failed=True)
@@ -239,9 +286,30 @@ def _refuse_unmet(cfg: TrainConfig) -> None:
 
 
 def _train_loop(config: dict[str, bytes]) -> None:
-    from pbe.train.worker import train_worker
+    """On every worker. What the user must mend is written beside the run: Ray would try it max_failures times more."""
+    import ray.train.torch
 
-    train_worker(pickle.loads(config["job"]))
+    from pbe.train.worker import Job, train_worker
+
+    job: Job = pickle.loads(config["job"])
+    run = Run(Store(job.store_uri), job.run_name)
+    if (stopped := run.read_json("stopped.json")) is not None:
+        raise StageError(stopped["reason"])
+    try:
+        train_worker(job, ray.train.torch.get_device())
+    except UserError as error:
+        run.write_json("stopped.json", {"reason": str(error)})
+        raise
+
+
+@dataclass(frozen=True)
+class _Put:
+    """Rank 0's side of the progress bar."""
+
+    queue: Any
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.queue.put_nowait((step, loss))
 
 
 def _root_cause(error: Exception) -> str:
@@ -313,14 +381,23 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
     )
 
 
-def _write_outputs(stage: Stage, run: Run, run_id: str, identity: str, finished: dict[str, Any]) -> None:
+def _write_outputs(
+    stage: Stage,
+    run: Run,
+    run_id: str,
+    identity: str,
+    origin: tuple[str, int] | None,
+    finished: dict[str, Any],
+) -> None:
     history = (run.read_json("history.json") or {"history": []})["history"]
     stage.outputs.mkdir(parents=True, exist_ok=True)
-    columns = ["step", "loss", "lr", "step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "rows_per_s"]
+    columns = ["step", "samples_seen", "loss", "validation_loss", "lr", "grad_norm", "rows_per_s", "peak_memory_gib"]
+    columns += ["step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s"]
     with (stage.outputs / "loss.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**point, "step": int(point["step"])} for point in history)
+        whole = ("step", "samples_seen")
+        writer.writerows({**point, **{name: int(point[name]) for name in whole}} for point in history)
     export = f"{run.folder}/export"
     write_json(
         stage.outputs / "manifest.json",
@@ -328,6 +405,7 @@ def _write_outputs(stage: Stage, run: Run, run_id: str, identity: str, finished:
             "run": run.name,
             "digest": identity,
             "mlflow_run_id": run_id,
+            "resumed_from": {"run": origin[0], "step": origin[1]} if origin else None,
             "steps": finished["steps"],
             "loss": finished["loss"],
             "export": {

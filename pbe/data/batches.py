@@ -8,7 +8,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,11 @@ class Batch:
     timestep: Tensor  # (B,) int64
     drop_condition: Tensor  # (B,) bool: use the unconditional vector
     drop_context: Tensor  # (B,) bool: hide the whole photo (sample profile)
+    rows: tuple[str, ...]  # who they are, for messages
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "rows"}
+        return Batch(**tensors, rows=self.rows)
 
 
 class RowReader:
@@ -109,6 +114,7 @@ def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict
         return rng.standard_normal(shape, dtype=np.float32)
 
     return {
+        "rows": np.array(f"{row['image_id']} slot {int(row['slot'])} epoch {epoch}"),
         "drop_condition": np.array(rng.random() < cfg.condition_dropout_prob),
         "drop_context": np.array(rng.random() < cfg.context_dropout_prob),
         "timestep": np.array(rng.integers(0, cfg.timesteps), np.int64),
@@ -121,7 +127,36 @@ def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict
 
 
 def collate(examples: Sequence[dict[str, np.ndarray]]) -> Batch:
-    return Batch(**{f.name: torch.from_numpy(np.stack([e[f.name] for e in examples])) for f in fields(Batch)})
+    names = [f.name for f in fields(Batch) if f.name != "rows"]
+    tensors = {name: torch.from_numpy(np.stack([example[name] for example in examples])) for name in names}
+    return Batch(**tensors, rows=tuple(str(example["rows"]) for example in examples))
+
+
+def validation_rows(store: Store, manifest: Manifest, *, cfg: DrawConfig, rows: int) -> list[dict[str, np.ndarray]]:
+    """Examples for `collate`: rows spread evenly over slot 0, or all of it if it has fewer; the same at every call.
+
+    Timesteps are spread evenly over all, hole kinds alternate, the reference is the clean one, nothing is dropped.
+    """
+    files = slot_files(manifest)
+    refs = [(index, row) for index, file in enumerate(files[0]) for row in range(file.rows)]
+    chosen = np.linspace(0, len(refs) - 1, min(rows, len(refs))).round().astype(int)
+    tables: dict[int, pa.Table] = {}
+    out = []
+    for number, index in enumerate(chosen):
+        file, row = refs[index]
+        if file not in tables:
+            tables = {file: store.read_table(files[0][file])}  # in order, so one at a time is enough
+        even = replace(
+            cfg,
+            bezier_prob=float(number % 2),
+            condition_dropout_prob=0.0,
+            context_dropout_prob=0.0,
+            reference_augmentation=False,
+        )
+        example = draw_row(_row_arrays(tables[file], row), epoch=0, cfg=even)
+        example["timestep"] = np.array(int((number + 0.5) * cfg.timesteps / len(chosen)), np.int64)
+        out.append(example)
+    return out
 
 
 def rank_batches(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from pbe.model.exemplar import ExemplarMapper
@@ -40,6 +41,16 @@ class ConditionedUNet(nn.Module):
         self.unet = unet
         self.exemplar = exemplar
         self._class_embedding = unet.config.class_embed_type == "projection"
+        self._memory_format = torch.contiguous_format
+
+    def use_kernels(self, *, sdpa: bool, channels_last: bool, activation_checkpointing: bool) -> None:
+        """How the UNet computes, not what: the results differ by rounding alone."""
+        self.unet.set_attn_processor(AttnProcessor2_0() if sdpa else AttnProcessor())
+        if channels_last:
+            self._memory_format = torch.channels_last
+            self.unet.to(memory_format=torch.channels_last)
+        if activation_checkpointing:
+            self.unet.enable_gradient_checkpointing()
 
     @property
     def latent_channels(self) -> int:
@@ -78,6 +89,7 @@ class ConditionedUNet(nn.Module):
     ) -> Tensor:
         """As forward, with the context (B, T, context_width) at hand: sampling needs it once, not at every step."""
         channels = torch.cat([noisy_latent, masked_latent, keep_mask_latent], dim=1)
+        channels = channels.contiguous(memory_format=self._memory_format)
         labels = context[:, 0] if self._class_embedding else None
         return self.unet(channels, timestep, encoder_hidden_states=context, class_labels=labels).sample
 

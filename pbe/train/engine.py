@@ -5,67 +5,170 @@ passed in: DeepSpeed's own would compile a kernel at first use.
 """
 
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pbe.config import TrainConfig
+from pbe.errors import UserError
 
 # Gradient buckets in elements. DeepSpeed's default of 5e8 would allocate gigabytes on a small machine.
 CPU_BUCKET = 4_000_000
 GPU_BUCKET = 100_000_000
+TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
+# what ds_to_universal asks for; without it ZeRO 1 and 2 cannot go on at another number of ranks
+_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
-def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """train_batch_size = micro_batch * accumulation_steps * workers, constant whatever the worker count."""
+class EngineError(UserError, RuntimeError):
+    """DeepSpeed cannot do what was asked; the message says what and why."""
+
+
+def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False) -> dict[str, Any]:
+    """train_batch_size = micro_batch * accumulation_steps * workers, constant whatever the worker count.
+
+    universal: the checkpoint that will be loaded is one of `to_universal`; DeepSpeed wants to know beforehand.
+    """
     bucket = GPU_BUCKET if on_gpu else CPU_BUCKET
-    return {
+    zero: dict[str, Any] = {
+        "stage": cfg.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+    }
+    if cfg.zero_stage == 3:
+        # Parameters below the threshold stay whole on every rank: fewer, larger gathers. On CPU all are cut, so that
+        # a tiny network tests what a large one does.
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 100_000 if on_gpu else 0,
+        }
+    config: dict[str, Any] = {
         "train_batch_size": cfg.batch,
         "train_micro_batch_size_per_gpu": cfg.micro_batch,
         "gradient_accumulation_steps": cfg.accumulation_steps,
-        "gradient_clipping": cfg.grad_clip,
+        "gradient_clipping": cfg.grad_clip or 0.0,
         "steps_per_print": 1_000_000_000,
-        "zero_optimization": {
-            "stage": cfg.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-        },
+        "zero_optimization": zero,
     }
+    if cfg.precision in ("bf16", "bf16_pure"):
+        pure = cfg.precision == "bf16_pure"
+        config["bf16"] = {"enabled": True} | (
+            {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if pure else {}
+        )
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
+    return config
 
 
-def make_engine(model: nn.Module, cfg: TrainConfig) -> Any:
-    """A DeepSpeedEngine over the process group that Ray Train has made (gloo on CPU, nccl on GPU)."""
-    on_gpu = torch.cuda.is_available()
+def make_engine(model: nn.Module, cfg: TrainConfig, *, device: torch.device, universal: bool = False) -> Any:
+    """A DeepSpeedEngine over the process group that is there already (gloo on CPU, nccl on GPU). Collective."""
+    on_gpu = device.type == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
     import deepspeed
     import deepspeed.ops
 
-    # DeepSpeed 0.19 calls an all-gather that torch 2.13 has renamed
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed, and torch says so at every call
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     if not on_gpu:
         # this op is compiled at first use and needs g++ and ninja; without it DeepSpeed uses plain gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=cfg.adam_betas,
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,
+        fused=cfg.kernels.fused_adamw,
+    )
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(cfg, on_gpu=on_gpu), dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(cfg, on_gpu=on_gpu, universal=universal),
+        dist_init_required=False,
     )
     return engine
 
 
 def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
-    """Collective. Each rank writes its own shard into `folder`, which may differ between ranks."""
-    engine.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False)
+    """Collective. Each rank writes its own shard below `folder`, which may differ between ranks. Raises EngineError."""
+    try:
+        engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state | _UNIVERSAL, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise EngineError(f"{folder}: the checkpoint cannot be written: {_first_line(error)}") from error
 
 
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
-    """Collective. `folder` holds the files of all ranks; returns the client state. Raises on a damaged file."""
-    loaded, client_state = engine.load_checkpoint(str(folder), tag="engine")
+    """Collective. `folder` holds the files of all ranks; returns the client state. Raises EngineError."""
+    try:
+        loaded, client_state = engine.load_checkpoint(str(folder), tag=TAG)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        raise EngineError(f"{folder}: this checkpoint does not fit the settings: {_first_line(error)}") from error
     if loaded is None:
-        raise RuntimeError(f"{folder}: DeepSpeed could not load this checkpoint")
+        raise EngineError(f"{folder}: DeepSpeed found no checkpoint there")
     return client_state
+
+
+def to_universal(folder: Path, out: Path) -> None:
+    """Rewrite a checkpoint of ZeRO 1 to 3 below `folder` so that any number of ranks can load it from `out`.
+
+    Not collective. In a process of its own: DeepSpeed's converter forks, which a training rank must not. Raises
+    EngineError.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers=2"]
+    done = subprocess.run(
+        [*command, f"--input_folder={folder / TAG}", f"--output_folder={out / TAG}"],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EngineError(f"{folder}: cannot be rewritten for another number of ranks: {last}")
+
+
+def step_engine(engine: Any) -> float | None:
+    """After every backward. On the last micro-batch of a step it moves the weights, and returns the 2-norm of the
+    gradient over all parameters and ranks before clipping; None on the others."""
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if engine.zero_optimization_stage() == 0:  # nothing is cut, and DeepSpeed keeps no norm of plain float32
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def full_parameters(engine: Any) -> dict[str, Tensor]:
+    """Collective: every trainable parameter whole, in float32 on the CPU on rank 0 (the masters under bf16); elsewhere
+    an empty dict."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters = _unfused_masters(engine.optimizer)
+    out = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        if whole is None:  # stage 0
+            whole = masters.get(id(parameter), parameter.detach())
+        if engine.global_rank == 0:
+            out[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    return out
+
+
+def _unfused_masters(optimizer: Any) -> dict[int, Tensor]:
+    """float32 masters by id of their bfloat16 parameter, where stage 0 keeps them beside each other."""
+    groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
+    return {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,39 +1,47 @@
-"""The training loop of one rank: build, resume, loop, save, finish. Ray Train runs it on every worker.
+"""The training loop of one rank: build, resume, loop, log, save, finish. Ray Train runs it on every worker.
 
 Reads encoded Parquet in the order of pbe/data/order.py; runs no encoder. Same rows, same noise and same dropout on
-any number of workers. The loss is pbe/diffusion/objective.py; deviations from the paper (objective, context
-dropout, class embedding, cosine learning rate) are switches in params.yaml.
+any number of workers. The loss is pbe/train/loss.py; deviations from the paper (objective, context dropout, class
+embedding, cosine learning rate) are switches in params.yaml.
 """
 
+import json
 import math
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.util.queue import Queue
 
 from pbe import track
 from pbe.config import TrainConfig
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
 from pbe.data.slots import slot_files
-from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
+from pbe.errors import UserError
 from pbe.model.frozen import open_backbone, open_codec
 from pbe.model.initial import load_kept
-from pbe.model.unet import Architecture, new_network, use_float32_group_norm
+from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float32_group_norm
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
-from pbe.train.checkpoints import Run
-from pbe.train.engine import load_engine, make_engine, save_engine
+from pbe.train.checkpoints import Run, Saver, newest_whole
+from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
+from pbe.train.loss import Diffusion, row_losses
+from pbe.train.ranks import Ranks
+from pbe.train.timing import Laps, peak_memory_gib
+from pbe.train.validation import Validation
 
 STATISTICS_ROWS = 2048  # references that standardise the exemplar features
+LAPS = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s")
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """The loss, or the gradient, is NaN or infinite; trying again would meet it again."""
 
 
 @dataclass(frozen=True)
@@ -48,137 +56,213 @@ class Job:
     initial: tuple[str, str | None] | None  # storage paths of a UNet and of an image encoder, or random weights
     card: ModelCard
     run_name: str
-    tracking_uri: str
+    origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` begins with
+    tracking_uri: str | None  # None: nothing is logged
     mlflow_run_id: str
-    progress: Queue | None  # rank 0 puts (step, loss) here for the driver's progress bar
+    on_progress: Callable[[int, float], None] | None  # rank 0 calls it with (step, loss), for the driver's bar
 
 
-def train_worker(job: Job) -> None:
+def train_worker(job: Job, device: torch.device) -> None:
+    """Raises NonFiniteError, CheckpointError, EngineError, StoreError."""
     # build
-    cfg, rank, world = job.cfg, dist.get_rank(), dist.get_world_size()
-    store = Store(job.store_uri)
+    cfg, ranks, store = job.cfg, Ranks.of_this_process(), Store(job.store_uri)
     run = Run(store, job.run_name)
-    device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)  # same initial weights on every rank
     model = new_network(job.arch)
     model.exemplar.set_statistics(_reference_features(store, job.encoded))
     if job.initial is not None:
         load_kept(model, store, job.initial)
-    if cfg.precision == "bf16_autocast" and device.type == "cpu":
-        use_float32_group_norm(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    _use_kernels(model, cfg, device)
     codec = open_codec(store, job.encoded.config["codec"])
     grey_latent = codec.posterior(torch.zeros(1, 3, job.card.image_px, job.card.image_px))[0].to(device)
-    alpha_bar = alphas_cumprod(job.card.scheduler).to(device)
-    engine = make_engine(model, cfg)
+    diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(job.card.scheduler).to(device), device)
 
     # resume
-    history: list[dict[str, float]] = []
-    start = 0
-    with tempfile.TemporaryDirectory(prefix="pbe-resume-") as local:
-        found = run.checkpoints()
-        if found:
-            assert found[-1].world == world, "the train stage refuses this before it starts workers"
-            run.download(found[-1], Path(local))
-            state = load_engine(engine, Path(local))
-            start, history = state["step"], state["history"]
-            if rank == 0:
-                print(f"train: goes on from the checkpoint of step {start}", flush=True)
+    start, history = 0, []
+    with tempfile.TemporaryDirectory(prefix="pbe-resume-") as scratch:
+        found = newest_whole(store, _candidates(run, job.origin), ranks, Path(scratch))
+        universal = found is not None and _needs_rewriting(found[0].world, found[0].zero_stage, ranks.world, cfg)
+        engine = make_engine(model, cfg, device=device, universal=universal)
+        if found is not None:
+            checkpoint, folder = found
+            history = json.loads((folder / "history.json").read_text())
+            start = load_engine(engine, _rewritten(folder, Path(scratch), ranks) if universal else folder)["step"]
+            if ranks.rank == 0:
+                ranks_then = f", written by {checkpoint.world} ranks" if checkpoint.world != ranks.world else ""
+                print(f"train: goes on from the checkpoint of step {start}{ranks_then}", flush=True)
+        ranks.gather(None)  # the others read from this rank's scratch
 
     # loop
     with ExitStack() as stack:
-        batches = Prefetched(_batches(job, store, rank=rank, world=world, start_step=start), depth=4)
+        batches = Prefetched(_batches(job, store, ranks, start_step=start), depth=4)
         stack.callback(batches.close)
-        window: list[dict[str, float]] = []
+        validation = Validation(job.card, codec, diffusion, _draw_config(job), store, job.encoded)
+        saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints)
+        laps, since_log, loss_sum = Laps(device), start, torch.zeros((), device=device)
         for step in range(start, cfg.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
-            timing = {"loss": 0.0, "data_s": 0.0, "forward_s": 0.0, "backward_s": 0.0, "optimizer_s": 0.0}
+            seen: list[tuple[Batch, torch.Tensor]] = []
+            laps.start()
             for _ in range(cfg.accumulation_steps):
-                clock = time.perf_counter()
-                batch = batches.next()
-                clock = _lap(timing, "data_s", clock)
-                loss = _loss(engine, batch, cfg=cfg, grey_latent=grey_latent, alpha_bar=alpha_bar, device=device)
-                clock = _lap(timing, "forward_s", clock)
-                engine.backward(loss)
-                clock = _lap(timing, "backward_s", clock)
-                engine.step()
-                _lap(timing, "optimizer_s", clock)
-                timing["loss"] += float(loss.detach()) / cfg.accumulation_steps
-            window.append(timing)
+                batch = batches.next().to(device)
+                laps.lap("data_s")
+                losses = row_losses(engine, batch, diffusion)
+                laps.lap("forward_s")
+                engine.backward(losses.mean())
+                laps.lap("backward_s")
+                seen.append((batch, losses.detach()))
+                if len(seen) == cfg.accumulation_steps and (bad := _non_finite(seen, ranks)):
+                    _save(saver, engine, step, history, ranks)  # as it was before this step
+                    saver.finish()
+                    raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
+                gradient_norm = step_engine(engine)
+                laps.lap("optimizer_s")
+            if gradient_norm is None or not math.isfinite(gradient_norm):
+                raise NonFiniteError(
+                    f"train: the gradient's norm is {gradient_norm} at step {step + 1}, though the loss is finite; "
+                    f"lower train.lr. Checkpoints of earlier steps stay, see {store.full_uri(run.folder)}"
+                )
+            loss_sum += torch.stack([losses.mean() for _, losses in seen]).mean()
 
             # log
             done = step + 1
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                point = _mean_over_ranks(window, device)
-                point["step_s"] = sum(value for key, value in point.items() if key.endswith("_s"))
-                window = []
-                if not math.isfinite(point["loss"]):
-                    raise FloatingPointError(f"train: loss is {point['loss']} at step {done}; lower train.lr")
-                point |= {"step": done, "lr": learning_rate(cfg, step), "rows_per_s": cfg.batch / point["step_s"]}
+            validates = done % cfg.validate_every == 0 or done == cfg.steps
+            validated = {}
+            if validates:
+                validated, grid = {"validation_loss": validation.loss(engine, ranks)}, validation.grid(engine)
+                laps.lap("validation_s")
+            if done % cfg.log_every == 0 or validates:
+                saver.poll()
+                point = _mean_over_ranks({"loss": float(loss_sum)} | laps.take(), steps=done - since_log, device=device)
+                since_log = done
+                loss_sum.zero_()
+                point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": gradient_norm}
+                point["samples_seen"] = done * cfg.batch
+                point["rows_per_s"] = cfg.batch / point["step_s"]
+                point["peak_memory_gib"] = max(ranks.gather(peak_memory_gib(device)))
                 history.append(point)
-                if rank == 0:
-                    track.log_metrics(job.tracking_uri, job.mlflow_run_id, point, step=done, prefix="train/")
-                    if job.progress is not None:
-                        job.progress.put_nowait((done, point["loss"]))
+                if ranks.rank == 0:
+                    _log(job, point, grid if validates else None)
 
             # save
-            if done % cfg.checkpoint_every == 0 and done < cfg.steps:
-                _save(run, engine, {"step": done, "history": history}, cfg=cfg, rank=rank, world=world)
+            if done % cfg.checkpoint_every == 0 or done == cfg.steps:
+                laps.start()
+                _save(saver, engine, done, history, ranks)
+                laps.lap("checkpoint_s")
+        saver.finish()
 
-    # finish: ZeRO 0-2 keep whole parameters on every rank
-    if rank == 0:
+    # finish
+    parameters = full_parameters(engine)
+    if ranks.rank == 0:
+        network = new_network(job.arch)
+        network.load_state_dict(parameters | buffers)
         with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
             backbone = open_backbone(store, job.encoded.config["backbone"])
-            save_model(Path(local), Model(engine.module, codec, backbone, job.card))
+            save_model(Path(local), Model(network, codec.to(torch.device("cpu")), backbone, job.card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
-        run.write_json("finished.json", {"steps": cfg.steps, "world": world, "loss": history[-1]["loss"]})
+        run.write_json("finished.json", {"steps": cfg.steps, "world": ranks.world, "loss": history[-1]["loss"]})
     dist.barrier()
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Linear warm-up over warmup_frac of the steps, then a cosine to final_lr_frac * lr at the last step.
+    """Linear warm-up over warmup_steps, then a cosine to final_lr_frac * lr at the last step.
 
     final_lr_frac = 1 is upstream's warm-up then constant.
     """
-    warmup_steps = max(1, round(cfg.warmup_frac * cfg.steps))
-    if step < warmup_steps:
-        return cfg.lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, cfg.steps - warmup_steps)
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.lr * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _loss(
-    engine: Any,
-    batch: Batch,
-    *,
-    cfg: TrainConfig,
-    grey_latent: torch.Tensor,
-    alpha_bar: torch.Tensor,
-    device: torch.device,
-) -> torch.Tensor:
-    b = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
-    hide = b.drop_context[:, None, None, None]
-    ab = alpha_bar[b.timestep]
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16_autocast"):
-        prediction = engine(
-            add_noise(b.x0, b.noise, ab),
-            b.timestep,
-            masked_latent=torch.where(hide, grey_latent, b.masked_latent),
-            keep_mask_latent=torch.where(hide, torch.zeros_like(b.keep_mask_latent), b.keep_mask_latent),
-            exemplar_tokens=b.exemplar_tokens,
-            drop_condition=b.drop_condition,
-        )
-    wanted = target(cfg.objective, x0=b.x0, noise=b.noise, alpha_bar=ab)
-    loss = loss_per_row(prediction, wanted)
-    if cfg.min_snr_gamma is not None:
-        loss = loss * min_snr_weight(cfg.objective, alpha_bar=ab, gamma=cfg.min_snr_gamma)
-    return loss.mean()
+def _use_kernels(model: ConditionedUNet, cfg: TrainConfig, device: torch.device) -> None:
+    kernels = cfg.kernels
+    model.use_kernels(
+        sdpa=kernels.sdpa,
+        channels_last=kernels.channels_last,
+        activation_checkpointing=kernels.activation_checkpointing,
+    )
+    if cfg.precision == "bf16_autocast" and device.type == "cpu":
+        use_float32_group_norm(model)
+    if kernels.compile and device.type == "cuda":
+        model.unet.compile()
+    elif kernels.compile:
+        print("train: kernels.compile is left out: there is no GPU", flush=True)
 
 
-def _batches(job: Job, store: Store, *, rank: int, world: int, start_step: int) -> Any:
+def _candidates(run: Run, origin: tuple[str, int] | None) -> list[Any]:
+    """Checkpoints to go on from, best first: the run's own, then those of the run that it continues."""
+    own = run.checkpoints()[::-1]
+    if origin is None:
+        return own
+    name, step = origin
+    return own + [found for found in Run(run.store, name).checkpoints()[::-1] if found.step <= step]
+
+
+def _needs_rewriting(world_then: int, stage_then: int, world: int, cfg: TrainConfig) -> bool:
+    """ZeRO 0 keeps everything whole; the other stages cut it for one number of ranks, 3 otherwise than 1 and 2."""
+    return (world_then != world or stage_then != cfg.zero_stage) and stage_then > 0
+
+
+def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
+    """The checkpoint as a universal one, made once per node in the scratch of the node's first rank. Collective."""
+    mine = None
+    if ranks.leads_node:
+        mine = scratch / "universal"
+        to_universal(folder, mine)
+    return next(path for node, path in ranks.gather((ranks.node, mine)) if path is not None and node == ranks.node)
+
+
+def _non_finite(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -> list[str]:
+    """The rows of the step, of all ranks, whose loss is NaN or infinite. Collective."""
+    losses = torch.cat([losses for _, losses in seen])
+    broken = (~losses.isfinite()).sum().to(torch.int64)
+    dist.all_reduce(broken)
+    if not int(broken):
+        return []
+    names = [name for batch, _ in seen for name in batch.rows]
+    times = [int(t) for batch, _ in seen for t in batch.timestep]
+    mine = [
+        f"{name} t {time}: {loss}"
+        for name, time, loss in zip(names, times, losses.tolist(), strict=True)
+        if not math.isfinite(loss)
+    ]
+    return [row for rows in ranks.gather(mine) for row in rows]
+
+
+def _what_was_not_finite(step: int, rows: Sequence[str], *, seen_rows: int) -> str:
+    shown = "; ".join(rows[:8]) + (f"; and {len(rows) - 8} more" if len(rows) > 8 else "")
+    advice = (
+        "every row: the weights are broken, so lower train.lr and begin from an earlier checkpoint (train.resume_from)"
+        if len(rows) == seen_rows
+        else "these rows alone: look at their photos with `pbe show`"
+    )
+    return (
+        f"train: the loss is not finite at step {step + 1}; the state before that step is saved as step {step}. "
+        f"{len(rows)} of {seen_rows} rows: {shown}. It is {advice}"
+    )
+
+
+def _log(job: Job, point: dict[str, float], grid: np.ndarray | None) -> None:
+    if job.on_progress is not None:
+        job.on_progress(int(point["step"]), point["loss"])
+    if job.tracking_uri is None:
+        return
+    seen = int(point["samples_seen"])
+    try:
+        track.log_metrics(job.tracking_uri, job.mlflow_run_id, point, step=seen, prefix="train/")
+        if grid is not None:
+            track.log_image_at(job.tracking_uri, job.mlflow_run_id, grid, key="edits", step=seen)
+    except track.TrackError as error:  # days of training do not end for a curve; the run's history has every point
+        print(f"train: step {int(point['step'])} is not in MLflow: {error}", flush=True)
+
+
+def _draw_config(job: Job) -> DrawConfig:
     cfg = job.cfg
-    draw = DrawConfig(
+    return DrawConfig(
         seed=job.seed,
         timesteps=TRAIN_TIMESTEPS,
         bezier_prob=cfg.bezier_prob,
@@ -187,15 +271,19 @@ def _batches(job: Job, store: Store, *, rank: int, world: int, start_step: int) 
         reference_augmentation=cfg.reference_augmentation,
         class_token_only=cfg.exemplar.tokens == "class",
     )
+
+
+def _batches(job: Job, store: Store, ranks: Ranks, *, start_step: int) -> Any:
+    cfg = job.cfg
     return rank_batches(
         store,
         job.encoded,
-        cfg=draw,
+        cfg=_draw_config(job),
         batch=cfg.batch,
         micro_batch=cfg.micro_batch,
         lanes=cfg.lanes,
-        rank=rank,
-        world=world,
+        rank=ranks.rank,
+        world=ranks.world,
         rows_per_group=int(job.encoded.config["rows_per_group"]),
         start_step=start_step,
     )
@@ -214,23 +302,20 @@ def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]).astype(np.float32))
 
 
-def _mean_over_ranks(window: list[dict[str, float]], device: torch.device) -> dict[str, float]:
-    keys = list(window[0])
-    total = torch.tensor([sum(entry[key] for entry in window) / len(window) for key in keys], device=device)
+def _mean_over_ranks(sums: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:
+    """Per step, and step_s: all that a step itself takes."""
+    keys = ["loss", *LAPS]
+    total = torch.tensor([sums.get(key, 0.0) / steps for key in keys], device=device)
     dist.all_reduce(total)
-    return dict(zip(keys, (total / dist.get_world_size()).tolist(), strict=True))
+    out = dict(zip(keys, (total / dist.get_world_size()).tolist(), strict=True))
+    out["step_s"] = sum(out[key] for key in ("data_s", "forward_s", "backward_s", "optimizer_s"))
+    return out
 
 
-def _save(run: Run, engine: Any, state: dict[str, Any], *, cfg: TrainConfig, rank: int, world: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="pbe-checkpoint-") as local:
-        save_engine(engine, Path(local), state)
-        run.upload(state["step"], Path(local))
-    dist.barrier()
-    if rank == 0:
-        run.complete(state["step"], world=world, keep=cfg.keep_checkpoints)
+def _save(saver: Saver, engine: Any, step: int, history: list[dict[str, float]], ranks: Ranks) -> None:
+    def write(folder: Path) -> None:
+        save_engine(engine, folder, {"step": step})
+        if ranks.rank == 0:
+            (folder / "history.json").write_text(json.dumps(history))
 
-
-def _lap(timing: dict[str, float], key: str, since: float) -> float:
-    now = time.perf_counter()
-    timing[key] += now - since
-    return now
+    saver.save(step, write)

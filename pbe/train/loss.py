@@ -1,0 +1,99 @@
+"""The loss of one batch, by pbe/diffusion/objective.py: what training lowers and validation reports."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbe.config import TrainConfig
+from pbe.data.batches import Batch
+from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
+from pbe.diffusion.sampling import forwards_per_step, sample
+from pbe.diffusion.schedule import default_sampler, make_sampler
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The process that is learned, and the number format it is learned in."""
+
+    cfg: TrainConfig
+    grey_latent: Tensor  # (1, C, h, w) of a photo that is hidden altogether
+    alpha_bar: Tensor  # (T,)
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's inputs."""
+        return torch.bfloat16 if self.cfg.precision in ("bf16", "bf16_pure") else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16_autocast")
+
+
+def row_losses(network: Any, batch: Batch, diffusion: Diffusion) -> Tensor:
+    """(B,) float32: each row's loss, min-SNR weighted where that is on. `batch` is on the diffusion's device.
+
+    network: a ConditionedUNet, or the engine around it.
+    """
+    cfg, dtype = diffusion.cfg, diffusion.dtype
+    hide = batch.drop_context[:, None, None, None]
+    ab = diffusion.alpha_bar[batch.timestep]
+    with diffusion.autocast():
+        prediction = network(
+            add_noise(batch.x0, batch.noise, ab).to(dtype),
+            batch.timestep,
+            masked_latent=torch.where(hide, diffusion.grey_latent, batch.masked_latent).to(dtype),
+            keep_mask_latent=torch.where(hide, torch.zeros_like(batch.keep_mask_latent), batch.keep_mask_latent).to(
+                dtype
+            ),
+            exemplar_tokens=batch.exemplar_tokens.to(dtype),
+            drop_condition=batch.drop_condition,
+        )
+    loss = loss_per_row(prediction, target(cfg.objective, x0=batch.x0, noise=batch.noise, alpha_bar=ab))
+    if cfg.min_snr_gamma is not None:
+        loss = loss * min_snr_weight(cfg.objective, alpha_bar=ab, gamma=cfg.min_snr_gamma)
+    return loss
+
+
+@torch.no_grad()
+def fill_holes(
+    network: Any,
+    batch: Batch,
+    diffusion: Diffusion,
+    *,
+    scheduler: dict[str, Any],
+    steps: int,
+    guidance_scale: float,
+    project: Any,
+) -> Tensor:
+    """(B, C, h, w) float32 latents: what the network makes of the batch's holes, from the batch's own noise.
+
+    Under ZeRO 3 every rank must take part, as weights are gathered layer by layer.
+    """
+    dtype, copies = diffusion.dtype, forwards_per_step(guidance_scale)
+    rows = len(batch.x0)
+    drop = torch.arange(copies * rows, device=diffusion.device) < (copies - 1) * rows
+    masked = batch.masked_latent.repeat(copies, 1, 1, 1).to(dtype)
+    keep = batch.keep_mask_latent.repeat(copies, 1, 1, 1).to(dtype)
+    tokens = batch.exemplar_tokens.repeat(copies, 1, 1).to(dtype)
+
+    def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
+        with diffusion.autocast():
+            return network(
+                noisy.to(dtype),
+                timestep,
+                masked_latent=masked,
+                keep_mask_latent=keep,
+                exemplar_tokens=tokens,
+                drop_condition=drop,
+            ).float()
+
+    return sample(
+        denoise,
+        batch.noise,
+        sampler=make_sampler(scheduler, default_sampler(scheduler)),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        project=project,
+    )

@@ -1,0 +1,58 @@
+"""Where a step's time goes, without stopping the device for it.
+
+On a GPU the CPU runs ahead, so its clock says nothing about kernels: there CUDA events mark the laps, read when a
+window is summed up. `data_s` is then the time in which the device had nothing to do.
+"""
+
+import resource
+import sys
+import time
+
+import torch
+
+
+class Laps:
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin to measure: what follows up to the next lap counts to that."""
+        self._marks.append(("", self._now()))
+
+    def lap(self, name: str) -> None:
+        """What happened since the last mark was `name`."""
+        self._marks.append((name, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last call."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        out: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            if name:
+                out[name] = out.get(name, 0.0) + _seconds(before, after)
+        self._marks = []
+        return out
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
+        return before.elapsed_time(after) / 1000
+    assert isinstance(before, float) and isinstance(after, float)
+    return after - before
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Since the process began: of the GPU's allocator, or of the whole process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,73 @@
+"""What training is judged by on the way: the loss on fixed rows, timesteps and noise, and a grid of fixed edits.
+
+The rows are training rows (only photos of the train split are materialized): the loss shows whether the run learns
+and whether two runs differ, on less noise than the training loss; it does not show what unseen photos do.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pbe.data.batches import Batch, DrawConfig, collate, validation_rows
+from pbe.data.contact import sheet
+from pbe.encode import to_images
+from pbe.model.codec import Codec
+from pbe.model.weights import ModelCard
+from pbe.store import Manifest, Store
+from pbe.train.loss import Diffusion, fill_holes, row_losses
+from pbe.train.ranks import Ranks
+
+GRID_STEPS, GRID_GUIDANCE = 20, 3.0  # few steps: the grid is for the eye, not for metrics
+
+
+class Validation:
+    """Holds `train.validation_rows` rows, the same on every rank whatever their number."""
+
+    def __init__(
+        self, card: ModelCard, codec: Codec, diffusion: Diffusion, draw: DrawConfig, store: Store, encoded: Manifest
+    ) -> None:
+        cfg = diffusion.cfg
+        rows = validation_rows(store, encoded, cfg=draw, rows=cfg.validation_rows)
+        self._card, self._codec, self._diffusion = card, codec, diffusion
+        starts = range(0, len(rows), cfg.micro_batch)
+        self._chunks = [collate(rows[start : start + cfg.micro_batch]) for start in starts]
+        self._rows = len(rows)
+        shown = np.linspace(0, len(rows) - 1, min(cfg.grid_rows, len(rows))).round().astype(int)
+        self._shown = collate([rows[index] for index in shown]) if len(shown) else None
+
+    @torch.no_grad()
+    def loss(self, network: Any, ranks: Ranks) -> float:
+        """Mean over all rows. Collective: every rank runs the network equally often, as ZeRO 3 demands."""
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, len(self._chunks), ranks.world):
+            mine = first + ranks.rank
+            losses = row_losses(network, self._on_device(self._chunks[mine % len(self._chunks)]), self._diffusion)
+            if mine < len(self._chunks):
+                total += losses.double().sum().cpu()
+        total = total.to(self._diffusion.device, torch.float32)
+        dist.all_reduce(total)
+        return float(total) / self._rows
+
+    @torch.no_grad()
+    def grid(self, network: Any) -> np.ndarray | None:
+        """(H, W, 3) uint8: rows of photos, the same with their holes, and what the network fills in; None when
+        `train.grid_rows` is 0. Collective, every rank doing the same work."""
+        if self._shown is None:
+            return None
+        batch, codec = self._on_device(self._shown), self._codec.to(self._diffusion.device)
+        filled = fill_holes(
+            network,
+            batch,
+            self._diffusion,
+            scheduler=self._card.scheduler,
+            steps=GRID_STEPS,
+            guidance_scale=GRID_GUIDANCE,
+            project=codec.project,
+        )
+        pictures = [to_images(codec.decode(latent)) for latent in (batch.x0, batch.masked_latent, filled)]
+        return sheet([list(row) for row in pictures])
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch.to(self._diffusion.device)

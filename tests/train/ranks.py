@@ -1,0 +1,214 @@
+"""Real training ranks without Ray: processes joined by gloo, each running `train_worker`.
+
+They fork from a server that has torch, diffusers and DeepSpeed imported already and has never used them, so that a
+case costs seconds, and each starts clean.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pbe.config import TrainConfig, load_params, repo_root
+from pbe.data.schema import array_shape, encoded_schema
+from pbe.data.slots import slot_name
+from pbe.diffusion.schedule import scheduler_config
+from pbe.model.codec import codec_bytes, fit_patch_codec
+from pbe.model.unet import Architecture
+from pbe.model.weights import ModelCard
+from pbe.store import Manifest, Store, make_manifest
+from pbe.train.worker import Job, train_worker
+
+LATENT_PX, CHANNELS, PATCH_PX, WIDTH = 4, 4, 4, 1280
+ARCH = Architecture(
+    latent_channels=CHANNELS,
+    latent_px=LATENT_PX,
+    backbone_width=WIDTH,
+    block_channels=(8, 16),
+    attention=(False, True),
+    layers_per_block=1,
+    attention_heads=2,
+    norm_groups=4,
+    context_width=8,
+    mapper_width=16,
+    mapper_blocks=1,
+    class_embedding=True,
+)
+_PRELOAD = ["torch", "diffusers", "deepspeed", "mlflow", "pyarrow.parquet", "pbe.train.worker", "tests.train.ranks"]
+
+
+class RankDied(Exception):
+    """A rank ended without a result: killed, or with an error, whose text this is."""
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """on_progress: SIGKILL of rank 0 once `step` is logged."""
+
+    step: int
+
+    def __call__(self, step: int, loss: float) -> None:
+        if step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, timeout_s: float = 120) -> list[Any]:
+    """What `function(*args)` returns on each rank. Raises RankDied; the other ranks are then killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    meeting = tmp / f"meeting-{os.urandom(4).hex()}"
+    pipes, processes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, meeting, rank, world, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world:
+            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_s)
+            if not ready:
+                raise RankDied(f"no rank said anything for {timeout_s} s")
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RankDied(f"rank {rank} was killed") from None
+                if not ok:
+                    raise RankDied(value)
+                results[rank] = value
+    finally:
+        for process in processes:
+            if len(results) < world:
+                process.kill()
+            process.join(timeout=20)
+    return [results[rank] for rank in range(world)]
+
+
+def _rank(
+    pipe: Connection, meeting: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        pipe.send((True, function(*args)))
+        dist.destroy_process_group()
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def train(job: Job) -> None:
+    import torch
+
+    train_worker(job, torch.device("cpu"))
+
+
+# -- a tiny data set ---------------------------------------------------------------------------------------------------
+
+
+def encoded_rows(bucket: int, slot: int, count: int, *, channels: int = CHANNELS, width: int = WIDTH) -> pa.Table:
+    schema = encoded_schema((channels, LATENT_PX, LATENT_PX), (2, 1, width))
+    rng = np.random.default_rng([bucket, slot])
+    columns: dict[str, list[Any]] = {
+        "image_id": [f"image{bucket}_{index}" for index in range(count)],
+        "slot": [slot] * count,
+        "box_index": [0] * count,
+    }
+    for field in schema:
+        if field.metadata:
+            values = rng.standard_normal((count, *array_shape(field)))
+            if "mask_latent" in field.name:
+                values = (values > 0).astype(float)
+            columns[field.name] = [np.abs(value).astype("<f2").tobytes() for value in values]
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def tiny_encoded(store: Store, *, buckets: int = 4, rows: int = 6, slots: int = 2) -> Manifest:
+    """24 rows a slot of random latents, in 4 buckets; a real codec beside them."""
+    crops = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    codec, _ = fit_patch_codec(crops, patch_px=PATCH_PX, channels=CHANNELS)
+    store.write_bytes("parts/encode/codec.safetensors", codec_bytes(codec))
+    units = [
+        store.write_unit(
+            "encode",
+            f"b{bucket:04d}-x",
+            {slot_name(slot): encoded_rows(bucket, slot, rows) for slot in range(slots)},
+            counts={"rows": rows * slots},
+            rows_per_group=2,
+        )
+        for bucket in range(buckets)
+    ]
+    config = {
+        "rows_per_group": 2,
+        "codec": {
+            "kind": "patch",
+            "path": "parts/encode/codec.safetensors",
+            "patch_px": PATCH_PX,
+            "channels": CHANNELS,
+        },
+        "backbone": {"kind": "efficientnet_lite0", "width": WIDTH, "tokens": "class"},
+    }
+    return make_manifest("encode", config=config, code="", units=units)
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """30 steps of 8 rows in fp32; validation and checkpoints rare unless `changes` say otherwise."""
+    base = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml").train.model_dump()
+    base |= {
+        "steps": 30,
+        "batch": 8,
+        "lanes": 4,
+        "micro_batch": 2,
+        "workers": 1,
+        "lr": 2e-3,
+        "warmup_steps": 3,
+        "log_every": 1,
+        "checkpoint_every": 1000,
+        "validate_every": 1000,
+        "validation_rows": 4,
+        "grid_rows": 0,
+        "precision": "fp32",
+        "grad_clip": 1.0,
+    }
+    return TrainConfig.model_validate(base | changes)
+
+
+def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, **changes: Any) -> Job:
+    card = ModelCard(
+        image_px=LATENT_PX * PATCH_PX,
+        reference_px=32,
+        reference_pad_px=0,
+        tokens="class",
+        scheduler=scheduler_config("squaredcos_cap_v2", cfg.objective),
+        run={},
+    )
+    job = Job(
+        cfg=cfg,
+        seed=23,
+        store_uri=store.uri,
+        encoded=encoded,
+        arch=ARCH,
+        initial=None,
+        card=card,
+        run_name=run_name,
+        origin=None,
+        tracking_uri=None,
+        mlflow_run_id="",
+        on_progress=None,
+    )
+    return replace(job, **changes)

@@ -106,10 +106,11 @@ def _origin(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
             f"train.resume_from = {cfg.resume_from}: that checkpoint is of step {found.step}, and train.steps is "
             f"{cfg.steps}; set train.steps higher"
         )
-    if (found.zero_stage == 0) != (cfg.zero_stage == 0):
+    if found.zero_stage != cfg.zero_stage and {found.zero_stage, cfg.zero_stage} != {1, 2}:
         raise StageError(
-            f"train.resume_from = {cfg.resume_from}: written under train.zero_stage {found.zero_stage}, and DeepSpeed "
-            f"converts between 1, 2 and 3 alone; it is {cfg.zero_stage} here"
+            f"train.resume_from = {cfg.resume_from}: of train.zero_stage {found.zero_stage}, which DeepSpeed does "
+            f"not convert to {cfg.zero_stage} (only 1 and 2 to each other); train.init can begin from that run's "
+            "export instead, without the optimizer's state"
         )
     run.write_json("origin.json", {"run": name, "step": found.step})
     return name, found.step

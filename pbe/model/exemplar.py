@@ -35,7 +35,8 @@ class StandardisedProjection(nn.Module):
         self.feature_std.copy_(tokens.std(0, correction=min(1, len(tokens) - 1)).clamp_min(0.05))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear((tokens - self.feature_mean) / self.feature_std)
+        standardised = (tokens - self.feature_mean) / self.feature_std  # float32 buffers, also in a bfloat16 network
+        return self.linear(standardised.to(self.linear.weight.dtype))
 
 
 class Mapper(nn.Module):

@@ -46,9 +46,8 @@ class ConditionedUNet(nn.Module):
     def use_kernels(self, *, sdpa: bool, channels_last: bool, activation_checkpointing: bool) -> None:
         """How the UNet computes, not what: the results differ by rounding alone."""
         self.unet.set_attn_processor(AttnProcessor2_0() if sdpa else AttnProcessor())
-        if channels_last:
+        if channels_last:  # of the activations: DeepSpeed lays the weights out itself
             self._memory_format = torch.channels_last
-            self.unet.to(memory_format=torch.channels_last)
         if activation_checkpointing:
             self.unet.enable_gradient_checkpointing()
 

@@ -87,8 +87,10 @@ class Run:
 class Saver:
     """Writes checkpoints of one run, collectively; files go to a remote storage while training goes on."""
 
-    def __init__(self, run: Run, ranks: Ranks, *, zero_stage: int, keep: int) -> None:
+    def __init__(self, run: Run, ranks: Ranks, *, zero_stage: int, keep: int, newest: int | None) -> None:
+        """newest: step of the checkpoint that training went on from."""
         self._run, self._ranks, self._zero_stage, self._keep = run, ranks, zero_stage, keep
+        self.newest = newest
         self._pending: tuple[int, _Upload] | None = None
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
@@ -116,10 +118,12 @@ class Saver:
         if self._pending is None:
             return
         (step, upload), self._pending = self._pending, None
+        self.newest = step
         files = {name: entry for part in self._ranks.gather(upload.finish()) for name, entry in part.items()}
         if self._ranks.rank == 0:
             found = Checkpoint(self._run.name, step, self._ranks.world, self._zero_stage, files)
             self._run.complete(found, keep=self._keep)
+        self._ranks.gather(None)  # no rank goes on, and perhaps ends, before the marker is there
 
 
 class _Upload:

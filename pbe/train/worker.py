@@ -98,7 +98,8 @@ def train_worker(job: Job, device: torch.device) -> None:
         batches = Prefetched(_batches(job, store, ranks, start_step=start), depth=4)
         stack.callback(batches.close)
         validation = Validation(job.card, codec, diffusion, _draw_config(job), store, job.encoded)
-        saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints)
+        newest = start if found is not None and found[0].run == run.name else None
+        saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
         laps, since_log, loss_sum = Laps(device), start, torch.zeros((), device=device)
         for step in range(start, cfg.steps):
             for group in engine.optimizer.param_groups:
@@ -114,8 +115,10 @@ def train_worker(job: Job, device: torch.device) -> None:
                 laps.lap("backward_s")
                 seen.append((batch, losses.detach()))
                 if len(seen) == cfg.accumulation_steps and (bad := _non_finite(seen, ranks)):
-                    _save(saver, engine, step, history, ranks)  # as it was before this step
                     saver.finish()
+                    if saver.newest != step:
+                        _save(saver, engine, step, history, ranks)  # as it was before this step
+                        saver.finish()
                     raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
                 gradient_norm = step_engine(engine)
                 laps.lap("optimizer_s")
@@ -203,7 +206,8 @@ def _candidates(run: Run, origin: tuple[str, int] | None) -> list[Any]:
 
 
 def _needs_rewriting(world_then: int, stage_then: int, world: int, cfg: TrainConfig) -> bool:
-    """ZeRO 0 keeps everything whole; the other stages cut it for one number of ranks, 3 otherwise than 1 and 2."""
+    """ZeRO 0 keeps everything whole; the other stages cut it for one number of ranks. Of the stages only 1 and 2 can
+    follow each other, which the train stage sees to."""
     return (world_then != world or stage_then != cfg.zero_stage) and stage_then > 0
 
 

@@ -6,6 +6,7 @@ case costs seconds, and each starts clean.
 
 import multiprocessing
 import os
+import resource
 import signal
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pbe.model.codec import codec_bytes, fit_patch_codec
 from pbe.model.unet import Architecture
 from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, make_manifest
+from pbe.train.checkpoints import Run
 from pbe.train.worker import Job, train_worker
 
 LATENT_PX, CHANNELS, PATCH_PX, WIDTH = 4, 4, 4, 1280
@@ -45,8 +47,19 @@ ARCH = Architecture(
 _PRELOAD = ["torch", "diffusers", "deepspeed", "mlflow", "pyarrow.parquet", "pbe.train.worker", "tests.train.ranks"]
 
 
-class RankDied(Exception):
+class RankDiedError(Exception):
     """A rank ended without a result: killed, or with an error, whose text this is."""
+
+
+@dataclass(frozen=True)
+class FillDiskAt:
+    """on_progress: from `step` on, this process cannot write files above 20 kB, as if the disk were full."""
+
+    step: int
+
+    def __call__(self, step: int, loss: float) -> None:
+        if step >= self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,15 @@ class KillAt:
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, timeout_s: float = 120) -> list[Any]:
-    """What `function(*args)` returns on each rank. Raises RankDied; the other ranks are then killed."""
+    """What `function(*args)` returns on each rank. Raises RankDiedError; the other ranks are then killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     meeting = tmp / f"meeting-{os.urandom(4).hex()}"
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, meeting, rank, world, function, args), daemon=True)
+        aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the server forked before
+        process = context.Process(target=_rank, args=(theirs, meeting, rank, world, aws, function, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -78,15 +92,15 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, t
         while len(results) < world:
             ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_s)
             if not ready:
-                raise RankDied(f"no rank said anything for {timeout_s} s")
+                raise RankDiedError(f"no rank said anything for {timeout_s} s")
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     ok, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    raise RankDied(f"rank {rank} was killed") from None
+                    raise RankDiedError(f"rank {rank} was killed") from None
                 if not ok:
-                    raise RankDied(value)
+                    raise RankDiedError(value)
                 results[rank] = value
     finally:
         for process in processes:
@@ -97,12 +111,21 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, t
 
 
 def _rank(
-    pipe: Connection, meeting: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    meeting: Path,
+    rank: int,
+    world: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
+    log = os.open(meeting.with_name("said.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)  # the server's own are those of the test that started it
+    os.dup2(log, 2)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
@@ -112,10 +135,38 @@ def _rank(
         pipe.send((False, traceback.format_exc()))
 
 
+def take_said(tmp: Path) -> str:
+    """What ranks have printed below `tmp` since the last call."""
+    log = tmp / "said.txt"
+    text = log.read_text()
+    log.unlink()
+    return text
+
+
 def train(job: Job) -> None:
     import torch
 
     train_worker(job, torch.device("cpu"))
+
+
+def train_with_broken_weights(job: Job) -> None:
+    from pbe.train import worker
+
+    build = worker.new_network
+
+    def broken(arch: Architecture) -> Any:
+        network = build(arch)
+        network.unet.conv_out.bias.data[0] = float("inf")
+        return network
+
+    worker.new_network = broken  # this process ends with the run
+    train(job)
+
+
+def loss_curve(store: Store, run_name: str) -> list[float]:
+    history = Run(store, run_name).read_json("history.json")
+    assert history is not None, "the run is not finished"
+    return [point["loss"] for point in history["history"]]
 
 
 # -- a tiny data set ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""One loss curve of 30 steps, whatever the ZeRO stage, the number of ranks, or how often it was killed and resumed.
+
+Real gloo ranks, real SIGKILLs, DeepSpeed's real checkpoints; float32, so that only summation order may differ.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pbe.store import Manifest, Store
+from tests.train.ranks import (
+    KillAt,
+    RankDiedError,
+    loss_curve,
+    run_ranks,
+    take_said,
+    tiny_config,
+    tiny_encoded,
+    tiny_job,
+    train,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
+    folder = tmp_path_factory.mktemp("golden")
+    store = Store(str(folder / "store"))
+    return folder, store, tiny_encoded(store)
+
+
+@pytest.fixture(scope="module")
+def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
+    """Stage 0 on one rank: no sharding, no communication."""
+    folder, store, encoded = place
+    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
+    return loss_curve(store, "golden")
+
+
+def test_the_curve_shows_what_training_does(place: tuple[Path, Store, Manifest], golden: list[float]) -> None:
+    """Else equal curves would mean nothing: another learning rate is told from rounding."""
+    folder, store, encoded = place
+    assert len(golden) == 30
+    other = tiny_config(zero_stage=0, lr=2.1e-3)
+    run_ranks(train, tiny_job(store, encoded, other, "other"), world=1, tmp=folder)
+    assert np.abs(np.array(loss_curve(store, "other")) - golden).max() > 1e-4
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_straight(place: tuple[Path, Store, Manifest], golden: list[float], stage: int, world: int) -> None:
+    folder, store, encoded = place
+    name = f"straight-{stage}-{world}"
+    cfg = tiny_config(zero_stage=stage, workers=world)
+    run_ranks(train, tiny_job(store, encoded, cfg, name), world=world, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("worlds", [(2, 2), (2, 1, 2)], ids=["2-2", "2-1-2"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_and_resumed(
+    place: tuple[Path, Store, Manifest],
+    golden: list[float],
+    stage: int,
+    worlds: tuple[int, ...],
+) -> None:
+    """Killed after step 11, and with three worlds again after step 19; checkpoints every 8 steps."""
+    folder, store, encoded = place
+    name = f"killed-{stage}-{len(worlds)}"
+    kills = (11, None) if len(worlds) == 2 else (11, 19, None)
+    for world, kill in zip(worlds, kills, strict=True):
+        cfg = tiny_config(zero_stage=stage, workers=world, checkpoint_every=8)
+        job = tiny_job(store, encoded, cfg, name, on_progress=KillAt(kill) if kill else None)
+        if kill is None:
+            run_ranks(train, job, world=world, tmp=folder)
+        else:
+            with pytest.raises(RankDiedError, match="rank 0 was killed"):
+                run_ranks(train, job, world=world, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
+    said = take_said(folder)
+    assert "goes on from the checkpoint of step 8" in said
+    if len(worlds) == 3:
+        assert "step 8, written by 2 ranks" in said
+        assert "step 16, written by 1 ranks" in said

@@ -1,0 +1,183 @@
+"""What a resume does with damaged, foreign, half-written and remote checkpoints. Real ranks, real files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pbe.store import Manifest, Store
+from pbe.train.checkpoints import MARKER, Run
+from tests.train.ranks import (
+    FillDiskAt,
+    KillAt,
+    RankDiedError,
+    loss_curve,
+    run_ranks,
+    take_said,
+    tiny_config,
+    tiny_encoded,
+    tiny_job,
+    train,
+)
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
+    folder = tmp_path_factory.mktemp("resume")
+    store = Store(str(folder / "store"))
+    return folder, store, tiny_encoded(store)
+
+
+@pytest.fixture(scope="module")
+def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
+    folder, store, encoded = place
+    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=2), "golden"), world=1, tmp=folder)
+    return loss_curve(store, "golden")
+
+
+def _killed(place: tuple[Path, Store, Manifest], name: str, *, world: int = 1) -> Run:
+    """A run that was killed after step 19, with checkpoints of steps 8 and 16."""
+    folder, store, encoded = place
+    cfg = tiny_config(workers=world, checkpoint_every=8)
+    with pytest.raises(RankDiedError):
+        run_ranks(train, tiny_job(store, encoded, cfg, name, on_progress=KillAt(19)), world=world, tmp=folder)
+    run = Run(store, name)
+    assert [found.step for found in run.checkpoints()] == [8, 16]
+    return run
+
+
+def _optimizer_file(run: Run, step: int) -> Path:
+    folder = Path(run.store.path(run.folder)) / "checkpoints" / f"step-{step:08d}"
+    return next(folder.rglob("*optim_states.pt"))
+
+
+def _flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_flip_a_byte, "is not what was written"),
+        (_cut_short, "has 1000 of"),
+        (_remove, "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    place: tuple[Path, Store, Manifest],
+    golden: list[float],
+    damage: object,
+    said: str,
+) -> None:
+    folder, store, encoded = place
+    name = f"damaged-{damage.__name__}"  # type: ignore[attr-defined]
+    run = _killed(place, name)
+    take_said(folder)
+    damage(_optimizer_file(run, 16))  # type: ignore[operator]
+    run_ranks(train, tiny_job(store, encoded, tiny_config(checkpoint_every=8), name), world=1, tmp=folder)
+    out = take_said(folder)
+    assert said in out
+    assert "it is passed over for the one before" in out
+    assert "goes on from the checkpoint of step 8" in out
+    np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
+
+
+def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, Store, Manifest]) -> None:
+    folder, store, encoded = place
+    run = _killed(place, "all-damaged")
+    for step in (8, 16):
+        _flip_a_byte(_optimizer_file(run, step))
+    with pytest.raises(RankDiedError, match=r"CheckpointError: no checkpoint is whole: .*step-00000016.*step-00000008"):
+        run_ranks(train, tiny_job(store, encoded, tiny_config(), "all-damaged"), world=1, tmp=folder)
+
+
+def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
+    place: tuple[Path, Store, Manifest], golden: list[float]
+) -> None:
+    folder, store, encoded = place
+    run = _killed(place, "half", world=2)
+    half = Path(store.path(run.folder)) / "checkpoints" / "step-00000016"
+    (half / MARKER).unlink()
+    (half / "engine" / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"of another world")
+    cfg = tiny_config(workers=2, checkpoint_every=8)
+    with pytest.raises(RankDiedError):
+        run_ranks(train, tiny_job(store, encoded, cfg, "half", on_progress=KillAt(19)), world=2, tmp=folder)
+    assert "goes on from the checkpoint of step 8" in take_said(folder)
+    assert not list(half.rglob("*rank_7*"))
+    # the conversion for another world would have read it
+    run_ranks(train, tiny_job(store, encoded, tiny_config(checkpoint_every=8), "half"), world=1, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, "half"), golden, rtol=0, atol=1e-5)
+
+
+def test_the_newest_are_kept_and_the_last_step_is_one_of_them(
+    place: tuple[Path, Store, Manifest], golden: list[float]
+) -> None:
+    folder, store, encoded = place
+    cfg = tiny_config(checkpoint_every=8, keep_checkpoints=2)
+    run_ranks(train, tiny_job(store, encoded, cfg, "kept"), world=1, tmp=folder)
+    assert [found.step for found in Run(store, "kept").checkpoints()] == [24, 30]
+
+
+def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Manifest]) -> None:
+    """30 steps, then 10 more in a run of its own, equal 40 at once; and ZeRO 1 on two ranks may do the rest."""
+    folder, store, encoded = place
+    constant = {"final_lr_frac": 1.0}
+    run_ranks(train, tiny_job(store, encoded, tiny_config(**constant), "first"), world=1, tmp=folder)
+    longer = tiny_config(steps=40, **constant)
+    run_ranks(train, tiny_job(store, encoded, longer, "longer", origin=("first", 30)), world=1, tmp=folder)
+    run_ranks(train, tiny_job(store, encoded, longer, "at-once"), world=1, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, "longer"), loss_curve(store, "at-once"), rtol=0, atol=1e-5)
+    third = tiny_config(steps=40, zero_stage=1, workers=2, **constant)
+    run_ranks(train, tiny_job(store, encoded, third, "third", origin=("first", 30)), world=2, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, "third"), loss_curve(store, "at-once"), rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Manifest]) -> None:
+    folder, store, encoded = place
+    run_ranks(train, tiny_job(store, encoded, tiny_config(), "narrow"), world=1, tmp=folder)
+    job = tiny_job(store, encoded, tiny_config(steps=40), "wide", origin=("narrow", 30))
+    wide = replace(job, arch=replace(job.arch, context_width=16))
+    with pytest.raises(RankDiedError, match=r"EngineError: .*this checkpoint does not fit the settings"):
+        run_ranks(train, wide, world=1, tmp=folder)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
+    place: tuple[Path, Store, Manifest], golden: list[float]
+) -> None:
+    folder, store, encoded = place
+    cfg = tiny_config(checkpoint_every=8)
+    full = tiny_job(store, encoded, cfg, "full-disk", on_progress=FillDiskAt(12))
+    with pytest.raises(RankDiedError, match=r"EngineError: .*the checkpoint cannot be written"):
+        run_ranks(train, full, world=1, tmp=folder)
+    assert [found.step for found in Run(store, "full-disk").checkpoints()] == [8]
+    run_ranks(train, tiny_job(store, encoded, cfg, "full-disk"), world=1, tmp=folder)
+    assert "goes on from the checkpoint of step 8" in take_said(folder)
+    np.testing.assert_allclose(loss_curve(store, "full-disk"), golden, rtol=0, atol=1e-5)
+
+
+def test_through_s3_and_on_another_number_of_ranks(s3: str, tmp_path: Path, golden: list[float]) -> None:
+    store = Store(f"{s3}/training")
+    encoded = tiny_encoded(store)
+    cfg = tiny_config(workers=2, checkpoint_every=8)
+    with pytest.raises(RankDiedError):
+        run_ranks(train, tiny_job(store, encoded, cfg, "remote", on_progress=KillAt(19)), world=2, tmp=tmp_path)
+    marker = Run(store, "remote").checkpoints()[0]
+    assert len([name for name in marker.files if name.endswith("optim_states.pt")]) == 2
+    run_ranks(train, tiny_job(store, encoded, tiny_config(checkpoint_every=8), "remote"), world=1, tmp=tmp_path)
+    assert "written by 2 ranks" in take_said(tmp_path)
+    np.testing.assert_allclose(loss_curve(store, "remote"), golden, rtol=0, atol=1e-5)
+    assert json.loads(store.read_bytes("runs/remote/finished.json"))["steps"] == 30

@@ -52,7 +52,7 @@ def main(stage: Stage) -> None:
     settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init"})
     identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest])
     run = Run(stage.store, f"{stage.variant}-{identity}")
-    origin = _origin(stage, cfg, run)
+    origin = origin_of(stage, cfg, run)
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
     if run.read_json("finished.json") is None:
         _refuse_empty_lanes(encoded, cfg.lanes)
@@ -84,7 +84,7 @@ def fetch_export(stage: Stage) -> None:
     print(f"train@{stage.variant}: model in models/{stage.variant}")
 
 
-def _origin(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
+def origin_of(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
     """Run and step that `train.resume_from` means. Settled at the first start: the other run may go on meanwhile."""
     if cfg.resume_from is None:
         return None

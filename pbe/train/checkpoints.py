@@ -2,7 +2,7 @@
 
 <run>/checkpoints/step-00000200/engine/<files of every rank>
 <run>/checkpoints/step-00000200/history.json      the loss curve up to there
-<run>/checkpoints/step-00000200/COMPLETE.json     written last: step, ranks, ZeRO stage, size and sha256 of every file
+<run>/checkpoints/step-00000200/COMPLETE.json     written last: run, step, ranks, stage, sizes and hashes
 <run>/mlflow.json        the MLflow run that this training logs to, through any number of restarts
 <run>/origin.json        the checkpoint that `train.resume_from` began with
 <run>/stopped.json       why the last attempt stopped, when trying again would change nothing
@@ -61,11 +61,16 @@ class Run:
         self.store.write_bytes(f"{self.folder}/{name}", json.dumps(value, sort_keys=True).encode())
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Those with a marker, oldest first."""
+        """Those with a marker, oldest first. Raises CheckpointError for one that another run has written."""
         found = []
         for name in self.store.list_names(f"{self.folder}/checkpoints"):
             marker = self.read_json(f"checkpoints/{name}/{MARKER}")
             if marker is not None:
+                if marker["run"] != self.name:
+                    raise CheckpointError(
+                        f"{self.store.full_uri(self.folder)}/checkpoints/{name}: written by run {marker['run']}, under "
+                        "other settings, data or code; remove it, and to go on from it set train.resume_from"
+                    )
                 files = {path: (size, sha256) for path, (size, sha256) in marker["files"].items()}
                 found.append(Checkpoint(self.name, marker["step"], marker["world"], marker["zero_stage"], files))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
@@ -78,8 +83,7 @@ class Run:
 
     def complete(self, checkpoint: Checkpoint, *, keep: int) -> None:
         """Mark a checkpoint whose files are all there, then remove all but the newest `keep` complete ones."""
-        marker = {name: value for name, value in vars(checkpoint).items() if name != "run"}
-        self.write_json(f"checkpoints/step-{checkpoint.step:08d}/{MARKER}", marker)
+        self.write_json(f"checkpoints/step-{checkpoint.step:08d}/{MARKER}", vars(checkpoint))
         for old in self.checkpoints()[:-keep]:
             self.clear(old.step)
 

@@ -1,5 +1,6 @@
 """The whole chain through `dvc repro` on real Ray, DeepSpeed, MLflow and DVC, in a folder with a space in its name."""
 
+import csv
 import json
 import os
 import re
@@ -81,7 +82,17 @@ def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 2
         assert "eval/own_gain_efficientnet_lite2" in run.data.metrics
         assert any(name.startswith("system/") for name in run.data.metrics)
-        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png"]
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png", "images"]
+        steps = {
+            int(re.search(r"%step%(\d+)%", image.path)[1]) for image in client.list_artifacts(run.info.run_id, "images")
+        }
+        assert steps == {6 * 8, 12 * 8}  # validate_every x batch: grids stand against samples seen
+        validation = client.get_metric_history(run.info.run_id, "train/validation_loss")
+        assert [point.step for point in validation] == sorted(steps)
+        assert {"train/grad_norm", "train/peak_memory_gib", "train/data_s"} <= set(run.data.metrics)
+        version = client.search_model_versions(f"name='pbe-{run.data.tags['variant']}'")[0]
+        assert version.run_id == run.info.run_id
+        assert Path(version.source, "unet", "diffusion_pytorch_model.safetensors").is_file()
         children = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == run.info.run_id]
         assert len(children) == 1
 
@@ -163,17 +174,30 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     assert {name: after[name] for name in before} == before
 
 
+def _last_losses(project: Project) -> list[float]:
+    """Training and validation loss of the last step."""
+    with (project.folder / "data" / "train" / "full" / "loss.csv").open(newline="") as stream:
+        last = list(csv.DictReader(stream))[-1]
+    return [float(last["loss"]), float(last["validation_loss"])]
+
+
 @pytest.mark.timeout(500)
 def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(repro: Project) -> None:
-    straight = (repro.folder / "data" / "train" / "full" / "loss.csv").read_text().splitlines()[-1].split(",")[:2]
+    straight = _last_losses(repro)
     run = next((repro.folder / ".store" / "runs").glob("full-*"))
     for path in (run / "finished.json", run / "history.json"):
         path.unlink()
-    shutil.rmtree(run / "checkpoints" / "step-00000008")  # as if cut off between step 4's checkpoint and step 8's
-    result = repro.run("pipelines", "train", "--variant", "full")
-    assert "goes on from the checkpoint of step 4" in result.stdout + result.stderr
-    resumed = (repro.folder / "data" / "train" / "full" / "loss.csv").read_text().splitlines()[-1].split(",")[:2]
-    assert float(resumed[1]) == pytest.approx(float(straight[1]), rel=1e-5)
+    shutil.rmtree(run / "checkpoints" / "step-00000012")  # as if cut off between step 8's checkpoint and step 12's
+    for workers in (2, 1):  # through Ray Train: first as it was, then on another number of ranks
+        repro.edit_params("workers: 2", f"workers: {workers}")
+        result = repro.run("pipelines", "train", "--variant", "full")
+        repro.edit_params(f"workers: {workers}", "workers: 2")
+        said = result.stdout + result.stderr
+        assert "goes on from the checkpoint of step 8" + (", written by 2 ranks" if workers == 1 else "") in said
+        resumed = _last_losses(repro)
+        assert resumed == pytest.approx(straight, rel=1e-5)
+        (run / "finished.json").unlink()
+        shutil.rmtree(run / "checkpoints" / "step-00000012")
 
 
 @pytest.mark.drill

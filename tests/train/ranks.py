@@ -172,8 +172,10 @@ def loss_curve(store: Store, run_name: str) -> list[float]:
 # -- a tiny data set ---------------------------------------------------------------------------------------------------
 
 
-def encoded_rows(bucket: int, slot: int, count: int, *, channels: int = CHANNELS, width: int = WIDTH) -> pa.Table:
-    schema = encoded_schema((channels, LATENT_PX, LATENT_PX), (2, 1, width))
+def encoded_rows(
+    bucket: int, slot: int, count: int, *, channels: int = CHANNELS, latent_px: int = LATENT_PX
+) -> pa.Table:
+    schema = encoded_schema((channels, latent_px, latent_px), (2, 1, WIDTH))
     rng = np.random.default_rng([bucket, slot])
     columns: dict[str, list[Any]] = {
         "image_id": [f"image{bucket}_{index}" for index in range(count)],
@@ -189,16 +191,27 @@ def encoded_rows(bucket: int, slot: int, count: int, *, channels: int = CHANNELS
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def tiny_encoded(store: Store, *, buckets: int = 4, rows: int = 6, slots: int = 2) -> Manifest:
+def tiny_encoded(
+    store: Store,
+    *,
+    buckets: int = 4,
+    rows: int = 6,
+    slots: int = 2,
+    channels: int = CHANNELS,
+    latent_px: int = LATENT_PX,
+) -> Manifest:
     """24 rows a slot of random latents, in 4 buckets; a real codec beside them."""
     crops = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
-    codec, _ = fit_patch_codec(crops, patch_px=PATCH_PX, channels=CHANNELS)
+    codec, _ = fit_patch_codec(crops, patch_px=PATCH_PX, channels=channels)
     store.write_bytes("parts/encode/codec.safetensors", codec_bytes(codec))
     units = [
         store.write_unit(
             "encode",
             f"b{bucket:04d}-x",
-            {slot_name(slot): encoded_rows(bucket, slot, rows) for slot in range(slots)},
+            {
+                slot_name(slot): encoded_rows(bucket, slot, rows, channels=channels, latent_px=latent_px)
+                for slot in range(slots)
+            },
             counts={"rows": rows * slots},
             rows_per_group=2,
         )
@@ -210,7 +223,7 @@ def tiny_encoded(store: Store, *, buckets: int = 4, rows: int = 6, slots: int = 
             "kind": "patch",
             "path": "parts/encode/codec.safetensors",
             "patch_px": PATCH_PX,
-            "channels": CHANNELS,
+            "channels": channels,
         },
         "backbone": {"kind": "efficientnet_lite0", "width": WIDTH, "tokens": "class"},
     }

@@ -1,0 +1,170 @@
+"""What does a training step cost beside its arithmetic? python tests/benchmarks/train_step.py [--quick]
+
+One rank, one core, the sample profile's network on 72 rows, so that a step takes over half a second; ZeRO 2, float32.
+In turns, in one process:
+
+ours           a step of `train_worker`: rows from encoded Parquet, loss, backward, the step, guards, a log point
+bare           DeepSpeed alone: the same UNet and optimizer on random tensors of the same shapes, made once
+unet           torch alone: forward, backward and AdamW on those tensors
+
+ours_over_bare is the overhead of our loop, cached_over_unet that of our loop and DeepSpeed's together. Of the input:
+tests/benchmarks/online_input.py. The last line has the medians of the turns' ratios; nothing is asserted.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from pbe.config import TrainConfig, load_params  # noqa: E402
+from pbe.model.unet import Architecture, new_network  # noqa: E402
+from pbe.store import Store  # noqa: E402
+from pbe.train.engine import make_engine, step_engine  # noqa: E402
+from pbe.train.worker import train_worker  # noqa: E402
+from tests.train.ranks import WIDTH, tiny_encoded, tiny_job  # noqa: E402
+
+LATENT_PX = 16
+
+
+def config(steps: int) -> TrainConfig:
+    sample = load_params(ROOT / "infra" / "profiles" / "sample.yaml").train
+    changes = {
+        "steps": steps,
+        "workers": 1,
+        "batch": 72,
+        "micro_batch": 24,
+        "log_every": 1,
+        "checkpoint_every": 10_000,
+        "validate_every": 10_000,
+        "validation_rows": 1,
+        "grid_rows": 0,
+    }
+    return TrainConfig.model_validate(sample.model_dump() | changes)
+
+
+def architecture(cfg: TrainConfig) -> Architecture:
+    unet = cfg.unet
+    return Architecture(
+        latent_channels=16,
+        latent_px=LATENT_PX,
+        backbone_width=WIDTH,
+        block_channels=unet.block_channels,
+        attention=unet.attention,
+        layers_per_block=unet.layers_per_block,
+        attention_heads=unet.attention_heads,
+        norm_groups=unet.norm_groups,
+        context_width=unet.context_width,
+        mapper_width=cfg.exemplar.mapper_width,
+        mapper_blocks=cfg.exemplar.mapper_blocks,
+        class_embedding=unet.class_embedding,
+    )
+
+
+def random_inputs(arch: Architecture, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    shape = (rows, arch.latent_channels, arch.latent_px, arch.latent_px)
+    conditions = {
+        "masked_latent": torch.randn(shape),
+        "keep_mask_latent": torch.rand(rows, 1, arch.latent_px, arch.latent_px),
+        "exemplar_tokens": torch.randn(rows, 1, arch.backbone_width),
+        "drop_condition": torch.zeros(rows, dtype=torch.bool),
+    }
+    return torch.randn(shape), torch.randint(0, 1000, (rows,)), conditions, torch.randn(shape)
+
+
+def bare_step(cfg: TrainConfig, arch: Architecture) -> Callable[[], None]:
+    engine = make_engine(new_network(arch), cfg, device=torch.device("cpu"))
+    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch)
+
+    def step() -> None:
+        for _ in range(cfg.accumulation_steps):
+            loss = (engine(noisy, timestep, **conditions) - wanted).pow(2).mean()
+            engine.backward(loss)
+            step_engine(engine)
+
+    return step
+
+
+def unet_step(cfg: TrainConfig, arch: Architecture) -> Callable[[], None]:
+    network = new_network(arch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=cfg.lr, fused=True)
+    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch)
+
+    def step() -> None:
+        for _ in range(cfg.accumulation_steps):
+            loss = (network(noisy, timestep, **conditions) - wanted).pow(2).mean()
+            (loss / cfg.accumulation_steps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@dataclass
+class Turns:
+    """on_progress of the run: after each of its steps, one of every other kind."""
+
+    others: dict[str, Callable[[], None]]
+    since: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __call__(self, step: int, loss: float) -> None:
+        took = {"ours": time.perf_counter() - self.since}
+        for name, run in self.others.items():
+            before = time.perf_counter()
+            run()
+            took[name] = time.perf_counter() - before
+        if step > 2:  # the first ones allocate
+            for name, value in took.items():
+                self.seconds.setdefault(name, []).append(value)
+        self.since = time.perf_counter()
+
+
+def step_times(rounds: int) -> dict[str, list[float]]:
+    cfg = config(rounds + 2)
+    arch = architecture(cfg)
+    turns = Turns({"bare": bare_step(cfg, arch), "unet": unet_step(cfg, arch)})
+    with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
+        store = Store(folder)
+        encoded = tiny_encoded(store, buckets=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
+        job: Any = tiny_job(store, encoded, cfg, "bench")
+        job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * 4), on_progress=turns)
+        turns.since = time.perf_counter()
+        train_worker(job, torch.device("cpu"))
+    return turns.seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer turns: below 50 s")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    with tempfile.TemporaryDirectory(prefix="pbe-meeting-") as meeting:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}/ranks", rank=0, world_size=1)
+        seconds = step_times(8 if args.quick else 40)
+        dist.destroy_process_group()
+    for name, values in seconds.items():
+        print(f"{name:5} median {1000 * statistics.median(values):.1f} ms of {len(values)} steps")
+
+    def ratio(other: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds["ours"], seconds[other], strict=True))
+
+    print(f"ours_over_bare={ratio('bare'):.3f} cached_over_unet={ratio('unet'):.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

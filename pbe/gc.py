@@ -2,7 +2,7 @@
 
 A manifest counts when it is in the working tree, in any dvc.lock of git's history (branches, tags, DVC's experiments)
 or in DVC's run cache, from which `dvc repro` restores what it has once made. What such a manifest names stays: its
-units, single parts in its config (a codec, a bench), and a train manifest's run. Storage may be shared: other
+units, single parts in its config (a codec, a bench), and a train manifest's run and first weights. Storage may be shared: other
 repositories' parts look unreferenced from here.
 """
 
@@ -21,8 +21,8 @@ from pbe.errors import UserError
 from pbe.store import Store
 
 # what pbe makes; other folders in a shared storage are not ours to judge
-PART_STAGES = ("index", "ingest", "filter", "materialize", "encode", "evaluate")
-RUN_ENTRIES = ("checkpoints", "export", "history.json", "finished.json")
+PART_STAGES = ("index", "ingest", "filter", "materialize", "encode", "evaluate", "weights")
+RUN_ENTRIES = ("checkpoints", "staging", "export", "history.json", "finished.json")
 
 
 class GcError(UserError):

@@ -69,7 +69,7 @@ def main(stage: Stage) -> None:
     registered = track.register_model(tracking_uri(), run_id, name=f"pbe-{stage.variant}", source=export_uri)
     print(f"train@{stage.variant}: {registered}")
     track.end_run(tracking_uri(), run_id)
-    _write_outputs(stage, run, run_id, identity, origin, finished)
+    _write_outputs(stage, run, run_id, identity, initial, origin, finished)
 
 
 def fetch_export(stage: Stage) -> None:
@@ -387,6 +387,7 @@ def _write_outputs(
     run: Run,
     run_id: str,
     identity: str,
+    initial: tuple[str, str | None] | None,
     origin: tuple[str, int] | None,
     finished: dict[str, Any],
 ) -> None:
@@ -406,6 +407,7 @@ def _write_outputs(
             "run": run.name,
             "digest": identity,
             "mlflow_run_id": run_id,
+            "initial": [path for path in initial or () if path],
             "resumed_from": {"run": origin[0], "step": origin[1]} if origin else None,
             "steps": finished["steps"],
             "loss": finished["loss"],

@@ -27,7 +27,8 @@ GENERATIONS = ("old", "new", "never")  # in the first commit, in the second, in 
 
 
 def _names(generation: str) -> set[str]:
-    return {f"parts/ingest/b0000-{generation}", f"parts/encode/codec-{generation}", f"runs/full-{generation}"}
+    parts = {f"parts/ingest/b0000-{generation}", f"parts/encode/codec-{generation}", f"parts/weights/unet-{generation}"}
+    return parts | {f"runs/full-{generation}"}
 
 
 def _run(root: Path, *command: str) -> None:
@@ -48,6 +49,7 @@ def _write(store: Store, generation: str) -> None:
     """A unit of ingest, a codec of encode, a run."""
     store.write_unit("ingest", f"b0000-{generation}", {"images": pa.table({"a": [generation]})}, counts={})
     store.write_bytes(f"parts/encode/codec-{generation}/codec.safetensors", b"codec" * 100)
+    store.write_bytes(f"parts/weights/unet-{generation}/config.json", b"{}" * 30)
     for name in ("finished.json", "checkpoints/step-1/model.pt", "export/model.json"):
         store.write_bytes(f"runs/full-{generation}/{name}", b"x" * 50)
 
@@ -59,7 +61,12 @@ def _manifests(store: Store, generation: str, folder: Path) -> None:
     save_manifest(folder / "ingest" / "manifest.json", make_manifest("ingest", config={}, code="", units=[record]))
     codec = {"codec": f"parts/encode/codec-{generation}/codec.safetensors"}
     save_manifest(folder / "encode" / "manifest.json", make_manifest("encode", config=codec, code="", units=[]))
-    run = {"stage": "train", "run": f"full-{generation}", "export": {"model.json": "sha256"}}
+    run = {
+        "stage": "train",
+        "run": f"full-{generation}",
+        "export": {"model.json": "sha256"},
+        "initial": [f"parts/weights/unet-{generation}"],
+    }
     write_json(folder / "train" / "full" / "manifest.json", run)
 
 
@@ -124,7 +131,7 @@ def test_without_yes_it_says_what_would_go_and_nothing_goes(root: Path, capsys: 
     *lines, last = out.splitlines()
     assert {line.split()[-1] for line in lines} == _names("never")
     assert all("48.0 h old" in line for line in lines)
-    assert last.startswith("3 folders, 0.0 MB in ") and "`pbe gc --yes` removes them" in last
+    assert last.startswith("4 folders, 0.0 MB in ") and "`pbe gc --yes` removes them" in last
     assert _present(_store(root)) == EVERY
 
 
@@ -136,7 +143,7 @@ def test_with_yes_only_what_nothing_refers_to_goes_and_only_when_it_is_old(
     _age(store, "runs/full-young/checkpoints", 3 * DAY_S)  # the newest file counts
     used = {path: store.folder_size(path).files for path in USED}
     assert main(["gc", "--yes"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("removed 3 folders")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("removed 4 folders")
     assert _present(store) == USED | _names("young")
     assert {path: store.folder_size(path).files for path in USED} == used
     assert store.find_unit("ingest", "b0000-old") is not None
@@ -211,7 +218,10 @@ def test_a_manifest_that_is_gone_from_dvcs_cache_stops_it_unless_it_is_to_be_for
     assert err.startswith("pbe: error: 1 manifests ") and "--forget-missing" in err and err.count("\n") == 1
     assert _present(_store(root)) == EVERY
     assert main(["gc", "--yes", "--forget-missing"]) == 0
-    assert _present(_store(root)) == USED - {"runs/full-old"}  # the new one is in the working tree too
+    assert _present(_store(root)) == USED - {
+        "runs/full-old",
+        "parts/weights/unet-old",
+    }  # the new one is in the working tree too
 
 
 def test_what_the_run_cache_can_restore_stays_unless_it_is_left_out(root: Path) -> None:

@@ -57,7 +57,7 @@ def test_three_ranks_and_the_driver_are_killed_and_the_loss_is_the_same(tmp_path
     print(
         f"undisturbed {undisturbed_s:.1f} s, disturbed {disturbed_s:.1f} s, goodput {goodput:.0f} %, resumed {resumed}"
     )
-    print(f"last loss {undisturbed[-1]:.7f} and {disturbed[-1]:.7f}")
+    print(f"resumed {resumed} times; last loss {undisturbed[-1]:.7f} and {disturbed[-1]:.7f}")
     assert resumed == 4
     assert len(disturbed) == len(undisturbed) == STEPS
     assert disturbed == pytest.approx(undisturbed, abs=1e-5)

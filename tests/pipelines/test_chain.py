@@ -32,7 +32,7 @@ def metrics(project: Project, variant: str) -> dict:
     return json.loads((project.folder / "data" / "evaluate" / variant / "metrics.json").read_text())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_repro_leaves_every_promised_output(repro: Project) -> None:
     for stage in ("ingest", "filter", "materialize", "encode"):
         manifest = json.loads((repro.folder / "data" / stage / "manifest.json").read_text())

@@ -83,9 +83,8 @@ def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(
         assert "eval/own_gain_efficientnet_lite2" in run.data.metrics
         assert any(name.startswith("system/") for name in run.data.metrics)
         assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png", "images"]
-        steps = {
-            int(re.search(r"%step%(\d+)%", image.path)[1]) for image in client.list_artifacts(run.info.run_id, "images")
-        }
+        grids = [image.path for image in client.list_artifacts(run.info.run_id, "images")]
+        steps = {int(step) for grid in grids for step in re.findall(r"[%+]step[%+](\d+)[%+]", grid)}
         assert steps == {6 * 8, 12 * 8}  # validate_every x batch: grids stand against samples seen
         validation = client.get_metric_history(run.info.run_id, "train/validation_loss")
         assert [point.step for point in validation] == sorted(steps)

@@ -2,15 +2,16 @@
 
 Activations are counted, not estimated: one forward and backward of the full network runs on fake tensors, which have
 shapes and lifetimes but no memory, and every live storage is added up once; the peak leaves out weights and their
-gradients. Recomputation under activation checkpointing happens there as in training. Weights, gradients, masters, moments
-and buckets follow from what pbe/train/engine.py asks of DeepSpeed 0.19.8 (which buffers it holds is read in its source,
-and was measured on one rank: infra/SCALING.md).
+gradients. Recomputation under activation checkpointing happens there as in training. Weights, gradients, masters,
+moments and buckets follow from what pbe/train/engine.py asks of DeepSpeed 0.19.8: which buffers it holds is read in its
+source, and was measured on one rank (infra/SCALING.md).
 
-Not counted: the CUDA context, workspaces of kernels, fragmentation, and what a kernel on a GPU keeps that its counterpart
-on a processor does not. Encoders need nothing: training reads what encode wrote.
+Not counted: the CUDA context, workspaces of kernels, fragmentation, and what a kernel on a GPU keeps that its
+counterpart on a processor does not. Encoders need nothing: training reads what encode wrote.
 """
 
 import argparse
+import ctypes
 import gc
 import subprocess
 import sys
@@ -25,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -115,6 +115,7 @@ class LiveBytes(TorchDispatchMode):
         self._weights = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
         self._weight_ids = {id(storage) for storage in self._weights}
         self._sizes: dict[int, int] = {}
+        self._gradient_sizes: dict[int, int] = {}
         self._live = self._gradients = self.peak = self.peak_with_gradients = 0
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._is_gradient)
@@ -128,7 +129,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
-        if key in self._sizes or key in self._weight_ids:
+        if key in self._sizes or key in self._gradient_sizes or key in self._weight_ids:
             return
         self._sizes[key] = storage.nbytes()
         self._live += storage.nbytes()
@@ -138,12 +139,15 @@ class LiveBytes(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self._live -= self._sizes.pop(key, 0)
+        self._gradients -= self._gradient_sizes.pop(key, 0)
 
     def _is_gradient(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        size = self._sizes.pop(id(parameter.grad.untyped_storage()), 0)
-        self._live -= size
-        self._gradients += size
+        key = id(parameter.grad.untyped_storage())
+        if key not in self._gradient_sizes:
+            self._gradient_sizes[key] = self._sizes.pop(key)
+            self._live -= self._gradient_sizes[key]
+            self._gradients += self._gradient_sizes[key]
 
 
 def step_on(arch: Architecture, *, batch: int, precision: str, checkpointing: bool, fake: bool) -> LiveBytes:
@@ -211,14 +215,14 @@ def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, b
     width = 2 if precision == "bf16" else 4
     share = count / ranks
     if stage == 0:
-        # fp32: plain AdamW. bf16: float32 masters and, in the step, float32 gradients. Buckets are made on the way out
+        # fp32: plain AdamW. bf16: float32 masters and, in the step, float32 gradients. Buckets come after backward
         masters = 4 * count if width == 2 else 0
         return States(
             parameters=width * count,
             gradients=width * count,
             moments=8 * count + masters,
-            buckets=width * min(count, ALLREDUCE_BUCKET),
-            step=width * count + masters,
+            buckets=0,
+            step=width * count + max(masters, width * min(count, ALLREDUCE_BUCKET)),
         )
     moments = 12 * share  # a float32 master and two moments, also of float32 weights
     flat = width * share + (4 * share if width == 2 else 0)  # the step flattens the gradients and turns them to float32
@@ -264,8 +268,8 @@ def print_tables(precisions: Sequence[str]) -> None:
     print("### Activations, GiB\n")
     print(table(rows))
 
-    rows = [["precision", "ZeRO", "GPUs", "parameters", "gradients", "masters, moments", "buckets", "in the step",
-             *(f"peak at {batch}" for batch in MICRO_BATCHES), *(f"checkpointed {batch}" for batch in MICRO_BATCHES)]]  # fmt: skip
+    head = ["precision", "ZeRO", "GPUs", "parameters", "gradients", "masters, moments", "buckets", "in the step"]
+    rows = [[*head, *(f"peak, {how} {batch}" for how in ("all kept", "checkpointed") for batch in MICRO_BATCHES)]]
     for precision in precisions:
         for stage in STAGES:
             for ranks in RANKS if stage else (None,):
@@ -324,6 +328,7 @@ def resident_peak(arch: Architecture, *, batch: int, precision: str, checkpointi
     # kernels are loaded and compiled before the mark is set
     step_on(replace(arch, latent_px=8), batch=1, precision=precision, checkpointing=checkpointing, fake=False)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what that left free would be filled before the process grows
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in new_network(arch).parameters())
     peak_bytes()
@@ -333,10 +338,8 @@ def resident_peak(arch: Architecture, *, batch: int, precision: str, checkpointi
 
 
 def give_memory_back() -> None:
-    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks are given back when freed. By default that threshold grows
-    to 32 MiB, and what was freed below it still counts as resident."""
-    import ctypes
-
+    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks are given back when freed. By default that threshold
+    grows to 32 MiB, and what was freed below it still counts as resident."""
     ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 

@@ -2,13 +2,14 @@
 
 Encoded rows as the encode stage writes them (Parquet in a temporary storage; latents and tokens are noise, 4 x 64 x 64
 and 1024 wide) go through pbe's own batches, objective and DeepSpeed engine, on one rank with gloo, with random weights:
-micro-batch 1, fused AdamW, activation checkpointing. Everything else is infra/profiles/openimages.yaml. Without --full the
-network is narrower (--channels of the first level, 320 in the paper), latents stay 64 px.
+micro-batch 1, fused AdamW, activation checkpointing, lr 1e-5 from the first step. Everything else is
+infra/profiles/openimages.yaml. Without --full the network is narrower (--channels of the first level, 320 in the
+paper), latents stay 64 px.
 
-Prints, per phase, the peak resident memory; per step its seconds and loss; and the peak as bytes per trainable
-parameter, counted from the memory before the network was built. Nothing is asserted.
---precision bf16 keeps float32 masters; bf16_pure keeps masters and moments in bfloat16, where steps of 1e-5 mostly round to
-nothing: it shows that the chain runs, not that it learns.
+Prints per step its seconds and loss; per phase the peak resident memory; and the peak as bytes per trainable parameter,
+counted from what was resident before the network was built. Nothing is asserted.
+--precision bf16 keeps float32 masters, bf16_pure keeps masters and moments in bfloat16, too coarse for a step of 1e-5
+on most weights: that shows that the chain runs, not that it learns.
 """
 
 import argparse
@@ -45,7 +46,9 @@ ROWS, ROWS_PER_GROUP, DRAWS = 8, 2, 2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the paper's widths: 923 M parameters, 12 to 21 GB")
+    parser.add_argument(
+        "--full", action="store_true", help="the paper's widths: 923 M parameters; some 20 GiB, with bf16_pure 12"
+    )
     parser.add_argument("--channels", type=int, default=128, help="of the first level, a multiple of 32; 320 = --full")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16_autocast", "bf16", "bf16_pure"])
     parser.add_argument("--zero-stage", type=int, default=1)
@@ -91,6 +94,8 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     torch.set_default_dtype(torch.bfloat16 if low else torch.float32)
     model = new_network(arch)
     torch.set_default_dtype(torch.float32)
+    if cfg.kernels.activation_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters:,} trainable parameters, {cfg.precision}, ZeRO-{cfg.zero_stage}, micro-batch {cfg.micro_batch}, "
@@ -108,10 +113,7 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     # steps
     alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
     batches = Prefetched(batches_of(store, encoded, cfg), depth=2)
-    rate = cfg.lr / max(1, cfg.warmup_steps)
     for step in range(steps):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate * (step + 1)  # warm-up, as the worker does
         clock, losses, lap = time.perf_counter(), [], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for _ in range(cfg.accumulation_steps):
             since = time.perf_counter()

@@ -2,16 +2,32 @@
 
 Arithmetic on measured and cited inputs, nothing else. Every input names where it comes from; "measured" means on two
 cores (AMD EPYC) with coco256 enlarged to 1024 px, the command beside it. Nothing here was run at this size.
+Memory of a GPU: infra/memory.py.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-GB, TB, HOUR_S = 1e9, 1e12, 3600.0
+import yaml
+
+GB, TB, HOUR_S, DAY_S = 1e9, 1e12, 3600.0, 86400.0
+PROFILES = Path(__file__).resolve().parent / "profiles"
 
 # -- cited: the data set's own pages
 PHOTOS = 1_743_042  # train photos, each with at least one box
 BOXES = 14_610_229  # of the train split
 PHOTO_BYTES = 513 * GB / PHOTOS  # 513 GB of train tars
+
+VALIDATION_BYTES = 12 * GB  # of validation tars, 41,620 photos
+# -- cited: the paper, "about 7 days on 64 V100", 40 epochs
+PAPER_GPUS, PAPER_DAYS = 64, 7
+# -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, by number of A100: photos per second in training the
+# UNet of Stable Diffusion 2 base at 512 px, latents computed before. A near relative of this network, not this one
+A100_PHOTOS_PER_S = {8: 290, 64: 2340}
+# -- by the model: trainable parameters; a checkpoint holds their weights, masters and two moments in float32
+PARAMETERS = 923_306_500
+CHECKPOINT_BYTES = 16 * PARAMETERS
 
 # -- measured: python tests/benchmarks/materialize.py, 234 photos with a kept box
 TRIPLET_BYTES = {"420": 128_700, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; holes are 650 of them
@@ -82,6 +98,43 @@ def main() -> None:
 
     print("\n## Hours of one core\n")
     print(table(cpu_hours()))
+
+    print("\n## The profiles of the paper's training\n")
+    print(table(profiles()))
+
+
+def profiles() -> list[list[str]]:
+    """Disk and days of infra/profiles/openimages*.yaml, a column each."""
+    named = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(PROFILES.glob("openimages*.yaml"))}
+    columns = [profile_rows(params) for params in named.values()]
+    return [["", *named], *([label, *(column[label] for column in columns)] for label in columns[0])]
+
+
+def profile_rows(params: dict[str, Any]) -> dict[str, str]:
+    train, slots, gpus = params["train"], params["materialize"]["slots"], params["train"]["workers"]
+    triplets = TRIPLET_BYTES[params["materialize"]["jpeg_chroma"]] * PHOTOS * slots
+    value_bytes = {"float16": 2, "float32": 4}[params["encode"]["dtype"]]
+    row = encoded_bytes(params["encode"]["reference_draws"], params["encode"]["backbone"]["tokens"], value_bytes)
+    encoded, checkpoints = row * PHOTOS * slots, CHECKPOINT_BYTES * train["keep_checkpoints"]
+    photos = PHOTO_BYTES * PHOTOS + VALIDATION_BYTES
+    seen = train["steps"] * train["batch"]
+    paper_rate = 40 * PHOTOS / (PAPER_GPUS * PAPER_DAYS * DAY_S)
+    rate = A100_PHOTOS_PER_S[gpus]
+    return {
+        "GPUs": f"{gpus}",
+        "rows per GPU, forward, step": f"{train['micro_batch']}, {train['batch'] // gpus}",
+        "slots": f"{slots}",
+        "photos": volume(photos),
+        "triplets": volume(triplets),
+        "encoded": volume(encoded),
+        f"checkpoints, {volume(CHECKPOINT_BYTES)} each": volume(checkpoints),
+        "disk in all": volume(photos + triplets + encoded + checkpoints),
+        "disk once triplets are gone": volume(photos + encoded + checkpoints),
+        "rows seen": f"{seen / 1e6:.1f} million in {train['steps']:,} steps",
+        f"days, V100 at the paper's {paper_rate:.1f} rows/s each": f"{seen / paper_rate / gpus / DAY_S:.1f}",
+        "days, A100 at a published rate": f"{seen / rate / DAY_S:.2f} ({rate:,} rows/s)",
+        "storage must give, at that rate": f"{volume(rate * row)}/s",
+    }
 
 
 def cpu_hours() -> list[list[str]]:

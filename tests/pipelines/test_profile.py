@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from infra.memory import PAPER, architecture
 from pbe.config import ParamsError, load_params
+from pbe.model.unet import new_network
 from pipelines import profile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,8 +38,75 @@ def test_the_sample_profile_is_params_yaml() -> None:
 def test_every_profile_is_valid(name: str, checkout: Path) -> None:
     needs_root = profile.PLACEHOLDER in (PROFILES / f"{name}.yaml").read_text()
     profile.main(name, str(checkout) if needs_root else "")
-    assert len(load_params(checkout / "params.yaml").variants) >= 2
+    assert "full" in load_params(checkout / "params.yaml").variants
     assert profile.PLACEHOLDER not in (checkout / "params.yaml").read_text()
+
+
+# (setting, value, where upstream has it)
+UPSTREAM = [
+    ("materialize.image_px", 512, "configs/v1.yaml"),
+    ("materialize.reference_px", 224, "ldm/data/open-images.py"),
+    ("train.init", "sd", "scripts/modify_checkpoints.py"),
+    ("train.batch", 256, "configs/v1.yaml: 4 per GPU; the paper: 64 GPUs"),
+    ("train.lr", 1e-5, "configs/v1.yaml, --scale_lr False"),
+    ("train.warmup_steps", 10_000, "configs/v1.yaml"),
+    ("train.final_lr_frac", 1.0, "configs/v1.yaml"),
+    ("train.weight_decay", 0.01, "torch's default"),
+    ("train.adam_betas", (0.9, 0.999), "torch's default"),
+    ("train.adam_eps", 1e-8, "torch's default"),
+    ("train.grad_clip", None, "configs/v1.yaml"),
+    ("train.objective", "eps", "configs/v1.yaml"),
+    ("train.beta_schedule", "scaled_linear", "configs/v1.yaml"),
+    ("train.bezier_prob", 0.5, "configs/v1.yaml"),
+    ("train.condition_dropout_prob", 0.2, "configs/v1.yaml"),
+    ("train.context_dropout_prob", 0.0, "has none"),
+    ("evaluate.guidance_scale", 5.0, "README.md"),
+    ("evaluate.steps", 50, "scripts/inference_test_bench.py"),
+]
+
+
+@pytest.mark.parametrize("name", ["openimages", "openimages-8gpu"])
+def test_the_papers_profiles_have_upstreams_values(name: str) -> None:
+    params = load_params(PROFILES / f"{name}.yaml")
+    for key, value, where in UPSTREAM:
+        got: object = params
+        for part in key.split("."):
+            got = getattr(got, part)
+        assert got == value, f"{name}: {key} is {got}, upstream's is {value} ({where})"
+    assert params.train.accumulation_steps * params.train.workers * params.train.micro_batch == params.train.batch
+    epochs = params.train.steps * params.train.batch / 1_743_042
+    assert 39.99 < epochs <= 40
+
+
+def test_the_papers_profiles_build_the_papers_network() -> None:
+    """Parameter counts of upstream's configs/v1.yaml."""
+    train = load_params(PROFILES / "openimages.yaml").train
+    assert architecture(train) == PAPER
+    with torch.device("meta"):
+        network = new_network(PAPER)
+    assert sum(p.numel() for p in network.unet.parameters()) == 859_535_364
+    assert sum(p.numel() for p in network.parameters()) == 923_306_500
+
+
+def test_one_node_trains_as_64_gpus_do_but_for_how_it_is_run() -> None:
+    """So their results can be compared."""
+    big, small = (yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) for name in ("openimages", "openimages-8gpu"))
+    differ = {
+        f"{stage}.{key}"
+        for stage in big.keys() - {"seed"}
+        for key in big[stage]
+        if big[stage][key] != small[stage][key]
+    }
+    assert differ == {
+        "encode.actors",
+        "train.workers",
+        "train.cpus_per_worker",
+        "train.micro_batch",
+        "train.zero_stage",
+        "train.precision",
+        "evaluate.actors",
+    }
+    assert big.keys() == small.keys() and big["seed"] == small["seed"]
 
 
 def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +122,7 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("imagenet", "", "'imagenet' is unknown; there are: coco, paper-tiny, sample, tiny"),
+        ("imagenet", "", f"'imagenet' is unknown; there are: {', '.join(NAMES)}"),
         ("../profiles/coco", "/", "is unknown"),
         ("coco", "", "make profile P=coco ROOT="),
         ("coco", "/nowhere/at/all", "is not a folder"),

@@ -48,6 +48,9 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": 100_000 if on_gpu else 0,
+            # DeepSpeed's 1e9 would keep all of the paper's 0.92e9 parameters gathered
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_max_reuse_distance": 2 * bucket,
         }
     config: dict[str, Any] = {
         "train_batch_size": cfg.batch,
@@ -62,6 +65,10 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         config["bf16"] = {"enabled": True} | (
             {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if pure else {}
         )
+    if cfg.precision == "bf16" and cfg.zero_stage == 2:
+        # gradients go into one flat float32 partition: summed there, and 3.5 bytes per parameter less at the peak;
+        # at the other stages DeepSpeed gains nothing by it
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if universal:
         config["checkpoint"] = {"load_universal": True}
     return config

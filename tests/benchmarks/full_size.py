@@ -28,18 +28,17 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
 from pbe.config import TrainConfig, load_params  # noqa: E402
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches  # noqa: E402
 from pbe.data.schema import array_shape, encoded_schema, require  # noqa: E402
 from pbe.data.slots import slot_name  # noqa: E402
-from pbe.diffusion.objective import add_noise, loss_per_row, target  # noqa: E402
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
 from pbe.model.unet import new_network  # noqa: E402
 from pbe.store import Manifest, Store, make_manifest  # noqa: E402
-from pbe.train.engine import make_engine  # noqa: E402
+from pbe.train.engine import make_engine, step_engine  # noqa: E402
+from pbe.train.loss import Diffusion, row_losses  # noqa: E402
 
 ROWS, ROWS_PER_GROUP, DRAWS = 8, 2, 2
 
@@ -94,8 +93,7 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     torch.set_default_dtype(torch.bfloat16 if low else torch.float32)
     model = new_network(arch)
     torch.set_default_dtype(torch.float32)
-    if cfg.kernels.activation_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    model.use_kernels(sdpa=True, channels_last=False, activation_checkpointing=cfg.kernels.activation_checkpointing)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters:,} trainable parameters, {cfg.precision}, ZeRO-{cfg.zero_stage}, micro-batch {cfg.micro_batch}, "
@@ -105,24 +103,26 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
         flush=True,
     )
     peaks = {"build": peak_gib()}
-    engine = make_engine(model, cfg)
+    engine = make_engine(model, cfg, device=torch.device("cpu"))
     del model
     gc.collect()
     peaks["engine"] = peak_gib()
 
     # steps
     alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
+    grey_latent = torch.zeros(1, arch.latent_channels, arch.latent_px, arch.latent_px)  # no row hides its photo
+    diffusion = Diffusion(cfg, grey_latent, alpha_bar, torch.device("cpu"))
     batches = Prefetched(batches_of(store, encoded, cfg), depth=2)
     for step in range(steps):
         clock, losses, lap = time.perf_counter(), [], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for _ in range(cfg.accumulation_steps):
             since = time.perf_counter()
-            loss = loss_of(engine, batches.next(), cfg, alpha_bar)
+            loss = row_losses(engine, batches.next(), diffusion).mean()
             since = spent(lap, "forward", since)
             engine.backward(loss)
             since = spent(lap, "backward", since)
             peaks["forward and backward"] = max(peaks.get("forward and backward", 0), peak_gib())
-            engine.step()
+            step_engine(engine)
             spent(lap, "optimizer", since)
             peaks["optimizer"] = max(peaks.get("optimizer", 0), peak_gib())
             losses.append(float(loss.detach()))
@@ -140,22 +140,6 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
         f"parameters={parameters} peak_gib={peak:.2f} bytes_per_parameter={(peak - empty_gib) * GIB / parameters:.2f} "
         f"step_s={seconds:.1f} loss={losses[-1]:.4f}"
     )
-
-
-def loss_of(engine: torch.nn.Module, batch: Batch, cfg: TrainConfig, alpha_bar: Tensor) -> Tensor:
-    """As pbe/train/worker.py: noise in float32, the network in its own type, the loss in float32."""
-    dtype = next(engine.parameters()).dtype
-    ab = alpha_bar[batch.timestep]
-    with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16_autocast"):
-        prediction = engine(
-            add_noise(batch.x0, batch.noise, ab).to(dtype),
-            batch.timestep,
-            masked_latent=batch.masked_latent.to(dtype),
-            keep_mask_latent=batch.keep_mask_latent.to(dtype),
-            exemplar_tokens=batch.exemplar_tokens.to(dtype),
-            drop_condition=batch.drop_condition,
-        )
-    return loss_per_row(prediction, target(cfg.objective, x0=batch.x0, noise=batch.noise, alpha_bar=ab)).mean()
 
 
 def write_rows(store: Store, channels: int, latent_px: int, token_width: int) -> Manifest:

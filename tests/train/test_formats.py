@@ -1,0 +1,124 @@
+"""Number formats and kernels: bfloat16 in DeepSpeed's ways stays near float32; kernels change rounding alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pbe.config import load_params, repo_root
+from pbe.store import Manifest, Store
+from pbe.train.engine import deepspeed_config
+from tests.train.ranks import (
+    KillAt,
+    RankDiedError,
+    loss_curve,
+    run_ranks,
+    take_said,
+    tiny_config,
+    tiny_encoded,
+    tiny_job,
+    train,
+)
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
+    folder = tmp_path_factory.mktemp("formats")
+    store = Store(str(folder / "store"))
+    return folder, store, tiny_encoded(store)
+
+
+@pytest.fixture(scope="module")
+def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
+    folder, store, encoded = place
+    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
+    return loss_curve(store, "golden")
+
+
+@pytest.mark.parametrize(
+    ("precision", "stages", "away"),
+    [
+        ("bf16_autocast", (0, 2), 2e-3),
+        ("bf16", (1, 2, 3), 5e-3),
+        ("bf16", (0,), 5e-2),  # DeepSpeed sums the micro-batches' gradients in bfloat16 there
+        ("bf16_pure", (1, 2, 3), 2e-2),
+    ],
+)
+def test_bfloat16_stays_near_float32(
+    place: tuple[Path, Store, Manifest], golden: list[float], precision: str, stages: tuple[int, ...], away: float
+) -> None:
+    folder, store, encoded = place
+    for stage in stages:
+        name = f"{precision}-{stage}"
+        cfg = tiny_config(precision=precision, zero_stage=stage)
+        run_ranks(train, tiny_job(store, encoded, cfg, name), world=1, tmp=folder)
+        difference = np.abs(np.array(loss_curve(store, name)) - golden).max()
+        assert 1e-5 < difference < away, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_export_has_the_float32_masters(place: tuple[Path, Store, Manifest], precision: str) -> None:
+    folder, store, encoded = place
+    cfg = tiny_config(precision=precision, steps=3)
+    run_ranks(train, tiny_job(store, encoded, cfg, f"export-{precision}"), world=1, tmp=folder)
+    unet = load_file(folder / "store" / "runs" / f"export-{precision}" / "export" / "unet" / _UNET_FILE)
+    weight = unet["conv_in.weight"]
+    assert weight.dtype == np.float32
+    rounded = (weight.view(np.uint32) & 0xFFFF) == 0  # a bfloat16 has no more than the upper half
+    assert rounded.mean() < 0.1
+
+
+_UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(("precision", "stage", "away"), [("bf16", 2, 5e-3), ("bf16_pure", 1, 2e-2)])
+def test_bfloat16_goes_on_at_another_number_of_ranks(
+    place: tuple[Path, Store, Manifest], golden: list[float], precision: str, stage: int, away: float
+) -> None:
+    folder, store, encoded = place
+    name = f"resumed-{precision}"
+    for world, kill in ((2, 19), (1, None)):
+        cfg = tiny_config(precision=precision, zero_stage=stage, workers=world, checkpoint_every=8)
+        job = tiny_job(store, encoded, cfg, name, on_progress=KillAt(kill) if kill else None)
+        if kill:
+            with pytest.raises(RankDiedError):
+                run_ranks(train, job, world=world, tmp=folder)
+        else:
+            run_ranks(train, job, world=world, tmp=folder)
+    assert "step 16, written by 2 ranks" in take_said(folder)
+    np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=away)
+
+
+def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], golden: list[float]) -> None:
+    folder, store, encoded = place
+    kernels = {
+        "sdpa": False,
+        "channels_last": True,
+        "compile": True,
+        "fused_adamw": False,
+        "activation_checkpointing": True,
+    }
+    cfg = tiny_config(zero_stage=2, workers=2, kernels=kernels)
+    run_ranks(train, tiny_job(store, encoded, cfg, "kernels"), world=2, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, "kernels"), golden, rtol=0, atol=1e-5)
+    assert "kernels.compile is left out: there is no GPU" in take_said(folder)
+
+
+def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
+    cfg = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml").train
+    told = deepspeed_config(cfg, on_gpu=False)
+    assert told["train_batch_size"] == 8
+    assert told["gradient_accumulation_steps"] == 2 == cfg.batch // (cfg.workers * cfg.micro_batch)
+    assert told["gradient_clipping"] == 1.0
+    assert told["zero_optimization"]["stage"] == 2
+    assert "bf16" not in told and "checkpoint" not in told
+    on_gpu = deepspeed_config(cfg, on_gpu=True)["zero_optimization"]
+    assert on_gpu["overlap_comm"]
+    assert on_gpu["reduce_bucket_size"] > 10 * told["zero_optimization"]["reduce_bucket_size"]
+    unclipped = cfg.model_copy(update={"grad_clip": None, "precision": "bf16_pure"})
+    assert deepspeed_config(unclipped, on_gpu=True)["gradient_clipping"] == 0.0
+    assert deepspeed_config(unclipped, on_gpu=True)["bf16"]["bf16_optimizer_states"]
+    assert deepspeed_config(cfg, on_gpu=True, universal=True)["checkpoint"] == {"load_universal": True}

@@ -32,12 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from pbe.config import TrainConfig  # noqa: E402
-from pbe.model.unet import Architecture, new_network  # noqa: E402
+from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
 from pbe.train.engine import GPU_BUCKET  # noqa: E402
 
 GIB = 2**30
 PARAMETERS = 923_306_500  # trainable: UNet 859,535,364, mapper, LayerNorm, projection and vector 63,771,136
-LATENT_CHANNELS, LATENT_PX, TOKEN_WIDTH = 4, 64, 1024  # AutoencoderKL at 512 px; CLIP ViT-L/14
+LATENT_CHANNELS, LATENT_PX, IMAGE_PX, TOKEN_WIDTH = 4, 64, 512, 1024  # AutoencoderKL at 512 px; CLIP ViT-L/14
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16")
 STAGES = (0, 1, 2, 3)
@@ -51,21 +51,11 @@ MAX_LIVE = 1_000_000_000  # elements that stage 3 leaves gathered: stage3_max_li
 
 def architecture(cfg: TrainConfig) -> Architecture:
     """The network of a profile at 512 px with AutoencoderKL and CLIP ViT-L/14."""
-    unet = cfg.unet
-    return Architecture(
-        latent_channels=LATENT_CHANNELS,
-        latent_px=LATENT_PX,
-        backbone_width=TOKEN_WIDTH,
-        block_channels=unet.block_channels,
-        attention=unet.attention,
-        layers_per_block=unet.layers_per_block,
-        attention_heads=unet.attention_heads,
-        norm_groups=unet.norm_groups,
-        context_width=unet.context_width,
-        mapper_width=cfg.exemplar.mapper_width,
-        mapper_blocks=cfg.exemplar.mapper_blocks,
-        class_embedding=unet.class_embedding,
-    )
+    encoded = {
+        "codec": {"channels": LATENT_CHANNELS, "patch_px": IMAGE_PX // LATENT_PX},
+        "backbone": {"width": TOKEN_WIDTH},
+    }
+    return architecture_of(cfg, image_px=IMAGE_PX, encoded=encoded)
 
 
 PAPER = Architecture(

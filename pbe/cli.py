@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--seed", type=_at_least(0, int), default=0, help="of the random rows")
     show.add_argument("--out", type=Path, required=True, help="PNG to write")
     show.set_defaults(run=_show)
+    doctor = commands.add_parser("doctor", help="what would go wrong here, before it does")
+    doctor.add_argument("--gpu", action="store_true", help="also nccl, bf16, sdpa and a short training on all GPUs")
+    doctor.add_argument("--ranks", type=_at_least(1, int), help="also a short training of so many ranks (CPU: gloo)")
+    doctor.set_defaults(run=_doctor)
     collect = commands.add_parser(
         "gc", help="remove parts and runs of the storage that no manifest in git's history refers to"
     )
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     imports.set_defaults(run=_import)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (UserError, ValueError, OSError) as error:
         print(f"pbe: error: {error}", file=sys.stderr)
         return 1
@@ -229,6 +233,18 @@ def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
     if grey > painted / 2:
         raise ValueError(f"{args.mask}: mostly greys where it is not black; a mask is white where the edit goes")
     return level >= 128
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pbe.config import repo_root
+    from pbe.doctor import examine
+
+    levels = []
+    for finding in examine(repo_root(), gpu=args.gpu, ranks=args.ranks):
+        print(finding, flush=True)
+        levels.append(finding.level)
+    print(f"{levels.count('fail')} fail, {levels.count('warn')} warn, {levels.count('ok')} ok")
+    return 1 if "fail" in levels else 0
 
 
 def _box(text: str) -> tuple[int, int, int, int]:

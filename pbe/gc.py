@@ -2,8 +2,8 @@
 
 A manifest counts when it is in the working tree, in any dvc.lock of git's history (branches, tags, DVC's experiments)
 or in DVC's run cache, from which `dvc repro` restores what it has once made. What such a manifest names stays: its
-units, single parts in its config (a codec, a bench), and a train manifest's run and first weights. Storage may be shared:
-other repositories' parts look unreferenced from here.
+units, single parts in its config (a codec, a bench), and a train manifest's run and first weights. Storage may be
+shared: other repositories' parts look unreferenced from here.
 """
 
 import hashlib

@@ -31,6 +31,11 @@ def _client(tracking_uri: str) -> Any:
     return MlflowClient(tracking_uri)
 
 
+def reach(tracking_uri: str) -> None:
+    """Raises TrackError when no MLflow answers there."""
+    _reach(_client(tracking_uri), tracking_uri)
+
+
 def open_run(
     tracking_uri: str,
     *,

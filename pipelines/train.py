@@ -181,10 +181,10 @@ def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, ini
     import torch
 
     from pbe.model.initial import load_kept
-    from pbe.model.unet import new_network
+    from pbe.model.unet import architecture_of, new_network
 
     with torch.device("meta"):
-        network = new_network(_architecture(stage, cfg, encoded))
+        network = new_network(architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config))
     load_kept(network, stage.store, initial)
 
 
@@ -223,6 +223,7 @@ def _train(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
+    from pbe.model.unet import architecture_of
     from pbe.train.worker import Job
 
     start_ray()
@@ -234,7 +235,7 @@ def _train(
         seed=stage.params.seed,
         store_uri=stage.store.uri,
         encoded=encoded,
-        arch=_architecture(stage, cfg, encoded),
+        arch=architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config),
         initial=initial,
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,
@@ -345,26 +346,6 @@ class ProgressBar:
                 continue
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
-
-
-def _architecture(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> Any:
-    from pbe.model.unet import Architecture
-
-    unet = cfg.unet
-    return Architecture(
-        latent_channels=int(encoded.config["codec"]["channels"]),
-        latent_px=stage.params.materialize.image_px // int(encoded.config["codec"]["patch_px"]),
-        backbone_width=int(encoded.config["backbone"]["width"]),
-        block_channels=unet.block_channels,
-        attention=unet.attention,
-        layers_per_block=unet.layers_per_block,
-        attention_heads=unet.attention_heads,
-        norm_groups=unet.norm_groups,
-        context_width=unet.context_width,
-        mapper_width=cfg.exemplar.mapper_width,
-        mapper_blocks=cfg.exemplar.mapper_blocks,
-        class_embedding=unet.class_embedding,
-    )
 
 
 def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:

@@ -5,13 +5,16 @@ latent, then the keep mask with 1 = known. SD-inpainting differs in both.
 Deviation of the sample profile: a class embedding feeds the same token to the time embedding as well.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from pbe.config import TrainConfig
 from pbe.model.exemplar import ExemplarMapper
 
 
@@ -31,6 +34,25 @@ class Architecture:
     mapper_width: int
     mapper_blocks: int
     class_embedding: bool
+
+
+def architecture_of(cfg: TrainConfig, *, image_px: int, encoded: Mapping[str, Any]) -> Architecture:
+    """What params.yaml and the encode manifest's config say together."""
+    codec, unet = encoded["codec"], cfg.unet
+    return Architecture(
+        latent_channels=int(codec["channels"]),
+        latent_px=image_px // int(codec["patch_px"]),
+        backbone_width=int(encoded["backbone"]["width"]),
+        block_channels=unet.block_channels,
+        attention=unet.attention,
+        layers_per_block=unet.layers_per_block,
+        attention_heads=unet.attention_heads,
+        norm_groups=unet.norm_groups,
+        context_width=unet.context_width,
+        mapper_width=cfg.exemplar.mapper_width,
+        mapper_blocks=cfg.exemplar.mapper_blocks,
+        class_embedding=unet.class_embedding,
+    )
 
 
 class ConditionedUNet(nn.Module):

@@ -30,11 +30,11 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pbe.config import TrainConfig, load_params  # noqa: E402
-from pbe.model.unet import Architecture, new_network  # noqa: E402
+from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
 from pbe.store import Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.worker import train_worker  # noqa: E402
-from tests.train.ranks import WIDTH, tiny_encoded, tiny_job  # noqa: E402
+from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_job  # noqa: E402
 
 LATENT_PX = 16
 
@@ -56,21 +56,8 @@ def config(steps: int) -> TrainConfig:
 
 
 def architecture(cfg: TrainConfig) -> Architecture:
-    unet = cfg.unet
-    return Architecture(
-        latent_channels=16,
-        latent_px=LATENT_PX,
-        backbone_width=WIDTH,
-        block_channels=unet.block_channels,
-        attention=unet.attention,
-        layers_per_block=unet.layers_per_block,
-        attention_heads=unet.attention_heads,
-        norm_groups=unet.norm_groups,
-        context_width=unet.context_width,
-        mapper_width=cfg.exemplar.mapper_width,
-        mapper_blocks=cfg.exemplar.mapper_blocks,
-        class_embedding=unet.class_embedding,
-    )
+    encoded = {"codec": {"channels": 16, "patch_px": PATCH_PX}, "backbone": {"width": WIDTH}}
+    return architecture_of(cfg, image_px=LATENT_PX * PATCH_PX, encoded=encoded)
 
 
 def random_inputs(arch: Architecture, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -140,7 +127,7 @@ def step_times(rounds: int) -> dict[str, list[float]]:
         store = Store(folder)
         encoded = tiny_encoded(store, buckets=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
         job: Any = tiny_job(store, encoded, cfg, "bench")
-        job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * 4), on_progress=turns)
+        job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * PATCH_PX), on_progress=turns)
         turns.since = time.perf_counter()
         train_worker(job, torch.device("cpu"))
     return turns.seconds

@@ -1,0 +1,329 @@
+"""`pbe doctor`: what would go wrong on this machine, or with the cluster that is set, before it does.
+
+Every check says what it found and, unless that is fine, what to do. None takes longer than its time limit; the ones
+that train something are asked for (`--gpu`, `--ranks`).
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from pbe import track
+from pbe.config import Params, TrainConfig, home_root, load_params, storage_uri, tracking_uri
+from pbe.errors import UserError
+from pbe.store import Store, load_manifest
+
+Level = Literal["ok", "warn", "fail"]
+
+PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "diffusers", "transformers", "mlflow", "albumentations", "dvc")
+ANSWER_S = 10.0  # a Ray head or an MLflow server that takes longer is taken for dead
+DRILL_S = 180.0
+SHARED_MEMORY_GIB, OPEN_FILES, SOCKET_PATH_CHARS = 2.0, 4096, 60
+ADAM_BYTES = 12  # float32 weight and two moments: what a checkpoint holds per parameter
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Level
+    check: str
+    found: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:4} {self.check}: {self.found}" + (f". {self.advice}" if self.advice else "")
+
+
+def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
+    """All findings, as they are made. ranks: also train with so many, on the GPUs with `gpu`, else on this CPU."""
+    yield from _versions(root)
+    yield from _repository(root)
+    yield from _limits()
+    params = None
+    try:
+        params = load_params(root / "params.yaml")
+        for variant in params.variants:
+            params.train_variant(variant)
+        yield Finding("ok", "params.yaml", f"variants {', '.join(params.variants)}")
+    except UserError as error:
+        yield Finding("fail", "params.yaml", _one_line(error), "Nothing that depends on it is checked")
+    yield from _guarded("storage", _storage)
+    yield from _guarded("MLflow", _tracking)
+    if params is not None:
+        yield from _guarded("processors", lambda: _processors(params))
+        yield from _guarded("disk", lambda: _disk(root, params))
+        yield from _weights(params)
+    if gpu:
+        yield from _gpus()
+    if params is not None and (ranks or gpu):
+        yield from _drill(params.train, gpu=gpu, ranks=ranks)
+
+
+def _guarded(check: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What the user can mend becomes a finding."""
+    try:
+        yield from look()
+    except (UserError, OSError) as error:
+        yield Finding("fail", check, _one_line(error))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _versions(root: Path) -> Iterator[Finding]:
+    pins = {}
+    lock = root / "requirements.lock"
+    if lock.is_file():
+        lines = [line.partition("==") for line in lock.read_text().splitlines() if "==" in line and line[0] != "#"]
+        pins = {name.lower(): version.strip() for name, _, version in lines}
+    else:
+        yield Finding("warn", "versions", "no requirements.lock here", "Run pbe doctor in the repository")
+    level: Level = "ok" if sys.version_info >= (3, 11) else "fail"
+    yield Finding(level, "Python", platform.python_version(), "" if level == "ok" else "pbe needs 3.11 or newer")
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("fail", name, "is not installed", "`make env` installs requirements.lock")
+            continue
+        pin = pins.get(name)
+        if pin is None or version.partition("+")[0] == pin:
+            yield Finding("ok", name, version)
+        else:
+            advice = "`make env` installs the tested one"
+            yield Finding("warn", name, f"{version}, requirements.lock has {pin}", advice)
+
+
+def _repository(root: Path) -> Iterator[Finding]:
+    for tool, folder in (("git", ".git"), ("DVC", ".dvc")):
+        if (root / folder).exists():
+            yield Finding("ok", tool, "repository")
+        else:
+            advice = f"`{tool.lower()} init`; `dvc repro` needs both" if tool == "git" else "`dvc init`"
+            yield Finding("fail", tool, f"{root} is no {tool} repository", advice)
+
+
+def _limits() -> Iterator[Finding]:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files != resource.RLIM_INFINITY and files < OPEN_FILES
+    advice = f"Ray wants at least {OPEN_FILES}: `ulimit -n {OPEN_FILES}` before pbe" if few else ""
+    yield Finding("warn" if few else "ok", "open files", str(files), advice)
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free_gib = shutil.disk_usage(shared).free / 2**30
+        small = free_gib < SHARED_MEMORY_GIB
+        advice = "Ray falls back to slow disk: in a container, start it with a larger --shm-size" if small else ""
+        yield Finding("warn" if small else "ok", "shared memory", f"{free_gib:.1f} GiB free", advice)
+    temp = tempfile.gettempdir()
+    long = len(temp) > SOCKET_PATH_CHARS
+    advice = "Ray puts sockets below it, and their paths must be short: set TMPDIR to another" if long else ""
+    yield Finding("fail" if long else "ok", "temporary folder", temp, advice)
+
+
+def _storage() -> Iterator[Finding]:
+    store = Store(storage_uri())
+    name = f"doctor/{uuid.uuid4().hex}"
+    said = uuid.uuid4().bytes
+    store.write_bytes(name, said)
+    back = store.read_bytes(name)
+    listed = store.list_names("doctor")
+    store.delete_file(name)
+    if back != said or Path(name).name not in listed:
+        yield Finding("fail", "storage", f"{store.uri}: what was written is not what is read back")
+    elif store.exists(name):
+        yield Finding("warn", "storage", f"{store.uri}: written and read, not removed", "pbe gc needs the right to")
+    else:
+        yield Finding("ok", "storage", f"{store.uri}: written, read, listed, removed")
+
+
+def _tracking() -> Iterator[Finding]:
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        yield Finding("ok", "MLflow", f"{uri}: not there yet, the first run makes it")
+        return
+    track.reach(uri)
+    yield Finding("ok", "MLflow", f"{uri} answers")
+
+
+def _processors(params: Params) -> Iterator[Finding]:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        yield from _cluster(address)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory_gib = psutil.virtual_memory().available / 2**30
+    yield Finding("ok" if memory_gib > 4 else "warn", "memory", f"{memory_gib:.1f} GiB free")
+    for stage, wanted in wanted_cpus(params).items():
+        # local Ray is told of at least four, as shares of stages overlap (pipelines/units.py)
+        level: Level = "ok" if wanted <= max(cores, 4) else "fail"
+        advice = "" if level == "ok" else f"it would wait for ever: lower the {stage} settings in params.yaml"
+        yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, here are {cores}", advice)
+
+
+def wanted_cpus(params: Params) -> dict[str, float]:
+    """Ray CPUs that a stage holds at once at least, by stage (train: the variant that asks for most)."""
+    trains = [params.train_variant(name) for name in params.variants]
+    return {
+        "ingest": params.ingest.cpus_per_bucket,
+        "materialize": params.materialize.cpus_per_bucket,
+        "encode": params.encode.actors * params.encode.cpus_per_actor,
+        "train": max(train.workers * train.cpus_per_worker for train in trains),
+        "evaluate": params.evaluate.actors * params.evaluate.cpus_per_actor,
+    }
+
+
+def _cluster(address: str) -> Iterator[Finding]:
+    if not address.startswith(("http://", "https://")):
+        yield Finding("fail", "RAY_ADDRESS", address, "It must be the http:// address of the head's dashboard")
+        return
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S) as answer:
+            there = json.load(answer)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        yield Finding("fail", "RAY_ADDRESS", f"{address}: no Ray head answers ({_one_line(error)})")
+        return
+    theirs, ours = str(there.get("ray_version")), importlib.metadata.version("ray")
+    if theirs == ours:
+        yield Finding("ok", "RAY_ADDRESS", f"{address}: Ray {theirs}, as here")
+    else:
+        yield Finding("fail", "RAY_ADDRESS", f"{address}: Ray {theirs}, here {ours}", "They must be the same")
+    if not storage_uri().startswith("s3://"):
+        yield Finding("warn", "PBE_STORAGE", storage_uri(), "Its workers must see this very path, or set s3://")
+
+
+def _disk(root: Path, params: Params) -> Iterator[Finding]:
+    needs_gib = _checkpoint_gib(root, params)
+    for name, folder in (("storage", storage_uri()), ("temporary folder", tempfile.gettempdir())):
+        if folder.startswith("s3://"):
+            continue
+        there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+        free_gib = shutil.disk_usage(there).free / 2**30
+        if needs_gib is None:
+            yield Finding("ok", f"disk of the {name}", f"{free_gib:.1f} GiB free")
+            continue
+        copies = params.train.keep_checkpoints + 1 if name == "storage" else 1
+        wanted = copies * needs_gib
+        level: Level = "ok" if free_gib > wanted else "fail"
+        advice = "" if level == "ok" else "free some, or set PBE_STORAGE or TMPDIR to a larger disk"
+        found = f"{free_gib:.1f} GiB free, {copies} checkpoints of one variant take {wanted:.1f}"
+        yield Finding(level, f"disk of the {name}", found, advice)
+    if needs_gib is None:
+        found = "not known before the encode stage has run under this version"
+        yield Finding("ok", "size of a checkpoint", found)
+
+
+def _checkpoint_gib(root: Path, params: Params) -> float | None:
+    manifest = root / "data" / "encode" / "manifest.json"
+    if not manifest.is_file():
+        return None
+    import torch
+
+    from pbe.model.unet import architecture_of, new_network
+
+    try:
+        encoded = load_manifest(manifest).config
+        architecture = architecture_of(params.train, image_px=params.materialize.image_px, encoded=encoded)
+    except (KeyError, TypeError):  # of an older version, which the next `dvc repro` replaces
+        return None
+    with torch.device("meta"):
+        network = new_network(architecture)
+    return sum(parameter.numel() for parameter in network.parameters()) * ADAM_BYTES / 2**30
+
+
+def _weights(params: Params) -> Iterator[Finding]:
+    from pbe.model.hub import is_on_hub
+
+    codec, backbone, init = params.encode.codec, params.encode.backbone, params.train.init
+    named = {"train.init": init} if init not in ("random", "sd") else {}
+    if codec.kind == "pretrained":
+        named["encode.codec.weights"] = codec.weights
+    if backbone.kind == "clip":
+        named["encode.backbone.weights"] = backbone.weights
+    if init == "sd":
+        yield Finding("ok", "train.init", "sd: Stable Diffusion 1.4, downloaded at first use unless it is cached")
+    for key, name in named.items():
+        if (home_root() / Path(name).expanduser()).is_dir():
+            yield Finding("ok", key, f"{name}: a folder")
+        elif is_on_hub(name):
+            yield Finding("ok", key, f"{name}: on the hub, downloaded at first use unless it is cached")
+        else:
+            yield Finding("fail", key, f"{name}: no such folder", "Name a folder, or org/name@revision on the hub")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        found = f"torch {torch.__version__} is built for {'CUDA ' + built if built else 'CPU alone'} and sees no GPU"
+        yield Finding("fail", "GPU", found, "Install a CUDA build of torch that fits the driver of `nvidia-smi`")
+        return
+    driver = _nvidia_smi()
+    yield Finding("ok" if driver else "warn", "driver", driver or "nvidia-smi does not answer")
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
+        found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}"
+        advice = "" if bf16 else "no bfloat16 units: set train.precision to fp32"
+        yield Finding("ok" if bf16 else "warn", f"GPU {index}", found, advice)
+    try:
+        query = torch.randn(1, 8, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).float().sum().backward()
+        torch.cuda.synchronize()
+        yield Finding("ok", "sdpa", "bfloat16 attention, forward and backward")
+    except RuntimeError as error:
+        yield Finding("fail", "sdpa", _one_line(error), "Set train.kernels.sdpa to false")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+    yield Finding("ok" if nccl else "fail", "nccl", nccl or "this torch has none")
+
+
+def _nvidia_smi() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "version " + ", ".join(sorted(set(done.stdout.split()))) if done.returncode == 0 else ""
+
+
+def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
+    import torch
+
+    from pbe.train.drill import DrillError, run_drill
+
+    if gpu and not torch.cuda.is_available():
+        yield Finding("warn", "training drill", "not run: there is no GPU; `pbe doctor --ranks 2` runs it on the CPU")
+        return
+    world = ranks or torch.cuda.device_count()
+    if gpu and world > torch.cuda.device_count():
+        found = f"{world} ranks, {torch.cuda.device_count()} GPUs"
+        yield Finding("fail", "training drill", found, "nccl wants a GPU for each rank")
+        return
+    where = "nccl" if gpu else "gloo"
+    try:
+        drill = run_drill(cfg, world=world, on_gpu=gpu, timeout_s=DRILL_S)
+    except DrillError as error:
+        yield Finding("fail", f"training drill ({where})", _one_line(error))
+        return
+    took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in drill.seconds.items())
+    found = (
+        f"ZeRO 2, {cfg.precision}, {drill.world} ranks, saved, resumed on {drill.resumed_world}: "
+        f"loss {drill.straight:.5f} and {drill.resumed:.5f} ({took})"
+    )
+    advice = "" if drill.agrees else "A resumed run would not be the same: report this"
+    yield Finding("ok" if drill.agrees else "fail", f"training drill ({where})", found, advice)

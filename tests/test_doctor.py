@@ -1,0 +1,195 @@
+"""`pbe doctor`: each thing that may be wrong, made wrong for real, is a line that says what to do; fine is fine."""
+
+import resource
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from pbe.cli import main
+from pbe.config import repo_root
+from pbe.doctor import Finding, examine
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the tiny profile, whose storage and MLflow database are its own."""
+    for name in ("RAY_ADDRESS", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PBE_STORAGE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    shutil.copy(repo_root() / "infra" / "profiles" / "tiny.yaml", tmp_path / "params.yaml")
+    shutil.copy(repo_root() / "requirements.lock", tmp_path)
+    for name in (".git", ".dvc"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def _found(root: Path, check: str) -> Finding:
+    findings = {finding.check: finding for finding in examine(root, gpu=False, ranks=None)}
+    return findings[check]
+
+
+def _edit(root: Path, name: str, old: str, new: str) -> None:
+    text = (root / name).read_text()
+    assert old in text
+    (root / name).write_text(text.replace(old, new))
+
+
+def test_nothing_fails_where_all_is_well(root: Path) -> None:
+    findings = list(examine(root, gpu=False, ranks=None))
+    assert [str(finding) for finding in findings if finding.level == "fail"] == []
+    assert {"torch", "deepspeed", "storage", "MLflow", "CPUs of train", "disk of the storage"} <= {
+        finding.check for finding in findings
+    }
+    assert list((root / "store").rglob("*.*")) == []  # what it wrote there is gone
+    assert not (root / "mlflow.db").exists()
+
+
+def test_a_package_of_another_version(root: Path) -> None:
+    _edit(root, "requirements.lock", "\ntorch==", "\ntorch==9.")
+    finding = _found(root, "torch")
+    assert finding.level == "warn"
+    assert "requirements.lock has 9." in finding.found
+    assert "make env" in finding.advice
+
+
+def test_a_folder_that_is_no_repository(root: Path) -> None:
+    (root / ".dvc").rmdir()
+    assert _found(root, "DVC").level == "fail"
+    assert "dvc init" in _found(root, "DVC").advice
+    assert _found(root, "git").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [("zero_stage: 2", "zero_stage: 4", "train.zero_stage"), ("full: {}", "full: {lr: fast}", "lr")],
+)
+def test_settings_that_are_refused_in_the_base_or_in_a_variant(root: Path, old: str, new: str, said: str) -> None:
+    _edit(root, "params.yaml", old, new)
+    finding = _found(root, "params.yaml")
+    assert finding.level == "fail" and said in finding.found
+
+
+def test_a_storage_that_cannot_be_written(root: Path) -> None:
+    (root / "store").write_text("a file where the folder should be")
+    finding = _found(root, "storage")
+    assert finding.level == "fail"
+    assert str(root / "store") in finding.found
+
+
+def test_a_bucket_that_is_not_there(root: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBE_STORAGE", f"{s3}-of-nobody/prefix")
+    finding = _found(root, "storage")
+    assert finding.level == "fail"
+    assert "bucket-of-nobody" in finding.found
+    monkeypatch.setenv("PBE_STORAGE", f"{s3}/doctor")
+    assert _found(root, "storage").level == "ok"
+
+
+def test_an_mlflow_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    finding = _found(root, "MLflow")
+    assert finding.level == "fail" and "127.0.0.1:9" in finding.found
+
+
+def test_a_stage_that_would_wait_for_ever(root: Path) -> None:
+    _edit(root, "params.yaml", "cpus_per_worker: 1", "cpus_per_worker: 4000")
+    finding = _found(root, "CPUs of train")
+    assert finding.level == "fail" and "asks for 8000" in finding.found
+    assert _found(root, "CPUs of encode").level == "ok"
+
+
+def test_too_few_open_files(root: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        finding = _found(root, "open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert finding.level == "warn" and "ulimit -n" in finding.advice
+
+
+def test_a_temporary_folder_whose_sockets_ray_could_not_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(root / ("long" * 20)))
+    (root / ("long" * 20)).mkdir()
+    assert _found(root, "temporary folder").level == "fail"
+
+
+def test_weights_that_are_not_there(root: Path) -> None:
+    _edit(root, "params.yaml", "init: random", f"init: {root}/none")
+    finding = _found(root, "train.init")
+    assert finding.level == "fail" and "no such folder" in finding.found
+    (root / "none").mkdir()
+    assert _found(root, "train.init").level == "ok"
+
+
+class _Head(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"version": "4", "ray_version": "1.0.0"}')
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def old_head() -> Iterator[str]:
+    """The dashboard's version endpoint of a Ray that is not ours."""
+    server = HTTPServer(("127.0.0.1", 0), _Head)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("address", "said"), [("http://127.0.0.1:9", "no Ray head answers"), ("ray://x:1", "http://")])
+def test_a_cluster_that_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch, address: str, said: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    finding = _found(root, "RAY_ADDRESS")
+    assert finding.level == "fail" and said in str(finding)
+
+
+def test_a_cluster_of_another_ray_and_a_storage_it_cannot_see(
+    root: Path, monkeypatch: pytest.MonkeyPatch, old_head: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", old_head)
+    assert "Ray 1.0.0, here 2." in _found(root, "RAY_ADDRESS").found
+    assert _found(root, "RAY_ADDRESS").level == "fail"
+    assert _found(root, "PBE_STORAGE").level == "warn"
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_train_save_and_go_on_as_one(root: Path) -> None:
+    finding = list(examine(root, gpu=False, ranks=2))[-1]
+    assert finding.check == "training drill (gloo)"
+    assert finding.level == "ok", str(finding)
+    assert "ZeRO 2, fp32, 2 ranks, saved, resumed on 1" in finding.found
+
+
+@pytest.mark.timeout(240)
+def test_a_drill_whose_ranks_fail_says_why(root: Path) -> None:
+    from pbe.config import load_params
+    from pbe.train.drill import DrillError, run_drill
+
+    cfg = load_params(root / "params.yaml").train
+    with pytest.raises(DrillError, match="the ranks said nothing for 0 s"):
+        run_drill(cfg, world=2, on_gpu=False, timeout_s=0.1)
+    with pytest.raises(DrillError, match=r"rank 0: .*(NVIDIA|CUDA|cuda)"):
+        run_drill(cfg, world=1, on_gpu=True, timeout_s=100)
+
+
+def test_the_exit_code_and_the_last_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: nothing fails")
+    assert main(["doctor", "--gpu"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("fail GPU: ") for line in out)
+    assert out[-1].endswith(" ok") and " fail, " in out[-1]

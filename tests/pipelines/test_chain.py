@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pbe.data import images
 from tests.pipelines.project import Project, kill_tree, make_project
@@ -197,6 +198,25 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(repro: Pro
         assert resumed == pytest.approx(straight, rel=1e-5)
         (run / "finished.json").unlink()
         shutil.rmtree(run / "checkpoints" / "step-00000012")
+
+
+@pytest.mark.timeout(500)
+def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(repro: Project) -> None:
+    broken = repro.folder / "broken"
+    shutil.copytree(repro.folder / "models" / "full", broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] = np.inf
+    save_file(tensors, weights)
+    repro.edit_params("init: random", f"init: {json.dumps(str(broken))}")
+    result = repro.run("pipelines", "train", "--variant", "full", check=False)
+    repro.edit_params(f"init: {json.dumps(str(broken))}", "init: random")
+    assert result.returncode == 1
+    assert (
+        "the loss is not finite at step 1; the state before that step is saved as step 0. 8 of 8 rows" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+    assert "goes on from the checkpoint" not in result.stdout + result.stderr  # as each of two more tries would
 
 
 @pytest.mark.drill

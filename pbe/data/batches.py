@@ -15,13 +15,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pbe.data.order import RowRef, lane_stream
+from pbe.data.order import RowRef, rank_rows
 from pbe.data.rng import row_rng
 from pbe.data.schema import array_shape
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
 
 CACHE_BYTES = 256 << 20  # row groups that one rank keeps
+FOOTER_BYTES = 64 << 20  # footers, of 10 to 50 kB each
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,72 @@ class Batch:
 
 
 class RowReader:
-    """Reads single rows of encoded files; keeps recent row groups, at most `cache_bytes` of them and always one.
+    """Reads single rows of a manifest's files; keeps recent row groups and footers, in bounded memory.
 
-    A small data set is then read once; a large one streams with bounded memory.
+    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come back
+    to a group until it is done. A small data set is then read once in all, a large one once per visit.
     """
 
-    def __init__(self, store: Store, files: Sequence[Sequence[File]], cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: Sequence[Sequence[File]],
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        keep_rows: int = 1,
+        footer_bytes: int = FOOTER_BYTES,
+    ) -> None:
         self._store = store
         self._files = files
         self._cache_bytes = cache_bytes
+        self._keep_rows = keep_rows
+        self._footer_bytes = footer_bytes
         self._groups: OrderedDict[tuple[int, int, int], pa.Table] = OrderedDict()
         self._held_bytes = 0
+        self._held_rows = 0
+        self._footers: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._held_footer_bytes = 0
 
     def read(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One row: array columns as float32 arrays, the rest as 0-d objects."""
-        key = (ref.slot, ref.file, ref.group)
+        return _row_arrays(self._group((ref.slot, ref.file, ref.group)), ref.row)
+
+    def _group(self, key: tuple[int, int, int]) -> pa.Table:
         if key in self._groups:
             self._groups.move_to_end(key)
-        else:
-            self._groups[key] = self._read_group(key)
-            self._held_bytes += self._groups[key].nbytes
-            while len(self._groups) > 1 and self._held_bytes > self._cache_bytes:
-                self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
-        return _row_arrays(self._groups[key], ref.row)
+            return self._groups[key]
+        table = self._read_group(key)
+        self._groups[key] = table
+        self._held_bytes += table.nbytes
+        self._held_rows += table.num_rows
+        while len(self._groups) > 1 and self._held_bytes > self._cache_bytes:
+            oldest = next(iter(self._groups.values()))
+            if self._held_rows - oldest.num_rows < self._keep_rows:
+                break
+            self._groups.popitem(last=False)
+            self._held_bytes -= oldest.nbytes
+            self._held_rows -= oldest.num_rows
+        return table
 
     def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
         slot, file, group = key
-        parquet = self._store.open_parquet(self._files[slot][file])
+        parquet = self._store.open_parquet(self._files[slot][file], self._footer(slot, file))
         try:
             return parquet.read_row_group(group)
         finally:
             parquet.close(force=True)
+
+    def _footer(self, slot: int, file: int) -> bytes:
+        """A file has many row groups, and lanes ask for them in any order."""
+        if (slot, file) in self._footers:
+            self._footers.move_to_end((slot, file))
+            return self._footers[slot, file]
+        footer = self._store.read_footer(self._files[slot][file])
+        self._footers[slot, file] = footer
+        self._held_footer_bytes += len(footer)
+        while len(self._footers) > 1 and self._held_footer_bytes > self._footer_bytes:
+            self._held_footer_bytes -= len(self._footers.popitem(last=False)[1])
+        return footer
 
 
 def _row_arrays(table: pa.Table, row: int) -> dict[str, np.ndarray]:
@@ -179,21 +215,20 @@ def rank_batches(
     """
     files = slot_files(manifest)
     rows_of_slot = [[group_rows(file, rows_per_group) for file in slot] for slot in files]
-    per_lane = batch // lanes
-    mine = list(range(rank, lanes, world))
-    streams = {
-        lane: lane_stream(rows_of_slot, lane=lane, lanes=lanes, seed=cfg.seed, skip=start_step * per_lane)
-        for lane in mine
-    }
-    reader = RowReader(store, files)
-    while True:
-        examples = []
-        for lane in mine:
-            for _ in range(per_lane):
-                ref = next(streams[lane])
-                examples.append(draw_row(reader.read(ref), epoch=ref.epoch, cfg=cfg))
+    order = rank_rows(
+        rows_of_slot, batch=batch, lanes=lanes, rank=rank, world=world, seed=cfg.seed, start_step=start_step
+    )
+    keep_rows = rows_kept(batch=batch, lanes=lanes, world=world, rows_per_group=rows_per_group)
+    reader = RowReader(store, files, keep_rows=keep_rows)
+    for refs in order:
+        examples = [draw_row(reader.read(ref), epoch=ref.epoch, cfg=cfg) for ref in refs]
         for start in range(0, len(examples), micro_batch):
             yield collate(examples[start : start + micro_batch])
+
+
+def rows_kept(*, batch: int, lanes: int, world: int, rows_per_group: int) -> int:
+    """Rows of one rank's step, and of the groups that its lanes have begun and will come back to."""
+    return (batch + 2 * lanes * rows_per_group) // world
 
 
 class Prefetched:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pbe.data.order import RowRef, rank_rows
 from pbe.data.rng import row_rng
-from pbe.data.schema import array_shape
+from pbe.data.schema import array_value
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
 
@@ -60,8 +60,8 @@ class Batch:
 class RowReader:
     """Reads single rows of a manifest's files; keeps recent row groups and footers, in bounded memory.
 
-    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come back
-    to a group until it is done. A small data set is then read once in all, a large one once per visit.
+    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come
+    back to a group until it is done. A small data set is then read once in all, a large one once per visit.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def _row_arrays(table: pa.Table, row: int) -> dict[str, np.ndarray]:
     for field in table.schema:
         value = table.column(field.name)[row].as_py()
         if field.metadata:
-            out[field.name] = np.frombuffer(value, "<f2").reshape(array_shape(field)).astype(np.float32)
+            out[field.name] = array_value(field, value)
         else:
             out[field.name] = np.array(value)
     return out

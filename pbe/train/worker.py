@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pbe import track
 from pbe.config import TrainConfig
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
+from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
 from pbe.errors import UserError
@@ -299,11 +300,11 @@ def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
     for files in slot_files(encoded):
         for file in files:
             table = store.read_table(file, columns=["exemplar_tokens"])
-            width = int(table.schema.field("exemplar_tokens").metadata[b"shape"].split(b",")[-1])
-            rows += [np.frombuffer(value, "<f2", count=width) for value in table.column(0).to_pylist()]
+            field = table.schema.field("exemplar_tokens")
+            rows += [array_value(field, value)[0, 0] for value in table.column(0).to_pylist()]
         if len(rows) >= STATISTICS_ROWS:
             break
-    return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]).astype(np.float32))
+    return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]))
 
 
 def _mean_over_ranks(sums: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 
 from pbe.data.batches import Batch, DrawConfig, Prefetched, RowReader, collate, draw_row, rank_batches
 from pbe.data.order import RowRef
-from pbe.data.schema import array_shape, encoded_schema
+from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import group_rows, slot_files, slot_name
 from pbe.store import Manifest, Store, make_manifest
 
@@ -44,7 +44,7 @@ def _table(bucket: int, slot: int, count: int, latent: tuple[int, int, int] = LA
         if field.metadata:
             shape = (count, *array_shape(field))
             values = rng.integers(0, 5, shape) / 4 if "mask_latent" in field.name else rng.standard_normal(shape)
-            columns[field.name] = [value.astype("<f2").tobytes() for value in np.abs(values)]
+            columns[field.name] = [array_bytes(field, value) for value in np.abs(values)]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
@@ -179,7 +179,7 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
             assert reader._held_bytes <= max(cache_bytes, max(group.nbytes for group in reader._groups.values()))
             if field.metadata:
                 assert row[field.name].dtype == np.float32 and row[field.name].shape == array_shape(field)
-                assert row[field.name].astype("<f2").tobytes() == expected[field.name]  # float16 to float32 is exact
+                assert array_bytes(field, row[field.name]) == expected[field.name]  # float16 to float32 is exact
 
 
 def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:

@@ -320,7 +320,7 @@ class Store:
             return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
 
     def read_footer(self, file: File) -> bytes:
-        """The footer as stored: parsed, it takes 14 times the memory. Raises StoreError as `open_parquet` does."""
+        """The footer as stored, for `open_parquet`. Raises StoreError as that does."""
         with self._readable(file), self._fs.open_input_file(self.path(file.path)) as stream:
             return _footer(stream)
 

@@ -464,4 +464,4 @@ def test_the_reader_forgets_footers_beyond_its_bound(store: Store, encoded: Mani
         for file in (0, 2):
             assert str(reader.read(RowRef(0, slot, file, 0, 0))["image_id"]) == f"image{file}_0"
             assert list(reader._footers) == [(slot, file)]
-            assert reader._held_footer_bytes == len(reader._footers[slot, file])
+            assert reader._held_footer_bytes == len(reader._footers[slot, file].data)

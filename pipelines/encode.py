@@ -46,7 +46,8 @@ def main(stage: Stage) -> None:
         cpus=cfg.cpus_per_actor,
         actors=cfg.actors,
     )
-    manifest = make_manifest("encode", config=config, code=stage.code, units=records)
+    # beside what the units depend on: which triplets these are, for whoever reads both
+    manifest = make_manifest("encode", config={**config, "triplets": triplets.digest}, code=stage.code, units=records)
     assert manifest.counts["rows"] == triplets.counts["triplets"]
     save_counts(stage, dict(manifest.counts))
     save_manifest(stage.outputs / "manifest.json", manifest)

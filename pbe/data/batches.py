@@ -231,6 +231,13 @@ def collate(examples: Sequence[dict[str, np.ndarray]]) -> Batch:
     return Batch(**tensors, rows=tuple(str(example["rows"]) for example in examples))
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, in order."""
+    names = [f.name for f in fields(Batch) if f.name != "rows"]
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return Batch(**tensors, rows=tuple(row for batch in batches for row in batch.rows))
+
+
 def validation_places(files: Sequence[File], rows: int) -> list[tuple[int, int]]:
     """(file, row) of `rows` rows spread evenly over a slot's files, or of all if there are fewer; files in order."""
     places = [(index, row) for index, file in enumerate(files) for row in range(file.rows)]

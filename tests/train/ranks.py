@@ -253,6 +253,7 @@ def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, *
         seed=23,
         store_uri=store.uri,
         encoded=encoded,
+        triplets=None,
         arch=ARCH,
         initial=None,
         card=card,

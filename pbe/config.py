@@ -33,6 +33,7 @@ Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is
 Split = Literal["train", "validation", "test"]
 Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
 Tokens = Literal["class", "all"]
+Dtype = Literal["float16", "float32"]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
@@ -186,6 +187,7 @@ class EncodeConfig(Strict):
         Discriminator(_kind_of),
     ]
     reference_draws: Annotated[int, Field(ge=1, le=256)]
+    dtype: Dtype
     rows_per_group: PositiveInt
     batch_rows: PositiveInt
     actors: PositiveInt
@@ -231,6 +233,7 @@ class KernelsConfig(Strict):
 
 
 class TrainConfig(Strict):
+    input: Literal["encoded", "pixels"]
     init: Weights  # or: random, sd
     resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None
     steps: PositiveInt
@@ -406,10 +409,10 @@ def load_params(path: Path | None = None) -> Params:
             cfg = params.train_variant(name)
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
-        if cfg.exemplar.tokens == "all" and params.encode.backbone.tokens != "all":
+        if cfg.exemplar.tokens == "all" and cfg.input == "encoded" and params.encode.backbone.tokens != "all":
             raise ParamsError(
                 f"{path.name}: variants.{name}: train.exemplar.tokens = 'all' needs encode.backbone.tokens: all, so "
-                "that they are stored"
+                "that they are stored, or train.input: pixels"
             )
         halvings, codec = len(cfg.unet.block_channels) - 1, params.encode.codec
         # AutoencoderKL's cells are as its weights say; the train stage looks again

@@ -16,7 +16,7 @@ from pbe.data import images
 from pbe.data.masks import HOLE_KINDS, MaskResize, keep_mask_latent, unpack_mask
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
-from pbe.data.schema import encoded_schema
+from pbe.data.schema import Dtype, array_bytes, encoded_schema
 from pbe.model.backbone import Backbone, Tokens
 from pbe.model.codec import Codec
 
@@ -98,12 +98,13 @@ def encode_triplets(
     batch_rows: int,
     seed: int,
     clean_tokens: dict[bytes, np.ndarray],
+    dtype: Dtype = "float16",
     device: torch.device = CPU,
 ) -> pa.Table:
     """A TRIPLETS table to the `encoded` table with the same rows in the same order.
 
     clean_tokens: cache of draw 0 by reference bytes; many slots share a box, hence its clean reference.
-    Images go through the networks in batches of `batch_rows`.
+    Images go through the networks in batches of `batch_rows`. dtype: of the stored arrays.
     """
 
     def encoded_tokens(references: list[np.ndarray]) -> list[np.ndarray]:
@@ -136,9 +137,11 @@ def encode_triplets(
     schema = encoded_schema(
         (codec.channels, latent_px, latent_px),
         (draws, 1 if tokens == "class" else backbone.token_count, backbone.width),
+        dtype,
     )
     arrays: dict[str, list[object]] = {name: [row[name] for row in rows] for name in ("image_id", "slot", "box_index")}
-    arrays.update({name: [value.astype("<f2").tobytes() for value in values] for name, values in columns.items()})
+    for name, values in columns.items():
+        arrays[name] = [array_bytes(schema.field(name), value) for value in values]
     return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
 
 

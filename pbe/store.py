@@ -18,7 +18,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -299,7 +300,7 @@ class Store:
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
         """One file of a unit as a table. Raises StoreError when it is missing or damaged."""
-        try:
+        with self._readable(file):
             return pq.read_table(
                 self.path(file.path),
                 filesystem=self._fs,
@@ -307,6 +308,26 @@ class Store:
                 partitioning=None,
                 page_checksum_verification=True,
             )
+
+    def open_parquet(self, file: File, footer: bytes | None = None) -> pq.ParquetFile:
+        """An open file for row-group reads; `footer`, of `read_footer`, is then not read again.
+
+        Raises StoreError when it is missing or no Parquet file.
+        """
+        with self._readable(file):
+            stream = self._fs.open_input_file(self.path(file.path))
+            metadata = pq.read_metadata(pa.BufferReader(footer or _footer(stream)))
+            return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
+
+    def read_footer(self, file: File) -> bytes:
+        """The footer as stored, for `open_parquet`. Raises StoreError as that does."""
+        with self._readable(file), self._fs.open_input_file(self.path(file.path)) as stream:
+            return _footer(stream)
+
+    @contextmanager
+    def _readable(self, file: File) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError:
             raise StoreError(f"{self.full_uri(file.path)}: this part is gone; {_again(file)}") from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -315,13 +336,17 @@ class Store:
                 f"then {_again(file)}"
             ) from None
 
-    def open_parquet(self, file: File) -> pq.ParquetFile:
-        """An open file for row-group reads. Raises StoreError when it is missing."""
-        try:
-            stream = self._fs.open_input_file(self.path(file.path))
-        except FileNotFoundError:
-            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; {_again(file)}") from None
-        return pq.ParquetFile(stream, page_checksum_verification=True)
+
+def _footer(stream: pa.NativeFile) -> bytes:
+    """The footer alone: pyarrow itself reads the last 64 KiB, which are all of a small file."""
+    size = stream.size()
+    stream.seek(max(0, size - 8))
+    end = stream.read(8)
+    length = int.from_bytes(end[:4], "little") + 8
+    if end[4:] != b"PAR1" or length > size:
+        raise pa.ArrowInvalid("not a Parquet file: no footer at its end")
+    stream.seek(size - length)
+    return stream.read(length)
 
 
 def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:

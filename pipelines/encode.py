@@ -30,7 +30,7 @@ def main(stage: Stage) -> None:
     cfg, seed = stage.params.encode, stage.params.seed
     triplets = load_manifest(stage.input("materialize"))
     codec, backbone = _codec_entry(stage, triplets), _backbone_entry(stage)
-    settings = cfg.model_dump(mode="json", include={"reference_draws", "rows_per_group", "batch_rows"})
+    settings = cfg.model_dump(mode="json", include={"reference_draws", "dtype", "rows_per_group", "batch_rows"})
     config = {**settings, "codec": codec, "backbone": backbone}
 
     units = []
@@ -46,7 +46,8 @@ def main(stage: Stage) -> None:
         cpus=cfg.cpus_per_actor,
         actors=cfg.actors,
     )
-    manifest = make_manifest("encode", config=config, code=stage.code, units=records)
+    # beside what the units depend on: which triplets these are, for whoever reads both
+    manifest = make_manifest("encode", config={**config, "triplets": triplets.digest}, code=stage.code, units=records)
     assert manifest.counts["rows"] == triplets.counts["triplets"]
     save_counts(stage, dict(manifest.counts))
     save_manifest(stage.outputs / "manifest.json", manifest)
@@ -177,6 +178,7 @@ def _worker(
                 batch_rows=cfg.batch_rows,
                 seed=seed,
                 clean_tokens=clean_tokens,
+                dtype=cfg.dtype,
                 device=device,
             )
             rows += table.num_rows

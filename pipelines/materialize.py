@@ -11,6 +11,7 @@ from functools import partial
 from pbe.config import MaterializeConfig
 from pbe.data.materialize import Jpeg, triplet_tables
 from pbe.data.schema import BOXES, IMAGES, require
+from pbe.data.slots import TRIPLETS_PER_GROUP
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.stage import Stage, StageError, cut_config, save_counts
 from pipelines.units import Unit, run_units
@@ -56,7 +57,7 @@ def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit],
             jpeg=Jpeg(cfg.jpeg_quality, cfg.jpeg_chroma),
             seed=seed,
         )
-        return store.write_unit("materialize", unit.name, tables, counts=counts)
+        return store.write_unit("materialize", unit.name, tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP)
 
     return work
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pbe import track
 from pbe.config import TrainConfig, tracking_uri
-from pbe.data.slots import group_rows, slot_files
+from pbe.data.slots import group_rows, require_same_rows, slot_files
 from pbe.errors import UserError
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
@@ -47,10 +47,14 @@ def main(stage: Stage) -> None:
     assert stage.variant is not None
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
+    triplets = load_manifest(stage.input("materialize")) if cfg.input == "pixels" else None
+    if triplets is not None:
+        require_same_rows(encoded, triplets)
     initial = _initial_weights(stage, cfg, encoded)
     # of the first weights their content counts, not where they were found
     settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init"})
-    identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest])
+    pixels = [triplets.digest] if triplets is not None else []
+    identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest, *pixels])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
@@ -59,7 +63,7 @@ def main(stage: Stage) -> None:
         _refuse_odd_latents(stage, cfg, encoded)
         if initial is not None:
             _refuse_unfit_weights(stage, cfg, encoded, initial)
-        _train(stage, cfg, encoded, initial, run, run_id, origin)
+        _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
     else:
         print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.read_json("finished.json")
@@ -213,6 +217,7 @@ def _train(
     stage: Stage,
     cfg: TrainConfig,
     encoded: Manifest,
+    triplets: Manifest | None,
     initial: tuple[str, str | None] | None,
     run: Run,
     run_id: str,
@@ -235,6 +240,7 @@ def _train(
         seed=stage.params.seed,
         store_uri=stage.store.uri,
         encoded=encoded,
+        triplets=triplets,
         arch=architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config),
         initial=initial,
         card=_model_card(stage, cfg, encoded, run),

@@ -9,7 +9,7 @@ from pbe.data import images
 from pbe.data.masks import keep_mask_latent, pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import TRIPLETS, array_shape, encoded_schema, require
+from pbe.data.schema import TRIPLETS, Dtype, array_value, encoded_schema, require
 from pbe.encode import encode_masked, encode_references, encode_source, encode_triplets, to_images, to_pixels
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
@@ -51,7 +51,13 @@ def _triplets(crops: np.ndarray, rows: list[int]) -> pa.Table:
     )
 
 
-def _encode(triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite, draws: int = DRAWS) -> pa.Table:
+def _encode(
+    triplets: pa.Table,
+    codec: PatchCodec,
+    backbone: EfficientNetLite,
+    draws: int = DRAWS,
+    dtype: Dtype = "float16",
+) -> pa.Table:
     return encode_triplets(
         triplets,
         image_px=SIZE_PX,
@@ -63,16 +69,13 @@ def _encode(triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite, d
         batch_rows=3,
         seed=SEED,
         clean_tokens={},
+        dtype=dtype,
     )
 
 
 def _arrays(table: pa.Table) -> list[dict[str, np.ndarray]]:
     return [
-        {
-            field.name: np.frombuffer(row[field.name], "<f2").reshape(array_shape(field)).astype(np.float32)
-            for field in table.schema
-            if field.metadata
-        }
+        {field.name: array_value(field, row[field.name]) for field in table.schema if field.metadata}
         for row in table.to_pylist()
     ]
 
@@ -200,6 +203,19 @@ def test_a_row_does_not_depend_on_the_others_or_on_their_order(
     for k, row in zip([3, 1], _arrays(_encode(_triplets(crops, [3, 1]), codec, backbone)), strict=True):
         for name, value in row.items():
             np.testing.assert_allclose(value, rows[k][name], atol=2e-3, rtol=2e-3)
+
+
+def test_float32_keeps_what_float16_rounds(
+    encoded: pa.Table, triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
+) -> None:
+    exact = _encode(triplets, codec, backbone, dtype="float32")
+    require(exact, encoded_schema((codec.channels, 4, 4), (DRAWS, 1, 1280), "float32"), "encoded")
+    for half, full, triplet in zip(_arrays(encoded), _arrays(exact), triplets.to_pylist(), strict=True):
+        posterior = encode_source(codec, images.decode(triplet["source"])[None])
+        np.testing.assert_allclose(full["source_mean"], posterior.mean[0], atol=1e-6)
+        assert np.abs(half["source_mean"] - posterior.mean[0].numpy()).max() > 1e-5
+        for name, value in full.items():
+            np.testing.assert_array_equal(value.astype(np.float16), half[name])
 
 
 def test_the_same_call_gives_the_same_bytes(

@@ -9,19 +9,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pbe.data.order import RowRef, lane_stream
+from pbe.data.masks import HoleKind
+from pbe.data.order import RowRef, rank_rows
 from pbe.data.rng import row_rng
-from pbe.data.schema import array_shape
+from pbe.data.schema import array_value
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
 
 CACHE_BYTES = 256 << 20  # row groups that one rank keeps
+T = TypeVar("T")
+FOOTER_BYTES = 64 << 20  # footers, of 10 to 50 kB each
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class DrawConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on the CPU, float32 unless noted. B rows, C latent channels, h x w latent pixels."""
+    """One batch, float32 unless noted. B rows, C latent channels, h x w latent pixels."""
 
     x0: Tensor  # (B, C, h, w) a sample of the source's posterior
     masked_latent: Tensor  # (B, C, h, w)
@@ -55,39 +60,106 @@ class Batch:
         tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "rows"}
         return Batch(**tensors, rows=self.rows)
 
+    def take(self, indices: Sequence[int]) -> "Batch":
+        """The rows at `indices`, in that order."""
+        tensors = {name: value[list(indices)] for name, value in vars(self).items() if name != "rows"}
+        return Batch(**tensors, rows=tuple(self.rows[index] for index in indices))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about one row at one visit. C latent channels, h x w latent pixels."""
+
+    hole_kind: HoleKind
+    stored_reference: int  # index of one of the stored reference draws
+    drop_condition: bool
+    drop_context: bool
+    timestep: int
+    noise: np.ndarray  # (C, h, w) float32, as the two below
+    source_normal: np.ndarray  # of the source's posterior
+    masked_normal: np.ndarray
+
 
 class RowReader:
-    """Reads single rows of encoded files; keeps recent row groups, at most `cache_bytes` of them and always one.
+    """Reads single rows of a manifest's files; keeps recent row groups and footers, in bounded memory.
 
-    A small data set is then read once; a large one streams with bounded memory.
+    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come
+    back to a group until it is done. A small data set is then read once in all, a large one once per visit.
     """
 
-    def __init__(self, store: Store, files: Sequence[Sequence[File]], cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: Sequence[Sequence[File]],
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        keep_rows: int = 1,
+        footer_bytes: int = FOOTER_BYTES,
+    ) -> None:
         self._store = store
         self._files = files
         self._cache_bytes = cache_bytes
+        self._keep_rows = keep_rows
+        self._footer_bytes = footer_bytes
         self._groups: OrderedDict[tuple[int, int, int], pa.Table] = OrderedDict()
         self._held_bytes = 0
+        self._held_rows = 0
+        self._footers: OrderedDict[tuple[int, int], _Footer] = OrderedDict()
+        self._held_footer_bytes = 0
 
     def read(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One row: array columns as float32 arrays, the rest as 0-d objects."""
-        key = (ref.slot, ref.file, ref.group)
+        return _row_arrays(self._group((ref.slot, ref.file, ref.group)), ref.row)
+
+    def read_at(self, *, slot: int, file: int, row: int) -> dict[str, Any]:
+        """Row number `row` of a file, values as stored, however the file is cut into row groups."""
+        group, inner = divmod(row, self._footer(slot, file).rows_per_group)
+        return self._group((slot, file, group)).slice(inner, 1).to_pylist()[0]
+
+    def _group(self, key: tuple[int, int, int]) -> pa.Table:
         if key in self._groups:
             self._groups.move_to_end(key)
-        else:
-            self._groups[key] = self._read_group(key)
-            self._held_bytes += self._groups[key].nbytes
-            while len(self._groups) > 1 and self._held_bytes > self._cache_bytes:
-                self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
-        return _row_arrays(self._groups[key], ref.row)
+            return self._groups[key]
+        table = self._read_group(key)
+        self._groups[key] = table
+        self._held_bytes += table.nbytes
+        self._held_rows += table.num_rows
+        while len(self._groups) > 1 and self._held_bytes > self._cache_bytes:
+            oldest = next(iter(self._groups.values()))
+            if self._held_rows - oldest.num_rows < self._keep_rows:
+                break
+            self._groups.popitem(last=False)
+            self._held_bytes -= oldest.nbytes
+            self._held_rows -= oldest.num_rows
+        return table
 
     def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
         slot, file, group = key
-        parquet = self._store.open_parquet(self._files[slot][file])
+        parquet = self._store.open_parquet(self._files[slot][file], self._footer(slot, file).data)
         try:
             return parquet.read_row_group(group)
         finally:
             parquet.close(force=True)
+
+    def _footer(self, slot: int, file: int) -> "_Footer":
+        """Kept, as a file has many row groups and lanes ask for them in any order."""
+        if (slot, file) in self._footers:
+            self._footers.move_to_end((slot, file))
+            return self._footers[slot, file]
+        data = self._store.read_footer(self._files[slot][file])
+        # all groups but the last are equal: `Store.write_unit` cuts them
+        footer = _Footer(data, pq.read_metadata(pa.BufferReader(data)).row_group(0).num_rows)
+        self._footers[slot, file] = footer
+        self._held_footer_bytes += len(data)
+        while len(self._footers) > 1 and self._held_footer_bytes > self._footer_bytes:
+            self._held_footer_bytes -= len(self._footers.popitem(last=False)[1].data)
+        return footer
+
+
+@dataclass(frozen=True)
+class _Footer:
+    data: bytes  # as stored: parsed, it takes 14 times the memory
+    rows_per_group: int
 
 
 def _row_arrays(table: pa.Table, row: int) -> dict[str, np.ndarray]:
@@ -95,35 +167,62 @@ def _row_arrays(table: pa.Table, row: int) -> dict[str, np.ndarray]:
     for field in table.schema:
         value = table.column(field.name)[row].as_py()
         if field.metadata:
-            out[field.name] = np.frombuffer(value, "<f2").reshape(array_shape(field)).astype(np.float32)
+            out[field.name] = array_value(field, value)
         else:
             out[field.name] = np.array(value)
     return out
 
 
+def draw(
+    image_id: str, slot: int, *, epoch: int, latent_shape: tuple[int, ...], stored_references: int, cfg: DrawConfig
+) -> Draws:
+    """A pure function of its arguments. All is drawn always and in one order, so that ablations share the rest."""
+    rng = row_rng(cfg.seed, image_id, slot, "train", epoch)
+    hole_kind: HoleKind = "bezier" if rng.random() < cfg.bezier_prob else "box"
+    augmented = int(rng.integers(1, stored_references)) if stored_references > 1 else 0
+    return Draws(
+        hole_kind=hole_kind,
+        stored_reference=augmented if cfg.reference_augmentation else 0,
+        drop_condition=bool(rng.random() < cfg.condition_dropout_prob),
+        drop_context=bool(rng.random() < cfg.context_dropout_prob),
+        timestep=int(rng.integers(0, cfg.timesteps)),
+        noise=rng.standard_normal(latent_shape, dtype=np.float32),
+        source_normal=rng.standard_normal(latent_shape, dtype=np.float32),
+        masked_normal=rng.standard_normal(latent_shape, dtype=np.float32),
+    )
+
+
 def draw_row(row: dict[str, np.ndarray], *, epoch: int, cfg: DrawConfig) -> dict[str, np.ndarray]:
     """One training example from one stored row; a pure function of the row, the epoch and the seed."""
-    rng = row_rng(cfg.seed, str(row["image_id"]), int(row["slot"]), "train", epoch)
-    kind = "bezier" if rng.random() < cfg.bezier_prob else "box"
-    draws = len(row["exemplar_tokens"])
-    augmented = int(rng.integers(1, draws)) if draws > 1 else 0  # drawn always, so that ablations share the rest
-    draw = augmented if cfg.reference_augmentation else 0
-    shape = row["source_mean"].shape
+    drawn = draw(
+        str(row["image_id"]),
+        int(row["slot"]),
+        epoch=epoch,
+        latent_shape=row["source_mean"].shape,
+        stored_references=len(row["exemplar_tokens"]),
+        cfg=cfg,
+    )
+    return _example(row, drawn, epoch=epoch, cfg=cfg)
 
-    def normal() -> np.ndarray:
-        return rng.standard_normal(shape, dtype=np.float32)
 
+def _example(row: dict[str, np.ndarray], drawn: Draws, *, epoch: int, cfg: DrawConfig) -> dict[str, np.ndarray]:
+    kind = drawn.hole_kind
     return {
-        "rows": np.array(f"{row['image_id']} slot {int(row['slot'])} epoch {epoch}"),
-        "drop_condition": np.array(rng.random() < cfg.condition_dropout_prob),
-        "drop_context": np.array(rng.random() < cfg.context_dropout_prob),
-        "timestep": np.array(rng.integers(0, cfg.timesteps), np.int64),
-        "noise": normal(),
-        "x0": row["source_mean"] + row["source_std"] * normal(),
-        "masked_latent": row[f"{kind}_masked_mean"] + row[f"{kind}_masked_std"] * normal(),
+        "rows": np.array(row_name(str(row["image_id"]), int(row["slot"]), epoch)),
+        "drop_condition": np.array(drawn.drop_condition),
+        "drop_context": np.array(drawn.drop_context),
+        "timestep": np.array(drawn.timestep, np.int64),
+        "noise": drawn.noise,
+        "x0": row["source_mean"] + row["source_std"] * drawn.source_normal,
+        "masked_latent": row[f"{kind}_masked_mean"] + row[f"{kind}_masked_std"] * drawn.masked_normal,
         "keep_mask_latent": 1.0 - row[f"{kind}_hole_mask_latent"],
-        "exemplar_tokens": row["exemplar_tokens"][draw, : 1 if cfg.class_token_only else None],
+        "exemplar_tokens": row["exemplar_tokens"][drawn.stored_reference, : 1 if cfg.class_token_only else None],
     }
+
+
+def row_name(image_id: str, slot: int, epoch: int) -> str:
+    """For messages."""
+    return f"{image_id} slot {slot} epoch {epoch}"
 
 
 def collate(examples: Sequence[dict[str, np.ndarray]]) -> Batch:
@@ -132,30 +231,63 @@ def collate(examples: Sequence[dict[str, np.ndarray]]) -> Batch:
     return Batch(**tensors, rows=tuple(str(example["rows"]) for example in examples))
 
 
-def validation_rows(store: Store, manifest: Manifest, *, cfg: DrawConfig, rows: int) -> list[dict[str, np.ndarray]]:
-    """Examples for `collate`: rows spread evenly over slot 0, or all of it if it has fewer; the same at every call.
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, in order."""
+    names = [f.name for f in fields(Batch) if f.name != "rows"]
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return Batch(**tensors, rows=tuple(row for batch in batches for row in batch.rows))
 
-    Timesteps are spread evenly over all, hole kinds alternate, the reference is the clean one, nothing is dropped.
-    """
-    files = slot_files(manifest)
-    refs = [(index, row) for index, file in enumerate(files[0]) for row in range(file.rows)]
-    chosen = np.linspace(0, len(refs) - 1, min(rows, len(refs))).round().astype(int)
+
+def validation_places(files: Sequence[File], rows: int) -> list[tuple[int, int]]:
+    """(file, row) of `rows` rows spread evenly over a slot's files, or of all if there are fewer; files in order."""
+    places = [(index, row) for index, file in enumerate(files) for row in range(file.rows)]
+    chosen = np.linspace(0, len(places) - 1, min(rows, len(places))).round().astype(int)
+    return [places[index] for index in chosen]
+
+
+def validation_draw(
+    image_id: str,
+    slot: int,
+    *,
+    number: int,
+    count: int,
+    latent_shape: tuple[int, ...],
+    stored_references: int,
+    cfg: DrawConfig,
+) -> Draws:
+    """Of row `number` of `count`: timesteps are spread evenly over all, hole kinds alternate, the reference is the
+    clean one, nothing is dropped."""
+    even = replace(
+        cfg,
+        bezier_prob=float(number % 2),
+        condition_dropout_prob=0.0,
+        context_dropout_prob=0.0,
+        reference_augmentation=False,
+    )
+    drawn = draw(image_id, slot, epoch=0, latent_shape=latent_shape, stored_references=stored_references, cfg=even)
+    return replace(drawn, timestep=int((number + 0.5) * cfg.timesteps / count))
+
+
+def validation_rows(store: Store, manifest: Manifest, *, cfg: DrawConfig, rows: int) -> list[dict[str, np.ndarray]]:
+    """Examples for `collate`: `validation_draw` of `validation_places` in slot 0; the same at every call."""
+    files = slot_files(manifest)[0]
+    places = validation_places(files, rows)
     tables: dict[int, pa.Table] = {}
     out = []
-    for number, index in enumerate(chosen):
-        file, row = refs[index]
+    for number, (file, index) in enumerate(places):
         if file not in tables:
-            tables = {file: store.read_table(files[0][file])}  # in order, so one at a time is enough
-        even = replace(
-            cfg,
-            bezier_prob=float(number % 2),
-            condition_dropout_prob=0.0,
-            context_dropout_prob=0.0,
-            reference_augmentation=False,
+            tables = {file: store.read_table(files[file])}  # in order, so one at a time is enough
+        row = _row_arrays(tables[file], index)
+        drawn = validation_draw(
+            str(row["image_id"]),
+            int(row["slot"]),
+            number=number,
+            count=len(places),
+            latent_shape=row["source_mean"].shape,
+            stored_references=len(row["exemplar_tokens"]),
+            cfg=cfg,
         )
-        example = draw_row(_row_arrays(tables[file], row), epoch=0, cfg=even)
-        example["timestep"] = np.array(int((number + 0.5) * cfg.timesteps / len(chosen)), np.int64)
-        out.append(example)
+        out.append(_example(row, drawn, epoch=0, cfg=cfg))
     return out
 
 
@@ -179,33 +311,32 @@ def rank_batches(
     """
     files = slot_files(manifest)
     rows_of_slot = [[group_rows(file, rows_per_group) for file in slot] for slot in files]
-    per_lane = batch // lanes
-    mine = list(range(rank, lanes, world))
-    streams = {
-        lane: lane_stream(rows_of_slot, lane=lane, lanes=lanes, seed=cfg.seed, skip=start_step * per_lane)
-        for lane in mine
-    }
-    reader = RowReader(store, files)
-    while True:
-        examples = []
-        for lane in mine:
-            for _ in range(per_lane):
-                ref = next(streams[lane])
-                examples.append(draw_row(reader.read(ref), epoch=ref.epoch, cfg=cfg))
+    order = rank_rows(
+        rows_of_slot, batch=batch, lanes=lanes, rank=rank, world=world, seed=cfg.seed, start_step=start_step
+    )
+    keep_rows = rows_kept(batch=batch, lanes=lanes, world=world, rows_per_group=rows_per_group)
+    reader = RowReader(store, files, keep_rows=keep_rows)
+    for refs in order:
+        examples = [draw_row(reader.read(ref), epoch=ref.epoch, cfg=cfg) for ref in refs]
         for start in range(0, len(examples), micro_batch):
             yield collate(examples[start : start + micro_batch])
 
 
-class Prefetched:
+def rows_kept(*, batch: int, lanes: int, world: int, rows_per_group: int) -> int:
+    """Rows of one rank's step, and of the groups that its lanes have begun and will come back to."""
+    return (batch + 2 * lanes * rows_per_group) // world
+
+
+class Prefetched(Generic[T]):
     """Runs an iterator in one thread, at most `depth` items ahead; errors surface in the consumer."""
 
-    def __init__(self, items: Iterator[Batch], depth: int) -> None:
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True, name="pbe-prefetch")
         self._thread.start()
 
-    def _fill(self, items: Iterator[Batch]) -> None:
+    def _fill(self, items: Iterator[T]) -> None:
         try:
             for item in items:
                 if not self._put(item):
@@ -214,7 +345,7 @@ class Prefetched:
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> bool:
+    def _put(self, item: T | BaseException) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -223,7 +354,7 @@ class Prefetched:
             return True
         return False
 
-    def next(self) -> Batch:
+    def next(self) -> T:
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item

@@ -18,7 +18,8 @@ import numpy as np
 from pbe.data.boxes import Box
 
 MaskResize = Literal["bilinear", "nearest"]
-HOLE_KINDS = ("box", "bezier")
+HoleKind = Literal["box", "bezier"]
+HOLE_KINDS: tuple[HoleKind, ...] = ("box", "bezier")
 _POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
 
 

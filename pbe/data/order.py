@@ -68,3 +68,24 @@ def lane_stream(
         yield from rows[rest:]
         rest = 0
         epoch += 1
+
+
+def rank_rows(
+    group_rows_of_slot: list[list[list[int]]],
+    *,
+    batch: int,
+    lanes: int,
+    rank: int,
+    world: int,
+    seed: int,
+    start_step: int,
+) -> Iterator[list[RowRef]]:
+    """One rank's rows of each optimizer step, endlessly from step `start_step` on: lane after lane, batch / lanes rows
+    of every lane that it serves. `batch` is the global batch."""
+    per_lane = batch // lanes
+    streams = [
+        lane_stream(group_rows_of_slot, lane=lane, lanes=lanes, seed=seed, skip=start_step * per_lane)
+        for lane in range(rank, lanes, world)
+    ]
+    while True:
+        yield [next(stream) for stream in streams for _ in range(per_lane)]

@@ -6,15 +6,18 @@ images ----> boxes ----> triplets ----> encoded ----> (training)
 Units and polarity are in the names: `_px` pixels, `_frac` fractions of the image side, `hole_mask`
 is 1 where the edit goes. Images are stored encoded (JPEG or as received), never as tensors, so that any
 Parquet reader can open them. Masks are bit-packed rows (numpy.packbits, big-endian bit order).
-Array columns of `encoded` are raw little-endian float16; their shape is in the field's metadata.
+Array columns of `encoded` are raw little-endian float16 (or float32); shape and type are in the field's metadata.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+
+Dtype = Literal["float16", "float32"]  # of stored arrays
+_STORED: dict[Dtype, str] = {"float16": "<f2", "float32": "<f4"}
 
 SPLITS = ("train", "validation", "test")
 
@@ -192,7 +195,9 @@ EDITS = pa.schema(
 )
 
 
-def encoded_schema(latent_shape: tuple[int, int, int], token_shape: tuple[int, int, int]) -> pa.Schema:
+def encoded_schema(
+    latent_shape: tuple[int, int, int], token_shape: tuple[int, int, int], dtype: Dtype = "float16"
+) -> pa.Schema:
     """Schema of what training reads.
 
     latent_shape: (channels, height, width) of one latent. token_shape: (draws, tokens, width) of the
@@ -205,31 +210,47 @@ def encoded_schema(latent_shape: tuple[int, int, int], token_shape: tuple[int, i
             pa.field("slot", pa.int32(), nullable=False),
             pa.field("box_index", pa.int32(), nullable=False),
             # posterior of the codec: training draws mean + std * noise at every step
-            array_field("source_mean", latent_shape),
-            array_field("source_std", latent_shape),
-            array_field("box_masked_mean", latent_shape),
-            array_field("box_masked_std", latent_shape),
-            array_field("bezier_masked_mean", latent_shape),
-            array_field("bezier_masked_std", latent_shape),
+            array_field("source_mean", latent_shape, dtype),
+            array_field("source_std", latent_shape, dtype),
+            array_field("box_masked_mean", latent_shape, dtype),
+            array_field("box_masked_std", latent_shape, dtype),
+            array_field("bezier_masked_mean", latent_shape, dtype),
+            array_field("bezier_masked_std", latent_shape, dtype),
             # fraction of each latent cell that is hole, [0, 1]
-            array_field("box_hole_mask_latent", mask_shape),
-            array_field("bezier_hole_mask_latent", mask_shape),
-            array_field("exemplar_tokens", token_shape),
+            array_field("box_hole_mask_latent", mask_shape, dtype),
+            array_field("bezier_hole_mask_latent", mask_shape, dtype),
+            array_field("exemplar_tokens", token_shape, dtype),
         ]
     )
 
 
-def array_field(name: str, shape: tuple[int, ...]) -> pa.Field:
-    """A float16 array stored as fixed-size binary; the shape travels in the field's metadata."""
-    metadata = {b"dtype": b"<f2", b"shape": ",".join(map(str, shape)).encode()}
-    return pa.field(name, pa.binary(2 * math.prod(shape)), nullable=False, metadata=metadata)
+def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16") -> pa.Field:
+    """An array stored as fixed-size binary; its shape and type travel in the field's metadata."""
+    stored = _STORED[dtype]
+    metadata = {b"dtype": stored.encode(), b"shape": ",".join(map(str, shape)).encode()}
+    return pa.field(name, pa.binary(np.dtype(stored).itemsize * math.prod(shape)), nullable=False, metadata=metadata)
 
 
 def array_shape(field: pa.Field) -> tuple[int, ...]:
     """Shape of an `array_field`. Raises ValueError for any other field."""
+    return tuple(int(part) for part in _array_metadata(field)[b"shape"].split(b","))
+
+
+def array_bytes(field: pa.Field, value: np.ndarray) -> bytes:
+    """`value`, of the field's shape, as the field stores it. Raises ValueError for a field that holds no array."""
+    return value.astype(_array_metadata(field)[b"dtype"].decode()).tobytes()
+
+
+def array_value(field: pa.Field, stored: bytes) -> np.ndarray:
+    """Float32 array of the field's shape. Raises ValueError for a field that holds no array."""
+    flat = np.frombuffer(stored, _array_metadata(field)[b"dtype"].decode())
+    return flat.reshape(array_shape(field)).astype(np.float32)
+
+
+def _array_metadata(field: pa.Field) -> dict[bytes, bytes]:
     if not field.metadata or b"shape" not in field.metadata:
         raise ValueError(f"column {field.name} holds no array")
-    return tuple(int(part) for part in field.metadata[b"shape"].split(b","))
+    return field.metadata
 
 
 def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

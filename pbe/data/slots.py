@@ -1,6 +1,14 @@
 """Slots: each is one Parquet file per bucket, named so that names sort in slot order."""
 
+from pbe.errors import UserError
 from pbe.store import File, Manifest
+
+# Of materialize's files: small, as lanes are cut by encode.rows_per_group and read triplets group by group too.
+TRIPLETS_PER_GROUP = 8
+
+
+class InputError(UserError):
+    """The triplets are not those that the encoded rows were made from."""
 
 
 def slot_name(slot: int) -> str:
@@ -22,3 +30,14 @@ def group_rows(file: File, rows_per_group: int) -> list[int]:
     """Row counts of a file's row groups, which follow from how `Store.write_unit` cuts them."""
     full, rest = divmod(file.rows, rows_per_group)
     return [rows_per_group] * full + ([rest] if rest else [])
+
+
+def require_same_rows(encoded: Manifest, triplets: Manifest) -> None:
+    """Raises InputError unless `encoded` was made from `triplets`."""
+    made_from = encoded.config.get("triplets")
+    rows = [[[file.rows for file in slot] for slot in slot_files(manifest)] for manifest in (encoded, triplets)]
+    if made_from != triplets.digest or rows[0] != rows[1]:
+        raise InputError(
+            f"train.input = pixels: data/encode/manifest.json was made from triplets {made_from}, but "
+            f"data/materialize/manifest.json lists {triplets.digest}; run `dvc repro encode` first"
+        )

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pbe.data.batches import Batch, DrawConfig, collate, validation_rows
+from pbe.data.batches import Batch
 from pbe.data.contact import sheet
 from pbe.encode import to_images
 from pbe.model.codec import Codec
 from pbe.model.weights import ModelCard
-from pbe.store import Manifest, Store
 from pbe.train.loss import Diffusion, fill_holes, row_losses
 from pbe.train.ranks import Ranks
 
@@ -25,17 +24,15 @@ GRID_STEPS, GRID_GUIDANCE = 20, 3.0  # few steps: the grid is for the eye, not f
 class Validation:
     """Holds `train.validation_rows` rows, the same on every rank whatever their number."""
 
-    def __init__(
-        self, card: ModelCard, codec: Codec, diffusion: Diffusion, draw: DrawConfig, store: Store, encoded: Manifest
-    ) -> None:
-        cfg = diffusion.cfg
-        rows = validation_rows(store, encoded, cfg=draw, rows=cfg.validation_rows)
+    def __init__(self, card: ModelCard, codec: Codec, diffusion: Diffusion, batch: Batch) -> None:
+        """batch: all rows, on the CPU."""
+        cfg, count = diffusion.cfg, len(batch.rows)
         self._card, self._codec, self._diffusion = card, codec, diffusion
-        starts = range(0, len(rows), cfg.micro_batch)
-        self._chunks = [collate(rows[start : start + cfg.micro_batch]) for start in starts]
-        self._rows = len(rows)
-        shown = np.linspace(0, len(rows) - 1, min(cfg.grid_rows, len(rows))).round().astype(int)
-        self._shown = collate([rows[index] for index in shown]) if len(shown) else None
+        starts = range(0, count, cfg.micro_batch)
+        self._chunks = [batch.take(range(start, min(start + cfg.micro_batch, count))) for start in starts]
+        self._rows = count
+        shown = np.linspace(0, count - 1, min(cfg.grid_rows, count)).round().astype(int)
+        self._shown = batch.take(shown.tolist()) if len(shown) else None
 
     @torch.no_grad()
     def loss(self, network: Any, ranks: Ranks) -> float:

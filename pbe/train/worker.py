@@ -1,6 +1,6 @@
 """The training loop of one rank: build, resume, loop, log, save, finish. Ray Train runs it on every worker.
 
-Reads encoded Parquet in the order of pbe/data/order.py; runs no encoder. Same rows, same noise and same dropout on
+Reads rows through pbe/train/input.py in the order of pbe/data/order.py. Same rows, same noise and same dropout on
 any number of workers. The loss is pbe/train/loss.py; deviations from the paper (objective, context dropout, class
 embedding, cosine learning rate) are switches in params.yaml.
 """
@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from pbe import track
 from pbe.config import TrainConfig
-from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches
+from pbe.data.batches import Batch
+from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod
+from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
 from pbe.model.frozen import open_backbone, open_codec
 from pbe.model.initial import load_kept
@@ -31,6 +32,7 @@ from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run, Saver, newest_whole
 from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
+from pbe.train.input import Share, open_input
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 from pbe.train.timing import Laps, peak_memory_gib
@@ -52,6 +54,7 @@ class Job:
     seed: int
     store_uri: str
     encoded: Manifest
+    triplets: Manifest | None  # for train.input: pixels
     arch: Architecture
     initial: tuple[str, str | None] | None  # storage paths of a UNet and of an image encoder, or random weights
     card: ModelCard
@@ -95,9 +98,12 @@ def train_worker(job: Job, device: torch.device) -> None:
 
     # loop
     with ExitStack() as stack:
-        batches = Prefetched(_batches(job, store, ranks, start_step=start), depth=4)
+        share = Share(ranks.rank, ranks.world, start_step=start)
+        batches = open_input(
+            store, job.encoded, job.triplets, cfg=cfg, seed=job.seed, share=share, codec=codec, device=device
+        )
         stack.callback(batches.close)
-        validation = Validation(job.card, codec, diffusion, _draw_config(job), store, job.encoded)
+        validation = Validation(job.card, codec, diffusion, batches.validation())
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
         laps, since_log, loss_sum = Laps(device), start, torch.zeros((), device=device)
@@ -107,7 +113,7 @@ def train_worker(job: Job, device: torch.device) -> None:
             seen: list[tuple[Batch, torch.Tensor]] = []
             laps.start()
             for _ in range(cfg.accumulation_steps):
-                batch = batches.next().to(device)
+                batch = batches.next()
                 laps.lap("data_s")
                 losses = row_losses(engine, batch, diffusion)
                 laps.lap("forward_s")
@@ -264,46 +270,17 @@ def _log(job: Job, point: dict[str, float], grid: np.ndarray | None) -> None:
         print(f"train: step {int(point['step'])} is not in MLflow: {error}", flush=True)
 
 
-def _draw_config(job: Job) -> DrawConfig:
-    cfg = job.cfg
-    return DrawConfig(
-        seed=job.seed,
-        timesteps=TRAIN_TIMESTEPS,
-        bezier_prob=cfg.bezier_prob,
-        condition_dropout_prob=cfg.condition_dropout_prob,
-        context_dropout_prob=cfg.context_dropout_prob,
-        reference_augmentation=cfg.reference_augmentation,
-        class_token_only=cfg.exemplar.tokens == "class",
-    )
-
-
-def _batches(job: Job, store: Store, ranks: Ranks, *, start_step: int) -> Any:
-    cfg = job.cfg
-    return rank_batches(
-        store,
-        job.encoded,
-        cfg=_draw_config(job),
-        batch=cfg.batch,
-        micro_batch=cfg.micro_batch,
-        lanes=cfg.lanes,
-        rank=ranks.rank,
-        world=ranks.world,
-        rows_per_group=int(job.encoded.config["rows_per_group"]),
-        start_step=start_step,
-    )
-
-
 def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
     """(N, width) clean class tokens of the first rows in manifest order: the same on every rank."""
     rows: list[np.ndarray] = []
     for files in slot_files(encoded):
         for file in files:
             table = store.read_table(file, columns=["exemplar_tokens"])
-            width = int(table.schema.field("exemplar_tokens").metadata[b"shape"].split(b",")[-1])
-            rows += [np.frombuffer(value, "<f2", count=width) for value in table.column(0).to_pylist()]
+            field = table.schema.field("exemplar_tokens")
+            rows += [array_value(field, value)[0, 0] for value in table.column(0).to_pylist()]
         if len(rows) >= STATISTICS_ROWS:
             break
-    return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]).astype(np.float32))
+    return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]))
 
 
 def _mean_over_ranks(sums: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:

@@ -1,19 +1,22 @@
 """Batches: the same rows and draws for any number of ranks and any restart; draws have their shares and statistics."""
 
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pbe.data.batches import Batch, DrawConfig, Prefetched, RowReader, collate, draw_row, rank_batches
 from pbe.data.order import RowRef
-from pbe.data.schema import array_shape, encoded_schema
+from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import group_rows, slot_files, slot_name
 from pbe.store import Manifest, Store, make_manifest
 
@@ -30,8 +33,8 @@ CFG = DrawConfig(
 )
 
 
-def _table(bucket: int, slot: int, count: int) -> pa.Table:
-    schema, rng = encoded_schema(LATENT, TOKENS), np.random.default_rng([bucket, slot])
+def _table(bucket: int, slot: int, count: int, latent: tuple[int, int, int] = LATENT) -> pa.Table:
+    schema, rng = encoded_schema(latent, TOKENS), np.random.default_rng([bucket, slot])
     columns: dict[str, list] = {
         "image_id": [f"image{bucket}_{index}" for index in range(count)],
         "slot": [slot] * count,
@@ -41,7 +44,7 @@ def _table(bucket: int, slot: int, count: int) -> pa.Table:
         if field.metadata:
             shape = (count, *array_shape(field))
             values = rng.integers(0, 5, shape) / 4 if "mask_latent" in field.name else rng.standard_normal(shape)
-            columns[field.name] = [value.astype("<f2").tobytes() for value in np.abs(values)]
+            columns[field.name] = [array_bytes(field, value) for value in np.abs(values)]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
@@ -83,7 +86,7 @@ def _steps(
 def _row_bytes(batches: list[Batch]) -> list[tuple[bytes, ...]]:
     """Each row of the batches, all fields, as bytes."""
     return [
-        tuple(getattr(batch, field.name)[row].numpy().tobytes() for field in fields(Batch))
+        tuple(np.asarray(getattr(batch, field.name)[row]).tobytes() for field in fields(Batch))
         for batch in batches
         for row in range(len(batch.x0))
     ]
@@ -176,7 +179,7 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
             assert reader._held_bytes <= max(cache_bytes, max(group.nbytes for group in reader._groups.values()))
             if field.metadata:
                 assert row[field.name].dtype == np.float32 and row[field.name].shape == array_shape(field)
-                assert row[field.name].astype("<f2").tobytes() == expected[field.name]  # float16 to float32 is exact
+                assert array_bytes(field, row[field.name]) == expected[field.name]  # float16 to float32 is exact
 
 
 def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:
@@ -344,3 +347,121 @@ def _arrays_of_one_row(tokens: int) -> dict[str, np.ndarray]:
         row[f"{kind}_hole_mask_latent"] = rng.random((1, *LATENT[1:]), np.float32)
     tokens_of_draws = rng.standard_normal((3, tokens, 4)).astype(np.float32)
     return row | {"exemplar_tokens": tokens_of_draws, "image_id": np.array("a"), "slot": np.array(0)}
+
+
+# -- what an epoch costs ------------------------------------------------------------------------------------------
+
+
+class _CountingStream(io.RawIOBase):
+    """Passes reads on and adds their bytes to `reads`."""
+
+    def __init__(self, stream: pa.NativeFile, reads: list[int]) -> None:
+        super().__init__()
+        self._stream, self._reads = stream, reads
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(None if size < 0 else size)
+        self._reads.append(len(data))
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._stream.seek(offset, whence)
+        return self._stream.tell()
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _CountingFiles:
+    """A store's filesystem whose files count what is read of them."""
+
+    def __init__(self, files: pafs.FileSystem) -> None:
+        self._files = files
+        self.reads: list[int] = []
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(_CountingStream(self._files.open_input_file(path), self.reads), mode="r")
+
+
+BIG_LATENT, BIG_ROWS_PER_GROUP = (4, 32, 32), 4
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
+    """Two slots of 64 rows of 50 kB, in four buckets and groups of four rows: two groups for each of eight lanes."""
+    store = Store(str(tmp_path_factory.mktemp("big")))
+    units = [
+        store.write_unit(
+            "encode",
+            f"b{bucket:04d}-x",
+            {slot_name(slot): _table(bucket, slot, 16, latent=BIG_LATENT) for slot in range(2)},
+            counts={"rows": 32},
+            rows_per_group=BIG_ROWS_PER_GROUP,
+        )
+        for bucket in range(4)
+    ]
+    return store, make_manifest("encode", config={}, code="", units=units)
+
+
+def _epoch(
+    store: Store, encoded: Manifest, monkeypatch: pytest.MonkeyPatch, world: int, cache_bytes: int
+) -> tuple[int, list[set[str]]]:
+    """Bytes that all ranks together read for slot 0, and the names of each global batch's rows. Batch 16, 8 lanes."""
+    counting = _CountingFiles(store._fs)
+    reader = partial(RowReader, cache_bytes=cache_bytes)
+    monkeypatch.setattr(store, "_fs", counting)
+    monkeypatch.setattr("pbe.data.batches.RowReader", reader)
+    batches: list[set[str]] = [set() for _ in range(4)]
+    for rank in range(world):
+        stream = rank_batches(
+            store,
+            encoded,
+            cfg=CFG,
+            batch=16,
+            micro_batch=2,
+            lanes=8,
+            rank=rank,
+            world=world,
+            rows_per_group=BIG_ROWS_PER_GROUP,
+            start_step=0,
+        )
+        for names in batches:
+            for batch in islice(stream, 16 // (world * 2)):
+                names.update(batch.rows)
+    return sum(counting.reads), batches
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30], ids=["no cache", "cache"])
+def test_an_epoch_reads_each_file_once_however_many_ranks_share_it(
+    big: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    store, encoded = big
+    stored = sum(file.bytes for file in slot_files(encoded)[0])
+    batches_of_world = {}
+    for world in (1, 2, 8):
+        with monkeypatch.context() as patched:
+            read, batches_of_world[world] = _epoch(store, encoded, patched, world, cache_bytes)
+        assert 0.9 * stored < read <= 1.1 * stored, f"{world} ranks read {read / stored:.2f} of the slot's bytes"
+    assert batches_of_world[1] == batches_of_world[2] == batches_of_world[8]
+    assert all(len(names) == 16 for names in batches_of_world[1])
+    assert len(set().union(*batches_of_world[1])) == 64
+
+
+def test_the_reader_forgets_footers_beyond_its_bound(store: Store, encoded: Manifest) -> None:
+    files = slot_files(encoded)
+    reader = RowReader(store, files, 0, footer_bytes=1)
+    for slot in (0, 1):
+        for file in (0, 2):
+            assert str(reader.read(RowRef(0, slot, file, 0, 0))["image_id"]) == f"image{file}_0"
+            assert list(reader._footers) == [(slot, file)]
+            assert reader._held_footer_bytes == len(reader._footers[slot, file].data)

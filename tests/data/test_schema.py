@@ -15,8 +15,11 @@ from pbe.data.schema import (
     REJECT_REASONS,
     REJECTS,
     TRIPLETS,
+    Dtype,
+    array_bytes,
     array_field,
     array_shape,
+    array_value,
     encoded_schema,
     picture_field,
     require,
@@ -50,25 +53,39 @@ def test_any_other_table_is_refused_with_its_place_and_column(schema: pa.Schema)
         assert all(word in str(caught.value) for word in words)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple))
-def test_an_array_field_holds_float16_of_its_shape(shape: tuple[int, ...]) -> None:
-    field = array_field("x", shape)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), st.sampled_from(["float16", "float32"]))
+def test_an_array_field_holds_values_of_its_type_and_shape(shape: tuple[int, ...], dtype: Dtype) -> None:
+    field = array_field("x", shape, dtype)
     assert array_shape(field) == shape
-    assert field.type == pa.binary(2 * int(np.prod(shape))) and not field.nullable
+    assert field.type == pa.binary(np.dtype(dtype).itemsize * int(np.prod(shape))) and not field.nullable
+    values = np.random.default_rng(0).standard_normal(shape)
+    assert array_bytes(field, values) == values.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    read = array_value(field, array_bytes(field, values))
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, values.astype(dtype).astype(np.float32))
+
+
+def test_arrays_are_float16_unless_said_otherwise() -> None:
+    assert array_field("x", (3,)) == array_field("x", (3,), "float16")
+    assert encoded_schema((16, 8, 8), (2, 1, 1280)) == encoded_schema((16, 8, 8), (2, 1, 1280), "float16")
+    types = {field.metadata[b"dtype"] for field in encoded_schema((1, 2, 2), (1, 1, 3), "float32") if field.metadata}
+    assert types == {b"<f4"}
 
 
 def test_any_other_field_holds_no_array() -> None:
     with pytest.raises(ValueError, match="column image_id holds no array"):
         array_shape(IMAGES.field("image_id"))
+    with pytest.raises(ValueError, match="column bytes holds no array"):
+        array_value(IMAGES.field("bytes"), b"")
 
 
 def test_shapes_survive_the_storage(store: Store) -> None:
     schema = pa.schema([array_field("x", (3, 2))])
-    values = np.arange(12, dtype="<f2").reshape(2, 3, 2)
-    table = pa.table([pa.array([value.tobytes() for value in values], schema[0].type)], schema=schema)
+    values = np.arange(12).reshape(2, 3, 2)
+    table = pa.table([pa.array([array_bytes(schema[0], value) for value in values], schema[0].type)], schema=schema)
     again = store.read_table(store.write_unit("s", "u", {"d": table}, counts={}).file("d"))
     assert array_shape(again.schema.field("x")) == (3, 2)
-    got = [np.frombuffer(value, "<f2").reshape(3, 2) for value in again.column("x").to_pylist()]
+    got = [array_value(again.schema.field("x"), value) for value in again.column("x").to_pylist()]
     np.testing.assert_array_equal(got, values)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.config import TrainConfig, load_params, repo_root
-from pbe.data.schema import array_shape, encoded_schema
+from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import slot_name
 from pbe.diffusion.schedule import scheduler_config
 from pbe.model.codec import codec_bytes, fit_patch_codec
@@ -187,7 +187,7 @@ def encoded_rows(
             values = rng.standard_normal((count, *array_shape(field)))
             if "mask_latent" in field.name:
                 values = (values > 0).astype(float)
-            columns[field.name] = [np.abs(value).astype("<f2").tobytes() for value in values]
+            columns[field.name] = [array_bytes(field, np.abs(value)) for value in values]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
@@ -266,6 +266,7 @@ def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, *
         seed=23,
         store_uri=store.uri,
         encoded=encoded,
+        triplets=None,
         arch=ARCH,
         initial=None,
         card=card,

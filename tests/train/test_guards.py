@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from pbe.data.schema import array_shape
+from pbe.data.schema import array_bytes, array_value
 from pbe.data.slots import slot_name
 from pbe.model.unet import new_network
 from pbe.store import Manifest, Store, make_manifest
@@ -33,10 +33,10 @@ def _with_a_nan(store: Store, encoded: Manifest) -> Manifest:
     """The same rows, but a NaN in the first latent of image2_3 in slot 0."""
     table = encoded_rows(2, 0, 6)
     column = table.column("source_mean").to_pylist()
-    shape = array_shape(table.schema.field("source_mean"))
-    broken = np.frombuffer(column[3], "<f2").reshape(shape).copy()
+    field = table.schema.field("source_mean")
+    broken = array_value(field, column[3])
     broken[0, 0, 0] = np.nan
-    column[3] = broken.tobytes()
+    column[3] = array_bytes(field, broken)
     index = table.schema.get_field_index("source_mean")
     table = table.set_column(index, table.schema.field(index), pa.array(column, table.schema.field(index).type))
     tables = {slot_name(0): table, slot_name(1): encoded_rows(2, 1, 6)}

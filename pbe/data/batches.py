@@ -238,11 +238,21 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(**tensors, rows=tuple(row for batch in batches for row in batch.rows))
 
 
-def validation_places(files: Sequence[File], rows: int) -> list[tuple[int, int]]:
-    """(file, row) of `rows` rows spread evenly over a slot's files, or of all if there are fewer; files in order."""
-    places = [(index, row) for index, file in enumerate(files) for row in range(file.rows)]
-    chosen = np.linspace(0, len(places) - 1, min(rows, len(places))).round().astype(int)
-    return [places[index] for index in chosen]
+def validation_places(files: Sequence[File], rows: int, *, rows_per_group: int) -> list[tuple[int, int]]:
+    """(file, row) of `rows` rows, or of all if there are fewer, in order: whole row groups spread evenly over a slot,
+    so that few groups are read however large the slot is."""
+    starts = [(index, row) for index, file in enumerate(files) for row in range(0, file.rows, rows_per_group)]
+    groups = min(-(-rows // rows_per_group), len(starts))
+    while True:  # groups at the ends of files are short
+        chosen = np.linspace(0, len(starts) - 1, groups).round().astype(int)
+        places = [
+            (file, row)
+            for file, start in (starts[index] for index in chosen)
+            for row in range(start, min(start + rows_per_group, files[file].rows))
+        ]
+        if len(places) >= rows or groups == len(starts):
+            return places[:rows]
+        groups += 1
 
 
 def validation_draw(
@@ -268,16 +278,17 @@ def validation_draw(
     return replace(drawn, timestep=int((number + 0.5) * cfg.timesteps / count))
 
 
-def validation_rows(store: Store, manifest: Manifest, *, cfg: DrawConfig, rows: int) -> list[dict[str, np.ndarray]]:
+def validation_rows(
+    store: Store, manifest: Manifest, *, cfg: DrawConfig, rows: int, rows_per_group: int
+) -> list[dict[str, np.ndarray]]:
     """Examples for `collate`: `validation_draw` of `validation_places` in slot 0; the same at every call."""
     files = slot_files(manifest)[0]
-    places = validation_places(files, rows)
-    tables: dict[int, pa.Table] = {}
+    places = validation_places(files, rows, rows_per_group=rows_per_group)
+    reader = RowReader(store, [files], cache_bytes=0)  # in order, so one group at a time is enough
     out = []
     for number, (file, index) in enumerate(places):
-        if file not in tables:
-            tables = {file: store.read_table(files[file])}  # in order, so one at a time is enough
-        row = _row_arrays(tables[file], index)
+        group, inner = divmod(index, rows_per_group)
+        row = reader.read(RowRef(0, 0, file, group, inner))
         drawn = validation_draw(
             str(row["image_id"]),
             int(row["slot"]),

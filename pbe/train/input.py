@@ -140,7 +140,14 @@ class EncodedInput:
         return self._batches.next().to(self._device)
 
     def validation(self) -> Batch:
-        return collate(validation_rows(self._store, self._encoded, cfg=self._draw, rows=self._cfg.validation_rows))
+        rows = validation_rows(
+            self._store,
+            self._encoded,
+            cfg=self._draw,
+            rows=self._cfg.validation_rows,
+            rows_per_group=int(self._encoded.config["rows_per_group"]),
+        )
+        return collate(rows)
 
     def close(self) -> None:
         self._batches.close()
@@ -225,7 +232,7 @@ class PixelInput:
 
     def validation(self) -> Batch:
         files = self._files[0]
-        places = validation_places(files, self._cfg.validation_rows)
+        places = validation_places(files, self._cfg.validation_rows, rows_per_group=self._rows_per_group)
         reader = self._reader(keep_rows=1, files=[files])
         batches = []
         for start in range(0, len(places), self._cfg.micro_batch):

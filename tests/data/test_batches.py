@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pbe.data.batches import Batch, DrawConfig, Prefetched, RowReader, collate, draw_row, rank_batches
+from pbe.data.batches import (
+    Batch,
+    DrawConfig,
+    Prefetched,
+    RowReader,
+    collate,
+    draw_row,
+    rank_batches,
+    validation_rows,
+)
 from pbe.data.order import RowRef
 from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import group_rows, slot_files, slot_name
@@ -465,3 +474,33 @@ def test_the_reader_forgets_footers_beyond_its_bound(store: Store, encoded: Mani
             assert str(reader.read(RowRef(0, slot, file, 0, 0))["image_id"]) == f"image{file}_0"
             assert list(reader._footers) == [(slot, file)]
             assert reader._held_footer_bytes == len(reader._footers[slot, file].data)
+
+
+# -- validation rows ---------------------------------------------------------------------------------------------------
+
+
+def _validation(store: Store, encoded: Manifest, rows: int) -> list[dict[str, np.ndarray]]:
+    return validation_rows(store, encoded, cfg=CFG, rows=rows, rows_per_group=ROWS_PER_GROUP)
+
+
+def test_validation_rows_are_whole_groups_spread_over_the_slot(store: Store, encoded: Manifest) -> None:
+    names = [str(row["rows"]).split()[0] for row in _validation(store, encoded, 4)]
+    # groups of two rows: the first, one from the middle and the last; the latter two have one row
+    assert names == ["image0_0", "image0_1", "image0_4", "image3_0"]
+    assert [str(row["rows"]).split()[0] for row in _validation(store, encoded, 4)] == names
+
+
+def test_validation_rows_are_all_rows_where_there_are_no_more(store: Store, encoded: Manifest) -> None:
+    names = {str(row["rows"]) for row in _validation(store, encoded, 1000)}
+    assert len(names) == sum(ROWS_OF_BUCKET)
+
+
+def test_validation_draws_spread_timesteps_alternate_holes_and_drop_nothing(store: Store, encoded: Manifest) -> None:
+    rows = _validation(store, encoded, 10)
+    assert [int(row["timestep"]) for row in rows] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert not any(row["drop_condition"] or row["drop_context"] for row in rows)
+    stored = store.read_table(slot_files(encoded)[0][0])
+    keep = 1 - np.frombuffer(stored.column("box_hole_mask_latent")[0].as_py(), "<f2").reshape(1, *LATENT[1:])
+    np.testing.assert_array_equal(rows[0]["keep_mask_latent"].reshape(keep.shape), keep)
+    clean = np.frombuffer(stored.column("exemplar_tokens")[0].as_py(), "<f2").reshape(TOKENS)[0]
+    np.testing.assert_array_equal(rows[0]["exemplar_tokens"], clean.astype(np.float32))

@@ -164,9 +164,11 @@ def train_with_broken_weights(job: Job) -> None:
 
 
 def loss_curve(store: Store, run_name: str) -> list[float]:
+    """Of every step, and the validation loss after the last."""
     history = Run(store, run_name).read_json("history.json")
     assert history is not None, "the run is not finished"
-    return [point["loss"] for point in history["history"]]
+    points = history["history"]
+    return [*(point["loss"] for point in points), points[-1]["validation_loss"]]
 
 
 # -- a tiny data set ---------------------------------------------------------------------------------------------------

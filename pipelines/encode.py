@@ -101,7 +101,8 @@ def _backbone_entry(stage: Stage) -> dict[str, Any]:
         print(f"encode: backbone {cfg.weights}, sha256 {backbone.digest}")
     if backbone.input_px != reference_px:
         raise StageError(f"materialize.reference_px = {reference_px}: this backbone takes {backbone.input_px} px")
-    return {**entry, "width": backbone.width, "tokens": cfg.tokens}
+    token_count = 1 if cfg.tokens == "class" else backbone.token_count
+    return {**entry, "width": backbone.width, "tokens": cfg.tokens, "token_count": token_count}
 
 
 def _fit_codec(stage: Stage, triplets: Manifest, cfg: PatchCodecConfig) -> str:

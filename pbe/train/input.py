@@ -219,7 +219,7 @@ class PixelInput:
         self._files = slot_files(triplets)
         self._draw = draw_config(cfg, seed)
         self._rows_per_group = int(encoded.config["rows_per_group"])
-        # how many draws are stored moves the later draws of a row, hence its noise
+        # how many draws are stored moves the later draws of a row, such as its timestep
         self._stored_references = int(encoded.config["reference_draws"])
         self._augmenter = make_augmenter()
         self._batches = Prefetched(self._micro_batches(share), depth=PREFETCHED_BATCHES)

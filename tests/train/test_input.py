@@ -15,131 +15,25 @@ import pytest
 import torch
 
 from pbe.config import TrainConfig
-from pbe.data import images
 from pbe.data.batches import Batch, RowReader
-from pbe.data.materialize import Jpeg, triplet_tables
-from pbe.data.reference import make_augmenter
-from pbe.data.schema import BOXES, IMAGES, Dtype
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, require_same_rows, slot_files
-from pbe.data.triplets import CutConfig
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
-from pbe.encode import encode_triplets
-from pbe.model.backbone import Backbone, EfficientNetLite, Tokens
+from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import ClipBackbone
-from pbe.model.codec import Codec, PatchCodec, codec_bytes
+from pbe.model.codec import PatchCodec
 from pbe.model.unet import Architecture, new_network
 from pbe.model.vae import KlCodec
-from pbe.store import File, Manifest, Store, make_manifest
+from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run
 from pbe.train.input import OnlineEncoder, PixelInput, Share, open_input
 from pbe.train.loss import Diffusion, row_losses
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
+from tests.train.pixels import PHOTOS_OF_BUCKET, SEED, SLOTS, Networks, encoded_of, triplets_of
 from tests.train.ranks import ARCH, loss_curve, run_ranks, tiny_config, tiny_job, train
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
 
-SEED, SLOTS, DRAWS, ROWS_PER_GROUP = 23, 2, 2, 1
-PHOTOS_OF_BUCKET = (5, 9, 2)  # the second in two row groups of triplets
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Networks:
-    codec: Codec
-    backbone: Backbone
-    tokens: Tokens
-
-
-def photo(number: int) -> np.ndarray:
-    """(48, 64, 3) uint8: smooth blobs, another picture for each number."""
-    coarse = np.random.default_rng(number).integers(0, 256, (4, 5, 3)).astype(np.uint8)
-    return images.resize(coarse, width_px=64, height_px=48)
-
-
-def triplets_of(store: Store, *, image_px: int = 16, reference_px: int = 224) -> Manifest:
-    units, number = [], 0
-    for bucket, count in enumerate(PHOTOS_OF_BUCKET):
-        photos, boxes = [], []
-        for _ in range(count):
-            identity = {"image_id": f"photo{number}", "split": "train"}
-            picture = {"bytes": images.encode_png(photo(number)), "width_px": 64, "height_px": 48, "sha256": "0"}
-            photos.append({**identity, **picture, "exif_orientation": 1})
-            left, top = 0.1 + 0.03 * (number % 8), 0.15 + 0.02 * (number % 5)
-            box = {"xmin": left, "xmax": left + 0.4, "ymin": top, "ymax": top + 0.5}
-            flags = dict.fromkeys(("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"), 0)
-            boxes.append({**identity, **box, **flags, "box_index": 0, "label": "/m/0", "label_name": "Cat"})
-            number += 1
-        tables, counts = triplet_tables(
-            pa.Table.from_pylist(photos, IMAGES),
-            pa.Table.from_pylist(boxes, BOXES),
-            cfg=CutConfig(
-                image_px=image_px,
-                reference_px=reference_px,
-                reference_pad_px=2,
-                box_extend_frac=0.4,
-                crop_shrink_frac=0.6,
-                bezier_points_per_side=18,
-                bezier_jitter_px=2,
-            ),
-            slots=SLOTS,
-            jpeg=Jpeg(95, "444"),
-            seed=SEED,
-        )
-        assert counts["images_kept"] == count
-        units.append(
-            store.write_unit(
-                "materialize", f"b{bucket:04d}-x", tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP
-            )
-        )
-    return make_manifest("materialize", config={}, code="", units=units)
-
-
-def encoded_of(
-    store: Store,
-    triplets: Manifest,
-    networks: Networks,
-    *,
-    image_px: int = 16,
-    dtype: Dtype = "float32",
-    draws: int = DRAWS,
-) -> Manifest:
-    """As the encode stage does it. The codec, if it is the patch codec, is kept in the storage."""
-    units = []
-    for unit in triplets.units:
-        slots = [file for file in unit.files if file.dataset.startswith("slot-")]
-        tables = {
-            file.dataset: encode_triplets(
-                store.read_table(file),
-                image_px=image_px,
-                codec=networks.codec,
-                backbone=networks.backbone,
-                tokens=networks.tokens,
-                augmenter=make_augmenter(),
-                draws=draws,
-                batch_rows=4,
-                seed=SEED,
-                clean_tokens={},
-                dtype=dtype,
-            )
-            for file in slots
-        }
-        counts = {"rows": sum(file.rows for file in slots)}
-        units.append(
-            store.write_unit("encode", f"{unit.unit}-{dtype}", tables, counts=counts, rows_per_group=ROWS_PER_GROUP)
-        )
-    config = {
-        "rows_per_group": ROWS_PER_GROUP,
-        "reference_draws": draws,
-        "dtype": dtype,
-        "backbone": {"kind": "efficientnet_lite0", "width": networks.backbone.width, "tokens": networks.tokens},
-        "triplets": triplets.digest,
-    }
-    if isinstance(networks.codec, PatchCodec):
-        path = "parts/encode/codec.safetensors"
-        store.write_bytes(path, codec_bytes(networks.codec))
-        patch_px, channels = networks.codec.patch_px, networks.codec.channels
-        config["codec"] = {"kind": "patch", "path": path, "patch_px": patch_px, "channels": channels}
-    return make_manifest("encode", config=config, code="", units=units)
 
 
 @dataclass(frozen=True)
@@ -248,7 +142,7 @@ def test_the_number_of_stored_references_moves_the_other_draws_of_both_alike(pla
     ((cached, online),) = both(more, 1)
     ((two, _),) = both(place, 1)
     assert torch.equal(cached.noise, online.noise) and torch.equal(cached.timestep, online.timestep)
-    assert cached.rows == two.rows and not torch.equal(cached.noise, two.noise)
+    assert cached.rows == two.rows and not torch.equal(cached.timestep, two.timestep)
 
 
 def test_the_loss_is_that_of_the_cached_rows(place: Place, arch: Architecture) -> None:

@@ -1,0 +1,164 @@
+"""What training from pixels costs: python tests/benchmarks/online_input.py [--rounds 6]
+
+One process of one thread trains params.yaml's network (the sample profile's) on the same rows with the same draws, from
+stored arrays and from pixels in turn: next(), forward, backward. Prints the median time of each, and how much the loss
+differs where arrays are stored in float32 and in float16.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from pbe.config import Params, TrainConfig, load_params
+from pbe.data import images
+from pbe.data.schema import Dtype
+from pbe.data.slots import slot_files
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.model.backbone import load_backbone
+from pbe.model.codec import fit_patch_codec
+from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.store import Manifest, Store
+from pbe.train.input import Share, TrainInput, open_input
+from pbe.train.loss import Diffusion, row_losses
+from tests.tiny_weights import lively
+from tests.train.pixels import SEED, SLOTS, Networks, encoded_of, triplets_of
+
+CPU = torch.device("cpu")
+WARM_UP_ROUNDS = 1  # the first calls of a kernel choose how it runs
+
+
+def measure(rounds: int) -> tuple[float, float]:
+    """(time of a micro-batch from pixels / from stored arrays, largest difference of the loss with float32 arrays)."""
+    params = load_params()
+    codec_cfg = params.encode.codec
+    assert codec_cfg.kind == "patch" and params.encode.backbone.kind == "efficientnet_lite0", "the sample profile's"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
+            store = Store(folder)
+            image_px = params.materialize.image_px
+            # at a second visit references are drawn afresh online, and the losses rightly differ
+            rows = (WARM_UP_ROUNDS + rounds) * _micro_batch(params)
+            triplets = triplets_of(
+                store,
+                image_px=image_px,
+                reference_px=params.materialize.reference_px,
+                photos_of_bucket=(rows // SLOTS,),
+            )
+            crops = [images.decode(data) for data in _sources(store, triplets)]
+            codec, _ = fit_patch_codec(crops, patch_px=codec_cfg.patch_px, channels=codec_cfg.channels)
+            networks = Networks(codec, load_backbone("efficientnet_lite0"), "class")
+            return _measure(rounds, params, store, triplets, networks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(rounds: int, params: Params, store: Store, triplets: Manifest, networks: Networks) -> tuple[float, float]:
+    cfg = params.train.model_copy(update={"precision": "fp32", "micro_batch": _micro_batch(params)})
+    network = _network(params, networks)
+    latent = torch.zeros(1, networks.codec.channels, *2 * [params.materialize.image_px // networks.codec.patch_px])
+    diffusion = Diffusion(cfg, latent, alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective)), CPU)
+    encoded: dict[Dtype, Manifest] = {
+        dtype: encoded_of(store, triplets, networks, image_px=params.materialize.image_px, dtype=dtype)
+        for dtype in ("float32", "float16")
+    }
+
+    def opened(of: Manifest, source: str) -> closing[TrainInput]:
+        return closing(
+            open_input(
+                store,
+                of,
+                triplets if source == "pixels" else None,
+                cfg=cfg.model_copy(update={"input": source}),
+                seed=SEED,
+                share=Share(0, 1, 0),
+                codec=networks.codec,
+                device=CPU,
+            )
+        )
+
+    times: dict[str, list[float]] = {"encoded": [], "pixels": []}
+    differences: dict[Dtype, list[float]] = {"float32": [], "float16": []}
+    with (
+        opened(encoded["float32"], "encoded") as exact,
+        opened(encoded["float16"], "encoded") as half,
+        opened(encoded["float32"], "pixels") as online,
+    ):
+        time.sleep(0.5)  # until all have filled their queues
+        for number in range(WARM_UP_ROUNDS + rounds):
+            losses = {}
+            pairs = [("encoded", half), ("pixels", online)]
+            for name, source in pairs[:: 1 if number % 2 else -1]:  # neither is always the second
+                start = time.perf_counter()
+                losses[name] = _step(network, source, diffusion)
+                if number >= WARM_UP_ROUNDS:
+                    times[name].append(time.perf_counter() - start)
+            differences["float16"].append(abs(losses["encoded"] - losses["pixels"]))
+            with torch.no_grad():
+                loss = float(row_losses(network, exact.next(), diffusion).mean())
+            differences["float32"].append(abs(loss - losses["pixels"]))
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    ratios = [online / cached for online, cached in zip(times["pixels"], times["encoded"], strict=True)]
+    print(
+        f"{cfg.micro_batch} rows, next + forward + backward: encoded {1e3 * median['encoded']:.0f} ms, pixels "
+        f"{1e3 * median['pixels']:.0f} ms; loss differs by at most {max(differences['float32']):.1e} (stored in "
+        f"float32), {max(differences['float16']):.1e} (float16)"
+    )
+    return statistics.median(ratios), max(differences["float32"])
+
+
+def _micro_batch(params: Params) -> int:
+    """Rows; an even number, so that every slot and lane has as many."""
+    return min(8, params.train.micro_batch)
+
+
+def _step(network: ConditionedUNet, source: TrainInput, diffusion: Diffusion) -> float:
+    network.zero_grad()
+    loss = row_losses(network, source.next(), diffusion).mean()
+    loss.backward()
+    return float(loss.detach())
+
+
+def _network(params: Params, networks: Networks) -> ConditionedUNet:
+    """With random weights everywhere: some layers start at zero, and hide what they read."""
+    cfg: TrainConfig = params.train
+    unet = cfg.unet
+    arch = Architecture(
+        latent_channels=networks.codec.channels,
+        latent_px=params.materialize.image_px // networks.codec.patch_px,
+        backbone_width=networks.backbone.width,
+        block_channels=unet.block_channels,
+        attention=unet.attention,
+        layers_per_block=unet.layers_per_block,
+        attention_heads=unet.attention_heads,
+        norm_groups=unet.norm_groups,
+        context_width=unet.context_width,
+        mapper_width=cfg.exemplar.mapper_width,
+        mapper_blocks=cfg.exemplar.mapper_blocks,
+        class_embedding=unet.class_embedding,
+    )
+    torch.manual_seed(SEED)
+    network = new_network(arch)
+    lively(network, SEED, scale=0.01)
+    return network
+
+
+def _sources(store: Store, triplets: Manifest) -> list[bytes]:
+    files = [file for slot in slot_files(triplets) for file in slot]
+    return [data for file in files for data in store.read_table(file, columns=["source"]).column(0).to_pylist()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    ratio, difference = measure(parser.parse_args().rounds)
+    print(f"online_over_cached={ratio:.3f} cached_online_loss_diff={difference:.2e}")

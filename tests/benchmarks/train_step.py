@@ -7,8 +7,10 @@ ours           a step of `train_worker`: rows from encoded Parquet, loss, backwa
 bare           DeepSpeed alone: the same UNet and optimizer on random tensors of the same shapes, made once
 unet           torch alone: forward, backward and AdamW on those tensors
 
-ours_over_bare is the overhead of our loop, cached_over_unet that of our loop and DeepSpeed's together. Of the input:
-tests/benchmarks/online_input.py. The last line has the medians of the turns' ratios; nothing is asserted.
+ours_over_bare is the overhead of our loop, cached_over_unet that of our loop and DeepSpeed's together. online_over_cached is
+what training from pixels costs (tests/benchmarks/online_input.py: next batch, forward, backward), cached_online_loss_diff
+the largest difference of a loss between the two on the same draws, with float32 arrays. The last line has the medians of the
+turns' ratios; nothing is asserted.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E
 from pbe.store import Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.worker import train_worker  # noqa: E402
+from tests.benchmarks.online_input import measure  # noqa: E402
 from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_job  # noqa: E402
 
 LATENT_PX = 16
@@ -141,15 +144,19 @@ def main() -> int:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     with tempfile.TemporaryDirectory(prefix="pbe-meeting-") as meeting:
         dist.init_process_group("gloo", init_method=f"file://{meeting}/ranks", rank=0, world_size=1)
-        seconds = step_times(8 if args.quick else 40)
+        seconds = step_times(6 if args.quick else 40)
         dist.destroy_process_group()
+    online_over_cached, loss_difference = measure(6 if args.quick else 30)
     for name, values in seconds.items():
         print(f"{name:5} median {1000 * statistics.median(values):.1f} ms of {len(values)} steps")
 
     def ratio(other: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds["ours"], seconds[other], strict=True))
 
-    print(f"ours_over_bare={ratio('bare'):.3f} cached_over_unet={ratio('unet'):.3f}")
+    print(
+        f"ours_over_bare={ratio('bare'):.3f} cached_over_unet={ratio('unet'):.3f} "
+        f"online_over_cached={online_over_cached:.2f} cached_online_loss_diff={loss_difference:.1e}"
+    )
     return 0
 
 

@@ -47,7 +47,8 @@ def measure(rounds: int) -> tuple[float, float]:
             store = Store(folder)
             image_px = params.materialize.image_px
             # at a second visit references are drawn afresh online, and the losses rightly differ
-            rows = (WARM_UP_ROUNDS + rounds) * _micro_batch(params)
+            steps = -(-(WARM_UP_ROUNDS + rounds) * _micro_batch(params) // params.train.batch)
+            rows = steps * params.train.batch
             triplets = triplets_of(
                 store,
                 image_px=image_px,

@@ -7,10 +7,10 @@ ours           a step of `train_worker`: rows from encoded Parquet, loss, backwa
 bare           DeepSpeed alone: the same UNet and optimizer on random tensors of the same shapes, made once
 unet           torch alone: forward, backward and AdamW on those tensors
 
-ours_over_bare is the overhead of our loop, cached_over_unet that of our loop and DeepSpeed's together. online_over_cached
-is what training from pixels costs (tests/benchmarks/online_input.py: next batch, forward, backward), and
-cached_online_loss_diff the largest difference of a loss between the two on the same draws, with float32 arrays. The last
-line has the medians of the turns' ratios; nothing is asserted.
+ours_over_bare is the overhead of our loop, cached_over_unet that of our loop and of DeepSpeed. online_over_cached
+is what training from pixels costs (tests/benchmarks/online_input.py: next batch, forward, backward),
+cached_online_loss_diff the largest difference of a loss between the two on the same draws, with float32 arrays. The
+last line has the medians of the turns' ratios; nothing is asserted.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def train_worker(job: Job, device: torch.device) -> None:
     diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(job.card.scheduler).to(device), device)
 
     # resume
-    start, history = 0, []
+    start, history, window = 0, [], (0, 0.0)
     with tempfile.TemporaryDirectory(prefix="pbe-resume-") as scratch:
         found = newest_whole(store, _candidates(run, job.origin), ranks, Path(scratch))
         universal = found is not None and _needs_rewriting(found[0].world, found[0].zero_stage, ranks.world, cfg)
@@ -90,7 +90,8 @@ def train_worker(job: Job, device: torch.device) -> None:
         if found is not None:
             checkpoint, folder = found
             history = json.loads((folder / "history.json").read_text())
-            start = load_engine(engine, _rewritten(folder, Path(scratch), ranks) if universal else folder)["step"]
+            state = load_engine(engine, _rewritten(folder, Path(scratch), ranks) if universal else folder)
+            start, window = state["step"], state["window"]
             if ranks.rank == 0:
                 ranks_then = f", written by {checkpoint.world} ranks" if checkpoint.world != ranks.world else ""
                 print(f"train: goes on from the checkpoint of step {start}{ranks_then}", flush=True)
@@ -106,7 +107,9 @@ def train_worker(job: Job, device: torch.device) -> None:
         validation = Validation(job.card, codec, diffusion, batches.validation())
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
-        laps, since_log, loss_sum = Laps(device), start, torch.zeros((), device=device)
+        laps = Laps(device)
+        # since the last log point: its step, the sum of this rank's losses, and what has been timed here
+        logged, loss_sum, timed = window[0], torch.tensor(window[1], device=device), 0
         for step in range(start, cfg.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
@@ -122,8 +125,8 @@ def train_worker(job: Job, device: torch.device) -> None:
                 seen.append((batch, losses.detach()))
                 if len(seen) == cfg.accumulation_steps and (bad := _non_finite(seen, ranks)):
                     saver.finish()
-                    if saver.newest != step:
-                        _save(saver, engine, step, history, ranks)  # as it was before this step
+                    if saver.newest != step:  # as it was before this step
+                        _save(saver, engine, step, history, (logged, loss_sum), ranks)
                         saver.finish()
                     raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
                 gradient_norm = step_engine(engine)
@@ -134,6 +137,7 @@ def train_worker(job: Job, device: torch.device) -> None:
                     f"lower train.lr. Checkpoints of earlier steps stay, see {store.full_uri(run.folder)}"
                 )
             loss_sum += torch.stack([losses.mean() for _, losses in seen]).mean()
+            timed += 1
 
             # log
             done = step + 1
@@ -144,8 +148,8 @@ def train_worker(job: Job, device: torch.device) -> None:
                 laps.lap("validation_s")
             if done % cfg.log_every == 0 or validates:
                 saver.poll()
-                point = _mean_over_ranks({"loss": float(loss_sum)} | laps.take(), steps=done - since_log, device=device)
-                since_log = done
+                point = _mean_over_ranks(float(loss_sum) / (done - logged), laps.take(), steps=timed, device=device)
+                logged, timed = done, 0
                 loss_sum.zero_()
                 point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": gradient_norm}
                 point["samples_seen"] = done * cfg.batch
@@ -158,7 +162,7 @@ def train_worker(job: Job, device: torch.device) -> None:
             # save
             if done % cfg.checkpoint_every == 0 or done == cfg.steps:
                 laps.start()
-                _save(saver, engine, done, history, ranks)
+                _save(saver, engine, done, history, (logged, loss_sum), ranks)
                 laps.lap("checkpoint_s")
         saver.finish()
 
@@ -283,19 +287,31 @@ def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]))
 
 
-def _mean_over_ranks(sums: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:
-    """Per step, and step_s: all that a step itself takes."""
-    keys = ["loss", *LAPS]
-    total = torch.tensor([sums.get(key, 0.0) / steps for key in keys], device=device)
+def _mean_over_ranks(loss: float, seconds: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:
+    """The loss, seconds per step by lap, and step_s: all that a step itself takes."""
+    total = torch.tensor([loss, *(seconds.get(lap, 0.0) / steps for lap in LAPS)], device=device)
     dist.all_reduce(total)
-    out = dict(zip(keys, (total / dist.get_world_size()).tolist(), strict=True))
+    out = dict(zip(("loss", *LAPS), (total / dist.get_world_size()).tolist(), strict=True))
     out["step_s"] = sum(out[key] for key in ("data_s", "forward_s", "backward_s", "optimizer_s"))
     return out
 
 
-def _save(saver: Saver, engine: Any, step: int, history: list[dict[str, float]], ranks: Ranks) -> None:
+def _save(
+    saver: Saver,
+    engine: Any,
+    step: int,
+    history: list[dict[str, float]],
+    window: tuple[int, torch.Tensor],
+    ranks: Ranks,
+) -> None:
+    """window: step of the last log point, and the sum of this rank's losses since."""
+    logged, loss_sum = window
+    mean = loss_sum.detach().clone()
+    dist.all_reduce(mean)  # of all ranks, as another number of them may go on
+    state = {"step": step, "window": (logged, float(mean) / ranks.world)}
+
     def write(folder: Path) -> None:
-        save_engine(engine, folder, {"step": step})
+        save_engine(engine, folder, state)
         if ranks.rank == 0:
             (folder / "history.json").write_text(json.dumps(history))
 

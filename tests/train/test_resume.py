@@ -181,3 +181,16 @@ def test_through_s3_and_on_another_number_of_ranks(s3: str, tmp_path: Path, gold
     assert "written by 2 ranks" in take_said(tmp_path)
     np.testing.assert_allclose(loss_curve(store, "remote"), golden, rtol=0, atol=1e-5)
     assert json.loads(store.read_bytes("runs/remote/finished.json"))["steps"] == 30
+
+
+def test_a_log_point_that_a_kill_cuts_in_two_is_whole_again(place: tuple[Path, Store, Manifest]) -> None:
+    """Points every 5 steps, checkpoints every 8: the one of step 10 begins before the checkpoint of step 8."""
+    folder, store, encoded = place
+    rare = {"log_every": 5, "checkpoint_every": 8}
+    run_ranks(train, tiny_job(store, encoded, tiny_config(workers=2, **rare), "rare"), world=2, tmp=folder)
+    cfg = tiny_config(workers=2, **rare)
+    with pytest.raises(RankDiedError):
+        run_ranks(train, tiny_job(store, encoded, cfg, "rare-cut", on_progress=KillAt(10)), world=2, tmp=folder)
+    assert Run(store, "rare-cut").checkpoints()[-1].step == 8
+    run_ranks(train, tiny_job(store, encoded, tiny_config(**rare), "rare-cut"), world=1, tmp=folder)
+    np.testing.assert_allclose(loss_curve(store, "rare-cut"), loss_curve(store, "rare"), rtol=0, atol=1e-5)

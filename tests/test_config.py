@@ -381,3 +381,9 @@ def test_the_readmes_block_for_own_photos_is_accepted_as_it_stands(load: Load) -
     wanted = yaml.safe_load(block)["ingest"]
     got = load({f"ingest.{key}": value for key, value in wanted.items()}).ingest
     assert got.model_dump(include=set(wanted)) == wanted and wanted["val_frac"] > 0
+
+
+def test_pixels_can_give_all_tokens_though_the_class_token_alone_is_stored(load: Load) -> None:
+    params = load({"train.exemplar.tokens": "all", "train.input": "pixels"})
+    assert (params.train.input, params.encode.backbone.tokens) == ("pixels", "class")
+    assert "or train.input: pixels" in _message(load, {"train.exemplar.tokens": "all", "train.input": "encoded"})

@@ -88,12 +88,6 @@ def _data_deviations(params: Params, train_photos: int) -> Iterator[Deviation]:
             "CLIP ViT-L/14, class token",
             "comes inside a pip package",
         )
-    yield Deviation(
-        "reference augmentation",
-        f"{encode.reference_draws} draws per triplet, made once; the first is clean",
-        "drawn afresh in every epoch",
-        "the encoder then runs once",
-    )
 
 
 def _rules_beyond_area(kept: FilterConfig) -> list[str]:
@@ -125,6 +119,13 @@ def _train_deviations(params: Params) -> Iterator[Deviation]:
         _exemplar,
         "five transformer blocks, 1024 wide, to a token of 768",
         "CPU time",
+    )
+    draws = params.encode.reference_draws
+    yield from where(
+        "draws of the reference",
+        lambda t: None if t.input == "pixels" else f"{draws} per triplet, made once; the first is clean",
+        "afresh in every epoch",
+        "the encoder then runs once",
     )
     yield from where(
         "tokens of the exemplar",

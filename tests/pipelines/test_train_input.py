@@ -9,8 +9,8 @@ import pytest
 from pbe.config import load_params
 from pbe.data.schema import TRIPLETS, Dtype, encoded_schema
 from pbe.store import Manifest, Record, Store, StoreError, make_manifest
+from pipelines.refuse import refuse_too_few_rows, refuse_unfit_parts, stored_schema
 from pipelines.stage import Stage, StageError
-from pipelines.train import _encoded_schema, refuse_too_few_rows, refuse_unfit_parts
 from tests.train.ranks import CHANNELS, LATENT_PX, WIDTH, tiny_encoded
 
 
@@ -98,4 +98,4 @@ def test_the_expected_schema_is_the_one_the_manifest_names(store: Store, encoded
     config["backbone"] = {**config["backbone"], "token_count": 50}
     latent_px = params.materialize.image_px // 4
     expected = encoded_schema((CHANNELS, latent_px, latent_px), (5, 50, WIDTH), dtype)
-    assert _encoded_schema(stage, replace(encoded, config=config)).equals(expected, check_metadata=True)
+    assert stored_schema(stage, replace(encoded, config=config)).equals(expected, check_metadata=True)

@@ -1,0 +1,131 @@
+"""What the train stage refuses before any worker starts: each in one message that names the key or file.
+
+Workers would meet the same later, on every rank at once, after minutes of waiting for GPUs.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from pbe.config import TrainConfig
+from pbe.data.schema import TRIPLETS, encoded_schema
+from pbe.data.slots import group_rows, slot_files
+from pbe.store import File, Manifest, Store
+from pipelines.stage import Stage, StageError
+
+FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
+
+
+def refuse_what_cannot_train(
+    stage: Stage,
+    cfg: TrainConfig,
+    encoded: Manifest,
+    triplets: Manifest | None,
+    initial: tuple[str, str | None] | None,
+) -> None:
+    """Raises StageError, StoreError, WeightsError."""
+    refuse_too_few_rows(encoded, cfg.batch)
+    _refuse_empty_lanes(encoded, cfg.lanes)
+    _refuse_odd_latents(stage, cfg, encoded)
+    refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
+    if triplets is not None:
+        refuse_unfit_parts(stage.store, triplets, TRIPLETS)
+    if initial is not None:
+        _refuse_unfit_weights(stage, cfg, encoded, initial)
+
+
+def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None]) -> None:
+    """Here, on a network without memory, and not after the workers have started. Raises WeightsError."""
+    import torch
+
+    from pbe.model.initial import load_kept
+    from pbe.model.unet import architecture_of, new_network
+
+    with torch.device("meta"):
+        network = new_network(architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config))
+    load_kept(network, stage.store, initial)
+
+
+def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> None:
+    latent_px = stage.params.materialize.image_px // int(encoded.config["codec"]["patch_px"])
+    halvings = len(cfg.unet.block_channels) - 1
+    if latent_px % 2**halvings:
+        raise StageError(
+            f"train@{stage.variant}: latents of {latent_px} px cannot be halved {halvings} times, as the levels of "
+            "train.unet.block_channels ask; change materialize.image_px"
+        )
+
+
+def refuse_too_few_rows(encoded: Manifest, batch: int) -> None:
+    """Rows of one slot may be fewer: a batch then goes on in the next slot. But no row may come twice in a batch."""
+    rows = sum(file.rows for files in slot_files(encoded) for file in files)
+    if not rows:
+        raise StageError(
+            "train: data/encode/manifest.json lists no rows; see data/filter/counts.json and "
+            "data/materialize/counts.json for where they went"
+        )
+    if rows < batch:
+        raise StageError(
+            f"train.batch = {batch}, but data/encode/manifest.json lists only {rows} rows in all slots together: lower "
+            "train.batch, raise materialize.slots, or add photos"
+        )
+
+
+def refuse_unfit_parts(store: Store, manifest: Manifest, schema: pa.Schema) -> None:
+    """Reads every part's footer: a missing or foreign file would else end the run hours later. Raises StageError or
+    StoreError naming the first such file."""
+
+    def check(file: File) -> None:
+        with store.open_parquet(file) as parquet:
+            found, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        again = f"delete its folder, then `dvc repro -f -s {manifest.stage}` makes it again"
+        if rows != file.rows:
+            raise StageError(
+                f"{store.full_uri(file.path)}: has {rows} rows, data/{manifest.stage}/manifest.json says {file.rows}; "
+                f"{again}"
+            )
+        differ = [
+            f"{name} is {_described(found, name)}, expected {_described(schema, name)}"
+            for name in dict.fromkeys([*schema.names, *found.names])
+            if _described(found, name) != _described(schema, name)
+        ]
+        if differ:
+            raise StageError(
+                f"{store.full_uri(file.path)}: not what data/{manifest.stage}/manifest.json says: "
+                f"{'; '.join(differ)}; {again}"
+            )
+
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        for _ in pool.map(check, (file for files in slot_files(manifest) for file in files)):
+            pass
+
+
+def _described(schema: pa.Schema, name: str) -> str:
+    """Type of a column; of arrays their shape and number format."""
+    if name not in schema.names:
+        return "missing"
+    field = schema.field(name)
+    if field.metadata and b"shape" in field.metadata:
+        return f"{field.metadata[b'dtype'].decode()} ({field.metadata[b'shape'].decode()})"
+    return str(field.type)
+
+
+def stored_schema(stage: Stage, encoded: Manifest) -> pa.Schema:
+    codec, backbone = encoded.config["codec"], encoded.config["backbone"]
+    latent_px = stage.params.materialize.image_px // int(codec["patch_px"])
+    return encoded_schema(
+        (int(codec["channels"]), latent_px, latent_px),
+        (int(encoded.config["reference_draws"]), int(backbone["token_count"]), int(backbone["width"])),
+        encoded.config["dtype"],
+    )
+
+
+def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
+    """Each lane needs a row group of every slot (pbe/data/order.py)."""
+    rows_per_group = int(encoded.config["rows_per_group"])
+    groups = min(sum(len(group_rows(file, rows_per_group)) for file in files) for files in slot_files(encoded))
+    if groups < lanes:
+        raise StageError(
+            f"train.lanes = {lanes}, but a slot has only {groups} row groups of up to {rows_per_group} rows: lower "
+            "train.lanes, or encode.rows_per_group for more groups"
+        )

@@ -238,13 +238,20 @@ def _train(
             trainer.fit()
         except TrainingFailedError as error:
             track.end_run(uri, run_id, failed=True)
-            stopped = run.read_json("stopped.json")
-            if stopped is not None:
-                raise StageError(f"train@{stage.variant}: {stopped['reason']}") from error
+            _raise_what_stopped(stage, run)
             raise StageError(f"train@{stage.variant}: {_root_cause(error)}; checkpoints stay in the storage") from error
         except BaseException:
             track.end_run(uri, run_id, failed=True)
             raise
+    if run.read_json("stopped.json") is not None:
+        track.end_run(uri, run_id, failed=True)
+        _raise_what_stopped(stage, run)
+
+
+def _raise_what_stopped(stage: Stage, run: Run) -> None:
+    stopped = run.read_json("stopped.json")
+    if stopped is not None:
+        raise StageError(f"train@{stage.variant}: {stopped['reason']}")
 
 
 def _refuse_unmet(cfg: TrainConfig) -> None:
@@ -262,7 +269,7 @@ def _train_loop(config: dict[str, bytes]) -> None:
     """On every worker. What the user must mend is written beside the run: Ray would try it max_failures times more."""
     import ray.train.torch
 
-    from pbe.train.worker import Job, train_worker
+    from pbe.train.worker import Job, NonFiniteError, train_worker
 
     job: Job = pickle.loads(config["job"])
     run = Run(Store(job.store_uri), job.run_name)
@@ -270,6 +277,9 @@ def _train_loop(config: dict[str, bytes]) -> None:
         raise StageError(stopped["reason"])
     try:
         train_worker(job, ray.train.torch.get_device())
+    except NonFiniteError as error:
+        # every rank has come to this, so that none waits for another: it ends without Ray's tracebacks
+        run.write_json("stopped.json", {"reason": str(error)})
     except UserError as error:
         run.write_json("stopped.json", {"reason": str(error)})
         raise

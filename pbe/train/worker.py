@@ -70,6 +70,8 @@ def train_worker(job: Job, device: torch.device) -> None:
     # build
     cfg, ranks, store = job.cfg, Ranks.of_this_process(), Store(job.store_uri)
     run = Run(store, job.run_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nccl moves objects through the current one
     torch.manual_seed(job.seed)  # same initial weights on every rank
     model = new_network(job.arch)
     model.exemplar.set_statistics(_reference_features(store, job.encoded))

@@ -266,23 +266,23 @@ def _refuse_unmet(cfg: TrainConfig) -> None:
 
 
 def _train_loop(config: dict[str, bytes]) -> None:
-    """On every worker. What the user must mend is written beside the run: Ray would try it max_failures times more."""
+    """On every worker. The reason for an end is written beside the run, in one line, for the driver."""
     import ray.train.torch
 
     from pbe.train.worker import Job, NonFiniteError, train_worker
 
     job: Job = pickle.loads(config["job"])
     run = Run(Store(job.store_uri), job.run_name)
-    if (stopped := run.read_json("stopped.json")) is not None:
-        raise StageError(stopped["reason"])
+    if ray.train.get_context().get_world_rank() == 0:
+        run.store.delete_file(f"{run.folder}/stopped.json")  # of the try before this one
     try:
         train_worker(job, ray.train.torch.get_device())
     except NonFiniteError as error:
-        # every rank has come to this, so that none waits for another: it ends without Ray's tracebacks
+        # Every rank has come to this and would come to it again: it ends here, without Ray's tracebacks and tries.
         run.write_json("stopped.json", {"reason": str(error)})
     except UserError as error:
         run.write_json("stopped.json", {"reason": str(error)})
-        raise
+        raise  # Ray tries again: a storage may come back
 
 
 @dataclass(frozen=True)

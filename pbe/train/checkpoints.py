@@ -5,7 +5,7 @@
 <run>/checkpoints/step-00000200/COMPLETE.json     written last: run, step, ranks, stage, sizes and hashes
 <run>/mlflow.json        the MLflow run that this training logs to, through any number of restarts
 <run>/origin.json        the checkpoint that `train.resume_from` began with
-<run>/stopped.json       why the last attempt stopped, when trying again would change nothing
+<run>/stopped.json       why the last attempt stopped, in one line
 <run>/export/            the finished model
 <run>/finished.json      written last: a finished run is exported again, not trained again
 """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pbe.evaluate.frechet import frechet_distance
-from pbe.evaluate.intervals import bootstrap_mean, jackknife
+from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
 
 
 def _photos(rng: np.random.Generator, clusters: int) -> tuple[np.ndarray, list[str]]:
@@ -56,7 +56,7 @@ def test_bootstrap_keeps_the_weight_of_a_crowded_photo() -> None:
     wide = bootstrap_mean(values, groups=groups, resamples=2000, seed=0)
     assert (wide.low, wide.high) == pytest.approx((0, 1))
     assert (wide.n, wide.clusters) == (10, 2)
-    assert "2 whole groups" in wide.method
+    assert "2 photos" in wide.method
 
 
 def test_bootstrap_is_a_function_of_its_arguments() -> None:
@@ -90,7 +90,7 @@ def test_bootstrap_refuses_bad_input() -> None:
 def test_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
     """For a mean the delete-d formula gives s / sqrt(n) for every d, odd n included."""
     values = np.random.default_rng(0).standard_normal(n)
-    estimate = jackknife(lambda rows: float(values[rows].mean()), n, resamples=4000, seed=0)
+    estimate = jackknife(lambda rows: float(values[rows].mean()), n, groups=None, resamples=4000, seed=0)
     half_width = 1.95996 * values.std(ddof=1) / np.sqrt(n)
     assert estimate.value == pytest.approx(values.mean())
     assert estimate.high - estimate.value == pytest.approx(half_width, rel=0.05)
@@ -115,7 +115,7 @@ def test_jackknife_covers_a_frechet_distance_where_the_bootstrap_does_not() -> N
         def distance(rows: np.ndarray, edits: np.ndarray = edits) -> float:
             return frechet_distance(edits[rows], real)
 
-        estimate = jackknife(distance, n, resamples=25, seed=seed)
+        estimate = jackknife(distance, n, groups=None, resamples=25, seed=seed)
         covered += bool(estimate.low <= expected <= estimate.high)
         rng = np.random.default_rng(seed)
         resampled = [distance(rng.integers(n, size=n)) for _ in range(25)]
@@ -131,7 +131,7 @@ def test_jackknife_subsets_are_half_sorted_and_without_repeats() -> None:
         seen.append(rows)
         return float(len(rows))
 
-    estimate = jackknife(record, 9, resamples=20, seed=0)
+    estimate = jackknife(record, 9, groups=None, resamples=20, seed=0)
     np.testing.assert_array_equal(seen[0], np.arange(9))
     assert len(seen) == 21
     for rows in seen[1:]:
@@ -142,6 +142,72 @@ def test_jackknife_subsets_are_half_sorted_and_without_repeats() -> None:
 
 def test_jackknife_refuses_bad_input() -> None:
     with pytest.raises(ValueError, match="at least 4"):
-        jackknife(lambda rows: 0.0, 3, resamples=10, seed=0)
+        jackknife(lambda rows: 0.0, 3, groups=None, resamples=10, seed=0)
     with pytest.raises(ValueError, match="level"):
-        jackknife(lambda rows: 0.0, 10, resamples=10, seed=0, level=1.0)
+        jackknife(lambda rows: 0.0, 10, groups=None, resamples=10, seed=0, level=1.0)
+
+
+def test_jackknife_leaves_out_whole_photos_and_covers_where_items_do_not() -> None:
+    """The mean again: its standard error over photos is that of a cluster bootstrap."""
+    by_photo = by_item = 0
+    for seed in range(200):
+        values, groups = _photos(np.random.default_rng(seed), 50)
+
+        def mean(rows: np.ndarray, values: np.ndarray = values) -> float:
+            return float(values[rows].mean())
+
+        whole = jackknife(mean, len(values), groups=groups, resamples=60, seed=seed)
+        naive = jackknife(mean, len(values), groups=None, resamples=60, seed=seed)
+        assert (whole.n, whole.clusters) == (len(values), 50)
+        by_photo += whole.low <= 0 <= whole.high
+        by_item += naive.low <= 0 <= naive.high
+    assert 0.89 <= by_photo / 200 <= 0.99
+    assert by_item / 200 < 0.8
+
+
+def test_jackknife_keeps_or_drops_a_photo_as_one() -> None:
+    groups = ["a", "b", "a", "c", "d", "b"]
+    seen: list[np.ndarray] = []
+    jackknife(lambda rows: float(seen.append(rows) or 0), 6, groups=groups, resamples=30, seed=0)  # type: ignore[func-returns-value]
+    for rows in seen[1:]:
+        kept = {groups[row] for row in rows}
+        assert len(kept) == 2 and [row for row in range(6) if groups[row] in kept] == rows.tolist()
+    with pytest.raises(ValueError, match="5 groups for 6 rows"):
+        jackknife(lambda rows: 0.0, 6, groups=groups[:5], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="3 photos: a delete-half jackknife needs at least 4"):
+        jackknife(lambda rows: 0.0, 6, groups=list("aabbcc"), resamples=10, seed=0)
+
+
+def test_over_seeds_covers_a_mean_whose_items_and_seeds_both_vary() -> None:
+    """Value of seed s: mean of the items (shared) + noise of the seed; three seeds."""
+    covered = naive = 0
+    for trial in range(400):
+        rng = np.random.default_rng(trial)
+        items = rng.standard_normal(60)
+        estimates = [
+            jackknife(
+                lambda rows, noise=noise, items=items: float(items[rows].mean()) + noise,
+                60,
+                groups=None,
+                resamples=60,
+                seed=trial,
+            )
+            for noise in 0.3 * rng.standard_normal(3)
+        ]
+        both = over_seeds(estimates)
+        assert both.value == pytest.approx(np.mean([e.value for e in estimates]))
+        covered += both.low <= 0 <= both.high
+        naive += estimates[0].low <= 0 <= estimates[0].high
+    assert 0.9 <= covered / 400 <= 0.995
+    assert naive / 400 < 0.8  # one seed's interval says nothing of the other seeds
+
+
+def test_over_seeds_leaves_one_alone_and_refuses_other_items() -> None:
+    one = Estimate(1.0, 0.5, 1.5, 10, 5, "m")
+    assert over_seeds([one]) is one
+    twice = over_seeds([one, one])
+    assert (twice.low, twice.high) == pytest.approx((0.5, 1.5)) and "2 seeds" in twice.method
+    with pytest.raises(ValueError, match="no estimates"):
+        over_seeds([])
+    with pytest.raises(ValueError, match="different items"):
+        over_seeds([one, Estimate(1.0, 0.5, 1.5, 11, 5, "m")])

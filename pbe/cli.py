@@ -75,6 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     imports.add_argument("source", type=Path, help="a checkpoint of Paint by Example or SD 1.x, or a hub folder")
     imports.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     imports.set_defaults(run=_import)
+    mixture = commands.add_parser("import-mixture", help="the published mixture of QS, a pickle, to arrays")
+    mixture.add_argument("source", type=Path, help="a pickled GaussianMixture of scikit-learn; nothing of it is run")
+    mixture.add_argument("--out", type=Path, required=True, help=".npz to write, for `mixture` of the judge clip")
+    mixture.set_defaults(run=_import_mixture)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
@@ -163,6 +167,14 @@ def _import(args: argparse.Namespace) -> None:
 
     print(table_text(import_weights(args.source, args.out)))
     print(f"wrote {args.out}")
+
+
+def _import_mixture(args: argparse.Namespace) -> None:
+    from pbe.evaluate.import_mixture import import_mixture
+
+    mixture = import_mixture(args.source, args.out)
+    count, d = mixture.means.shape
+    print(f"{args.out}: {count} components, {d} dimensions, {mixture.covariance_type} covariances")
 
 
 def _edit(args: argparse.Namespace) -> None:

@@ -8,12 +8,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
+from pbe.data.images import resize
 from pbe.diffusion.schedule import scheduler_config
+from pbe.evaluate.extractors import load_clip_extractor
+from pbe.evaluate.mixture import Mixture, save_mixture
 from pbe.model.clip import ClipBackbone, new_clip
 from pbe.model.exemplar import ExemplarMapper
 from pbe.model.unet import ConditionedUNet
@@ -21,6 +25,7 @@ from pbe.model.vae import KlCodec
 from pbe.model.weights import Model, ModelCard, save_model
 
 CONTEXT_WIDTH, CLIP_WIDTH, CLIP_LAYERS, REFERENCE_PX, IMAGE_PX = 24, 64, 9, 28, 32
+JUDGE_PX, JUDGE_WIDTH = 32, 12
 UNET = {
     "sample_size": IMAGE_PX // 8,
     "out_channels": 4,
@@ -126,6 +131,64 @@ def write_paint_by_example(folder: Path) -> Path:
     return folder
 
 
+def write_clip_judge(folder: Path) -> Path:
+    """As openai/clip-vit-base-patch32: the vision model with its projection, which the metrics judge by."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=JUDGE_PX,
+            patch_size=8,
+            projection_dim=JUDGE_WIDTH,
+        )
+        network = lively(CLIPVisionModelWithProjection(config), 5, scale=0.2)
+        network.visual_projection.weight.data *= 0.01  # small features: their likelihood is then above 0, as CLIP's is
+    tensors = {}
+    for name, value in network.state_dict().items():
+        inner = name.removeprefix("vision_model.").removeprefix("vision_model.")
+        tensors[name if name.startswith("visual_projection") else f"vision_model.{inner}"] = value.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config.to_dict()}))
+    return folder
+
+
+def write_mixture(path: Path, judge: Path) -> Path:
+    """As `pbe import-mixture` writes the published mixture: over the features that the judge has of smooth pictures."""
+    rng = np.random.default_rng(6)
+    pictures = [resize(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8), width_px=48, height_px=48) for _ in range(48)]
+    features = load_clip_extractor(judge)(pictures, batch_rows=16)
+    means, roots = features[:3], np.stack([np.diag(1 / (2 * features.std(0)))] * 3)
+    save_mixture(path, Mixture(np.array([0.5, 0.3, 0.2]), means, roots, "full"), source_sha256="0" * 64)
+    return path
+
+
+class _Pool3(torch.nn.Module):
+    """Stands for TF's Inception, with the call of its published TorchScript file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 16, 5, stride=4)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        resized = torch.nn.functional.interpolate(img.float(), [75, 75], mode="bilinear", align_corners=False)
+        features = torch.relu(self.convolution((resized - 128.0) / 128.0)).mean((2, 3))
+        return features if return_features else features.softmax(1)
+
+
+def write_inception(path: Path) -> Path:
+    """As inception-2015-12-05.pt: takes uint8 pictures of any size, gives pool3 with return_features=True."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        torch.jit.script(_Pool3().eval()).save(str(path))
+    return path
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     print(write_stable_diffusion(home / "sd"), write_clip(home / "clip"))
+    judge = write_clip_judge(home / "clip-judge")
+    print(judge, write_mixture(home / "mixture.npz", judge))

@@ -53,6 +53,16 @@ def read_header(data: bytes) -> Header:
     return Header(width_px, height_px, orientation if orientation in range(1, 9) else UPRIGHT)
 
 
+def read_mode(data: bytes) -> str:
+    """How the pixels are stored, without decoding, in Pillow's words: RGB, RGBA, L (grey), P (palette), CMYK ...
+
+    Raises ImageError.
+    """
+    read_header(data)  # its errors say what the bytes are instead
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode
+
+
 def _orientation(image: Image.Image) -> int:
     """From the EXIF block before the pixels; Pillow's getexif() would decode a PNG to look behind them too."""
     if image.format == "TIFF":
@@ -176,3 +186,9 @@ def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
     shrink = min(image.shape[1] / width_px, image.shape[0] / height_px)
     interpolation = cv2.INTER_AREA if shrink > BILINEAR_SHRINK_MAX else cv2.INTER_LINEAR
     return cv2.resize(image, (width_px, height_px), interpolation=interpolation)
+
+
+def resize_bicubic(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
+    """Bicubic with antialias, by Pillow: what CLIP's own preprocessing does, and the metrics that name CLIP."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.array(picture.resize((width_px, height_px), Image.Resampling.BICUBIC))

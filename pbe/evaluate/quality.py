@@ -11,6 +11,8 @@ below all of them. A rank is comparable between edits scored with the same photo
 data sets.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
@@ -29,26 +31,34 @@ def quality_ranks(
     pca_dims: int,
     seed: int,
 ) -> np.ndarray:
-    """(N, d) edit features to (N,) float64 percentile ranks in 0..100, higher is more like a real photo.
+    """(N, d) edit features to (N,) percentile ranks in 0..100, higher is more like a real photo; see quality_scale."""
+    scale = quality_scale(
+        fit_features=fit_features, real_features=real_features, components=components, pca_dims=pca_dims, seed=seed
+    )
+    return scale(edit_features)
+
+
+def quality_scale(
+    *, fit_features: np.ndarray, real_features: np.ndarray, components: int, pca_dims: int, seed: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What ranks are taken by, fitted once: (N, d) edit features to (N,) float64 in 0..100.
 
     fit_features (A, d): real photos that fit a whitened PCA of min(pca_dims, A - 1, d) axes and then a
     mixture of `components` full covariances. real_features (B, d): other real photos, the scale; no row may
     be in both, or the mixture's overfit lowers every edit's rank. rank = 100 * (#below + #equal / 2) / B,
     log-likelihoods compared. A component has about pca_dims^2 / 2 numbers to learn from A / components rows:
     keep pca_dims small.
-    Raises ValueError for wrong shapes, too few rows or values that are not finite.
+    Raises ValueError for wrong shapes, too few rows or values that are not finite; the scale does for its features.
     """
-    dims = {x.shape[1:] for x in (edit_features, fit_features, real_features)}
-    if len(dims) != 1 or edit_features.ndim != 2:
-        raise ValueError(f"features must be (n, d) with one d, got {sorted(map(str, dims))}")
-    if not all(np.isfinite(x).all() for x in (edit_features, fit_features, real_features)):
-        raise ValueError("features are not all finite")
+    dims = _dims(fit_features=fit_features, real_features=real_features)
     if components < 1 or pca_dims < 1:
         raise ValueError(f"components {components} and pca_dims {pca_dims} must be at least 1")
     if len(fit_features) < max(components, 2):
         raise ValueError(f"{len(fit_features)} fit_features cannot fit {components} components")
     if not len(real_features):
         raise ValueError("no real_features to rank among")
+    if not np.ptp(fit_features, axis=0).any():
+        raise ValueError("fit_features are all the same: nothing can be ranked by them")
 
     axes = min(pca_dims, len(fit_features) - 1, fit_features.shape[1])
     # "full" is the one deterministic solver for every shape.
@@ -56,9 +66,25 @@ def quality_ranks(
     mixture = GaussianMixture(
         components, covariance_type="full", reg_covar=REG_COVAR, max_iter=500, n_init=4, random_state=seed
     ).fit(pca.transform(fit_features))
-    if not len(edit_features):
-        return np.empty(0, np.float64)
     real = np.sort(mixture.score_samples(pca.transform(real_features)))
-    edit = mixture.score_samples(pca.transform(edit_features))
-    below, up_to = np.searchsorted(real, edit, side="left"), np.searchsorted(real, edit, side="right")
-    return 100.0 * (below + up_to) / (2 * len(real))
+
+    def ranks(edit_features: np.ndarray) -> np.ndarray:
+        if _dims(edit_features=edit_features) != dims:
+            raise ValueError(f"edit_features have {edit_features.shape[1]} dimensions, the real ones {dims}")
+        if not len(edit_features):
+            return np.empty(0, np.float64)
+        edit = mixture.score_samples(pca.transform(edit_features))
+        below, up_to = np.searchsorted(real, edit, side="left"), np.searchsorted(real, edit, side="right")
+        return 100.0 * (below + up_to) / (2 * len(real))
+
+    return ranks
+
+
+def _dims(**features: np.ndarray) -> int:
+    """The one d of all. Raises ValueError."""
+    shapes = {x.shape[1:] for x in features.values()}
+    if len(shapes) != 1 or any(x.ndim != 2 for x in features.values()):
+        raise ValueError(f"features must be (n, d) with one d, got {sorted(str(x.shape) for x in features.values())}")
+    if not all(np.isfinite(x).all() for x in features.values()):
+        raise ValueError("features are not all finite")
+    return next(iter(shapes))[0]

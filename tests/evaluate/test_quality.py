@@ -79,8 +79,10 @@ def test_bad_input_is_refused() -> None:
             edits, fit_features=fit, real_features=real, components=components, pca_dims=pca_dims, seed=0
         )
 
-    with pytest.raises(ValueError, match="one d"):
+    with pytest.raises(ValueError, match="edit_features have 3 dimensions, the real ones 24"):
         ranks(edits=good[:, :3])
+    with pytest.raises(ValueError, match="all the same"):
+        ranks(fit=np.ones_like(good))
     with pytest.raises(ValueError, match="one d"):
         ranks(good[0], good[0], good[0])
     with pytest.raises(ValueError, match="finite"):

@@ -1,0 +1,181 @@
+"""Pictures to feature vectors: the judges of the metrics, each with its name, its weights' digest and its resize rules.
+
+    efficientnet_lite0, _lite2   ImageNet weights out of pip packages: the sample's judges
+    clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score
+    inception                    TF's Inception pool3 from its TorchScript file: fid
+
+A picture is looked at in one of three ways: `whole` (Frechet, KID, quality), `region` (the box of a hole) or
+`reference` (what the region is compared with). Upstream resizes each otherwise; so does `clip` here. The others have
+one rule, the squash: a hole's region is rarely square, and a centre crop would drop its ends.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import CLIPVisionModelWithProjection
+
+from pbe.data.images import resize, resize_bicubic
+from pbe.model.backbone import EfficientNetLite
+from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
+from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
+
+Way = Literal["whole", "region", "reference"]
+PROJECTION = "visual_projection.weight"
+SQUASH_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below a quarter, else INTER_LINEAR"
+CLIP_RULE = "whole: PIL bicubic to the shorter side, centre crop; region: bilinear squash without antialias"
+INCEPTION_RULE = "inside the TorchScript file, from the picture's own size"
+VIT_B_32 = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224}
+
+
+class Extractor(Protocol):
+    """`matches_resolution`: references are brought to their region's resolution before they are given to it."""
+
+    name: str
+    digest: str
+    resize_rule: str
+    matches_resolution: bool
+
+    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+        """N images (H, W, 3) uint8 RGB of any sizes to (N, width) float64 in their order, not normalised.
+
+        `batch_rows` images are run at a time; it bounds memory and changes nothing beyond float32 rounding. Raises
+        ValueError for another shape or dtype.
+        """
+        ...
+
+
+class EfficientNetExtractor:
+    resize_rule = SQUASH_RULE
+    matches_resolution = True
+
+    def __init__(self, backbone: EfficientNetLite) -> None:
+        self.name, self.digest, self._backbone = backbone.name, backbone.digest, backbone
+
+    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+        side = self._backbone.input_px
+
+        def features(batch: Sequence[np.ndarray]) -> Tensor:
+            rows = np.stack([resize(image, width_px=side, height_px=side) for image in batch])
+            device = next(self._backbone.parameters()).device
+            return self._backbone(torch.from_numpy(rows).permute(0, 3, 1, 2).to(device))
+
+        return _in_batches(images, features, width=self._backbone.width, batch_rows=batch_rows)
+
+
+class ClipExtractor:
+    """The class token after the last LayerNorm, through the visual projection: upstream's encode_image, in float32
+    (there float16 on CUDA). `paper` says whether it is ViT-B/32 by its sizes."""
+
+    name = "clip"
+    resize_rule = CLIP_RULE
+    matches_resolution = False  # upstream compares with the reference at full size
+
+    def __init__(self, network: CLIPVisionModelWithProjection, *, digest: str) -> None:
+        self.digest = digest
+        self._network = network.float().eval().requires_grad_(False)
+        self._side = int(network.config.image_size)
+        self.paper = all(getattr(network.config, key) == value for key, value in VIT_B_32.items())
+
+    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+
+        def features(batch: Sequence[np.ndarray]) -> Tensor:
+            pixels = torch.stack([self._pixels(image, way) for image in batch])
+            with torch.no_grad():
+                found = self._network(pixel_values=((pixels - mean) / std).to(self._network.device))
+            return found.image_embeds
+
+        width = int(self._network.config.projection_dim)
+        return _in_batches(images, features, width=width, batch_rows=batch_rows)
+
+    def _pixels(self, image: np.ndarray, way: Way) -> Tensor:
+        """(3, side, side) in [0, 1]. Sources: OpenAI's CLIP preprocess (whole), upstream region_clip_score (the
+        others)."""
+        side = self._side
+        if way == "region":  # resizing commutes with the normalisation, which upstream does before it
+            tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+            return interpolate(tensor, (side, side), mode="bilinear", align_corners=False, antialias=False)[0]
+        if way == "reference":
+            picture = resize_bicubic(image, width_px=side, height_px=side)
+        else:
+            height_px, width_px = image.shape[:2]
+            scale = side / min(height_px, width_px)
+            high, wide = max(side, int(height_px * scale)), max(side, int(width_px * scale))
+            grown = resize_bicubic(image, width_px=wide, height_px=high)
+            top, left = round((high - side) / 2), round((wide - side) / 2)
+            picture = grown[top : top + side, left : left + side]
+        return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 255
+
+
+class InceptionExtractor:
+    """The file resizes and scales inside: it takes uint8 pictures and gives pool3 with `return_features=True`, as
+    stylegan2-ada-pytorch's and clean-fid's `inception-2015-12-05.pt`."""
+
+    name = "inception"
+    resize_rule = INCEPTION_RULE
+    matches_resolution = True
+
+    def __init__(self, network: Any, *, digest: str) -> None:
+        self.digest, self._network = digest, network
+
+    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+        def features(batch: Sequence[np.ndarray]) -> Tensor:
+            with torch.no_grad():  # one by one: pictures of one batch may differ in size
+                rows = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in batch]
+                return torch.cat([self._network(row, return_features=True).flatten(1) for row in rows])
+
+        return _in_batches(images, features, width=None, batch_rows=batch_rows)
+
+
+def load_clip_extractor(folder: Path) -> ClipExtractor:
+    """From a folder of CLIP as the hub has it (whole, or its vision part with projection). Raises WeightsError."""
+    raw = read_json(folder / "config.json")
+    config = vision_config(raw, str(folder))
+    tensors = read_folder(folder, *STEMS)
+    if PROJECTION not in tensors:
+        raise WeightsError(
+            f"{folder}: has no {PROJECTION}: the metrics need CLIP with its projection, not a bare encoder"
+        )
+    config.projection_dim = tensors[PROJECTION].shape[0]
+    config._attn_implementation = "sdpa"
+    network = CLIPVisionModelWithProjection(config)
+    nested = any(name.startswith("vision_model.vision_model.") for name in network.state_dict())
+    prefix = "vision_model.vision_model." if nested else "vision_model."
+    named = {f"{prefix}{name}": value for name, value in clip_tensors(tensors).items()}
+    load_strictly(network, named | {PROJECTION: tensors[PROJECTION].float()}, str(folder))
+    return ClipExtractor(network, digest=folder_digest(folder, *STEMS))
+
+
+def load_inception_extractor(file: Path, *, sha256: str) -> InceptionExtractor:
+    """A TorchScript file, which is code: it is loaded only when its SHA-256 is the one expected. Raises
+    WeightsError."""
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot be read ({error.strerror})") from None
+    if found != sha256:
+        raise WeightsError(f"{file}: its SHA-256 is {found}, params.yaml expects {sha256}: it is another file")
+    try:
+        network = torch.jit.load(file, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"{file}: not a TorchScript file ({' '.join(str(error).split())[:150]})") from None
+    return InceptionExtractor(network, digest=sha256[:16])
+
+
+def _in_batches(images: Sequence[np.ndarray], features: Any, *, width: int | None, batch_rows: int) -> np.ndarray:
+    if batch_rows < 1:
+        raise ValueError(f"batch_rows {batch_rows} must be at least 1")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image: {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
+    if not len(images):
+        return np.empty((0, width or 0), np.float64)
+    rows = [features(images[start : start + batch_rows]) for start in range(0, len(images), batch_rows)]
+    return torch.cat([row.cpu() for row in rows]).numpy().astype(np.float64)

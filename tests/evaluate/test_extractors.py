@@ -1,0 +1,187 @@
+"""Extraction keeps order, follows the resize rule and does not depend on the batch size. No wheel needed."""
+
+import hashlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pbe.evaluate.extractors import EfficientNetExtractor, load_clip_extractor, load_inception_extractor
+from pbe.model.backbone import EfficientNetLite
+from pbe.model.clip import MEAN, STD
+from pbe.model.tensors import WeightsError
+from tests.tiny_weights import JUDGE_PX, JUDGE_WIDTH, write_clip, write_clip_judge, write_inception
+
+
+class OneConvolution(nn.Module):
+    """Random 32 px patches to 1280 channels: the backbone's shapes at a thousandth of its cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 1280, 32, stride=32)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        return self.patches(images)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> EfficientNetLite:
+    torch.manual_seed(0)
+    return EfficientNetLite(OneConvolution(), name="one_convolution", digest="0" * 16)
+
+
+def _images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    sizes = [(64, 48), (224, 224), (300, 500), (20, 10), (400, 100)]
+    return [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
+
+
+def test_rows_are_the_images_in_order(backbone: EfficientNetLite) -> None:
+    images = _images()
+    features = EfficientNetExtractor(backbone)(images, batch_rows=2)
+    assert features.shape == (5, 1280) and features.dtype == np.float64
+    backwards = EfficientNetExtractor(backbone)(images[::-1], batch_rows=2)
+    np.testing.assert_allclose(backwards[::-1], features, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 5, 99])
+def test_the_batch_size_does_not_matter(backbone: EfficientNetLite, batch_rows: int) -> None:
+    np.testing.assert_allclose(
+        EfficientNetExtractor(backbone)(_images(), batch_rows=batch_rows),
+        EfficientNetExtractor(backbone)(_images(), batch_rows=2),
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "interpolation"),
+    [
+        ((897, 900), cv2.INTER_AREA),
+        ((896, 900), cv2.INTER_LINEAR),  # a quarter is not below a quarter
+        ((64, 48), cv2.INTER_LINEAR),
+        ((900, 100), cv2.INTER_LINEAR),
+    ],
+)
+def test_the_resize_rule_is_the_documented_one(
+    backbone: EfficientNetLite, size: tuple[int, int], interpolation: int
+) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3)).astype(np.uint8)
+    squashed = cv2.resize(image, (224, 224), interpolation=interpolation)
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(squashed).permute(2, 0, 1)[None])
+    np.testing.assert_allclose(EfficientNetExtractor(backbone)([image], batch_rows=1), expected.numpy(), atol=1e-5)
+    rule = EfficientNetExtractor(backbone).resize_rule
+    assert "INTER_AREA" in rule and "INTER_LINEAR" in rule and str(backbone.input_px) in rule
+
+
+def test_a_cropped_view_is_accepted(backbone: EfficientNetLite) -> None:
+    image = _images()[2]
+    view = image[10:200:2, ::-1]
+    np.testing.assert_allclose(
+        EfficientNetExtractor(backbone)([view], batch_rows=1),
+        EfficientNetExtractor(backbone)([view.copy()], batch_rows=1),
+        atol=1e-6,
+    )
+
+
+def test_no_images_give_no_rows(backbone: EfficientNetLite) -> None:
+    assert EfficientNetExtractor(backbone)([], batch_rows=4).shape == (0, 1280)
+
+
+def test_bad_input_is_refused(backbone: EfficientNetLite) -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        EfficientNetExtractor(backbone)([np.zeros((8, 8, 3), np.float32)], batch_rows=1)
+    with pytest.raises(ValueError, match="expected uint8"):
+        EfficientNetExtractor(backbone)([np.zeros((8, 0, 3), np.uint8)], batch_rows=1)
+    with pytest.raises(ValueError, match="batch_rows"):
+        EfficientNetExtractor(backbone)([], batch_rows=0)
+
+
+# -- CLIP ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip_judge(tmp_path_factory.mktemp("clip") / "judge")
+
+
+def test_clip_is_transformers_own_through_its_projection(clip_folder: Path) -> None:
+    """Against CLIPVisionModelWithProjection.from_pretrained and torchvision's rule, written out with Pillow."""
+    from PIL import Image
+    from transformers import CLIPVisionModelWithProjection
+
+    network = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
+    pictures = _images()
+    expected = []
+    for picture in pictures:
+        image = Image.fromarray(picture)
+        scale = JUDGE_PX / min(image.size)
+        image = image.resize([max(JUDGE_PX, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (round((side - JUDGE_PX) / 2) for side in image.size)
+        image = image.crop((left, top, left + JUDGE_PX, top + JUDGE_PX))
+        pixels = (np.asarray(image, np.float64) / 255 - MEAN) / STD
+        with torch.no_grad():
+            out = network(pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
+        expected.append(out.image_embeds[0].numpy())
+    found = load_clip_extractor(clip_folder)(pictures, batch_rows=2)
+    assert found.shape == (5, JUDGE_WIDTH)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert np.ptp(found, axis=0).min() > 1e-4  # it sees differences
+
+
+@pytest.mark.parametrize("way", ["whole", "region", "reference"])
+@pytest.mark.parametrize("batch_rows", [1, 3, 99])
+def test_clips_batch_size_does_not_matter(clip_folder: Path, way: str, batch_rows: int) -> None:
+    clip = load_clip_extractor(clip_folder)
+    first, second = (clip(_images(), way=way, batch_rows=rows) for rows in (batch_rows, 2))  # type: ignore[arg-type]
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-8)
+
+
+def test_clip_looks_at_regions_and_references_as_upstream_does(clip_folder: Path) -> None:
+    """A square picture of the judge's own size is the same in all ways; another is squashed, not cropped."""
+    clip = load_clip_extractor(clip_folder)
+    own = [np.random.default_rng(0).integers(0, 256, (JUDGE_PX, JUDGE_PX, 3)).astype(np.uint8)]
+    whole = clip(own, batch_rows=1)
+    for way in ("region", "reference"):
+        np.testing.assert_allclose(clip(own, way=way, batch_rows=1), whole, rtol=1e-5)  # type: ignore[arg-type]
+    wide = np.zeros((JUDGE_PX, 4 * JUDGE_PX, 3), np.uint8)
+    changed = wide.copy()
+    changed[:, :JUDGE_PX] = 255  # outside the centre crop
+    np.testing.assert_array_equal(clip([wide], batch_rows=1), clip([changed], batch_rows=1))
+    for way in ("region", "reference"):
+        first, second = (clip([p], way=way, batch_rows=1) for p in (wide, changed))  # type: ignore[arg-type]
+        assert np.abs(first - second).max() > 1e-4
+
+
+def test_only_the_real_clip_counts_as_the_papers(clip_folder: Path) -> None:
+    assert not load_clip_extractor(clip_folder).paper
+
+
+def test_a_clip_without_projection_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"has no visual_projection\.weight"):
+        load_clip_extractor(write_clip(tmp_path / "clip"))
+
+
+# -- Inception -----------------------------------------------------------------------------------------------------
+
+
+def test_inception_is_loaded_when_its_hash_is_right_and_only_then(tmp_path: Path) -> None:
+    file = write_inception(tmp_path / "inception.pt")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    features = load_inception_extractor(file, sha256=sha256)(_images(), batch_rows=2)
+    assert features.shape == (5, 16)
+    network = torch.jit.load(file)
+    for picture, row in zip(_images(), features, strict=True):
+        alone = network(torch.from_numpy(picture).permute(2, 0, 1)[None], return_features=True)
+        np.testing.assert_allclose(row, alone[0].detach().numpy(), rtol=1e-6)
+    with pytest.raises(WeightsError, match=f"its SHA-256 is {sha256}, params.yaml expects {'0' * 64}"):
+        load_inception_extractor(file, sha256="0" * 64)
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"no network")
+    with pytest.raises(WeightsError, match="not a TorchScript file"):
+        load_inception_extractor(other, sha256=hashlib.sha256(b"no network").hexdigest())
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_inception_extractor(tmp_path / "none.pt", sha256="0" * 64)

@@ -84,12 +84,22 @@ def hole_psnr(edit: np.ndarray, photo: np.ndarray, hole_mask: np.ndarray) -> flo
 
     Raises ValueError for images of unequal size or dtype other than uint8, and for an empty hole.
     """
-    _same_shape(edit, photo)
-    if edit.dtype != np.uint8 or photo.dtype != np.uint8:
-        raise ValueError(f"images: {edit.dtype} and {photo.dtype}, expected uint8")
-    hole = _hole(edit, hole_mask)
-    error = np.mean((edit[hole].astype(np.float64) - photo[hole]) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+    _same_pictures(edit, photo)
+    return _psnr(edit, photo, _hole(edit, hole_mask))
+
+
+def background_psnr(edit: np.ndarray, photo: np.ndarray, hole_mask: np.ndarray) -> float:
+    """The same outside the hole: what the edit changed where it should not; inf when nothing.
+
+    inf for every edit that was pasted back; without that, the autoencoder's own loss counts too. Compare only
+    edits made under the same rule. No counterpart upstream.
+    Raises ValueError like `hole_psnr`, and for a hole that covers the whole photo.
+    """
+    _same_pictures(edit, photo)
+    background = ~_hole(edit, hole_mask)
+    if not background.any():
+        raise ValueError("hole_mask covers the whole photo: there is no background")
+    return _psnr(edit, photo, background)
 
 
 def hole_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
@@ -100,6 +110,23 @@ def hole_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
     hole = _hole(image, hole_mask)
     rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def upstream_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) to (h, w, 3): the region of upstream's CLIP score, for the paper's protocol alone.
+
+    From the first hole pixel in reading order to the last one, exclusive: it lacks the last row and column, and it is
+    the hole's box only where the hole is a rectangle. Source: eval_tool/clip_score/region_clip_score.py.
+    Raises ValueError for an empty hole, one of another size, or one of which nothing is left.
+    """
+    ys, xs = np.nonzero(_hole(image, hole_mask))
+    region = image[ys[0] : ys[-1], xs[0] : xs[-1]]
+    if not region.size:
+        raise ValueError(
+            f"a hole from ({xs[0]}, {ys[0]}) to ({xs[-1]}, {ys[-1]}) leaves nothing of upstream's region, which lacks "
+            "the last row and column; set evaluate.clip_region: whole"
+        )
+    return region
 
 
 def match_resolution(reference: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
@@ -118,6 +145,18 @@ def _colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, 3), (N, 3) to (N,) float64: mean absolute difference over the channels."""
     _same_shape(a, b)
     return np.abs(a.astype(np.float64) - b).mean(1)
+
+
+def _psnr(edit: np.ndarray, photo: np.ndarray, region: np.ndarray) -> float:
+    """dB over the pixels where region (H, W) bool is True."""
+    error = np.mean((edit[region].astype(np.float64) - photo[region]) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+
+
+def _same_pictures(edit: np.ndarray, photo: np.ndarray) -> None:
+    _same_shape(edit, photo)
+    if edit.dtype != np.uint8 or photo.dtype != np.uint8:
+        raise ValueError(f"images: {edit.dtype} and {photo.dtype}, expected uint8")
 
 
 def _hole(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 
 from pbe.evaluate.similarity import (
     Gains,
+    background_psnr,
     colour_gain,
     cosine,
     exemplar_gain,
@@ -15,6 +16,7 @@ from pbe.evaluate.similarity import (
     hole_region,
     match_resolution,
     mean_colour,
+    upstream_region,
 )
 
 # Reference R, foreign reference Q, and what the photo alone suggests; orthogonal, so cosines are known.
@@ -136,6 +138,28 @@ def test_psnr_counts_the_hole_alone() -> None:
     assert hole_psnr(black, white, hole_mask) == hole_psnr(white, black, hole_mask) == pytest.approx(0)
 
 
+def test_background_psnr_counts_all_but_the_hole() -> None:
+    photo, hole_mask = np.full((8, 8, 3), 100, np.uint8), np.zeros((8, 8), np.uint8)
+    hole_mask[2:4, 2:4] = 255
+    edit = photo.copy()
+    edit[hole_mask != 0] = 0
+    assert background_psnr(edit, photo, hole_mask) == np.inf
+    edit[hole_mask == 0] = 90
+    assert background_psnr(edit, photo, hole_mask) == pytest.approx(20 * np.log10(255 / 10))
+    edit[hole_mask == 0] = 100
+    edit[0, 0, 1] = 110  # one value of the 60 x 3 outside
+    assert background_psnr(edit, photo, hole_mask) == pytest.approx(10 * np.log10(255**2 / (100 / 180)))
+
+
+def test_hole_and_background_split_the_error_between_them() -> None:
+    edit, photo, hole_mask = _image(), _image()[::-1], np.zeros((12, 16), np.uint8)
+    hole_mask[3:9, 4:5] = 1
+    error = {True: 255**2 / 10 ** (hole_psnr(edit, photo, hole_mask) / 10)}
+    error[False] = 255**2 / 10 ** (background_psnr(edit, photo, hole_mask) / 10)
+    whole = np.mean((edit.astype(float) - photo) ** 2)
+    assert (6 * error[True] + 186 * error[False]) / 192 == pytest.approx(whole)
+
+
 def test_psnr_equals_scikit_image_over_the_whole_photo() -> None:
     metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
     edit, photo = _image(), _image()[::-1]
@@ -153,7 +177,25 @@ def test_bad_masks_and_images_are_refused() -> None:
             mean_colour(image, hole_mask)
         with pytest.raises(ValueError, match=message):
             hole_psnr(image, image, hole_mask)
+        with pytest.raises(ValueError, match=message):
+            background_psnr(image, image, hole_mask)
+    with pytest.raises(ValueError, match="covers the whole photo"):
+        background_psnr(image, image, np.ones((12, 16), np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"):
+        background_psnr(image / 255, image / 255, empty)
     with pytest.raises(ValueError, match="must be equal"):
         hole_psnr(image, image[:4], empty)
     with pytest.raises(ValueError, match="expected uint8"):
         hole_psnr(image / 255, image / 255, empty)
+
+
+def test_upstreams_region_lacks_the_last_row_and_column_and_is_a_box_for_boxes_alone() -> None:
+    image = np.arange(8 * 9 * 3).reshape(8, 9, 3).astype(np.uint8)
+    box = np.zeros((8, 9), np.uint8)
+    box[2:6, 3:8] = 1
+    np.testing.assert_array_equal(upstream_region(image, box), image[2:5, 3:7])
+    np.testing.assert_array_equal(hole_region(image, box), image[2:6, 3:8])
+    thin = np.zeros((8, 9), np.uint8)
+    thin[2:6, 3] = 1
+    with pytest.raises(ValueError, match=r"leaves nothing of upstream's region.*clip_region: whole"):
+        upstream_region(image, thin)

@@ -1,0 +1,151 @@
+"""Baselines: untouched outside, blind inside, in the right place, and Poisson's known solutions."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+
+from pbe.data.images import resize
+from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
+
+SIDE_PX = 48
+Baseline = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+WITH_REFERENCE: tuple[Baseline, ...] = (copy_paste, poisson)
+
+
+def _nothing(source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    return hole_kept(source, hole_mask)
+
+
+def _box(y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+    hole_mask = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
+    hole_mask[y0:y1, x0:x1] = 1
+    return hole_mask
+
+
+def _ellipse() -> np.ndarray:
+    return cv2.ellipse(_box(0, 0, 0, 0), (20, 25), (9, 15), 20, 0, 360, 1, -1)
+
+
+HOLES = {
+    "middle": _box(15, 30, 10, 33),
+    "one pixel": _box(7, 8, 40, 41),
+    "two pixels": _box(7, 8, 40, 42),
+    "one row": _box(20, 21, 5, 40),
+    "corner": _box(0, 17, 0, 12),
+    "last pixel": _box(47, 48, 47, 48),
+    "whole width": _box(12, 25, 0, 48),
+    "all but a row": _box(1, 48, 0, 48),
+    "all": _box(0, 48, 0, 48),
+    "ellipse": _ellipse(),
+    "two parts": _box(3, 9, 3, 9) | _box(30, 44, 20, 48),
+}
+
+
+def _photo(seed: int, side_px: int = SIDE_PX) -> np.ndarray:
+    """Smooth with some noise, as photos are."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(30, 226, (6, 6, 3)).astype(np.uint8)
+    noise = rng.integers(-8, 9, (side_px, side_px, 3))
+    return np.clip(cv2.resize(coarse, (side_px, side_px)) + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("baseline", [_nothing, *WITH_REFERENCE])
+def test_outside_is_untouched_and_the_hidden_content_is_not_seen(baseline: Baseline, hole: str) -> None:
+    source, reference, inside = _photo(0), _photo(1, 30), HOLES[hole] != 0
+    before = source.copy(), reference.copy()
+    edit = baseline(source, HOLES[hole], reference)
+    assert edit.shape == source.shape and edit.dtype == np.uint8
+    np.testing.assert_array_equal(edit[~inside], source[~inside])
+    np.testing.assert_array_equal(source, before[0])
+    np.testing.assert_array_equal(reference, before[1])
+
+    other = source.copy()
+    other[inside] = 255 - other[inside]
+    np.testing.assert_array_equal(baseline(other, HOLES[hole], reference), edit)
+    np.testing.assert_array_equal(baseline(source, HOLES[hole] * np.uint8(255), reference), edit)
+
+
+def test_the_kept_hole_is_mid_grey() -> None:
+    edit = hole_kept(_photo(0), HOLES["ellipse"])
+    assert (edit[HOLES["ellipse"] != 0] == 128).all()
+
+
+def test_copy_paste_is_the_resized_reference_through_the_hole() -> None:
+    source, reference = _photo(0), _photo(1, 30)
+    edit = copy_paste(source, HOLES["middle"], reference)
+    np.testing.assert_array_equal(edit[15:30, 10:33], resize(reference, width_px=23, height_px=15))
+    ellipse = HOLES["ellipse"] != 0
+    rows, columns = np.flatnonzero(ellipse.any(1)), np.flatnonzero(ellipse.any(0))
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    patch = resize(reference, width_px=int(x1 - x0), height_px=int(y1 - y0))
+    edit = copy_paste(source, HOLES["ellipse"], reference)
+    np.testing.assert_array_equal(edit[ellipse], patch[ellipse[y0:y1, x0:x1]])
+
+
+@pytest.mark.parametrize("hole", ["middle", "one pixel", "two pixels", "one row", "corner", "whole width", "ellipse"])
+def test_poisson_of_a_flat_reference_is_the_membrane(hole: str) -> None:
+    """No gradients: the harmonic function of the border. A ramp is one, where the hole does not end at the edge."""
+    y, x = np.mgrid[:SIDE_PX, :SIDE_PX]
+    source = np.stack([40 + 3 * x, 200 - 2 * y, 60 + x + y], axis=2).astype(np.uint8)
+    edit = poisson(source, HOLES[hole], np.full((20, 20, 3), 77, np.uint8)).astype(int)
+    inside = HOLES[hole] != 0
+    if hole in ("corner", "whole width"):
+        assert (edit[inside].min(0) >= source[~inside].min(0) - 2).all()  # the maximum principle is what remains
+        assert (edit[inside].max(0) <= source[~inside].max(0) + 2).all()
+    else:
+        assert np.abs(edit - source)[inside].max() <= 8
+
+
+@pytest.mark.parametrize("hole", ["middle", "corner", "whole width", "all but a row", "ellipse"])
+def test_poisson_of_the_photos_own_content_is_nearly_the_photo(hole: str) -> None:
+    """And in its place: every shift by a pixel fits worse."""
+    source = cv2.GaussianBlur(_photo(3), (0, 0), 0.7)
+    inside = HOLES[hole] != 0
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    content = source[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    edit = poisson(source, HOLES[hole], content).astype(float)
+    # Gradients are what it keeps; the level may drift, where the photo's edge leaves an end free.
+    detail = edit - cv2.GaussianBlur(edit, (0, 0), 2)
+
+    def misfit(dy: int, dx: int) -> float:
+        moved = np.roll(source.astype(float), (dy, dx), (0, 1))
+        core = cv2.erode(inside.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0) != 0
+        core = core if core.any() else inside
+        return float(np.abs(detail - (moved - cv2.GaussianBlur(moved, (0, 0), 2)))[core].mean())
+
+    shifted = [misfit(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    assert misfit(0, 0) < 0.6 * min(shifted)
+    assert np.abs(edit - source)[inside].mean() < 6
+
+
+def test_poisson_takes_the_photos_colour_and_the_references_detail() -> None:
+    source = np.full((SIDE_PX, SIDE_PX, 3), (200, 60, 60), np.uint8)
+    reference = np.full((24, 24, 3), (20, 90, 200), np.uint8)
+    reference[8:16, 8:16] += 40
+    edit = poisson(source, _box(12, 36, 12, 36), reference).astype(int)
+    np.testing.assert_allclose(edit[13, 13:35].mean(0), (200, 60, 60), atol=12)
+    np.testing.assert_allclose(edit[24, 24] - edit[24, 15], 40, atol=6)
+    pasted = copy_paste(source, _box(12, 36, 12, 36), reference)
+    assert (pasted[13, 13] == (20, 90, 200)).all()
+
+
+def test_a_hole_without_a_border_is_pasted() -> None:
+    source, reference = _photo(0), _photo(1, 30)
+    np.testing.assert_array_equal(poisson(source, HOLES["all"], reference), copy_paste(source, HOLES["all"], reference))
+
+
+@pytest.mark.parametrize("baseline", [_nothing, *WITH_REFERENCE])
+def test_bad_input_is_refused(baseline: Baseline) -> None:
+    source, reference = _photo(0), _photo(1, 30)
+    with pytest.raises(ValueError, match="empty"):
+        baseline(source, HOLES["middle"] * 0, reference)
+    with pytest.raises(ValueError, match="does not match"):
+        baseline(source, HOLES["middle"][:40], reference)
+    with pytest.raises(ValueError, match="source: float"):
+        baseline(source / 255, HOLES["middle"], reference)
+    if baseline is not _nothing:
+        with pytest.raises(ValueError, match="reference: "):
+            baseline(source, HOLES["middle"], reference[..., 0])

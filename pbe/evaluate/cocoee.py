@@ -1,0 +1,123 @@
+"""COCOEE, the paper's bench, from the archive as it was published.
+
+    test_bench/
+      GT_3500/000000000042_GT.png            the photo, 512 x 512
+      Mask_bbox_3500/000000000042_mask.png   white (255) where the edit goes
+      Ref_3500/000000000042_ref.png          the exemplar, of any size
+      id_list.npy                            the ids, int64, unsorted; in upstream's repository
+
+Source: upstream README and ldm/data/test_bench_dataset.py. The ids are COCO annotation ids, not image ids. The photo of
+an annotation is not in the archive, so each item counts as a photo of its own.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pbe.data import images
+from pbe.data.masks import pack_mask
+from pbe.data.rng import row_rng
+from pbe.data.schema import BENCH
+from pbe.errors import UserError
+
+ITEMS = 3500
+SIDE_PX = 512
+HOW_TO_GET = (
+    "get test_bench.zip from the link in the README of github.com/Fantasy-Studio/Paint-by-Example (section Test "
+    "Benchmark), unpack it, copy id_list.npy of that repository's test_bench beside its three folders, and name the "
+    "folder in bench.cocoee"
+)
+_PARTS = {"source": ("GT_3500", "GT"), "mask": ("Mask_bbox_3500", "mask"), "exemplar": ("Ref_3500", "ref")}
+_NAMED = 5  # files that an error names one by one
+
+
+class CocoeeError(UserError, ValueError):
+    """The folder is not COCOEE as published; the message says what is missing and how to get it."""
+
+
+def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int = ITEMS) -> pa.Table:
+    """A BENCH table in the order of id_list.npy: box holes and exemplars; foreign ones are other items' exemplars.
+
+    seed: of the foreign exemplars' lot. image_px: what the model edits; it must be the bench's own, nothing is resized.
+    Raises CocoeeError.
+    """
+    ids = _ids(folder, expected_items)
+    _refuse_missing(folder, ids)
+    if image_px != SIDE_PX:
+        raise CocoeeError(f"COCOEE is of {SIDE_PX} px and materialize.image_px is {image_px}: it is not resized")
+    exemplars = [(folder / _file("exemplar", number)).read_bytes() for number in ids]
+    rows = []
+    for position, number in enumerate(ids):
+        source_file, mask_file = folder / _file("source", number), folder / _file("mask", number)
+        other = int(row_rng(seed, int(number), "foreign").integers(len(ids) - 1))
+        _picture(exemplars[position], folder / _file("exemplar", number), side_px=None)
+        source = _picture(source_file.read_bytes(), source_file, side_px=SIDE_PX)
+        mask = _picture(mask_file.read_bytes(), mask_file, side_px=SIDE_PX)
+        rows.append(
+            {
+                "bench_id": f"{number:012d}",
+                "image_id": f"{number:012d}",
+                "label_name": "",
+                "source": images.encode_png(source),
+                "box_hole_mask": pack_mask(_hole(mask, mask_file)),
+                "bezier_hole_mask": None,
+                "exemplar": exemplars[position],
+                "exemplar_image_id": f"{number:012d}",
+                "exemplar_same_class": None,
+                "own": None,
+                "foreign": exemplars[other + (other >= position)],
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=BENCH)
+
+
+def _ids(folder: Path, expected_items: int) -> np.ndarray:
+    path = folder / "id_list.npy"
+    if not folder.is_dir():
+        raise CocoeeError(f"bench.cocoee = {folder}: no such folder; {HOW_TO_GET}")
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise CocoeeError(f"{path}: not there; {HOW_TO_GET}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise CocoeeError(f"{path}: not an array of ids ({' '.join(str(error).split())[:150]})") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(np.unique(ids)) != len(ids) or (ids < 0).any():
+        raise CocoeeError(f"{path}: {ids.dtype} of shape {ids.shape}, expected different whole numbers in one row")
+    if len(ids) != expected_items:
+        raise CocoeeError(f"{path}: {len(ids)} ids, COCOEE has {expected_items}")
+    return ids
+
+
+def _refuse_missing(folder: Path, ids: np.ndarray) -> None:
+    missing = [file for part in _PARTS for number in ids if not (folder / (file := _file(part, int(number)))).is_file()]
+    if missing:
+        listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
+        raise CocoeeError(
+            f"{folder}: {len(missing)} of its {len(_PARTS) * len(ids)} files are not there: {listed}; {HOW_TO_GET}"
+        )
+
+
+def _file(part: str, number: int) -> str:
+    where, suffix = _PARTS[part]
+    return f"{where}/{number:012d}_{suffix}.png"
+
+
+def _picture(data: bytes, path: Path, *, side_px: int | None) -> np.ndarray:
+    try:
+        picture = images.decode(data)
+    except images.ImageError as error:
+        raise CocoeeError(f"{path}: {error}; unpack the archive again") from None
+    if side_px is not None and picture.shape[:2] != (side_px, side_px):
+        raise CocoeeError(f"{path}: {picture.shape[1]} x {picture.shape[0]} px, expected {side_px} x {side_px}")
+    return picture
+
+
+def _hole(mask: np.ndarray, path: Path) -> np.ndarray:
+    """(S, S) of 0/1 from a white-on-black picture."""
+    hole = (mask[..., 0] > 127).astype(np.uint8)
+    if not hole.any() or hole.all():
+        raise CocoeeError(
+            f"{path}: {'nothing' if not hole.any() else 'everything'} is white; white is where the edit goes"
+        )
+    return hole

@@ -1,0 +1,117 @@
+"""COCOEE from a folder of the published layout, and every way in which such a folder is not whole."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pbe.data import images
+from pbe.data.masks import unpack_mask
+from pbe.data.schema import BENCH, require
+from pbe.evaluate.cocoee import SIDE_PX, CocoeeError, read_cocoee
+
+IDS = [900100000042, 17, 581930]  # annotation ids: larger than any image id, unsorted
+
+
+def write_cocoee(folder: Path, ids: list[int] = IDS) -> Path:
+    rng = np.random.default_rng(0)
+    for part in ("GT_3500", "Ref_3500", "Mask_bbox_3500"):
+        (folder / part).mkdir(parents=True)
+    for number in ids:
+        photo = images.resize(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8), width_px=SIDE_PX, height_px=SIDE_PX)
+        mask = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)
+        mask[100:200, 50 : 300 + number % 7] = 255
+        reference = rng.integers(0, 256, (40, 30 + number % 5, 3)).astype(np.uint8)
+        (folder / f"GT_3500/{number:012d}_GT.png").write_bytes(images.encode_png(photo))
+        (folder / f"Mask_bbox_3500/{number:012d}_mask.png").write_bytes(images.encode_png(mask))
+        (folder / f"Ref_3500/{number:012d}_ref.png").write_bytes(images.encode_png(reference))
+    np.save(folder / "id_list.npy", np.array(ids, np.int64))
+    return folder
+
+
+def _read(folder: Path, **changes: int) -> list[dict]:
+    settings = {"image_px": SIDE_PX, "seed": 1, "expected_items": len(IDS)} | changes
+    return require(read_cocoee(folder, **settings), BENCH, "cocoee").to_pylist()
+
+
+def test_items_are_the_published_ones_in_the_lists_order(tmp_path: Path) -> None:
+    rows = _read(write_cocoee(tmp_path / "test_bench"))
+    assert [row["bench_id"] for row in rows] == ["900100000042", "000000000017", "000000581930"]
+    for row in rows:
+        hole = unpack_mask(row["box_hole_mask"], width_px=SIDE_PX, height_px=SIDE_PX)
+        assert (hole[100:200, 50:300] == 1).all() and hole[:100].sum() == hole[200:].sum() == 0  # white is the hole
+        assert row["bezier_hole_mask"] is None and row["own"] is None
+        assert row["exemplar"] == (tmp_path / f"test_bench/Ref_3500/{row['bench_id']}_ref.png").read_bytes()
+        source = images.decode((tmp_path / f"test_bench/GT_3500/{row['bench_id']}_GT.png").read_bytes())
+        np.testing.assert_array_equal(images.decode(row["source"]), source)
+        others = [other["exemplar"] for other in rows if other is not row]
+        assert row["foreign"] in others
+    assert _read(tmp_path / "test_bench") == rows
+
+
+def _refused(folder: Path, message: str, **changes: int) -> None:
+    with pytest.raises(CocoeeError, match=message):
+        _read(folder, **changes)
+
+
+def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
+    _refused(tmp_path / "nowhere", "no such folder; get test_bench.zip from the link in the README")
+    write_cocoee(tmp_path)
+    (tmp_path / "id_list.npy").unlink()
+    _refused(tmp_path, re.escape("id_list.npy: not there; get test_bench.zip"))
+
+
+def test_files_that_are_missing_are_counted_and_named(tmp_path: Path) -> None:
+    write_cocoee(tmp_path)
+    (tmp_path / "GT_3500/000000000017_GT.png").unlink()
+    (tmp_path / "Ref_3500/000000581930_ref.png").unlink()
+    _refused(
+        tmp_path,
+        "2 of its 9 files are not there: GT_3500/000000000017_GT.png, Ref_3500/000000581930_ref.png; get",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.array([1, 1, 2]), "expected different whole numbers"),
+        (np.array([1.5, 2, 3]), "expected different whole numbers"),
+        (np.array([[1, 2, 3]]), "expected different whole numbers"),
+        (np.array([1, 2]), "2 ids, COCOEE has 3"),
+        (np.array([-1, 2, 3]), "expected different whole numbers"),
+        (b"", "not an array of ids"),
+        (b"\x93NUMPY broken", "not an array of ids"),
+    ],
+)
+def test_an_id_list_that_is_none_is_refused(tmp_path: Path, content: np.ndarray | bytes, message: str) -> None:
+    write_cocoee(tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / "id_list.npy").write_bytes(content)
+    else:
+        np.save(tmp_path / "id_list.npy", content)
+    _refused(tmp_path, message)
+
+
+def test_an_id_list_is_never_unpickled(tmp_path: Path) -> None:
+    write_cocoee(tmp_path)
+    np.save(tmp_path / "id_list.npy", np.array([{"a": 1}, 2, 3], object), allow_pickle=True)
+    _refused(tmp_path, "not an array of ids")
+
+
+def test_pictures_of_another_size_or_broken_ones_are_named(tmp_path: Path) -> None:
+    write_cocoee(tmp_path)
+    mask = tmp_path / "Mask_bbox_3500/000000000017_mask.png"
+    whole = mask.read_bytes()
+    for content, message in (
+        (images.encode_png(np.zeros((64, 64, 3), np.uint8)), "_mask.png: 64 x 64 px, expected 512 x 512"),
+        (images.encode_png(np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)), "_mask.png: nothing is white"),
+        (images.encode_png(np.full((SIDE_PX, SIDE_PX, 3), 255, np.uint8)), "_mask.png: everything is white"),
+        (whole[: len(whole) // 2], "_mask.png: .*unpack the archive again"),
+    ):
+        mask.write_bytes(content)
+        _refused(tmp_path, message)
+
+
+def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
+    _refused(write_cocoee(tmp_path), "COCOEE is of 512 px and materialize.image_px is 64", image_px=64)

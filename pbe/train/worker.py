@@ -178,7 +178,10 @@ def train_worker(job: Job, device: torch.device) -> None:
             save_model(Path(local), Model(network, codec.to(torch.device("cpu")), backbone, job.card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
-        run.write_json("finished.json", {"steps": cfg.steps, "world": ranks.world, "loss": history[-1]["loss"]})
+        run.write_json(
+            "finished.json",
+            {"steps": cfg.steps, "world": ranks.world, "loss": history[-1]["loss"] if history else None},
+        )
     dist.barrier()
 
 

@@ -8,7 +8,7 @@ PBE_STORAGE, MLFLOW_TRACKING_URI, RAY_ADDRESS.
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -34,6 +34,7 @@ Split = Literal["train", "validation", "test"]
 Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
 Tokens = Literal["class", "all"]
 Dtype = Literal["float16", "float32"]
+GuidanceScale = Annotated[float, Field(ge=1, le=50)]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
@@ -236,7 +237,7 @@ class TrainConfig(Strict):
     input: Literal["encoded", "pixels"]
     init: Weights  # or: random, sd
     resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=0)]  # 0: the untrained model
     batch: PositiveInt
     lanes: PositiveInt
     workers: PositiveInt
@@ -292,25 +293,138 @@ class TrainConfig(Strict):
         return self.batch // (self.workers * self.micro_batch)
 
 
-class EvaluateConfig(Strict):
+class EfficientNetJudge(Strict):
+    """From a pip package."""
+
+    kind: Literal["efficientnet_lite0", "efficientnet_lite2"]
+
+
+class ClipJudge(Strict):
+    """CLIP: clip_fid, clip_score and, with a mixture, qs."""
+
+    kind: Literal["clip"]
+    weights: Weights
+    mixture: str | None  # what `pbe import-mixture` wrote
+
+
+class InceptionJudge(Strict):
+    """Inception as a TorchScript file: fid."""
+
+    kind: Literal["inception"]
+    file: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+MatcherConfig = (
+    Annotated[EfficientNetJudge, Tag("efficientnet_lite0")]
+    | Annotated[EfficientNetJudge, Tag("efficientnet_lite2")]
+    | Annotated[ClipJudge, Tag("clip")]
+)
+JudgeConfig = MatcherConfig | Annotated[InceptionJudge, Tag("inception")]
+
+
+class BenchConfig(Strict):
+    source: Literal["heldout", "cocoee"]
+    cocoee: str | None
     split: Split
     crops_per_box: PositiveInt
     max_items: PositiveInt
-    guidance_scale: Annotated[float, Field(ge=1, le=50)]
+    matcher: Annotated[MatcherConfig, Discriminator(_kind_of)]
+
+    @model_validator(mode="after")
+    def _has_its_folder(self) -> "BenchConfig":
+        if self.source == "cocoee" and not self.cocoee:
+            raise ValueError("cocoee: source 'cocoee' needs the folder of the unpacked archive")
+        return self
+
+
+class EditConfig(Strict):
+    protocol: Literal["ours", "upstream"]
+    sampler: Literal["ddim", "pndm", "dpm++", "unipc"] | None
+    guidance_scale: GuidanceScale
     steps: Annotated[int, Field(ge=1, le=1000)]
-    seed: Annotated[int, Field(ge=0)]
-    judges: tuple[Literal["efficientnet_lite0", "efficientnet_lite2"], ...] = Field(min_length=1)
-    quality_components: PositiveInt
-    quality_pca_dims: PositiveInt
-    resamples: Annotated[int, Field(ge=100)]
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field(min_length=1)
+    holes: tuple[Literal["box", "bezier"], ...] = Field(min_length=1)
+    references: tuple[Literal["exemplar", "own", "foreign"], ...] = Field(min_length=1)
     batch_rows: PositiveInt
     items_per_unit: PositiveInt
     actors: PositiveInt
     cpus_per_actor: Annotated[float, Field(gt=0)]
 
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "EditConfig":
+        for key in ("seeds", "holes", "references"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {list(values)} names one twice")
+        if "exemplar" not in self.references:
+            raise ValueError("references: exemplar must be among them, every score is of it")
+        return self
+
+
+class EvaluateConfig(Strict):
+    judges: tuple[Annotated[JudgeConfig, Discriminator(_kind_of)], ...] = Field(min_length=1)
+    reals: str | None
+    reals_px: Annotated[int, Field(ge=8, le=2048)] | None
+    clip_region: Literal["whole", "upstream"]
+    quality_components: PositiveInt
+    quality_pca_dims: PositiveInt
+    resamples: Annotated[int, Field(ge=100)]
+    subsets: Annotated[int, Field(ge=20)]
+    seed: Annotated[int, Field(ge=0)]
+    batch_rows: PositiveInt
+    actors: PositiveInt
+    cpus_per_actor: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "EvaluateConfig":
+        kinds = [judge.kind for judge in self.judges]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"judges: {kinds} names one twice")
+        if (self.reals is None) != (self.reals_px is None):
+            raise ValueError(
+                "reals and reals_px go together: a folder of photos and the side of the square cut from each"
+            )
+        return self
+
+
+class FilledBaseline(Strict):
+    """A fill that needs no model."""
+
+    kind: Literal["hole_kept", "copy_paste", "poisson"]
+
+
+class FolderBaseline(Strict):
+    """Somebody else's results: one picture per bench item, named by its id."""
+
+    kind: Literal["folder"]
+    folder: Annotated[str, Field(min_length=1)]
+    allow_missing: bool = False  # score what there is
+
+
+BaselineConfig = (
+    Annotated[FilledBaseline, Tag("hole_kept")]
+    | Annotated[FilledBaseline, Tag("copy_paste")]
+    | Annotated[FilledBaseline, Tag("poisson")]
+    | Annotated[FolderBaseline, Tag("folder")]
+)
+
+
+class VariantEdit(Strict):
+    """What of `edit` a variant may set for itself; the rest must be equal, or rows of the table do not compare."""
+
+    guidance_scale: GuidanceScale | None = None
+
+
+class VariantConfig(Strict):
+    """One row of the ablation: the train keys, and the guidance scale, that differ from `train` and `edit`."""
+
+    train: dict[str, Any] = {}
+    edit: VariantEdit = VariantEdit()
+
 
 class Params(Strict):
-    """All of params.yaml. `variants` maps a name to the train keys that it overrides."""
+    """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     ingest: IngestConfig
@@ -318,8 +432,11 @@ class Params(Strict):
     materialize: MaterializeConfig
     encode: EncodeConfig
     train: TrainConfig
+    bench: BenchConfig
+    edit: EditConfig
     evaluate: EvaluateConfig
-    variants: dict[VariantName, dict[str, Any]] = Field(min_length=1)
+    variants: dict[VariantName, VariantConfig] = Field(min_length=1)
+    baselines: dict[VariantName, Annotated[BaselineConfig, Discriminator(_kind_of)]]
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Params":
@@ -328,13 +445,23 @@ class Params(Strict):
             raise ValueError(
                 f"encode.codec.patch_px {codec.patch_px} must divide materialize.image_px {self.materialize.image_px}"
             )
+        if both := sorted(self.variants.keys() & self.baselines.keys()):
+            raise ValueError(f"{both[0]} is both a variant and a baseline; rename one")
         return self
 
     def train_variant(self, name: str) -> TrainConfig:
         """The train config of one variant. Raises ParamsError for an unknown name."""
+        return TrainConfig.model_validate(_merged(self.train.model_dump(), self._variant(name).train))
+
+    def edit_variant(self, name: str) -> EditConfig:
+        """The edit config of one variant. Raises ParamsError for an unknown name."""
+        scale = self._variant(name).edit.guidance_scale
+        return self.edit if scale is None else self.edit.model_copy(update={"guidance_scale": scale})
+
+    def _variant(self, name: str) -> VariantConfig:
         if name not in self.variants:
             raise ParamsError(f"variant '{name}' is not in params.yaml; it names: {', '.join(self.variants)}")
-        return TrainConfig.model_validate(_merged(self.train.model_dump(), self.variants[name]))
+        return self.variants[name]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -408,7 +535,7 @@ def load_params(path: Path | None = None) -> Params:
         try:
             cfg = params.train_variant(name)
         except ValidationError as error:
-            raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}."))) from None
+            raise ParamsError("\n".join(_lines(error, path.name, prefix=f"variants.{name}.train."))) from None
         if cfg.exemplar.tokens == "all" and cfg.input == "encoded" and params.encode.backbone.tokens != "all":
             raise ParamsError(
                 f"{path.name}: variants.{name}: train.exemplar.tokens = 'all' needs encode.backbone.tokens: all, so "
@@ -430,14 +557,16 @@ def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     out = []
     items = error.errors()
     for item in items:
-        if any(other["loc"][:-1] == item["loc"] for other in items if other["loc"]):
+        if any(
+            other["loc"][: len(item["loc"])] == item["loc"] for other in items if len(other["loc"]) > len(item["loc"])
+        ):
             continue  # a list is "too short" because its items are wrong
-        names, model = _without_kinds(TrainConfig if prefix else Params, item["loc"])
+        names, model, annotation = _without_kinds(TrainConfig if prefix else Params, item["loc"])
         key = (prefix + ".".join(names)).rstrip(".")
         given = item["input"]
         if item["type"].startswith("union_tag_"):
             given = given.get("kind") if isinstance(given, dict) else given
-            kinds = _models_by_kind(model.model_fields[names[-1]].annotation)
+            kinds = _models_by_kind(annotation)
             out.append(f"{file}: {key}.kind = {given!r}: allowed are {', '.join(kinds)}")
         elif item["type"] == "extra_forbidden":
             known = sorted(model.model_fields)
@@ -451,9 +580,9 @@ def _lines(error: ValidationError, file: str, prefix: str) -> list[str]:
     return out
 
 
-def _without_kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
-    """Keys of an error's place, without the kinds that pydantic puts after a key that has several; and the model that
-    the last key belongs to."""
+def _without_kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel], Any]:
+    """Keys of an error's place, without the kinds that pydantic puts after a key that has several; the model that the
+    last key belongs to, and what the key may hold."""
     names: list[str] = []
     annotation: Any = model
     for part in loc:
@@ -463,12 +592,17 @@ def _without_kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[s
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
             annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        elif get_origin(annotation) in (tuple, dict):
+            annotation = get_args(annotation)[get_origin(annotation) is dict]
         names.append(str(part))
-    return names, model
+    return names, model, annotation
 
 
 def _models_by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
     """Of a key that may hold one of several models; empty for every other."""
-    models = [getattr(option, "__origin__", None) for option in get_args(annotation)]
+    options = get_args(annotation)
+    if get_origin(annotation) is Annotated:  # items of a list have their discriminator there
+        options = get_args(options[0])
+    models = [getattr(option, "__origin__", None) for option in options]
     named = [model for model in models if isinstance(model, type) and issubclass(model, BaseModel)]
     return {kind: model for model in named for kind in get_args(model.model_fields["kind"].annotation)}

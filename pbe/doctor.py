@@ -183,6 +183,7 @@ def wanted_cpus(params: Params) -> dict[str, float]:
         "materialize": params.materialize.cpus_per_bucket,
         "encode": params.encode.actors * params.encode.cpus_per_actor,
         "train": max(train.workers * train.cpus_per_worker for train in trains),
+        "edit": params.edit.actors * params.edit.cpus_per_actor,
         "evaluate": params.evaluate.actors * params.evaluate.cpus_per_actor,
     }
 

@@ -106,21 +106,25 @@ def _made_here(root: Path, source: Path, run: Mapping[str, Any]) -> list[str] | 
     settings = stages.get(f"train@{variant}", {}).get("params", {}).get("params.yaml")
     if settings:
         lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=True).strip(), "```"]
-    return lines + _metrics(root, str(variant), manifest, stages)
+    return lines + _metrics(root, str(variant), manifest)
 
 
-def _metrics(root: Path, variant: str, manifest: Path, stages: Mapping[str, Any]) -> list[str]:
-    """Those that DVC knows to be of this training."""
-    path = root / "data" / "evaluate" / variant / "metrics.json"
-    deps = stages.get(f"evaluate@{variant}", {}).get("deps", [])
-    now = hashlib.md5(manifest.read_bytes(), usedforsecurity=False).hexdigest()
-    if not path.is_file() or now not in [dep.get("md5") for dep in deps]:
+def _metrics(root: Path, variant: str, manifest: Path) -> list[str]:
+    """Those of this training run."""
+    path = root / "data" / "evaluate" / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    scored = metrics.get(variant, {"protocol": {}})
+    protocol = scored.pop("protocol")
+    if protocol.get("run") != json.loads(manifest.read_text())["run"]:
         return ["", "These weights have not been scored."]
-    metrics = json.loads(path.read_text())
-    protocol = metrics.pop("protocol", {})
     rows = [
-        f"| {name} | {value['value']:.4g} | {value['low']:.4g} to {value['high']:.4g} | {value['n']} |"
-        for name, value in sorted(metrics.items())
+        f"| {hole} | {reference} | {name} | {value['value']:.4g} | {value['low']:.4g} to {value['high']:.4g} | "
+        f"{value['n']} |"
+        for hole, references in scored.items()
+        for reference, numbers in references.items()
+        for name, value in sorted(numbers.items())
     ]
-    how = ", ".join(f"{key} {protocol[key]}" for key in ("split", "guidance_scale", "steps", "seed") if key in protocol)
-    return ["", f"## Metrics ({how})", "", "| metric | value | 95 % interval | N |", "|---|---|---|---|", *rows]
+    shown = ("protocol", "guidance_scale", "steps", "seeds")
+    how = ", ".join(f"{key} {protocol[key]}" for key in shown if key in protocol)
+    table = ["| hole | reference | metric | value | 95 % interval | N |", "|---|---|---|---|---|---|", *rows]
+    return ["", f"## Metrics ({how})", "", *table]

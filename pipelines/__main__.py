@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         stage_parser = commands.add_parser(name, help=f"run the {name} stage")
         if name in VARIANT_STAGES:
             stage_parser.add_argument("--variant", required=True)
+        elif name == "baseline":
+            stage_parser.add_argument("--baseline", required=True, dest="variant")
         stage_parser.add_argument("--as-job", metavar="ID", help=argparse.SUPPRESS)
     commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")

@@ -130,9 +130,17 @@ def pack(stage: Stage, folder: Path) -> dict[str, str]:
 
 def _input_folders(stage: Stage) -> list[Path]:
     # earlier stages only: a stage's own outputs would change its identity once it has run
-    earlier = STAGES[: STAGES.index(stage.name)]
-    variants = [stage.variant if name in VARIANT_STAGES else None for name in earlier]
-    return [output_folder(stage.root, name, variant) for name, variant in zip(earlier, variants, strict=True)]
+    folders = []
+    for name in STAGES[: STAGES.index(stage.name)]:
+        if name in VARIANT_STAGES:  # of its own variant; a stage that has none reads all
+            variants = [stage.variant] if stage.variant else [*stage.params.variants]
+            folders += [output_folder(stage.root, name, variant) for variant in variants]
+        elif name == "baseline":
+            baselines = [] if stage.variant else [*stage.params.baselines]
+            folders += [output_folder(stage.root, name, baseline) for baseline in baselines]
+        else:
+            folders.append(output_folder(stage.root, name))
+    return folders
 
 
 def job_name(stage: Stage, inputs: dict[str, str]) -> str:

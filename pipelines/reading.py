@@ -9,57 +9,74 @@ from pipelines.summary import estimate_text
 
 # Metric name -> what it is, its unit, and how to read it. Groups of the pattern are the judge.
 HOW_TO_READ: dict[str, tuple[str, str, str]] = {
-    r"own_gain_(.+)": (
-        "Own gain",
-        "cosine",
-        "Is the fill closer to its own reference than the fill made with a foreign reference is? Above 0 is good. It "
-        "also rises when a foreign reference merely damages the fill.",
-    ),
-    r"swap_gain_(.+)": (
-        "Swap gain",
-        "cosine",
-        "Does the fill move towards a foreign reference when it gets one? Above 0 is good; this is the strict test.",
-    ),
-    r"exemplar_gain_(.+)": ("Exemplar gain", "cosine", "The mean of own gain and swap gain."),
-    r"own_colour_gain": (
-        "Own colour gain",
-        "levels of 255",
-        "Own gain with mean colour in place of features: how much nearer the fill's colour is to its own reference.",
-    ),
-    r"swap_colour_gain": (
-        "Swap colour gain",
-        "levels of 255",
-        "How far the fill's mean colour moves towards a foreign reference.",
-    ),
-    r"colour_gain": (
-        "Colour gain",
-        "levels of 255",
-        "How far the fill's mean colour follows the reference that was given, own or foreign (the mean of both). "
-        "Colour can follow where content does not.",
-    ),
-    r"hole_psnr_db": (
-        "Hole PSNR",
-        "dB",
-        "How exactly the fill of the own reference restores the photo, inside the hole; higher is closer. On photos "
-        "seen in training it measures memory.",
-    ),
-    r"similarity_(.+)": (
-        "Similarity",
-        "cosine",
-        "Fill against its own reference; higher is closer. Pasting the reference would score best, so never choose a "
-        "model by this alone.",
-    ),
-    r"frechet_(.+)": (
+    r"fid|clip_fid|frechet_(.+)": (
         "Frechet distance",
         "",
-        "Distance between the feature clouds of edits and of untouched crops; lower is better. Biased upwards at small "
-        "N and not comparable with a published FID: another extractor, other photos.",
+        "Distance between the feature clouds of edits and of untouched photos; lower is better. Biased upwards at "
+        "small N: compare only within one table. `fid` is by TF's Inception, `clip_fid` by CLIP ViT-B/32 as the "
+        "paper's code; by any other network it compares with no published number.",
+    ),
+    r"kid|kid_(.+)": (
+        "KID",
+        "",
+        "Kernel distance between the same clouds, without a bias by N; lower is better, and it may be below 0.",
+    ),
+    r"qs": (
+        "QS",
+        "",
+        "The paper's quality score: likelihood under its mixture of COCO photos, 0 to 100; higher is better.",
     ),
     r"qs_rank_(.+)": (
         "QS rank",
         "percentile",
-        "Rank of an edit's likelihood among real crops, under a mixture fitted on other real crops of the same photos: "
-        "50 is an average crop. This is not the paper's QS.",
+        "Rank of an edit's likelihood among the bench's own photos, under a mixture fitted on other untouched photos: "
+        "50 is an average photo. This is not the paper's QS.",
+    ),
+    r"clip_score|clip_score_whole|similarity_(.+)": (
+        "Similarity",
+        "cosine",
+        "Fill against the reference that it was given; higher is closer. Pasting the reference scores best, so never "
+        "choose a model by this alone. `clip_score` is 100 times the cosine by CLIP, over upstream's region, which "
+        "lacks a row and a column; `clip_score_whole` is over all of it.",
+    ),
+    r"exemplar_gain_given_(.+)": (
+        "Exemplar gain, given",
+        "cosine",
+        "Is the fill closer to its reference than the fill made with a foreign one is? It also rises when a foreign "
+        "reference merely damages the fill.",
+    ),
+    r"exemplar_gain_swap_(.+)": (
+        "Exemplar gain, swapped",
+        "cosine",
+        "Does the fill move towards a foreign reference when it gets one? The strict half of the exemplar gain.",
+    ),
+    r"exemplar_gain_(.+)": (
+        "Exemplar gain",
+        "cosine",
+        "How much closer a fill is to the reference that it was given than to one that it was not; the same hole, the "
+        "same noise. Above 0: the reference mattered.",
+    ),
+    r"colour_gain": (
+        "Colour gain",
+        "levels of 255",
+        "Exemplar gain with mean colour in place of features. Colour can follow where content does not.",
+    ),
+    r"copy_paste": (
+        "Copy-paste",
+        "0 to 1",
+        "How well the fill is explained by an affine copy of the reference: the trivial solution that the paper "
+        "fights. Lower is better, at equal similarity.",
+    ),
+    r"hole_psnr_db": (
+        "Hole PSNR",
+        "dB",
+        "How exactly the fill restores what the hole hides; higher is closer. With its own reference, on photos seen "
+        "in training, it measures memory.",
+    ),
+    r"background_psnr_db": (
+        "Background PSNR",
+        "dB",
+        "How little changed outside the hole; 60 stands for nothing.",
     ),
 }
 
@@ -113,10 +130,10 @@ def how_to_read(metric: str) -> tuple[str, str, str, str]:
     """Label, judge ("" when there is none), unit and the sentence of a metric; a metric without one is a bug."""
     for pattern, (label, unit, sentence) in HOW_TO_READ.items():
         if found := re.fullmatch(pattern, metric):
-            return label, "".join(found.groups()), unit, sentence
+            return label, "".join(group or "" for group in found.groups()), unit, sentence
     raise KeyError(f"metric {metric} has no sentence in HOW_TO_READ")
 
 
 def n_text(estimate: Estimate) -> str:
-    photos = f" in {estimate.clusters} photos" if "groups" in estimate.method else ""
+    photos = f" in {estimate.clusters} photos" if estimate.clusters < estimate.n else ""
     return f"{estimate.n}{photos}"

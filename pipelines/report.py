@@ -9,7 +9,7 @@ import base64
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,25 @@ from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
-from pbe.evaluate.intervals import Estimate, bootstrap_mean
-from pbe.evaluate.items import EditedItem, edited_items
+from pbe.evaluate.views import hole_of
 from pbe.store import File, Manifest, Record, Store, load_manifest
 from pipelines.charts import areas_svg, classes_svg, loss_svg
 from pipelines.deviations import deviations
 from pipelines.provenance import provenance_tags
 from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
 from pipelines.stage import DATA_STAGES, Stage, StageError, output_folder
-from pipelines.summary import estimate_text, headline_metrics, load_metrics, read_json
+from pipelines.summary import (
+    Result,
+    Scope,
+    estimate_text,
+    headline_metrics,
+    load_results,
+    read_json,
+    seen_in_training,
+)
 
 DRAWS, DRAWS_PER_ROW = 16, 8  # augmented draws that are shown of one reference
+COLOURS = 8  # of methods, on the page
 COLUMNS = 12  # pictures per row of a grid
 PICTURE_PX = 128  # larger pictures are scaled down to this side
 PICTURE_QUALITY = 90
@@ -46,24 +54,35 @@ LISTED = 24  # dropped photos and credits named one by one; more are only counte
 FEW_PHOTOS = 20  # below this many photos the bootstrap interval is clearly too narrow
 
 
+# The paper's Table 3, from its first row to its last; other variants and the baselines follow.
+TABLE_3 = {
+    "baseline": "baseline",
+    "prior": "+ prior",
+    "augmentation": "+ augmentation",
+    "bottleneck": "+ bottleneck",
+    "full": "+ classifier-free guidance (full)",
+}
+
+
 @dataclass(frozen=True)
-class VariantResult:
-    """What train and evaluate left for one variant."""
+class TrainedVariant:
+    """What train left of one variant."""
 
     name: str
     cfg: TrainConfig
     trained: dict[str, Any]
     history: list[dict[str, float]]
-    estimates: dict[str, Estimate]
-    protocol: dict[str, Any]
-    items: list[dict[str, Any]]
-    manifest: Manifest
 
 
 def main(stage: Stage) -> None:
     data = {name: load_manifest(stage.input(name)) for name in DATA_STAGES}
-    results = [_load_variant(stage, name) for name in stage.params.variants]
-    judge = stage.params.evaluate.judges[0]
+    trained = [_load_variant(stage, name) for name in stage.params.variants]
+    results, card = load_results(stage.root, stage.params)
+    paired = read_json(output_folder(stage.root, "evaluate") / "paired.json", "evaluate")
+    bench = load_manifest(stage.input("bench"))
+    judge = stage.params.evaluate.judges[0].kind
+    scope = (stage.params.edit.holes[0], "exemplar")
+    first = next(iter(next(iter(results.values())).scopes[scope].values()))
     all_areas, kept_areas, classes = _box_statistics(stage, data)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -74,23 +93,29 @@ def main(stage: Stage) -> None:
     ).get_template("report.html.j2")
     html = template.render(
         params=stage.params,
-        results=results,
+        trained=trained,
+        results=list(results.values()),
+        card=card,
+        bench=bench,
+        recall=seen_in_training(stage.params),
         judge=judge,
         judge_conditions=judge == stage.params.encode.backbone.kind,
         data=data,
         counts={name: dict(manifest.counts) for name, manifest in data.items()},
-        first=results[0].estimates[f"own_gain_{judge}"],
+        first=first,
+        tables=[result_table(results, paired, hole, judge) for hole in stage.params.edit.holes],
+        colours=colours(results),
         few_photos=FEW_PHOTOS,
         headline=[
-            (name, *how_to_read(name), bars([(r.name, r.estimates[name]) for r in results]))
-            for name in headline_metrics(judge)
+            (*how_to_read(metric), hole, reference, bars([(r.name, r.scopes[hole, reference][metric]) for r in found]))
+            for metric, hole, reference in _cards(stage.params, judge)
+            if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
         ],
-        grids=[(r, _edit_rows(stage, r)) for r in results],
+        grids=list(_grids(stage, results)),
         triplets=_triplet_rows(stage, data["materialize"]),
         augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
-        loss_svg=Markup(loss_svg({r.name: r.history for r in results})),
-        metrics=metric_groups(results, stage.params.evaluate.judges),
-        differences=_differences(stage.params, results, [*headline_metrics(judge), "hole_psnr_db"]),
+        loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
+        metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.judges]),
         filtered=filter_table(data["filter"].counts, stage.params.filter.model_dump()),
         areas_svg=Markup(areas_svg(all_areas, kept_areas)),
         classes_svg=Markup(classes_svg(classes)),
@@ -99,7 +124,7 @@ def main(stage: Stage) -> None:
         credits=_credits(stage, data["ingest"]),
         deviations=deviations(stage.params, train_photos=data["materialize"].counts["images_kept"]),
         provenance=provenance_tags(stage.root),
-        timing={r.name: timing(r.history) for r in results},
+        timing={r.name: timing(r.history) for r in trained},
     )
     target = stage.root / "reports" / "index.html"
     target.parent.mkdir(exist_ok=True)
@@ -109,73 +134,89 @@ def main(stage: Stage) -> None:
     print(f"report: {target} ({len(html.encode()) / 1e6:.1f} MB)")
 
 
-def _load_variant(stage: Stage, name: str) -> VariantResult:
-    estimates, protocol = load_metrics(stage.root, name)
-    evaluated, trained = (output_folder(stage.root, part, name) for part in ("evaluate", "train"))
-    for path, target in ((evaluated / "manifest.json", "evaluate"), (trained / "loss.csv", "train")):
-        if not path.is_file():
-            raise StageError(f"{path}: not there; run `dvc repro {target}@{name}` first")
-    with (trained / "loss.csv").open(newline="") as stream:
+def _load_variant(stage: Stage, name: str) -> TrainedVariant:
+    folder = output_folder(stage.root, "train", name)
+    if not (folder / "loss.csv").is_file():
+        raise StageError(f"{folder / 'loss.csv'}: not there; run `dvc repro train@{name}` first")
+    with (folder / "loss.csv").open(newline="") as stream:
         history = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stream)]
-    return VariantResult(
-        name=name,
-        cfg=stage.params.train_variant(name),
-        trained=read_json(trained / "manifest.json", f"train@{name}"),
-        history=history,
-        estimates=estimates,
-        protocol=protocol,
-        items=read_json(evaluated / "items.json", f"evaluate@{name}"),
-        manifest=load_manifest(evaluated / "manifest.json"),
-    )
+    trained = read_json(folder / "manifest.json", f"train@{name}")
+    return TrainedVariant(name, stage.params.train_variant(name), trained, history)
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------
 
 
-def metric_groups(results: Sequence[VariantResult], judges: Sequence[str]) -> list[dict[str, Any]]:
-    """One group a kind of metric, in the order of HOW_TO_READ; in it one line per judge, with each variant's value."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name in {name: None for result in results for name in result.estimates}:
-        label, judge, unit, sentence = how_to_read(name)
-        found = {r.name: r.estimates[name] for r in results if name in r.estimates}
-        group = groups.setdefault(label, {"label": label, "unit": unit, "sentence": sentence, "lines": []})
-        group["lines"].append(
+def table_order(names: Sequence[str]) -> list[str]:
+    """As the paper's Table 3 has them, what it has not after them."""
+    known = [name for name in TABLE_3 if name in names]
+    return known + [name for name in names if name not in known]
+
+
+def colours(names: Iterable[str]) -> dict[str, int]:
+    """Which of the page's colours a method has."""
+    return {name: index % COLOURS for index, name in enumerate(names)}
+
+
+def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole: str, judge: str) -> dict[str, Any]:
+    """One row a method, in the paper's layout, for exemplars in one kind of hole; p-values against `full`."""
+    scope = (hole, "exemplar")
+    shown = {name: result for name, result in results.items() if scope in result.scopes}
+    columns = [
+        (metric, label)
+        for metric, label in headline_metrics(judge).items()
+        if any(metric in result.scopes[scope] for result in shown.values())
+    ]
+    rows = []
+    for name in table_order(list(shown)):
+        numbers = shown[name].scopes[scope]
+        tests = paired["methods"][name].get(hole, {}).get("exemplar", {})
+        cells = [
             {
-                "judge": judge,
-                "values": {variant: estimate_text(estimate) for variant, estimate in found.items()},
-                "n": ", ".join(sorted({n_text(estimate) for estimate in found.values()})),
+                "text": estimate_text(numbers[metric]) if metric in numbers else "",
+                "p": "" if name == paired["against"] or metric not in tests else p_text(tests[metric]["p_value"]),
             }
-        )
+            for metric, _ in columns
+        ]
+        rows.append({"name": name, "label": TABLE_3.get(name, name), "cells": cells})
+    against = paired["against"]
+    return {"hole": hole, "columns": [label for _, label in columns], "rows": rows, "against": against}
+
+
+def p_text(p_value: float) -> str:
+    return f"p {p_value:.3f}" if p_value >= 0.0015 else "p 0.001"
+
+
+def metric_groups(results: Mapping[str, Result], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """One group a kind of metric, in the order of HOW_TO_READ; in it a table per judge, of methods by scopes."""
+    scopes: list[Scope] = list(dict.fromkeys(scope for result in results.values() for scope in result.scopes))
+    groups: dict[str, dict[str, Any]] = {}
+    metrics = dict.fromkeys(m for result in results.values() for found in result.scopes.values() for m in found)
+    for metric in metrics:
+        label, judge, unit, sentence = how_to_read(metric)
+        group = groups.setdefault(label, {"label": label, "unit": unit, "sentence": sentence, "lines": []})
+        for name, result in results.items():
+            found = {scope: result.scopes[scope][metric] for scope in scopes if metric in result.scopes.get(scope, {})}
+            if found:
+                group["lines"].append(
+                    {
+                        "judge": judge,
+                        "method": name,
+                        "values": [estimate_text(found[scope]) if scope in found else "" for scope in scopes],
+                        "n": ", ".join(sorted({n_text(estimate) for estimate in found.values()})),
+                    }
+                )
     for group in groups.values():
+        group["scopes"] = [f"{reference}, {hole} hole" for hole, reference in scopes]
         group["lines"].sort(key=lambda line: judges.index(line["judge"]) if line["judge"] in judges else -1)
     return [groups[label] for label, _, _ in HOW_TO_READ.values() if label in groups]
 
 
-def paired_difference(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], metric: str, *, resamples: int, seed: int
-) -> Estimate | None:
-    """Mean of first - second over the same bench items, bootstrapped by photo; None when they do not share items."""
-    theirs = {row["bench_id"]: row for row in second}
-    if {row["bench_id"] for row in first} != theirs.keys() or any(metric not in row for row in (*first, *second)):
-        return None
-    values = np.array([row[metric] - theirs[row["bench_id"]][metric] for row in first])
-    return bootstrap_mean(values, groups=[row["image_id"] for row in first], resamples=resamples, seed=seed)
-
-
-def _differences(params: Params, results: Sequence[VariantResult], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """The first variant against each other one. Benches with different bytes are not compared."""
-    first, cfg = results[0], params.evaluate
-    out = []
-    for other in results[1:]:
-        same = first.protocol["bench_sha256"] == other.protocol["bench_sha256"]
-        rows = []
-        for metric in metrics if same else ():
-            found = paired_difference(first.items, other.items, metric, resamples=cfg.resamples, seed=cfg.seed)
-            if found is not None:
-                label, judge, unit, _ = how_to_read(metric)
-                rows.append({"label": label, "unit": unit, "judge": judge, "bar": bars([("", found)])[0]})
-        out.append({"other": other.name, "rows": rows})
-    return out
+def _cards(params: Params, judge: str) -> list[tuple[str, str, str]]:
+    """Metric, hole and reference of the three cards."""
+    hole = params.edit.holes[0]
+    own = [(f"exemplar_gain_{judge}", hole, "own")] if "own" in params.edit.references else []
+    return [(f"exemplar_gain_{judge}", hole, "exemplar"), *own, ("colour_gain", hole, "exemplar")]
 
 
 def timing(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -203,33 +244,44 @@ def picture_uri(picture: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(images.encode_jpeg(picture, PICTURE_QUALITY)).decode()
 
 
-def _edit_rows(stage: Stage, result: VariantResult) -> list[dict[str, Any]]:
-    """Six rows of pictures, as pbe.evaluate.grid.edit_grid has them, with their labels."""
-    bench = stage.store.read_table(File(**result.manifest.config["bench"]))
-    positions = [index for index, role in enumerate(bench.column("role").to_pylist()) if role == "item"]
-    edits = [row for file in result.manifest.files("edits") for row in stage.store.read_table(file).to_pylist()]
-    assert len(edits) == len(positions)
-    chosen = evenly(COLUMNS, len(edits))
-    rows = bench.take([positions[index] for index in chosen]).to_pylist()
-    items = edited_items(rows, [edits[index] for index in chosen])
-    pictures: list[tuple[str, str, Callable[[EditedItem], np.ndarray]]] = [
-        ("photo", "start", lambda item: item.source),
-        ("hole", "", lambda item: with_hole(item.source, item.hole_mask)),
-        ("own reference", "start", lambda item: item.own_reference),
-        ("edit with it", "edit", lambda item: item.own_edit),
-        ("foreign reference", "start", lambda item: item.foreign_reference),
-        ("edit with it", "edit", lambda item: item.foreign_edit),
-    ]
-    return [
-        {
-            "label": label,
-            "kind": kind,
-            "pictures": [
-                (picture_uri(cut(item)), f"{label}, {item.bench_id}, {item.hole_kind} hole") for item in items
-            ],
-        }
-        for label, kind, cut in pictures
-    ]
+def _grids(stage: Stage, results: Mapping[str, Result]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A title and rows of pictures per scope: the same inputs, and what each method makes of them."""
+    file = load_manifest(stage.input("bench")).files("bench")[0]
+    items = stage.store.read_table(file).to_pylist()
+    items = [items[index] for index in evenly(COLUMNS, len(items))]
+    sources = [images.decode(item["source"]) for item in items]
+    scopes = dict.fromkeys(scope for result in results.values() for scope in result.scopes)
+    edits = {name: _edits_of(stage, name, {item["bench_id"] for item in items}) for name in results}
+
+    def row(label: str, kind: str, pictures: Iterable[np.ndarray | None]) -> dict[str, Any]:
+        shown = [
+            (picture_uri(picture), f"{label}, {item['bench_id']}, {item['label_name']}")
+            for item, picture in zip(items, pictures, strict=True)
+            if picture is not None
+        ]
+        return {"label": label, "kind": kind, "pictures": shown}
+
+    for hole, reference in scopes:
+        holes = [with_hole(source, hole_of(item, hole, source)) for item, source in zip(items, sources, strict=True)]
+        rows = [
+            row("photo", "start", sources),
+            row(f"{hole} hole", "", holes),
+            row(f"{reference}", "", [images.decode(item[reference]) for item in items]),
+        ]
+        for name in table_order([name for name in results if (hole, reference) in results[name].scopes]):
+            found = [edits[name].get((item["bench_id"], hole, reference)) for item in items]
+            rows.append(row(name, "edit", [images.decode(edit) if edit is not None else None for edit in found]))
+        yield f"{reference} reference, {hole} hole", rows
+
+
+def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[tuple[str, str, str], bytes]:
+    """Of the first seed, by bench id, hole kind and reference kind."""
+    out: dict[tuple[str, str, str], bytes] = {}
+    for file in load_manifest(output_folder(stage.root, "edit", method) / "manifest.json").files("edits"):
+        for edit in stage.store.read_table(file).to_pylist():
+            if edit["bench_id"] in bench_ids:
+                out.setdefault((edit["bench_id"], edit["hole_kind"], edit["reference_kind"]), edit["edit"])
+    return out
 
 
 def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:

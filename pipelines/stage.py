@@ -13,10 +13,10 @@ from pbe.errors import UserError
 from pbe.store import Store, code_digest, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
-VARIANT_STAGES = ("train", "evaluate")
-STAGES = (*DATA_STAGES, *VARIANT_STAGES, "report")
-# run on the cluster when RAY_ADDRESS names one; filter and report are light and stay where dvc.lock is
-CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "evaluate")
+VARIANT_STAGES = ("train", "edit")  # once per variant
+STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "report")
+# run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
+CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate")
 
 
 class StageError(UserError):
@@ -25,7 +25,9 @@ class StageError(UserError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of dvc.yaml, opened. `variant` is set for train and evaluate only."""
+    """One stage of dvc.yaml, opened. `variant`: which, where it runs once for each; of the baseline stage, a
+    baseline.
+    """
 
     name: str
     variant: str | None
@@ -44,8 +46,10 @@ class Stage:
         return output_folder(self.root, stage, self.variant if stage in VARIANT_STAGES else None) / "manifest.json"
 
 
-def output_folder(root: Path, stage: str, variant: str | None) -> Path:
-    return root / "data" / stage / variant if variant else root / "data" / stage
+def output_folder(root: Path, stage: str, variant: str | None = None) -> Path:
+    """Baselines lie beside the variants' edits: evaluate reads both alike."""
+    folder = root / "data" / ("edit" if stage == "baseline" else stage)
+    return folder / variant if variant else folder
 
 
 def cut_config(cfg: MaterializeConfig) -> CutConfig:
@@ -76,6 +80,8 @@ def open_stage(name: str, variant: str | None = None) -> Stage:
         if variant is None:
             raise ParamsError(f"stage {name} needs --variant; params.yaml names: {', '.join(params.variants)}")
         params.train_variant(variant)
+    if name == "baseline" and variant not in params.baselines:
+        raise ParamsError(f"baseline '{variant}' is not in params.yaml; it names: {', '.join(params.baselines)}")
     root = repo_root()
     return Stage(name, variant, params, Store(storage_uri()), code_digest(code_paths(root, name), root), root)
 

@@ -6,34 +6,50 @@ The report writes its numbers with the functions here. No torch: this runs after
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pbe.config import load_params, repo_root, tracking_uri
+from pbe.config import Params, load_params, repo_root, tracking_uri
 from pbe.evaluate.intervals import Estimate
 from pipelines.stage import StageError, output_folder
 
-LABELS = ("own gain", "swap gain", "colour gain")
-LISTED = 4  # variants; the report has all of them
+LISTED = 8  # methods; the report has all of them
+Scope = tuple[str, str]  # hole kind, reference kind
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method of metrics.json: a variant, a baseline or somebody's results."""
+
+    name: str
+    protocol: dict[str, Any]
+    scopes: dict[Scope, dict[str, Estimate]]
 
 
 def main() -> None:
-    """Raises StageError when a variant has no metrics.json yet."""
+    """Raises StageError when there is no metrics.json yet."""
     params, root = load_params(), repo_root()
-    judge = params.evaluate.judges[0]
-    estimates = {name: load_metrics(root, name)[0] for name in params.variants}
-    first = next(iter(estimates.values()))[f"own_gain_{judge}"]
+    judge, scope = params.evaluate.judges[0].kind, (params.edit.holes[0], "exemplar")
+    results, _ = load_results(root, params)
+    first = next(iter(next(iter(results.values())).scopes[scope].values()))
 
-    photos = "photos seen in training" if params.evaluate.split == "train" else "photos not seen in training"
-    print(f"95 % intervals, {first.n} items in {first.clusters} {photos}, by {judge}; one training seed:")
-    width = max(map(len, estimates))
-    for name in list(estimates)[:LISTED]:
-        numbers = [estimate_text(estimates[name][metric], signed=True) for metric in headline_metrics(judge)]
-        print(f"  {name:{width}}  " + "  ".join(f"{a} {b}" for a, b in zip(LABELS, numbers, strict=True)))
-    if len(estimates) > LISTED:
-        print(f"  and {len(estimates) - LISTED} more variants in the report")
+    photos = "photos seen in training" if seen_in_training(params) else "photos not seen in training"
+    metrics = headline_metrics(judge)
+    print(f"{first.n} items in {photos}, {scope[0]} holes, 95 % intervals, by {judge}; one training seed:")
+    width = max(map(len, results))
+    for result in list(results.values())[:LISTED]:
+        found = [(label, result.scopes[scope].get(metric)) for metric, label in metrics.items()]
+        numbers = [f"{label} {estimate_text(estimate)}" for label, estimate in found if estimate is not None]
+        print(f"  {result.name:{width}}  " + "  ".join(numbers))
+    if len(results) > LISTED:
+        print(f"  and {len(results) - LISTED} more in the report")
     print(f"Report: {root / 'reports' / 'index.html'}")
     print(f"MLflow: {mlflow_command(tracking_uri())}")
+
+
+def seen_in_training(params: Params) -> bool:
+    return params.bench.source == "heldout" and params.bench.split == "train"
 
 
 def mlflow_command(uri: str) -> str:
@@ -43,16 +59,42 @@ def mlflow_command(uri: str) -> str:
     return f"{shlex.quote(sys.executable)} -m mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
 
 
-def headline_metrics(judge: str) -> list[str]:
-    """The three numbers that a run is summed up by."""
-    return [f"own_gain_{judge}", f"swap_gain_{judge}", "colour_gain"]
+def headline_metrics(judge: str) -> dict[str, str]:
+    """The columns that a run is summed up by, by their names in metrics.json; not every method has all of them."""
+    return {
+        {"inception": "fid", "clip": "clip_fid"}.get(judge, f"frechet_{judge}"): "Frechet",
+        "qs": "QS",
+        f"qs_rank_{judge}": "QS rank",
+        "clip_score": "CLIP score",
+        "clip_score_whole": "CLIP score, whole region",
+        f"similarity_{judge}": "similarity",
+        f"exemplar_gain_{judge}": "exemplar gain",
+        "copy_paste": "copy-paste",
+    }
 
 
-def load_metrics(root: Path, variant: str) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Estimates by name and the protocol of one variant's metrics.json. Raises StageError when it is not there."""
-    path = output_folder(root, "evaluate", variant) / "metrics.json"
-    raw = read_json(path, f"evaluate@{variant}")
-    return {name: Estimate(**value) for name, value in raw.items() if name != "protocol"}, raw["protocol"]
+def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[str, Any]]:
+    """Methods in the order of params.yaml, and the card of what all were computed with. Raises StageError."""
+    path = output_folder(root, "evaluate") / "metrics.json"
+    raw = read_json(path, "evaluate")
+    out = {}
+    for name in (*params.variants, *params.baselines):
+        if name not in raw:
+            raise StageError(f"{path}: has no {name}; run `dvc repro evaluate` first")
+        found = dict(raw[name])
+        protocol = found.pop("protocol")
+        scopes = {
+            (hole, reference): {metric: estimate_from(value) for metric, value in numbers.items()}
+            for hole, references in found.items()
+            for reference, numbers in references.items()
+        }
+        out[name] = Result(name, protocol, scopes)
+    return out, raw["card"]
+
+
+def estimate_from(raw: dict[str, Any]) -> Estimate:
+    """Of its JSON, where it may stand with the judge that gave it."""
+    return Estimate(**{key: value for key, value in raw.items() if key != "judge"})
 
 
 def read_json(path: Path, target: str) -> Any:

@@ -62,7 +62,7 @@ def load(tmp_path: Path) -> Load:
         raw = copy.deepcopy(COMMITTED)
         for section, values in KNOWN.items():
             raw[section].update(copy.deepcopy(values))
-        raw["variants"] = {"full": {}}
+        raw["variants"] = {"full": {"train": {}, "edit": {}}}
         for path, value in changes.items():
             *parents, key = path.split(".")
             node = raw
@@ -88,7 +88,11 @@ def _message(load: Load, changes: dict[str, Any]) -> str:
 
 def test_the_committed_file_is_read_whole() -> None:
     params = load_params()
-    assert params.model_dump(mode="json") == COMMITTED
+    dumped = params.model_dump(mode="json")
+    for name, given in COMMITTED["variants"].items():  # what a variant leaves out is empty
+        assert dumped["variants"][name]["train"] == given.get("train", {})
+        assert dumped["variants"][name]["edit"] == {"guidance_scale": None} | given.get("edit", {})
+    assert {**dumped, "variants": None} == {**COMMITTED, "variants": None}
     for name in params.variants:
         params.train_variant(name)
 
@@ -134,10 +138,27 @@ def test_the_committed_file_is_read_whole() -> None:
             "params.yaml: train.unet.block_channels = []: tuple should have at least 1",
         ),
         (
-            {"evaluate.judges": ["clip"]},
-            "params.yaml: evaluate.judges.0 = 'clip': input should be 'efficientnet_lite0'",
+            {"evaluate.judges": [{"kind": "dino"}]},
+            "params.yaml: evaluate.judges.0.kind = 'dino': allowed are efficientnet_lite0, efficientnet_lite2, clip",
         ),
-        ({"evaluate.steps": 1001}, "params.yaml: evaluate.steps = 1001: input should be less than or equal to 1000"),
+        ({"evaluate.judges": ["clip"]}, "params.yaml: evaluate.judges.0.kind = 'clip': allowed are efficientnet_lite0"),
+        (
+            {"evaluate.judges": [{"kind": "clip", "weights": "w", "mixtur": None}]},
+            "params.yaml: evaluate.judges.0.mixture: required key is missing\n"
+            "params.yaml: evaluate.judges.0.mixtur = None: unknown key; allowed here: kind, mixture, weights",
+        ),
+        (
+            {"evaluate.judges": [{"kind": "inception", "file": "f", "sha256": "ab"}]},
+            "params.yaml: evaluate.judges.0.sha256",
+        ),
+        (
+            {"baselines": {"mine": {"kind": "other"}}},
+            "params.yaml: baselines.mine.kind = 'other': allowed are hole_kept",
+        ),
+        ({"baselines": {"mine": {"kind": "folder"}}}, "params.yaml: baselines.mine.folder: required key is missing"),
+        ({"edit.seeds": [1, 1]}, "params.yaml: edit: seeds: [1, 1] names one twice"),
+        ({"edit.references": ["own"]}, "params.yaml: edit: references: exemplar must be among them"),
+        ({"edit.steps": 1001}, "params.yaml: edit.steps = 1001: input should be less than or equal to 1000"),
         ({"train.lr": ...}, "params.yaml: train.lr: required key is missing"),
         ({"train": ...}, "params.yaml: train: required key is missing"),
         ({"variants": {}}, "params.yaml: variants = {}: dictionary should have at least 1 item"),
@@ -150,7 +171,7 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
     changes: dict[str, Any], message: str, load: Load
 ) -> None:
     got = _message(load, changes)
-    assert got.startswith(message) and "\n" not in got
+    assert got.startswith(message) and got.count("\n") == message.count("\n")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +231,13 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: ingest: image_base: /photos must begin with s3://, https:// or http://",
         ),
         ({"ingest.images": "boxes.csv"}, "params.yaml: ingest: images and boxes must differ"),
-        ({"variants.full": {"workers": 3}}, "params.yaml: variants.full: workers 3 must divide lanes 2"),
+        (
+            {"bench.source": "cocoee"},
+            "params.yaml: bench: cocoee: source 'cocoee' needs the folder of the unpacked archive",
+        ),
+        ({"evaluate.reals": "photos"}, "params.yaml: evaluate: reals and reals_px go together"),
+        ({"baselines": {"full": {"kind": "poisson"}}}, "params.yaml: params: full is both a variant and a baseline"),
+        ({"variants.full.train": {"workers": 3}}, "params.yaml: variants.full.train: workers 3 must divide lanes 2"),
     ],
     ids=str,
 )
@@ -231,7 +258,10 @@ def test_settings_that_do_not_fit_one_another_are_one_line_with_their_values(
         ("ingest.download.retries", config.DownloadConfig),
         ("filter.min_area", config.FilterConfig),
         ("materialize.slot", config.MaterializeConfig),
-        ("variants.full.lrr", config.TrainConfig),
+        ("variants.full.train.lrr", config.TrainConfig),
+        ("variants.full.lr", config.VariantConfig),
+        ("variants.full.edit.steps", config.VariantEdit),
+        ("bench.splits", config.BenchConfig),
     ],
 )
 def test_an_unknown_key_names_the_keys_that_its_place_allows(path: str, model: type[BaseModel], load: Load) -> None:
@@ -241,10 +271,10 @@ def test_an_unknown_key_names_the_keys_that_its_place_allows(path: str, model: t
 
 def test_a_variants_nested_key_is_checked_like_any_other(load: Load) -> None:
     allowed = ", ".join(sorted(config.UNetConfig.model_fields))
-    got = _message(load, {"variants": {"full": {}, "wide": {"unet": {"heads": 1}}}})
-    assert got == f"params.yaml: variants.wide.unet.heads = 1: unknown key; allowed here: {allowed}"
-    got = _message(load, {"variants": {"full": {}, "fast": {"lr": -1}}})
-    assert got == "params.yaml: variants.fast.lr = -1: input should be greater than 0"
+    got = _message(load, {"variants": {"full": {}, "wide": {"train": {"unet": {"heads": 1}}}}})
+    assert got == f"params.yaml: variants.wide.train.unet.heads = 1: unknown key; allowed here: {allowed}"
+    got = _message(load, {"variants": {"full": {}, "fast": {"train": {"lr": -1}}}})
+    assert got == "params.yaml: variants.fast.train.lr = -1: input should be greater than 0"
 
 
 def _is_number(annotation: Any) -> bool:
@@ -312,7 +342,7 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path) -> None:
 
 
 def test_variants_override_their_keys_and_nothing_else(load: Load) -> None:
-    params = load({"variants": {"full": {}, "wide": {"lr": 0.5, "unet": {"context_width": 64}}}})
+    params = load({"variants": {"full": {}, "wide": {"train": {"lr": 0.5, "unet": {"context_width": 64}}}}})
     assert params.train_variant("full") == params.train
     wide, base = params.train_variant("wide").model_dump(), params.train.model_dump()
     assert (wide.pop("lr"), wide["unet"].pop("context_width")) == (0.5, 64)

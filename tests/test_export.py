@@ -26,20 +26,21 @@ def project(tmp_path: Path, model_folder: Path) -> Path:
     }
     manifest = root / "data/train/tiny/manifest.json"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"export": export}))
-    metrics = root / "data/evaluate/tiny/metrics.json"
+    manifest.write_text(json.dumps({"export": export, "run": "tiny-abc"}))
+    metrics = root / "data/evaluate/metrics.json"
     metrics.parent.mkdir(parents=True)
     metric = {"value": 0.1234567, "low": 0.1, "high": 0.2, "n": 74, "method": "bootstrap"}
-    metrics.write_text(json.dumps({"own_gain_x": metric, "protocol": {"split": "train", "steps": 20}}))
-    _lock(root, hashlib.md5(manifest.read_bytes(), usedforsecurity=False).hexdigest())
+    scored = {
+        "protocol": {"run": "tiny-abc", "steps": 20, "seeds": [42]},
+        "box": {"exemplar": {"exemplar_gain_x": metric}},
+    }
+    metrics.write_text(json.dumps({"tiny": scored, "card": {}}))
+    _lock(root)
     return root
 
 
-def _lock(root: Path, md5: str) -> None:
-    stages = {
-        "train@tiny": {"params": {"params.yaml": {"train": {"lr": 0.25}}}},
-        "evaluate@tiny": {"deps": [{"path": "data/train/tiny/manifest.json", "md5": md5}]},
-    }
+def _lock(root: Path) -> None:
+    stages = {"train@tiny": {"params": {"params.yaml": {"train": {"lr": 0.25}}}}}
     (root / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
 
 
@@ -51,7 +52,7 @@ def test_every_tensor_is_the_same_and_the_card_says_how_it_was_made(project: Pat
     card = (out / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "pbe"
     assert "Opens in pbe alone" in card and "lr: 0.25" in card
-    assert "| own_gain_x | 0.1235 | 0.1 to 0.2 | 74 |" in card and "split train, steps 20" in card
+    assert "| box | exemplar | exemplar_gain_x | 0.1235 | 0.1 to 0.2 | 74 |" in card and "steps 20, seeds [42]" in card
     for path in out.rglob("*.safetensors"):
         assert f"`{path.relative_to(out)}` sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in card
     assert not list(tmp_path.glob(".*"))
@@ -67,10 +68,11 @@ def test_a_model_of_the_papers_parts_says_how_diffusers_opens_it(project: Path, 
 
 
 def test_metrics_of_another_training_are_left_out(project: Path, tmp_path: Path) -> None:
-    _lock(project, "0" * 32)
+    metrics = project / "data/evaluate/metrics.json"
+    metrics.write_text(metrics.read_text().replace("tiny-abc", "tiny-earlier"))
     export_model(project, "tiny", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert "have not been scored" in card and "own_gain_x" not in card and "lr: 0.25" in card
+    assert "have not been scored" in card and "exemplar_gain_x" not in card and "lr: 0.25" in card
 
 
 def test_settings_of_another_model_are_left_out(project: Path, tmp_path: Path) -> None:

@@ -1,110 +1,252 @@
-"""All metrics of one set of edits: bench rows and edited images in, named estimates out.
+"""All numbers of one method on one bench, from features and pixel counts alone: no picture is opened here.
 
+Holes and references are scored apart; a scope is one of each, such as (box, exemplar), which is what the paper scores.
 Names are honest: a metric that is not computed with the paper's extractor carries the extractor's name.
-`own_*` and `swap_*` are two different things (they are reported apart, `exemplar_gain` is their mean):
-own rises when a foreign reference makes the fill worse, swap only when the fill moves towards the foreign reference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pbe.evaluate import similarity
-from pbe.evaluate.features import extract
-from pbe.evaluate.frechet import frechet_distance
-from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife
-from pbe.evaluate.items import EditedItem
-from pbe.evaluate.quality import quality_ranks
-from pbe.model.backbone import EfficientNetLite
+from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
+from pbe.evaluate.look import Counts, Looks
+from pbe.evaluate.similarity import Gains, colour_gain, cosine, exemplar_gain
 
-PSNR_CEILING_DB = 60.0  # a fill that equals the photo has no finite PSNR
+PSNR_CEILING_DB = 60.0  # pictures that are equal have no finite PSNR
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What one judge saw of one method in one scope: features (N, d), a row an item, one array per seed.
+
+    edits: whole pictures. regions: the hole's box. reference: what was given, at the hole's resolution.
+    """
+
+    edits: Sequence[np.ndarray]
+    regions: Sequence[np.ndarray]
+    reference: np.ndarray
+
+
+@dataclass(frozen=True)
+class JudgeScale:
+    """What one judge measures edits by: made once from untouched photos, for all methods.
+
+    frechet, kid: (N, d) features to a number. quality: (N, d) to (N,).
+    """
+
+    name: str
+    frechet: Callable[[np.ndarray], float]
+    kid: Callable[[np.ndarray], float]
+    quality: Callable[[np.ndarray], np.ndarray]
+    has_mixture: bool  # quality is the paper's qs, not a rank
+    upstream_region: bool  # regions lack their last row and column, as upstream's CLIP score
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Counted on the pixels of one method's edits in one scope: (S, N), colours (S, N, 3), over S seeds.
+
+    reference_colour: (N, 3) of what was given.
+    """
+
+    hole_psnr_db: np.ndarray
+    background_psnr_db: np.ndarray
+    copy_paste: np.ndarray
+    colour: np.ndarray
+    reference_colour: np.ndarray
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    quality_components: int
-    quality_pca_dims: int
     resamples: int
-    batch_rows: int
+    subsets: int
     seed: int
 
 
-def score(
-    items: Sequence[EditedItem], reals: Sequence[np.ndarray], *, judges: Sequence[EfficientNetLite], cfg: ScoreConfig
-) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
-    """Estimates by metric name, and the per-item values behind those that are means. reals: untouched crops."""
-    per_item: dict[str, np.ndarray] = {
-        "hole_psnr_db": np.minimum(
-            [similarity.hole_psnr(i.own_edit, i.source, i.hole_mask) for i in items], PSNR_CEILING_DB
+@dataclass(frozen=True)
+class Score:
+    """One number. per_item: (N,), mean over seeds, where the number is a mean: for paired tests. judge: "" for
+    pixels.
+    """
+
+    metric: str
+    judge: str
+    estimate: Estimate
+    per_item: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method's edits: which there are, and what was seen of them.
+
+    edits: keys of EDITS. looks and bench_looks: by judge. photos: image id of each bench id.
+    """
+
+    edits: Sequence[Mapping[str, Any]]
+    looks: Mapping[str, Looks]
+    bench_looks: Mapping[str, Looks]
+    counts: Counts
+    photos: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ScopeScores:
+    """The numbers of one scope, and the items behind them, in the bench's order."""
+
+    hole_kind: str
+    reference_kind: str
+    bench_ids: tuple[str, ...]
+    first_seed_keys: tuple[str, ...]  # of EDITS, of the first seed
+    scores: tuple[Score, ...]
+
+
+def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: ScoreConfig) -> list[ScopeScores]:
+    """All scopes that are scored: foreign references serve the others' gains alone.
+
+    Raises ValueError, naming the scope, where there are too few items or features that cannot be compared.
+    """
+    by_scope: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in method.edits:
+        by_scope.setdefault((row["hole_kind"], row["reference_kind"]), []).append(row)
+    out = []
+    for (hole_kind, reference_kind), rows in by_scope.items():
+        if reference_kind == "foreign":
+            continue
+        bench_ids = tuple(dict.fromkeys(row["bench_id"] for row in rows))
+        try:
+            scope = _Scope(method, hole_kind, bench_ids, tuple(sorted({row["seed"] for row in rows})))
+            scores = _score_scope(scope, reference_kind, (hole_kind, "foreign") in by_scope, scales, cfg)
+        except ValueError as error:
+            where = f"{hole_kind} holes, {reference_kind} references, {len(bench_ids)} items"
+            raise ValueError(f"{where}: {error}") from None
+        out.append(ScopeScores(hole_kind, reference_kind, bench_ids, tuple(scope.keys(reference_kind)[0]), scores))
+    return out
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """The items of one hole kind, and the way to what was seen of them."""
+
+    method: Method
+    hole_kind: str
+    bench_ids: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def keys(self, reference_kind: str) -> list[list[str]]:
+        """Of EDITS, by seed."""
+        return [[f"{name}|{self.hole_kind}|{reference_kind}|{seed}" for name in self.bench_ids] for seed in self.seeds]
+
+    def seen(self, judge: str, reference_kind: str) -> Edited:
+        looks, keys = self.method.looks[judge], self.keys(reference_kind)
+        reference = self.method.bench_looks[judge].of(self.bench_ids, f"{self.hole_kind}/{reference_kind}")
+        return Edited([looks.of(of, "whole") for of in keys], [looks.of(of, "region") for of in keys], reference)
+
+    def pixels(self, reference_kind: str) -> Pixels:
+        keys = self.keys(reference_kind)
+
+        def of(*columns: str) -> np.ndarray:
+            return np.stack([self.method.counts.of(of_seed, *columns) for of_seed in keys])
+
+        return Pixels(
+            hole_psnr_db=of("hole_psnr_db"),
+            background_psnr_db=of("background_psnr_db"),
+            copy_paste=of("copy_paste"),
+            colour=of("colour_r", "colour_g", "colour_b"),
+            reference_colour=of("reference_r", "reference_g", "reference_b")[0],
         )
+
+
+def _score_scope(
+    scope: _Scope, reference_kind: str, has_foreign: bool, scales: Mapping[str, JudgeScale], cfg: ScoreConfig
+) -> tuple[Score, ...]:
+    photos = [scope.method.photos[name] for name in scope.bench_ids]
+    foreign = scope.pixels("foreign") if has_foreign else None
+    found = score_pixels(scope.pixels(reference_kind), foreign, photos=photos, cfg=cfg)
+    for judge, scale in scales.items():
+        other = scope.seen(judge, "foreign") if has_foreign else None
+        found += score_features(scope.seen(judge, reference_kind), other, scale, photos=photos, cfg=cfg)
+    return tuple(found)
+
+
+def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str], cfg: ScoreConfig) -> list[Score]:
+    """photos: image id of each item; items of one photo err together. foreign: of the same holes, for the gain."""
+    columns = {
+        "hole_psnr_db": np.minimum(given.hole_psnr_db, PSNR_CEILING_DB).mean(0),
+        "background_psnr_db": np.minimum(given.background_psnr_db, PSNR_CEILING_DB).mean(0),
+        "copy_paste": given.copy_paste.mean(0),
     }
-    colours = similarity.colour_gain(*_colours(items))
-    per_item |= _gain_columns("colour_gain", colours, "own_colour_gain", "swap_colour_gain")
-    for judge in judges:
-        per_item |= _fill_columns(items, judge, cfg)
-    columns, frechet = _photo_columns(items, reals, judges[0], cfg)
-    per_item |= columns
-    estimates = {f"frechet_{judges[0].name}": frechet}
-    groups = [item.image_id for item in items]
-    for name, values in per_item.items():
-        estimates[name] = bootstrap_mean(values, groups=groups, resamples=cfg.resamples, seed=cfg.seed)
-    return estimates, per_item
+    if foreign is not None:
+        gains = [
+            colour_gain(own, other, given.reference_colour, foreign.reference_colour)
+            for own, other in zip(given.colour, foreign.colour, strict=True)
+        ]
+        columns["colour_gain"] = _over_seeds(gains).both
+    return [_mean(name, "", values, photos, cfg) for name, values in columns.items()]
 
 
-def _fill_columns(items: Sequence[EditedItem], judge: EfficientNetLite, cfg: ScoreConfig) -> dict[str, np.ndarray]:
-    """Does the fill look like the reference? Hole regions against references brought to the hole's resolution."""
+def score_features(
+    given: Edited, foreign: Edited | None, scale: JudgeScale, *, photos: Sequence[str], cfg: ScoreConfig
+) -> list[Score]:
+    """As score_pixels, by one judge."""
+    names, judge = metric_names(scale), scale.name
+    out = [
+        Score(names["frechet"], judge, _of_sets(scale.frechet, given.edits, photos, cfg), None),
+        Score(names["kid"], judge, _of_sets(scale.kid, given.edits, photos, cfg), None),
+    ]
+    qualities = [scale.quality(edits) for edits in given.edits]
+    quality = _of_sets(lambda values: float(values.mean()), qualities, photos, cfg)
+    out.append(Score(names["quality"], judge, quality, np.mean(qualities, 0)))
+    percent = 100.0 if judge == "clip" else 1.0
+    similarity = np.mean([cosine(regions, given.reference) for regions in given.regions], 0)
+    out.append(_mean(names["similarity"], judge, percent * similarity, photos, cfg))
+    if foreign is not None:
+        gains = _over_seeds(
+            [
+                exemplar_gain(own, other, given.reference, foreign.reference)
+                for own, other in zip(given.regions, foreign.regions, strict=True)
+            ]
+        )
+        for name, values in (("", gains.both), ("_given", gains.own), ("_swap", gains.swap)):
+            out.append(_mean(f"exemplar_gain{name}_{judge}", judge, values, photos, cfg))
+    return out
 
-    def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
-        return extract(judge, list(pictures), batch_rows=cfg.batch_rows)
 
-    own_fill = features([similarity.hole_region(i.own_edit, i.hole_mask) for i in items])
-    foreign_fill = features([similarity.hole_region(i.foreign_edit, i.hole_mask) for i in items])
-    own_reference = features([_at_hole_resolution(i.own_reference, i.hole_mask) for i in items])
-    foreign_reference = features([_at_hole_resolution(i.foreign_reference, i.hole_mask) for i in items])
-    gain = similarity.exemplar_gain(own_fill, foreign_fill, own_reference, foreign_reference)
+def metric_names(scale: JudgeScale) -> dict[str, str]:
+    """What a judge's numbers are called. Only the paper's extractors give the paper's names."""
+    name = scale.name
     return {
-        f"similarity_{judge.name}": similarity.cosine(own_fill, own_reference),
-        **_gain_columns(f"exemplar_gain_{judge.name}", gain, f"own_gain_{judge.name}", f"swap_gain_{judge.name}"),
+        "frechet": {"inception": "fid", "clip": "clip_fid"}.get(name, f"frechet_{name}"),
+        "kid": "kid" if name == "inception" else f"kid_{name}",
+        "quality": "qs" if scale.has_mixture else f"qs_rank_{name}",
+        "similarity": f"similarity_{name}"
+        if name != "clip"
+        else f"clip_score{'' if scale.upstream_region else '_whole'}",
     }
 
 
-def _photo_columns(
-    items: Sequence[EditedItem], reals: Sequence[np.ndarray], judge: EfficientNetLite, cfg: ScoreConfig
-) -> tuple[dict[str, np.ndarray], Estimate]:
-    """Do whole edits look like photos? Only by the first judge, which does not condition the model."""
-
-    def features(pictures: Sequence[np.ndarray]) -> np.ndarray:
-        return extract(judge, list(pictures), batch_rows=cfg.batch_rows)
-
-    edit, photo, real = features([i.own_edit for i in items]), features([i.source for i in items]), features(reals)
-    ranks = quality_ranks(
-        edit,
-        fit_features=real,
-        real_features=photo,
-        components=cfg.quality_components,
-        pca_dims=cfg.quality_pca_dims,
-        seed=cfg.seed,
-    )
-    frechet = jackknife(
-        lambda rows: frechet_distance(edit[rows], real), len(items), resamples=min(200, cfg.resamples), seed=cfg.seed
-    )
-    return {f"qs_rank_{judge.name}": ranks}, frechet
+def _mean(metric: str, judge: str, values: np.ndarray, photos: Sequence[str], cfg: ScoreConfig) -> Score:
+    estimate = bootstrap_mean(values, groups=photos, resamples=cfg.resamples, seed=cfg.seed)
+    return Score(metric, judge, estimate, values)
 
 
-def _gain_columns(both: str, gains: similarity.Gains, own: str, swap: str) -> Mapping[str, np.ndarray]:
-    return {own: gains.own, swap: gains.swap, both: gains.both}
+def _of_sets(
+    statistic: Callable[[np.ndarray], float], sets: Sequence[np.ndarray], photos: Sequence[str], cfg: ScoreConfig
+) -> Estimate:
+    """A number of a whole set of features, such as a Frechet distance: by seed, then over seeds."""
+
+    def of_one(features: np.ndarray) -> Estimate:
+        return jackknife(
+            lambda rows: statistic(features[rows]),
+            len(features),
+            groups=photos,
+            resamples=cfg.subsets,
+            seed=cfg.seed,
+        )
+
+    return over_seeds([of_one(features) for features in sets])
 
 
-def _colours(items: Sequence[EditedItem]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        np.stack([similarity.mean_colour(i.own_edit, i.hole_mask) for i in items]),
-        np.stack([similarity.mean_colour(i.foreign_edit, i.hole_mask) for i in items]),
-        np.stack([similarity.mean_colour(i.own_reference, None) for i in items]),
-        np.stack([similarity.mean_colour(i.foreign_reference, None) for i in items]),
-    )
-
-
-def _at_hole_resolution(reference: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
-    height_px, width_px = similarity.hole_region(hole_mask[..., None], hole_mask).shape[:2]
-    return similarity.match_resolution(reference, height_px, width_px)
+def _over_seeds(gains: Sequence[Gains]) -> Gains:
+    return Gains(*(np.mean([getattr(gain, part) for gain in gains], 0) for part in ("own", "swap", "both")))

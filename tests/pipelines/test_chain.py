@@ -29,8 +29,12 @@ def repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def metrics(project: Project, variant: str) -> dict:
-    return json.loads((project.folder / "data" / "evaluate" / variant / "metrics.json").read_text())
+VARIANTS, BASELINES = ("full", "bottleneck", "untrained"), ("copy_paste", "poisson")
+GAIN = "exemplar_gain_efficientnet_lite2"
+
+
+def metrics(project: Project) -> dict:
+    return json.loads((project.folder / "data" / "evaluate" / "metrics.json").read_text())
 
 
 @pytest.mark.timeout(700)
@@ -43,13 +47,17 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
     counts = json.loads((repro.folder / "data" / "filter" / "counts.json").read_text())
     assert counts["boxes_in"] == 44
     assert counts["boxes_kept"] + counts["boxes_rejected"] == 44
-    for variant in ("full", "no_context_dropout"):
+    for variant in VARIANTS:
         assert (repro.folder / "models" / variant / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-        own = metrics(repro, variant)["own_gain_efficientnet_lite2"]
-        assert own["low"] <= own["value"] <= own["high"]
-        assert own["n"] == 12
+    found = metrics(repro)
+    assert set(found) == {*VARIANTS, *BASELINES, "card"}
+    for method in (*VARIANTS, *BASELINES):
+        for hole in ("box", "bezier"):
+            assert set(found[method][hole]) == {"exemplar", "own"}
+            gain = found[method][hole]["exemplar"][GAIN]
+            assert gain["low"] <= gain["value"] <= gain["high"] and (gain["n"], gain["judge"]) == (12, GAIN[14:])
     html = (repro.folder / "reports" / "index.html").read_text()
-    assert "own gain" in html.lower()
+    assert "exemplar gain" in html.lower() and "classifier-free guidance (full)" in html
     clean, *draws = re.findall(r'<img src="(data:[^"]+)" alt="(?:clean|augmented) reference', html)
     assert len(draws) == 16 and len({clean, *draws}) > 8  # some draws leave it as it is
     assert 'src="http' not in html
@@ -63,12 +71,106 @@ def test_repro_again_does_nothing(repro: Project) -> None:
 
 
 def test_metrics_and_plots_are_shown(repro: Project) -> None:
-    assert "own_gain_efficientnet_lite2" in repro.run("dvc", "metrics", "show").stdout
+    assert GAIN in repro.run("dvc", "metrics", "show").stdout
     repro.run("dvc", "plots", "show", "--out", "plots-out")
     assert (repro.folder / "plots-out" / "index.html").is_file()
 
 
-def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(repro: Project) -> None:
+def test_what_is_known_of_the_methods_shows_in_their_numbers(repro: Project) -> None:
+    """Pasting follows the reference and copies it, twelve steps of training do not."""
+    found = {name: scopes["box"]["exemplar"] for name, scopes in metrics(repro).items() if name != "card"}
+    value = {name: {metric: number["value"] for metric, number in numbers.items()} for name, numbers in found.items()}
+    for trained in VARIANTS:
+        assert value["copy_paste"][GAIN] > value[trained][GAIN] + 0.2
+        assert value["copy_paste"]["copy_paste"] > 0.8 > 0.3 > value[trained]["copy_paste"]
+        assert value["poisson"]["copy_paste"] > value[trained]["copy_paste"]
+    assert all(numbers["background_psnr_db"] == 60 for numbers in value.values())
+    assert value["copy_paste"]["similarity_efficientnet_lite2"] > value["poisson"]["similarity_efficientnet_lite2"]
+    assert value["full"] != value["bottleneck"] != value["untrained"]
+
+
+def test_every_number_has_its_card(repro: Project) -> None:
+    found = metrics(repro)
+    card, protocol = found["card"], found["full"]["protocol"]
+    bench = json.loads((repro.folder / "data/bench/manifest.json").read_text())
+    assert card["bench"]["sha256"] == bench["units"][0]["files"][0]["sha256"] and card["bench"]["items"] == 12
+    assert card["data_digest"] == json.loads((repro.folder / "data/ingest/manifest.json").read_text())["digest"]
+    assert set(card["extractors"]) == {"efficientnet_lite2", "efficientnet_lite0"}
+    assert all(set(judge) == {"digest", "resize_rule", "reference_digest"} for judge in card["extractors"].values())
+    assert (protocol["guidance_scale"], protocol["steps"], protocol["seeds"]) == (3.0, 3, [42])
+    assert found["bottleneck"]["protocol"]["guidance_scale"] == 1.0
+    assert protocol["run"] == json.loads((repro.folder / "data/train/full/manifest.json").read_text())["run"]
+    assert len(card["git_commit"]) >= 40
+
+
+def test_pairs_are_tested_against_full_and_full_against_itself_is_nothing(repro: Project) -> None:
+    paired = json.loads((repro.folder / "data/evaluate/paired.json").read_text())
+    assert paired["against"] == "full" and set(paired["methods"]) == {*VARIANTS, *BASELINES}
+    itself = paired["methods"]["full"]["box"]["exemplar"]
+    assert itself["frechet_efficientnet_lite2"]["p_value"] == 1
+    for found in itself.values():
+        assert (found["difference"]["value"], found["p_value"]) == (0, 1)
+    pasted = paired["methods"]["copy_paste"]["box"]["exemplar"][GAIN]
+    value = {name: metrics(repro)[name]["box"]["exemplar"][GAIN]["value"] for name in ("copy_paste", "full")}
+    assert pasted["difference"]["value"] == pytest.approx(value["copy_paste"] - value["full"])
+    assert pasted["difference"]["low"] > 0 and pasted["p_value"] < 0.05
+
+
+def test_another_metric_setting_costs_no_second_look_and_no_second_edit(repro: Project) -> None:
+    before = {stage: repro.part_times(stage) for stage in ("bench", "edit", "look")}
+    repro.edit_params("quality_components: 2", "quality_components: 3")
+    try:
+        repro.run("dvc", "repro", "evaluate")
+        assert before == {stage: repro.part_times(stage) for stage in before}
+    finally:
+        repro.edit_params("quality_components: 3", "quality_components: 2")
+    repro.run("dvc", "repro", "evaluate")
+
+
+def test_edits_go_on_where_a_kill_left_them(repro: Project) -> None:
+    """A part of the edits is gone: that one alone is made again, the same bytes."""
+    part = sorted((repro.folder / ".store/parts/edit").glob("e0001-*"))[0]
+    edits = (part / "edits.parquet").read_bytes()
+    before = repro.part_times("edit")
+    shutil.rmtree(part)
+    for variant in VARIANTS:
+        repro.run("pipelines", "edit", "--variant", variant)
+    assert (part / "edits.parquet").read_bytes() == edits
+    after = repro.part_times("edit")
+    assert {name for name in after if after[name] != before[name]} == {
+        f"{part.name}/{name}" for name in ("edits.parquet", "record.json")
+    }
+
+
+def test_results_of_others_are_a_row_of_the_table(repro: Project) -> None:
+    """Pictures named by bench id, here those of copy_paste: the same numbers, and clear words for what is missing."""
+    theirs = repro.folder / "results of theirs"
+    theirs.mkdir()
+    manifest = json.loads((repro.folder / "data/edit/copy_paste/manifest.json").read_text())
+    rows = pq.read_table(repro.folder / ".store" / manifest["units"][0]["files"][0]["path"]).to_pylist()
+    for row in rows:
+        if (row["hole_kind"], row["reference_kind"]) == ("box", "exemplar"):
+            (theirs / f"{row['bench_id']}.png").write_bytes(row["edit"])
+    last = "  poisson: {kind: poisson}\n"
+    repro.edit_params(last, last + "  theirs: {kind: folder, folder: results of theirs}\n")
+    try:
+        repro.run("pipelines", "baseline", "--baseline", "theirs")
+        repro.run("pipelines", "evaluate")
+        found = metrics(repro)
+        ours, again = found["copy_paste"]["box"]["exemplar"], found["theirs"]["box"]["exemplar"]
+        assert set(found["theirs"]) == {"protocol", "box"}
+        for metric in ("frechet_efficientnet_lite2", "qs_rank_efficientnet_lite0", "copy_paste"):
+            assert again[metric]["value"] == pytest.approx(ours[metric]["value"], rel=1e-6)
+        next(theirs.iterdir()).unlink()
+        result = repro.run("pipelines", "baseline", "--baseline", "theirs", check=False)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("pbe: error: ")]
+        assert result.returncode == 1 and len(errors) == 1 and "1 (" in errors[0] and "allow_missing" in errors[0]
+    finally:
+        repro.edit_params("  theirs: {kind: folder, folder: results of theirs}\n", "")
+    repro.run("pipelines", "evaluate")
+
+
+def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(repro: Project) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{repro.folder / 'mlflow.db'}")
@@ -76,12 +178,13 @@ def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert {run.data.tags["variant"] for run in parents} == {"full", "no_context_dropout"}
-    for run in parents:
+    names = [run.data.tags["variant"] for run in parents]
+    assert set(names) >= {*VARIANTS, *BASELINES} and all(names.count(variant) == 1 for variant in VARIANTS)
+    for run in (run for run in parents if run.data.tags["variant"] in ("full", "bottleneck")):
         assert run.data.params["train.steps"] == "12"
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["dataset_digest"]
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 2
-        assert "eval/own_gain_efficientnet_lite2" in run.data.metrics
+        assert f"eval/box/exemplar/{GAIN}" in run.data.metrics
         assert any(name.startswith("system/") for name in run.data.metrics)
         assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png", "images"]
         grids = [image.path for image in client.list_artifacts(run.info.run_id, "images")]
@@ -94,7 +197,8 @@ def test_mlflow_has_both_variants_with_curves_images_dataset_and_system_metrics(
         assert version.run_id == run.info.run_id
         assert Path(version.source, "unet", "diffusion_pytorch_model.safetensors").is_file()
         children = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == run.info.run_id]
-        assert len(children) == 1
+        assert children and all(f"box/exemplar/{GAIN}.low" in child.data.metrics for child in children)
+        assert children[0].data.params["card.bench.items"] == "12"
 
 
 def test_param_switched_and_switched_back_recomputes_nothing(repro: Project) -> None:

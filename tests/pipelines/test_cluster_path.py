@@ -41,8 +41,10 @@ TINY = """
     materialize: {slots: 4}
     encode: {codec: {kind: patch, patch_px: 4, channels: 16, fit_crops: 20}, actors: 1}
     train: {steps: 4, batch: 4, micro_batch: 2, workers: 1, checkpoint_every: 2, log_every: 1}
-    evaluate: {crops_per_box: 1, max_items: 12, steps: 2, judges: [efficientnet_lite0], quality_components: 1,
-               quality_pca_dims: 2, resamples: 100, batch_rows: 12, items_per_unit: 12, actors: 1}
+    bench: {crops_per_box: 1, max_items: 12}
+    edit: {steps: 2, holes: [box], references: [exemplar], batch_rows: 12, items_per_unit: 12, actors: 1}
+    evaluate: {judges: [{kind: efficientnet_lite0}], quality_components: 1, quality_pca_dims: 2, resamples: 100,
+               subsets: 20, batch_rows: 12, actors: 1}
 """
 
 
@@ -204,6 +206,7 @@ def copy_project(root: Path) -> Path:
     for stage, changes in yaml.safe_load(textwrap.dedent(TINY)).items():
         params[stage] |= changes
     params["train"]["unet"] |= {"block_channels": [16, 32], "attention": [False, True]}
+    params |= {"variants": {"full": {}}, "baselines": {"copy_paste": {"kind": "copy_paste"}}}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 
@@ -360,12 +363,15 @@ def test_the_pipeline_on_a_cluster_makes_the_parts_of_a_local_run(
     for stage in ("ingest", "filter", "materialize", "encode"):
         said = laptop.run(stage)
         assert ("submitted job" in said) == (stage != "filter")
-    for stage in ("train", "evaluate"):
-        assert "submitted job" in laptop.run(stage, "--variant", "full")
+    assert "submitted job" in laptop.run("train", "--variant", "full")
+    laptop.run("bench")
+    laptop.run("baseline", "--baseline", "copy_paste")
+    assert "submitted job" in laptop.run("edit", "--variant", "full")
+    assert "submitted job" in laptop.run("evaluate")
     assert list((laptop.root / "models" / "full").rglob("*.safetensors"))
     assert laptop.manifest("train/full")["steps"] == 4
-    metrics = json.loads((laptop.root / "data" / "evaluate" / "full" / "metrics.json").read_text())
-    assert any("frechet" in name for name in metrics)
+    metrics = json.loads((laptop.root / "data" / "evaluate" / "metrics.json").read_text())
+    assert any("frechet" in name for name in metrics["full"]["box"]["exemplar"])
 
     in_one_process = "import sys; from pipelines.__main__ import main; sys.exit(max(map(main, zip(sys.argv[1:]))))"
     subprocess.run(

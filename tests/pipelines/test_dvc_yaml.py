@@ -73,7 +73,7 @@ def _settings_read(stage: str) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "attr", getattr(node.value, "id", "")) == "params"
     }
-    return {"train" if name == "train_variant" else name for name in names}
+    return {name.removesuffix("_variant") for name in names}
 
 
 def test_the_graph_sees_imports_inside_functions() -> None:
@@ -86,6 +86,7 @@ def test_the_stages_are_those_of_the_code_and_each_calls_itself() -> None:
     assert tuple(ENTRIES) == STAGES
     for name, entry in ENTRIES.items():
         variant = " --variant ${key}" if name in VARIANT_STAGES else ""
+        variant += " --baseline ${key}" if name == "baseline" else ""
         assert entry["cmd"] == f"python -m pipelines {name}{variant}"
 
 
@@ -121,6 +122,7 @@ def test_a_stage_depends_on_its_own_settings(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_that_is_read_re_runs_the_stage_itself_or_one_before_it(stage: str) -> None:
     listed = {str(key) for name in {stage} | _upstream(stage) for key in ENTRIES[name].get("params", [])}
+    listed |= {key.partition(".")[0] for key in listed if key.endswith(".${key}")}
     read = _settings_read(stage)
     assert read, "every stage reads settings"
     assert sorted(name for name in read if name not in listed) == []
@@ -134,7 +136,7 @@ def test_listed_settings_exist() -> None:
         for key in entry.get("params", []):
             node: Any = params
             for part in str(key).split("."):
-                node = {"${key}": None} if part == "variants" else node[part]
+                node = {"${key}": None} if part in ("variants", "baselines") else node[part]
 
 
 def test_inputs_are_outputs_of_stages_before() -> None:
@@ -145,6 +147,8 @@ def test_inputs_are_outputs_of_stages_before() -> None:
                 assert any(out == dep or out.startswith(f"{dep}/") for out in made), f"{name}: nobody makes {dep}"
         for out in [*entry["outs"], *entry.get("metrics", []), *entry.get("plots", [])]:
             path = out if isinstance(out, str) else next(iter(out))
+            if name == "baseline":  # lies beside the variants' edits, under another name
+                path = path.replace("${key}", "${baseline}")
             assert path not in made
             made.add(path)
 

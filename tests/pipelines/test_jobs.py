@@ -101,13 +101,25 @@ def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
 
 
 def test_a_variant_gets_the_manifests_of_its_own_training(project: Path, tmp_path: Path) -> None:
-    inputs = jobs.pack(open_fake(project, "evaluate", "base"), tmp_path / "package")
+    inputs = jobs.pack(open_fake(project, "edit", "base"), tmp_path / "package")
     assert "data/train/base/manifest.json" in inputs
     assert "data/train/other/manifest.json" not in inputs
 
 
+def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path, tmp_path: Path) -> None:
+    for name in ("base", "other", "pasted", "left over"):
+        folder = project / "data" / "edit" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    params = Params.model_construct(variants={"base": None, "other": None}, baselines={"pasted": None})
+    inputs = jobs.pack(open_fake(project, "evaluate", params=params), tmp_path / "package")
+    edits = {name for name in inputs if name.startswith("data/edit/")}
+    assert edits == {f"data/edit/{name}/manifest.json" for name in ("base", "other", "pasted")}
+    assert {"data/train/base/manifest.json", "data/train/other/manifest.json"} <= set(inputs)
+
+
 def test_the_package_holds_all_code_that_names_parts(tmp_path: Path) -> None:
-    jobs.pack(open_fake(REPOSITORY, "evaluate", "base"), tmp_path)
+    jobs.pack(open_fake(REPOSITORY, "edit", "base"), tmp_path)
     for name in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]:
         here, there = (code_digest(code_paths(root, name), root) for root in (REPOSITORY, tmp_path))
         assert here == there, name

@@ -5,13 +5,27 @@ PNDM. Its numbers mean nothing; that it runs, and that every part is what it say
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pbe.data import images
+from pbe.data.masks import unpack_mask
+from pbe.evaluate.extractors import load_clip_extractor
+from pbe.evaluate.mixture import load_mixture
 from pbe.model.weights import Model, load_model
 from tests.pipelines.project import Project, make_project
-from tests.tiny_weights import tiny_unet, tiny_vae, write_clip, write_stable_diffusion
+from tests.tiny_weights import (
+    tiny_unet,
+    tiny_vae,
+    write_clip,
+    write_clip_judge,
+    write_mixture,
+    write_stable_diffusion,
+)
 
 pytest.importorskip("skimage", reason="needs the sample extra")
 
@@ -24,8 +38,11 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Project:
     weights = tmp_path_factory.mktemp("weights")
     write_stable_diffusion(weights / "sd")
     write_clip(weights / "clip")
+    write_mixture(weights / "mixture.npz", write_clip_judge(weights / "clip-judge"))
     project = make_project(tmp_path_factory.mktemp("chain") / "paper path", "paper-tiny", str(weights))
     project.run("dvc", "repro")
+    (weights / "mixture.npz").rename(project.folder / "mixture.npz")
+    shutil.copytree(weights / "clip-judge", project.folder / "clip-judge")
     shutil.rmtree(weights)  # the storage keeps what was read
     return project
 
@@ -52,6 +69,56 @@ def test_every_part_is_the_papers(paper: Project) -> None:
     assert model.network.unet.config.in_channels == 9 and not model.network.unet.config.class_embed_type
     vae = tiny_vae().state_dict()
     assert all((value == vae[name]).all() for name, value in model.codec.vae.state_dict().items())
+
+
+def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
+    """clip_fid, qs and clip_score of the stored edits, computed here again from pixels, in the paper's words."""
+    found = json.loads((paper.folder / "data/evaluate/metrics.json").read_text())
+    numbers, protocol = found["full"]["box"]["exemplar"], found["full"]["protocol"]
+    assert {"clip_fid", "qs", "clip_score", "copy_paste", "background_psnr_db"} <= set(numbers)
+    assert (protocol["protocol"], protocol["guidance_scale"]) == ("upstream", 5.0)
+    assert numbers["background_psnr_db"]["value"] < 60  # nothing is pasted back
+    clip, mixture = load_clip_extractor(paper.folder / "clip-judge"), load_mixture(paper.folder / "mixture.npz")
+
+    def rows(manifest: str, dataset: str) -> list[dict[str, Any]]:
+        units = json.loads((paper.folder / manifest).read_text())["units"]
+        files = [file for unit in units for file in unit["files"] if file["dataset"] == dataset]
+        return [row for f in files for row in pq.read_table(paper.folder / ".store" / f["path"]).to_pylist()]
+
+    bench = {row["bench_id"]: row for row in rows("data/bench/manifest.json", "bench")}
+    edits = [row for row in rows("data/edit/full/manifest.json", "edits") if row["reference_kind"] == "exemplar"]
+    pictures = [images.decode(row["edit"]) for row in edits]
+    features = clip(pictures, batch_rows=4)
+    reals = clip([images.decode(row["picture"]) for row in rows("data/bench/manifest.json", "real")], batch_rows=4)
+    cov_a, cov_b = np.cov(features, rowvar=False), np.cov(reals, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    fid = np.sum((features.mean(0) - reals.mean(0)) ** 2) + np.trace(cov_a + cov_b) - 2 * overlap
+    assert numbers["clip_fid"]["value"] == pytest.approx(fid, rel=1e-5)
+    likelihoods = np.log(
+        np.sum(
+            [
+                weight
+                * np.prod(np.diag(r))
+                * np.exp(-0.5 * np.sum(((features - mean) @ r) ** 2, 1))
+                / (2 * np.pi) ** (features.shape[1] / 2)
+                for weight, mean, r in zip(mixture.weights, mixture.means, mixture.precisions_cholesky, strict=True)
+            ],
+            axis=0,
+        )
+    )
+    qs = 100 * np.mean(np.clip(likelihoods / 300, 0, 1))
+    assert qs > 1 and numbers["qs"]["value"] == pytest.approx(qs, rel=1e-5)
+    cosines = []
+    for row, picture in zip(edits, pictures, strict=True):
+        item = bench[row["bench_id"]]
+        ys, xs = np.nonzero(unpack_mask(item["box_hole_mask"], width_px=picture.shape[1], height_px=picture.shape[0]))
+        region = picture[ys[0] : ys[-1], xs[0] : xs[-1]]  # without the last row and column
+        a = clip([region], way="region", batch_rows=1)[0]
+        b = clip([images.decode(item["exemplar"])], way="reference", batch_rows=1)[0]
+        cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert numbers["clip_score"]["value"] == pytest.approx(100 * np.mean(cosines), rel=1e-5)
 
 
 def test_training_started_from_stable_diffusion_or_from_nothing(paper: Project) -> None:

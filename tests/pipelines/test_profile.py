@@ -60,8 +60,8 @@ UPSTREAM = [
     ("train.bezier_prob", 0.5, "configs/v1.yaml"),
     ("train.condition_dropout_prob", 0.2, "configs/v1.yaml"),
     ("train.context_dropout_prob", 0.0, "has none"),
-    ("evaluate.guidance_scale", 5.0, "README.md"),
-    ("evaluate.steps", 50, "scripts/inference_test_bench.py"),
+    ("edit.guidance_scale", 5.0, "README.md"),
+    ("edit.steps", 50, "scripts/inference_test_bench.py"),
 ]
 
 
@@ -104,6 +104,7 @@ def test_one_node_trains_as_64_gpus_do_but_for_how_it_is_run() -> None:
         "train.micro_batch",
         "train.zero_stage",
         "train.precision",
+        "edit.actors",
         "evaluate.actors",
     }
     assert big.keys() == small.keys() and big["seed"] == small["seed"]
@@ -116,7 +117,7 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
     profile.main("coco", photos.name)
     params = load_params(checkout / "params.yaml")
     assert (params.ingest.images, params.ingest.boxes) == (f"{photos}/images", str(photos))
-    assert params.evaluate.split == "validation"
+    assert params.bench.split == "validation"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def topics(found: Params, train_photos: int = 8) -> dict[str, deviations.Deviati
         ("noise schedule", "train.beta_schedule", "scaled_linear"),
         ("class embedding", "train.unet.class_embedding", False),
         ("picture size", "materialize.image_px", 512),
-        ("guidance scale", "evaluate.guidance_scale", 5.0),
+        ("guidance scale", "edit.guidance_scale", 5.0),
         ("points of a Bezier hole", "materialize.bezier_points_per_side", 20),
     ],
 )
@@ -90,11 +90,12 @@ def test_a_setting_of_the_paper_is_not_a_deviation(topic: str, key: str, other: 
 
 
 def test_a_deviation_of_one_variant_names_it() -> None:
-    found = topics(params())["context dropout"]
+    other = {"train": {"context_dropout_prob": 0.0}}
+    found = topics(params(("variants", {"full": {}, "none": other})))["context dropout"]
     assert (found.variants, found.here) == ("full", "10% of rows see none of the photo")
-    both = topics(params(("variants", {"a": {}, "b": {"lr": 1e-4}})))
+    both = topics(params(("variants", {"a": {}, "b": {"train": {"lr": 1e-4}}})))
     assert both["context dropout"].variants == ""
-    assert "context dropout" not in topics(params(("variants", {"a": {"context_dropout_prob": 0.0}})))
+    assert "context dropout" not in topics(params(("variants", {"a": {"train": {"context_dropout_prob": 0.0}}})))
 
 
 def test_the_number_of_photos_counts() -> None:
@@ -106,10 +107,14 @@ def test_the_number_of_photos_counts() -> None:
 
 
 def test_a_metric_is_split_into_what_and_by_whom() -> None:
-    assert reading.how_to_read("own_gain_efficientnet_lite0")[:2] == ("Own gain", "efficientnet_lite0")
-    assert reading.how_to_read("own_colour_gain")[:2] == ("Own colour gain", "")
-    for metric in summary.headline_metrics("efficientnet_lite2"):
-        assert reading.how_to_read(metric)[3]
+    assert reading.how_to_read("exemplar_gain_efficientnet_lite0")[:2] == ("Exemplar gain", "efficientnet_lite0")
+    assert reading.how_to_read("exemplar_gain_swap_clip")[:2] == ("Exemplar gain, swapped", "clip")
+    assert reading.how_to_read("colour_gain")[:2] == ("Colour gain", "")
+    assert reading.how_to_read("clip_fid")[:2] == reading.how_to_read("fid")[:2] == ("Frechet distance", "")
+    assert reading.how_to_read("frechet_efficientnet_lite2")[:2] == ("Frechet distance", "efficientnet_lite2")
+    for judge in ("efficientnet_lite2", "clip", "inception"):
+        for metric in summary.headline_metrics(judge):
+            assert reading.how_to_read(metric)[3]
     with pytest.raises(KeyError, match="no sentence"):
         reading.how_to_read("new_metric")
 
@@ -128,16 +133,35 @@ def test_bars_share_one_line_that_holds_zero() -> None:
     assert [bar.value_pct for bar in reading.bars([("flat", estimate(0.0, 0.0, 0.0))])] == [50.0]
 
 
-def test_paired_difference_pairs_by_item() -> None:
-    rng = np.random.default_rng(0)
-    second = [{"bench_id": f"p{i % 4}#{i}", "image_id": f"p{i % 4}", "g": float(rng.normal())} for i in range(12)]
-    first = [{**row, "g": row["g"] + 0.5} for row in reversed(second)]
-    found = report.paired_difference(first, second, "g", resamples=100, seed=1)
-    assert found is not None
-    assert (found.n, found.clusters) == (12, 4)
-    np.testing.assert_allclose([found.value, found.low, found.high], 0.5)
-    assert report.paired_difference(first[1:], second, "g", resamples=100, seed=1) is None
-    assert report.paired_difference(first, second, "h", resamples=100, seed=1) is None
+def _result(name: str, **metrics: float) -> summary.Result:
+    numbers = {metric: estimate(value, value - 1, value + 1) for metric, value in metrics.items()}
+    return summary.Result(name, {}, {("box", "exemplar"): numbers})
+
+
+def test_the_table_has_the_papers_order_and_a_p_value_against_the_first() -> None:
+    names = ["full", "mine", "bottleneck", "baseline", "copy_paste"]
+    results = {name: _result(name, frechet_x=float(at), similarity_x=0.5) for at, name in enumerate(names)}
+    tests = {"box": {"exemplar": {"frechet_x": {"p_value": 0.25}, "similarity_x": {"p_value": 0.0005}}}}
+    paired = {"against": "full", "methods": dict.fromkeys(names, tests)}
+    table = report.result_table(results, paired, "box", "x")
+    assert table["columns"] == ["Frechet", "similarity"]
+    assert [row["name"] for row in table["rows"]] == ["baseline", "bottleneck", "full", "mine", "copy_paste"]
+    assert [row["label"] for row in table["rows"]][:3] == [
+        "baseline",
+        "+ bottleneck",
+        "+ classifier-free guidance (full)",
+    ]
+    baseline, full = table["rows"][0], table["rows"][2]
+    assert baseline["cells"][0] == {"text": "3.00 [2.00, 4.00]", "p": "p 0.250"}
+    assert [cell["p"] for cell in full["cells"]] == ["", ""]
+    assert baseline["cells"][1]["p"] == "p 0.001"
+
+
+def test_methods_that_were_not_compared_have_no_p_value() -> None:
+    results = {"full": _result("full", frechet_x=1.0), "theirs": _result("theirs", frechet_x=2.0)}
+    paired = {"against": "full", "methods": {"full": {}, "theirs": {"not_compared": "other items"}}}
+    rows = report.result_table(results, paired, "box", "x")["rows"]
+    assert [row["cells"][0]["p"] for row in rows] == ["", ""]
 
 
 def test_numbers_of_one_estimate_have_the_same_digits() -> None:
@@ -290,13 +314,14 @@ def test_a_dropped_photo_says_why() -> None:
 
 @pytest.fixture
 def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with metrics of both variants of the tiny profile, in place of the repository."""
-    number = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 12, "clusters": 4, "method": ""}
-    metrics = dict.fromkeys(summary.headline_metrics("efficientnet_lite2"), number) | {"protocol": {}}
-    for name in TINY["variants"]:
-        folder = tmp_path / "data" / "evaluate" / name
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+    """A folder with metrics of all methods of the tiny profile, in place of the repository."""
+    number = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 12, "clusters": 4, "method": "", "judge": ""}
+    scopes = {"box": {"exemplar": dict.fromkeys(summary.headline_metrics("efficientnet_lite2"), number)}}
+    names = [*TINY["variants"], *TINY["baselines"]]
+    folder = tmp_path / "data" / "evaluate"
+    folder.mkdir(parents=True)
+    metrics = {name: {"protocol": {}, **scopes} for name in names} | {"card": {}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr(summary, "repo_root", lambda: tmp_path)
     monkeypatch.setattr(summary, "load_params", params)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/a folder/mlflow.db")
@@ -307,7 +332,7 @@ def test_summary_is_short_and_its_command_survives_spaces(evaluated: Path, capsy
     summary.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 10
-    assert "own gain +0.020 [+0.010, +0.030]" in lines[1]
+    assert "exemplar gain 0.020 [0.010, 0.030]" in lines[1]
     assert f"Report: {evaluated}/reports/index.html" in lines
     command = shlex.split(lines[-1].removeprefix("MLflow: "))
     assert command[1:] == [
@@ -322,6 +347,12 @@ def test_summary_is_short_and_its_command_survives_spaces(evaluated: Path, capsy
 
 
 def test_summary_names_what_is_missing(evaluated: Path) -> None:
-    (evaluated / "data" / "evaluate" / "no_context_dropout" / "metrics.json").unlink()
-    with pytest.raises(StageError, match="run `dvc repro evaluate@no_context_dropout` first"):
+    path = evaluated / "data" / "evaluate" / "metrics.json"
+    path.write_text(
+        json.dumps({name: found for name, found in json.loads(path.read_text()).items() if name != "poisson"})
+    )
+    with pytest.raises(StageError, match=r"metrics\.json: has no poisson; run `dvc repro evaluate` first"):
+        summary.main()
+    path.unlink()
+    with pytest.raises(StageError, match="run `dvc repro evaluate` first"):
         summary.main()

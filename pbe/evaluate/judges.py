@@ -1,0 +1,63 @@
+"""The feature extractors of a run: kept in the storage by their content, opened again by every worker.
+
+An entry names one: its kind, and for weights that params.yaml names the path of their copy below the storage root.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pbe.config import ClipJudge, EfficientNetJudge, InceptionJudge, repo_root
+from pbe.errors import UserError
+from pbe.evaluate.extractors import EfficientNetExtractor, Extractor, load_clip_extractor, load_inception_extractor
+from pbe.model.backbone import load_backbone
+from pbe.model.clip import STEMS
+from pbe.model.frozen import keep_weights, kept_folder
+from pbe.model.hub import weights_folder
+from pbe.store import Store
+
+Entry = Mapping[str, Any]
+
+
+class JudgeError(UserError, ValueError):
+    """A judge's file is not there or not what params.yaml says."""
+
+
+def keep_judge(store: Store, cfg: EfficientNetJudge | ClipJudge | InceptionJudge) -> Entry:
+    """Copy what params.yaml names to the storage once. Raises WeightsError, JudgeError."""
+    if isinstance(cfg, ClipJudge):
+        return {"kind": "clip", "path": keep_weights(store, weights_folder(cfg.weights, parts=[""]), "clip", *STEMS)}
+    if isinstance(cfg, InceptionJudge):
+        return {"kind": "inception", "path": _keep_inception(store, cfg), "sha256": cfg.sha256}
+    return {"kind": cfg.kind}
+
+
+def open_judge(store: Store, entry: Entry) -> Extractor:
+    """Raises BackboneError, StoreError or WeightsError."""
+    if entry["kind"] == "clip":
+        with kept_folder(store, str(entry["path"])) as folder:
+            return load_clip_extractor(folder)
+    if entry["kind"] == "inception":
+        with tempfile.TemporaryDirectory(prefix="pbe-inception-") as local:
+            file = Path(local) / "inception.pt"
+            file.write_bytes(store.read_bytes(str(entry["path"])))
+            return load_inception_extractor(file, sha256=str(entry["sha256"]))
+    return EfficientNetExtractor(load_backbone(entry["kind"]))
+
+
+def _keep_inception(store: Store, cfg: InceptionJudge) -> str:
+    file = repo_root() / Path(cfg.file).expanduser()
+    if not file.is_file():
+        raise JudgeError(
+            f"evaluate.judges: {file}: no such file; it is the TorchScript Inception that FID is computed by"
+        )
+    path = f"parts/weights/inception-{cfg.sha256[:16]}/inception.pt"
+    if not store.exists(f"{path.rpartition('/')[0]}/record.json"):
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != cfg.sha256:
+            raise JudgeError(f"evaluate.judges: {file}: its sha256 is {found}, params.yaml expects {cfg.sha256}")
+        store.copy_file_in(file, path)
+        store.write_bytes(f"{path.rpartition('/')[0]}/record.json", b'{"files": ["inception.pt"]}')
+    return path

@@ -1,0 +1,95 @@
+"""Looking at pictures once: features of judges and counts on pixels, as tables, and the way back to arrays."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pbe.data import images
+from pbe.data.schema import FEATURES, PIXELS
+from pbe.evaluate.copy_paste import copy_paste_score
+from pbe.evaluate.extractors import Extractor, Way
+from pbe.evaluate.similarity import background_psnr, hole_psnr, mean_colour
+from pbe.evaluate.views import View, edit_key, hole_of
+
+Row = Mapping[str, Any]
+
+
+def look(views: Iterable[View], judge: Extractor, *, batch_rows: int) -> pa.Table:
+    """A FEATURES table, a row a view; at most `batch_rows` pictures of each way of looking are held at a time."""
+    rows: list[dict[str, Any]] = []
+    waiting: dict[Way, list[View]] = {}
+
+    def run(way: Way) -> None:
+        batch = waiting.pop(way)
+        vectors = judge([view.picture for view in batch], way=way, batch_rows=batch_rows).astype("<f4")
+        for view, vector in zip(batch, vectors, strict=True):
+            rows.append({"key": view.key, "view": view.view, "vector": vector.tobytes()})
+
+    for view in views:
+        waiting.setdefault(view.way, []).append(view)
+        if len(waiting[view.way]) == batch_rows:
+            run(view.way)
+    for way in tuple(waiting):
+        run(way)
+    return pa.Table.from_pylist(rows, schema=FEATURES)
+
+
+def count_pixels(edits: Sequence[Row], bench: Mapping[str, Row]) -> pa.Table:
+    """A PIXELS table of rows of EDITS. bench: rows of BENCH by their id. PSNR is inf where pictures are equal."""
+    rows = []
+    for row in edits:
+        item = bench[row["bench_id"]]
+        edit, source = images.decode(row["edit"]), images.decode(item["source"])
+        reference = images.decode(item[row["reference_kind"]])
+        hole_mask = hole_of(item, row["hole_kind"], source)
+        rows.append(
+            {
+                **{name: row[name] for name in ("bench_id", "hole_kind", "reference_kind", "seed")},
+                "hole_psnr_db": hole_psnr(edit, source, hole_mask),
+                "background_psnr_db": background_psnr(edit, source, hole_mask),
+                "copy_paste": copy_paste_score(edit, hole_mask, reference),
+                **dict(zip(("colour_r", "colour_g", "colour_b"), mean_colour(edit, hole_mask), strict=True)),
+                **dict(zip(("reference_r", "reference_g", "reference_b"), mean_colour(reference, None), strict=True)),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=PIXELS)
+
+
+class Looks:
+    """FEATURES tables as arrays, by view."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        table = pa.concat_tables(tables)
+        keys, views = table.column("key").to_pylist(), table.column("view").to_pylist()
+        self._at = {pair: index for index, pair in enumerate(zip(keys, views, strict=True))}
+        flat = np.frombuffer(b"".join(table.column("vector").to_pylist()), "<f4")
+        self._vectors = flat.reshape(len(keys), -1)
+
+    def of(self, keys: Sequence[str], view: str) -> np.ndarray:
+        """(N, d) float64 in the order of `keys`. Raises KeyError for one that was not looked at."""
+        return self._vectors[[self._at[key, view] for key in keys]].astype(np.float64)
+
+    def all_of(self, view: str) -> np.ndarray:
+        """(N, d) float64, in the order of the tables."""
+        return self._vectors[[index for (_, name), index in self._at.items() if name == view]].astype(np.float64)
+
+
+class Counts:
+    """PIXELS tables as arrays."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        table = pa.concat_tables(tables)
+        self._at = {edit_key(row): index for index, row in enumerate(table.select(_KEY).to_pylist())}
+        names = [name for name in PIXELS.names if name not in _KEY]
+        self._columns = {name: table.column(name).to_numpy() for name in names}
+
+    def of(self, keys: Sequence[str], *columns: str) -> np.ndarray:
+        """(N,) of one column, (N, C) of several, in the order of `keys`."""
+        index = [self._at[key] for key in keys]
+        values = np.stack([self._columns[column][index] for column in columns], axis=-1)
+        return values[:, 0] if len(columns) == 1 else values
+
+
+_KEY = ["bench_id", "hole_kind", "reference_kind", "seed"]

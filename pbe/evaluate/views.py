@@ -1,0 +1,92 @@
+"""Which pictures a judge looks at: of the bench, of an edit, of real photos. A view's name says which.
+
+    bench   source            the photo before the edit, whole
+            <hole>/<kind>     reference <kind> of a hole
+    edits   whole             the edit, whole
+            region            the box of its hole
+    reals   whole             an untouched photo
+
+Most judges compare a region with a reference of its own resolution: else sharpness outweighs content. CLIP's score, as
+upstream has it, does not.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pbe.data import images
+from pbe.data.masks import unpack_mask
+from pbe.evaluate.extractors import Way
+from pbe.evaluate.similarity import hole_region, match_resolution, upstream_region
+
+Region = Literal["whole", "upstream"]
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture (h, w, 3) uint8. key: bench id, edit key or file name, by what `view` says. way: how it is looked
+    at.
+    """
+
+    key: str
+    view: str
+    way: Way
+    picture: np.ndarray
+
+
+def edit_key(row: Mapping[str, Any]) -> str:
+    """Of a row of EDITS or PIXELS."""
+    return f"{row['bench_id']}|{row['hole_kind']}|{row['reference_kind']}|{row['seed']}"
+
+
+def hole_of(bench_row: Mapping[str, Any], hole_kind: str, picture: np.ndarray) -> np.ndarray:
+    """(S, S) of 0/1, of a row of BENCH whose pictures have the size of `picture`."""
+    height_px, width_px = picture.shape[:2]
+    return unpack_mask(bench_row[f"{hole_kind}_hole_mask"], width_px=width_px, height_px=height_px)
+
+
+def bench_views(
+    rows: Sequence[Mapping[str, Any]], scopes: Sequence[tuple[str, str]], *, matched: bool
+) -> Iterator[View]:
+    """Of rows of BENCH; scopes: pairs of hole kind and reference kind. matched: references at their region's
+    resolution."""
+    for row in rows:
+        source = images.decode(row["source"])
+        yield View(row["bench_id"], "source", "whole", source)
+        for hole_kind, reference_kind in scopes:
+            reference = images.decode(row[reference_kind])
+            if matched:
+                height_px, width_px = hole_region(source, hole_of(row, hole_kind, source)).shape[:2]
+                reference = match_resolution(reference, height_px, width_px)
+            yield View(row["bench_id"], f"{hole_kind}/{reference_kind}", "reference", reference)
+
+
+def edit_views(
+    rows: Sequence[Mapping[str, Any]], bench: Mapping[str, Mapping[str, Any]], *, region: Region
+) -> Iterator[View]:
+    """Of rows of EDITS. bench: rows of BENCH by their id."""
+    for row in rows:
+        edit = images.decode(row["edit"])
+        yield View(edit_key(row), "whole", "whole", edit)
+        hole_mask = hole_of(bench[row["bench_id"]], row["hole_kind"], edit)
+        cut = hole_region(edit, hole_mask) if region == "whole" else upstream_region(edit, hole_mask)
+        yield View(edit_key(row), "region", "region", cut)
+
+
+def real_views(rows: Sequence[Mapping[str, Any]]) -> Iterator[View]:
+    """Of rows of REALS."""
+    for row in rows:
+        yield View(row["real_id"], "whole", "whole", images.decode(row["picture"]))
+
+
+def square(photo: np.ndarray, side_px: int) -> np.ndarray:
+    """(H, W, 3) to (side, side, 3): shorter side to `side_px`, then the middle. Upstream:
+    create_square_gt_for_fid.py."""
+    height_px, width_px = photo.shape[:2]
+    scale = side_px / min(height_px, width_px)
+    high, wide = max(side_px, round(height_px * scale)), max(side_px, round(width_px * scale))
+    grown = images.resize(photo, width_px=wide, height_px=high)
+    top, left = (high - side_px) // 2, (wide - side_px) // 2
+    return grown[top : top + side_px, left : left + side_px]

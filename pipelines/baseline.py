@@ -1,0 +1,88 @@
+"""baseline: the bench filled without training: nothing, copy-paste, Poisson blending, or results of somebody else.
+
+Written as `edit` writes a model's edits, so that the same metrics score them, as rows of the same table.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pbe.config import EditConfig, FolderBaseline, repo_root
+from pbe.data import images
+from pbe.data.masks import unpack_mask
+from pbe.data.schema import BENCH, EDITS, require
+from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.bench import refuse_what_it_lacks
+from pbe.evaluate.results import read_results
+from pbe.store import digest, load_manifest, make_manifest, save_manifest
+from pipelines.stage import Stage
+
+NO_SEED = 0
+
+
+def main(stage: Stage) -> None:
+    assert stage.variant is not None
+    cfg, baseline = stage.params.edit, stage.params.baselines[stage.variant]
+    bench_file = load_manifest(stage.input("bench")).files("bench")[0]
+    bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
+    refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
+    if isinstance(baseline, FolderBaseline):
+        rows = _results(bench, repo_root() / Path(baseline.folder).expanduser(), baseline.allow_missing)
+        record = stage.store.write_unit_by_content("edit", stage.variant, {"edits": rows})
+    else:
+        settings = [baseline.kind, list(cfg.holes), list(cfg.references)]
+        name = f"{stage.variant}-{digest(['baseline', stage.code, settings, bench_file.sha256])}"
+        found = stage.store.find_unit("edit", name)
+        record = found or stage.store.write_unit("edit", name, {"edits": _fills(bench, cfg, baseline.kind)}, counts={})
+    config = {"bench": bench_file.sha256, "method": stage.variant, **baseline.model_dump(mode="json")}
+    save_manifest(
+        stage.outputs / "manifest.json", make_manifest("edit", config=config, code=stage.code, units=[record])
+    )
+
+
+def _fills(bench: pa.Table, cfg: EditConfig, kind: str) -> pa.Table:
+    out = []
+    for row in bench.to_pylist():
+        source = images.decode(row["source"])
+        for hole, reference in product(cfg.holes, cfg.references):
+            edit = _fill(kind, source, _hole(row, hole, source), images.decode(row[reference]))
+            out.append(_edit_row(row["bench_id"], hole, reference, edit))
+    return pa.Table.from_pylist(out, schema=EDITS)
+
+
+def _fill(kind: str, source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    if kind == "hole_kept":
+        return hole_kept(source, hole_mask)
+    return (copy_paste if kind == "copy_paste" else poisson)(source, hole_mask, reference)
+
+
+def _results(bench: pa.Table, folder: Path, allow_missing: bool) -> pa.Table:
+    """Results are of the box hole and the exemplar, as the paper's bench has them."""
+    rows = bench.to_pylist()
+    headers = {row["bench_id"]: images.read_header(row["source"]) for row in rows}
+    sizes_px = {name: (header.width_px, header.height_px) for name, header in headers.items()}
+    found, listed = read_results(folder, sizes_px, allow_missing=allow_missing)
+    print(f"baseline: {len(found)} results of {len(rows)}, {listed.extra_files} other files in {folder}")
+    out = [
+        _edit_row(row["bench_id"], "box", "exemplar", found[row["bench_id"]])
+        for row in rows
+        if row["bench_id"] in found
+    ]
+    return pa.Table.from_pylist(out, schema=EDITS)
+
+
+def _hole(row: dict[str, Any], kind: str, source: np.ndarray) -> np.ndarray:
+    return unpack_mask(row[f"{kind}_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
+
+
+def _edit_row(bench_id: str, hole: str, reference: str, edit: np.ndarray) -> dict[str, Any]:
+    return {
+        "bench_id": bench_id,
+        "hole_kind": hole,
+        "reference_kind": reference,
+        "seed": NO_SEED,
+        "edit": images.encode_png(edit),
+    }

@@ -1,0 +1,72 @@
+"""bench: what is edited to be judged, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from pbe.config import BenchConfig, repo_root
+from pbe.data.schema import REALS
+from pbe.evaluate.bench import BenchBox, bench_boxes, make_bench
+from pbe.evaluate.cocoee import read_cocoee
+from pbe.evaluate.judges import keep_judge, open_judge
+from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
+from pipelines.stage import Stage, StageError, cut_config, save_counts
+
+
+def main(stage: Stage) -> None:
+    cfg = stage.params.bench
+    record = _cocoee(stage, cfg) if cfg.source == "cocoee" else _heldout(stage, cfg)
+    config = {"source": cfg.source, "split": cfg.split if cfg.source == "heldout" else None}
+    manifest = make_manifest("bench", config=config, code=stage.code, units=[record])
+    save_counts(stage, dict(manifest.counts))
+    save_manifest(stage.outputs / "manifest.json", manifest)
+
+
+def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
+    cut, quality = stage.params.materialize, stage.params.materialize.jpeg_quality
+    ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
+    matcher = keep_judge(stage.store, cfg.matcher)
+    sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, quality, stage.params.seed, dict(matcher)]
+    geometry = asdict(cut_config(cut))
+    name = f"bench-{digest(['bench', stage.code, geometry, sizes, ingested.digest, filtered.digest])}"
+    record = stage.store.find_unit("bench", name)
+    if record is not None:
+        return record
+    boxes: list[BenchBox] = []
+    for image_unit, box_unit in zip(ingested.units, filtered.units, strict=True):
+        tables = [stage.store.read_table(file) for file in (image_unit.file("images"), box_unit.file("boxes"))]
+        boxes += bench_boxes(*tables, split=cfg.split)
+    try:
+        bench, reals = make_bench(
+            boxes,
+            cfg=cut_config(cut),
+            crops_per_box=cfg.crops_per_box,
+            max_items=cfg.max_items,
+            jpeg_quality=quality,
+            features=partial(open_judge(stage.store, matcher), batch_rows=16),
+            seed=stage.params.seed,
+        )
+    except ValueError as error:
+        raise StageError(f"bench.split = {cfg.split}: {error}") from None
+    return _write(stage, name, bench, reals)
+
+
+def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
+    folder = repo_root() / Path(str(cfg.cocoee)).expanduser()
+    bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
+    # the references' photos are not to be had, so COCOEE brings no real crops: evaluate.reals names a folder of photos
+    contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REALS)}
+    return stage.store.write_unit_by_content("bench", "cocoee", contents)
+
+
+def _write(stage: Stage, name: str, bench: pa.Table, reals: pa.Table) -> Record:
+    same = sum(bench.column("exemplar_same_class").to_pylist())
+    counts = {
+        "items": bench.num_rows,
+        "photos": len(set(bench.column("image_id").to_pylist())),
+        "exemplars_of_same_class": same,
+        "exemplars_of_another_class": bench.num_rows - same,
+    }
+    return stage.store.write_unit("bench", name, {"bench": bench, "real": reals}, counts=counts)

@@ -7,11 +7,15 @@ of the two results; nothing is asserted. --quick measures once instead of three 
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pbe.evaluate.frechet import feature_statistics, frechet_distance, frechet_to_reference
 

@@ -388,6 +388,25 @@ class EvaluateConfig(Strict):
         return self
 
 
+class DiversityConfig(Strict):
+    items: Annotated[int, Field(ge=2)]
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field(min_length=2)
+
+
+class SweepConfig(Strict):
+    variant: VariantName
+    scales: tuple[GuidanceScale, ...] = Field(min_length=1)
+    items: Annotated[int, Field(ge=2)]
+    diversity: DiversityConfig
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "SweepConfig":
+        for key, values in (("scales", self.scales), ("diversity.seeds", self.diversity.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {list(values)} names one twice")
+        return self
+
+
 class FilledBaseline(Strict):
     """A fill that needs no model."""
 
@@ -435,6 +454,7 @@ class Params(Strict):
     bench: BenchConfig
     edit: EditConfig
     evaluate: EvaluateConfig
+    sweep: SweepConfig
     variants: dict[VariantName, VariantConfig] = Field(min_length=1)
     baselines: dict[VariantName, Annotated[BaselineConfig, Discriminator(_kind_of)]]
 
@@ -447,6 +467,8 @@ class Params(Strict):
             )
         if both := sorted(self.variants.keys() & self.baselines.keys()):
             raise ValueError(f"{both[0]} is both a variant and a baseline; rename one")
+        if self.sweep.variant not in self.variants:
+            raise ValueError(f"sweep.variant {self.sweep.variant} is no variant; there are {', '.join(self.variants)}")
         return self
 
     def train_variant(self, name: str) -> TrainConfig:

@@ -21,7 +21,10 @@ from pbe.errors import UserError
 from pbe.store import Store
 
 # what pbe makes; other folders in a shared storage are not ours to judge
-PART_STAGES = ("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "look", "evaluate", "weights")
+PART_STAGES = (
+    *("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "look", "statistics", "evaluate"),
+    "weights",
+)
 RUN_ENTRIES = ("checkpoints", "staging", "export", "history.json", "finished.json")
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pbe.evaluate.intervals import Estimate
+
+SWEEP_COLUMNS = 4  # panels in a row
 INK = "#010203"  # replaced by currentColor
 
 
@@ -77,6 +80,28 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss (log)")
         axes.legend(frameon=False, loc="lower left")
+        return _svg(figure)
+
+
+def sweep_svg(curves: Mapping[str, Mapping[float, Estimate]]) -> str:
+    """One panel a metric, by its label: value and 95 % interval over the guidance scale."""
+    rows = -(-len(curves) // SWEEP_COLUMNS)
+    with _style() as plt:
+        figure, grid = plt.subplots(rows, SWEEP_COLUMNS, figsize=(10, 2.5 * rows), layout="constrained", squeeze=False)
+        for index, axes in enumerate(grid.flat):
+            if index >= len(curves):
+                axes.set_axis_off()
+                continue
+            label, curve = list(curves.items())[index]
+            scales, found = [*curve], [*curve.values()]
+            values = [estimate.value for estimate in found]
+            # an interval around a mean of seeds need not hold its value; a bar cannot be shorter than nothing
+            below = [max(0.0, estimate.value - estimate.low) for estimate in found]
+            above = [max(0.0, estimate.high - estimate.value) for estimate in found]
+            axes.errorbar(scales, values, [below, above], color=_colour(0), linewidth=2, elinewidth=1, capsize=2)
+            axes.set_title(label, fontsize=11)
+            axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+            axes.set_xlabel("guidance scale")
         return _svg(figure)
 
 

@@ -5,7 +5,8 @@ Each item is filled for every hole, reference and seed that params.yaml names; f
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,65 +21,91 @@ from pbe.data.masks import unpack_mask
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench import refuse_what_it_lacks
-from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage, load_train_manifest
+from pbe.store import File, Record, Store, code_digest, digest, load_manifest, make_manifest, save_manifest
+from pipelines.stage import Stage, code_paths, load_train_manifest
 from pipelines.units import Unit, run_units
 
 # How the work is cut and spread, not what an edit is. batch_rows is not among them: it changes the last bits.
 SPREAD = {"actors", "cpus_per_actor", "items_per_unit"}
 
 
+@dataclass(frozen=True)
+class Request:
+    """Rows of the bench, by their numbers, and how they are filled."""
+
+    cfg: EditConfig
+    rows: tuple[int, ...]
+
+
 def main(stage: Stage) -> None:
     assert stage.variant is not None
-    cfg, trained = stage.params.edit_variant(stage.variant), load_train_manifest(stage)
+    cfg, trained = stage.params.edit_variant(stage.variant), load_train_manifest(stage, stage.variant)
     bench_file = load_manifest(stage.input("bench")).files("bench")[0]
-    bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
-    refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
-    settings = cfg.model_dump(mode="json", exclude=SPREAD)
-    units = []
-    for number, start in enumerate(range(0, bench.num_rows, cfg.items_per_unit)):
-        rows = tuple(range(start, min(start + cfg.items_per_unit, bench.num_rows)))
-        identity = digest(["edit", stage.code, settings, trained["export"], bench_file.sha256, rows])
-        units.append(Unit(f"e{number:04d}", identity, rows))
-    worker = partial(_worker, stage.store, cfg, f"runs/{trained['run']}/export", bench_file)
-    records = run_units("edit", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors)
+    [records] = fill_bench(stage, trained, bench_file, [Request(cfg, tuple(range(bench_file.rows)))])
     config = {
         "bench": bench_file.sha256,
         "method": stage.variant,
         "run": trained["run"],
         "export": digest(trained["export"]),
         "mlflow_run_id": trained["mlflow_run_id"],
-        **settings,
+        **cfg.model_dump(mode="json", exclude=SPREAD),
     }
     save_manifest(stage.outputs / "manifest.json", make_manifest("edit", config=config, code=stage.code, units=records))
 
 
-def _worker(store: Store, cfg: EditConfig, export: str, bench_file: File) -> Callable[[Unit], Record]:
+def fill_bench(
+    stage: Stage, trained: Mapping[str, Any], bench_file: File, requests: Sequence[Request]
+) -> list[list[Record]]:
+    """Parts of each request, in the order given. Named by the code of `edit`, whichever stage asks."""
+    bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
+    code = code_digest(code_paths(stage.root, "edit"), stage.root)
+    units: list[list[Unit]] = []
+    for request in requests:
+        cfg = request.cfg
+        refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
+        settings = cfg.model_dump(mode="json", exclude=SPREAD)
+        units.append([])
+        for number, start in enumerate(range(0, len(request.rows), cfg.items_per_unit)):
+            part = Request(cfg, request.rows[start : start + cfg.items_per_unit])
+            identity = digest(["edit", code, settings, trained["export"], bench_file.sha256, part.rows])
+            units[-1].append(Unit(f"e{number:04d}", identity, part))
+    cfg = stage.params.edit
+    worker = partial(_worker, stage.store, f"runs/{trained['run']}/export", bench_file)
+    flat = [unit for found in units for unit in found]
+    records = iter(
+        run_units("edit", flat, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors)
+    )
+    return [[next(records) for _ in found] for found in units]
+
+
+def _worker(store: Store, export: str, bench_file: File) -> Callable[[Unit], Record]:
     import torch
 
-    from pbe.edit import OURS, UPSTREAM, Editor
+    from pbe.edit import Editor
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="pbe-model-") as folder:
         store.copy_tree_out(export, Path(folder))
         editor = Editor.load(Path(folder))
-    bench, protocol = store.read_table(bench_file), OURS if cfg.protocol == "ours" else UPSTREAM
+    bench = store.read_table(bench_file)
 
     def work(unit: Unit) -> Record:
-        rows = bench.take(list(unit.payload)).to_pylist()
+        request: Request = unit.payload
+        cfg, rows = request.cfg, bench.take(list(request.rows)).to_pylist()
         tasks = [(row, *kinds) for row in rows for kinds in product(cfg.holes, cfg.references, cfg.seeds)]
         out: list[dict[str, Any]] = []
         for start in range(0, len(tasks), cfg.batch_rows):
-            batch = tasks[start : start + cfg.batch_rows]
-            out += _edited(editor, batch, cfg, protocol)
+            out += _edited(editor, tasks[start : start + cfg.batch_rows], cfg)
         edits = pa.Table.from_pylist(out, schema=EDITS)
         return store.write_unit("edit", unit.name, {"edits": edits}, counts={"items": len(rows), "edits": len(out)})
 
     return work
 
 
-def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig, protocol: Any) -> list[dict[str, Any]]:
+def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig) -> list[dict[str, Any]]:
     """EDITS rows of tasks (bench row, hole kind, reference kind, seed)."""
+    from pbe.edit import OURS, UPSTREAM
+
     sources = np.stack([images.decode(row["source"]) for row, *_ in tasks])
     side_px = sources.shape[1]
     holes = [unpack_mask(row[f"{hole}_hole_mask"], width_px=side_px, height_px=side_px) for row, hole, _, _ in tasks]
@@ -90,7 +117,7 @@ def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig, protocol
         guidance_scale=cfg.guidance_scale,
         steps=cfg.steps,
         sampler=cfg.sampler,
-        protocol=protocol,
+        protocol=OURS if cfg.protocol == "ours" else UPSTREAM,
     )
     return [
         {

@@ -61,6 +61,16 @@ HOW_TO_READ: dict[str, tuple[str, str, str]] = {
         "levels of 255",
         "Exemplar gain with mean colour in place of features. Colour can follow where content does not.",
     ),
+    r"spread_pixels": (
+        "Spread of colour",
+        "levels of 255",
+        "Standard deviation over the noises, mean over the hole's pixels. 0: the noise changes nothing.",
+    ),
+    r"spread_(.+)": (
+        "Spread",
+        "1 - cosine",
+        "Mean distance between the fills of one hole by one reference that differ in their noise alone.",
+    ),
     r"copy_paste": (
         "Copy-paste",
         "0 to 1",

@@ -27,9 +27,9 @@ from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
-from pbe.evaluate.views import hole_of
+from pbe.evaluate.grid import fill_rows, sweep_fills
 from pbe.store import File, Manifest, Record, Store, load_manifest
-from pipelines.charts import areas_svg, classes_svg, loss_svg
+from pipelines.charts import areas_svg, classes_svg, loss_svg, sweep_svg
 from pipelines.deviations import deviations
 from pipelines.provenance import provenance_tags
 from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
@@ -37,6 +37,7 @@ from pipelines.stage import DATA_STAGES, Stage, StageError, output_folder
 from pipelines.summary import (
     Result,
     Scope,
+    estimate_from,
     estimate_text,
     headline_metrics,
     load_results,
@@ -112,6 +113,7 @@ def main(stage: Stage) -> None:
             if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
         ],
         grids=list(_grids(stage, results)),
+        sweep=_sweep(stage, judge),
         triplets=_triplet_rows(stage, data["materialize"]),
         augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
         loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
@@ -249,39 +251,81 @@ def _grids(stage: Stage, results: Mapping[str, Result]) -> Iterator[tuple[str, l
     file = load_manifest(stage.input("bench")).files("bench")[0]
     items = stage.store.read_table(file).to_pylist()
     items = [items[index] for index in evenly(COLUMNS, len(items))]
-    sources = [images.decode(item["source"]) for item in items]
     scopes = dict.fromkeys(scope for result in results.values() for scope in result.scopes)
     edits = {name: _edits_of(stage, name, {item["bench_id"] for item in items}) for name in results}
+    for hole, reference in scopes:
+        names = table_order([name for name in results if (hole, reference) in results[name].scopes])
+        fills = {name: edits[name][hole, reference] for name in names}
+        yield f"{reference} reference, {hole} hole", picture_rows(items, fills, hole=hole, reference=reference)
 
-    def row(label: str, kind: str, pictures: Iterable[np.ndarray | None]) -> dict[str, Any]:
+
+def picture_rows(
+    items: Sequence[Mapping[str, Any]], fills: Mapping[str, Mapping[str, bytes]], *, hole: str, reference: str
+) -> list[dict[str, Any]]:
+    """`fill_rows` as the page shows them."""
+    rows = []
+    for number, (label, pictures) in enumerate(fill_rows(items, fills, hole_kind=hole, reference_kind=reference)):
         shown = [
             (picture_uri(picture), f"{label}, {item['bench_id']}, {item['label_name']}")
             for item, picture in zip(items, pictures, strict=True)
             if picture is not None
         ]
-        return {"label": label, "kind": kind, "pictures": shown}
-
-    for hole, reference in scopes:
-        holes = [with_hole(source, hole_of(item, hole, source)) for item, source in zip(items, sources, strict=True)]
-        rows = [
-            row("photo", "start", sources),
-            row(f"{hole} hole", "", holes),
-            row(f"{reference}", "", [images.decode(item[reference]) for item in items]),
-        ]
-        for name in table_order([name for name in results if (hole, reference) in results[name].scopes]):
-            found = [edits[name].get((item["bench_id"], hole, reference)) for item in items]
-            rows.append(row(name, "edit", [images.decode(edit) if edit is not None else None for edit in found]))
-        yield f"{reference} reference, {hole} hole", rows
+        kind = "start" if number == 0 else "edit" if label in fills else ""
+        rows.append({"label": label, "kind": kind, "pictures": shown})
+    return rows
 
 
-def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[tuple[str, str, str], bytes]:
-    """Of the first seed, by bench id, hole kind and reference kind."""
-    out: dict[tuple[str, str, str], bytes] = {}
+def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[Scope, dict[str, bytes]]:
+    """Of the first seed, by bench id, by hole kind and reference kind."""
+    out: dict[Scope, dict[str, bytes]] = {}
     for file in load_manifest(output_folder(stage.root, "edit", method) / "manifest.json").files("edits"):
         for edit in stage.store.read_table(file).to_pylist():
             if edit["bench_id"] in bench_ids:
-                out.setdefault((edit["bench_id"], edit["hole_kind"], edit["reference_kind"]), edit["edit"])
+                found = out.setdefault((edit["hole_kind"], edit["reference_kind"]), {})
+                found.setdefault(edit["bench_id"], edit["edit"])
     return out
+
+
+def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
+    """Curves over the guidance scale, the spread over noises, and both grids."""
+    found = read_json(stage.input("sweep").with_name("metrics.json"), "sweep")
+    manifest = load_manifest(stage.input("sweep"))
+    tables = {unit.unit: unit for unit in manifest.units}
+    edits = {
+        name: [row for unit in units for row in stage.store.read_table(tables[unit].file("edits")).to_pylist()]
+        for name, units in manifest.config["edits"].items()
+    }
+    bench = stage.store.read_table(load_manifest(stage.input("bench")).files("bench")[0]).to_pylist()
+    grids = {}
+    for name, fills in sweep_fills(edits).items():
+        items = [row for row in bench if row["bench_id"] in next(iter(fills.values()))]
+        items = [items[index] for index in evenly(COLUMNS, len(items))]
+        grids[name] = picture_rows(items, fills, hole=found["hole"], reference="exemplar")
+    by_scale = {
+        float(scale): {metric: estimate_from(value) for metric, value in numbers.items()}
+        for scale, numbers in found["scales"].items()
+    }
+    first = next(iter(by_scale.values()))
+    curves = {
+        label: {scale: numbers[metric] for scale, numbers in by_scale.items()}
+        for metric, label in headline_metrics(judge).items()
+        if metric in first
+    }
+    spreads = [
+        (how_to_read(metric), estimate_text(estimate_from(v)), n_text(estimate_from(v)))
+        for metric, v in found["diversity"].items()
+    ]
+    return {
+        **{key: found[key] for key in ("variant", "hole", "diversity_scale")},
+        "n": n_text(next(iter(first.values()))),
+        "curves": [
+            (label, [(f"{scale:g}", estimate_text(value)) for scale, value in curve.items()])
+            for label, curve in curves.items()
+        ],
+        "svg": Markup(sweep_svg(curves)),
+        "spreads": spreads,
+        "grids": grids,
+    }
 
 
 def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:

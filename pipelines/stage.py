@@ -14,9 +14,9 @@ from pbe.store import Store, code_digest, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
-STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "report")
+STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
 # run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
-CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate")
+CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
 
 
 class StageError(UserError):
@@ -65,11 +65,11 @@ def cut_config(cfg: MaterializeConfig) -> CutConfig:
     )
 
 
-def load_train_manifest(stage: Stage) -> dict[str, Any]:
+def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
     """What train@variant left: run name, digest, MLflow run, hashes of the export."""
-    path = stage.input("train")
+    path = output_folder(stage.root, "train", variant) / "manifest.json"
     if not path.is_file():
-        raise StageError(f"{path}: not there; run `dvc repro train@{stage.variant}` first")
+        raise StageError(f"{path}: not there; run `dvc repro train@{variant}` first")
     return json.loads(path.read_text())
 
 

@@ -76,7 +76,8 @@ def main(stage: Stage) -> None:
 
 def fetch_export(stage: Stage) -> None:
     """Copy the finished model from the storage to models/<variant>, where DVC and people look for it."""
-    manifest = load_train_manifest(stage)
+    assert stage.variant is not None
+    manifest = load_train_manifest(stage, stage.variant)
     target = stage.root / "models" / str(stage.variant)
     beside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)

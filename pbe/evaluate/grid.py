@@ -1,6 +1,6 @@
-"""The grid of edits beside their references, for MLflow."""
+"""Grids of edits beside their references, for MLflow and the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from pbe.data import images
 from pbe.data.contact import sheet, with_hole
 from pbe.evaluate.views import hole_of
+
+DIVERSITY = "diversity"  # a name beside the guidance scales of a sweep
 
 
 def edit_grid(
@@ -32,3 +34,50 @@ def edit_grid(
         rows.append([images.decode(row[kind]) for row in chosen])
         rows.append([images.decode(edits[row["bench_id"], kind]) for row in chosen])
     return sheet(rows)
+
+
+def fill_rows(
+    items: Sequence[Mapping[str, Any]],
+    fills: Mapping[str, Mapping[str, bytes]],
+    *,
+    hole_kind: str,
+    reference_kind: str,
+) -> list[tuple[str, list[np.ndarray | None]]]:
+    """Labelled rows of pictures, a column an item: photo, hole, reference, then one row of each of `fills`.
+
+    items: rows of BENCH. fills: encoded pictures by bench id, by the label of their row; None where one is lacking.
+    """
+    sources = [images.decode(item["source"]) for item in items]
+    holes = [with_hole(source, hole_of(item, hole_kind, source)) for item, source in zip(items, sources, strict=True)]
+    rows: list[tuple[str, list[np.ndarray | None]]] = [
+        ("photo", [*sources]),
+        (f"{hole_kind} hole", [*holes]),
+        (reference_kind, [images.decode(item[reference_kind]) for item in items]),
+    ]
+    for label, found in fills.items():
+        encoded = [found.get(item["bench_id"]) for item in items]
+        rows.append((label, [images.decode(data) if data is not None else None for data in encoded]))
+    return rows
+
+
+def fills_by_seed(edits: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, bytes]]:
+    """Encoded pictures of rows of EDITS by bench id, by their seed as text, in the order of the seeds."""
+    out: dict[int, dict[str, bytes]] = {}
+    for row in edits:
+        out.setdefault(row["seed"], {})[row["bench_id"]] = row["edit"]
+    return {str(seed): out[seed] for seed in sorted(out)}
+
+
+def sweep_fills(edits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, bytes]]]:
+    """Of the sweep's two grids, `guidance` and `diversity`: encoded pictures by bench id, by the label of their row.
+
+    edits: rows of EDITS by guidance scale, of one seed each, and under DIVERSITY those of several.
+    """
+    scales = {}
+    for name, rows in edits.items():
+        if name != DIVERSITY:
+            [scales[f"scale {name}"]] = fills_by_seed(rows).values()
+    return {
+        "guidance": scales,
+        DIVERSITY: {f"noise {seed}": fills for seed, fills in fills_by_seed(edits[DIVERSITY]).items()},
+    }

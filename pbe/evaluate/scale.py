@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pbe.evaluate.frechet import feature_statistics, frechet_to_reference
+from pbe.evaluate.frechet import FeatureStatistics, frechet_to_reference
 from pbe.evaluate.kid import kid_to_reference
 from pbe.evaluate.mixture import Mixture, log_likelihood, quality_scores
 from pbe.evaluate.quality import quality_scale
@@ -13,6 +13,7 @@ def make_scale(
     judge: str,
     *,
     reals: np.ndarray,
+    statistics: FeatureStatistics,
     photos: np.ndarray,
     mixture: Mixture | None,
     upstream_region: bool,
@@ -20,9 +21,9 @@ def make_scale(
     pca_dims: int,
     seed: int,
 ) -> JudgeScale:
-    """reals (M, d): features of the reference set. photos (N, d): of the bench's photos before the edit, which the
-    ranks of qs_rank are among; `mixture` gives qs in its place. Raises ValueError for too few rows or values that are
-    not finite."""
+    """reals (M, d): features of the reference set; statistics: theirs. photos (N, d): of the bench's photos before the
+    edit, which the ranks of qs_rank are among; `mixture` gives qs in its place. Raises ValueError for too few rows or
+    values that are not finite."""
     if mixture is None:
         quality = quality_scale(
             fit_features=reals, real_features=photos, components=components, pca_dims=pca_dims, seed=seed
@@ -31,7 +32,7 @@ def make_scale(
         quality = lambda features: quality_scores(log_likelihood(mixture, features))  # noqa: E731
     return JudgeScale(
         name=judge,
-        frechet=frechet_to_reference(feature_statistics(reals)),
+        frechet=frechet_to_reference(statistics),
         kid=kid_to_reference(reals),
         quality=quality,
         has_mixture=mixture is not None,

@@ -5,7 +5,7 @@ Names are honest: a metric that is not computed with the paper's extractor carri
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -168,6 +168,11 @@ def _score_scope(
         other = scope.seen(judge, "foreign") if has_foreign else None
         found += score_features(scope.seen(judge, reference_kind), other, scale, photos=photos, cfg=cfg)
     return tuple(found)
+
+
+def numbers_of(scope: ScopeScores) -> dict[str, dict[str, Any]]:
+    """As metrics.json has them: by metric, the estimate's fields and the judge."""
+    return {score.metric: asdict(score.estimate) | {"judge": score.judge} for score in scope.scores}
 
 
 def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str], cfg: ScoreConfig) -> list[Score]:

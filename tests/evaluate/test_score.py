@@ -9,6 +9,7 @@ import pytest
 
 from pbe.data.rng import row_rng
 from pbe.data.schema import FEATURES, PIXELS
+from pbe.evaluate.frechet import feature_statistics
 from pbe.evaluate.look import Counts, Looks
 from pbe.evaluate.mixture import Mixture
 from pbe.evaluate.scale import make_scale
@@ -59,7 +60,8 @@ def _scale(**changes: Any) -> JudgeScale:
     reals = np.stack([_vector("real", i) for i in range(30)]).astype(float)
     photos = np.stack([_vector("photo", i) for i in range(30)]).astype(float)
     settings: dict[str, Any] = {"mixture": None, "upstream_region": False} | changes
-    return make_scale("lite", reals=reals, photos=photos, components=2, pca_dims=3, seed=0, **settings)
+    settings |= {"reals": reals, "statistics": feature_statistics(reals), "photos": photos}
+    return make_scale("lite", components=2, pca_dims=3, seed=0, **settings)
 
 
 def _by_name(scores: tuple[Score, ...]) -> dict[str, Score]:
@@ -133,19 +135,20 @@ def test_too_few_items_name_the_scope() -> None:
 
 
 def test_reals_that_measure_nothing_are_refused() -> None:
-    reals = np.ones((30, WIDTH))
-    with pytest.raises(ValueError, match="all the same"):
-        make_scale(
-            "lite", reals=reals, photos=reals, mixture=None, upstream_region=False, components=2, pca_dims=3, seed=0
-        )
-    with pytest.raises(ValueError, match="cannot fit 40 components"):
-        make_scale(
+    def scale(reals: np.ndarray, components: int) -> JudgeScale:
+        return make_scale(
             "lite",
-            reals=np.random.default_rng(0).random((30, WIDTH)),
-            photos=reals,
+            reals=reals,
+            statistics=feature_statistics(reals),
+            photos=np.ones((30, WIDTH)),
             mixture=None,
             upstream_region=False,
-            components=40,
+            components=components,
             pca_dims=3,
             seed=0,
         )
+
+    with pytest.raises(ValueError, match="all the same"):
+        scale(np.ones((30, WIDTH)), 2)
+    with pytest.raises(ValueError, match="cannot fit 40 components"):
+        scale(np.random.default_rng(0).random((30, WIDTH)), 40)

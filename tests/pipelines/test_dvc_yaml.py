@@ -16,9 +16,9 @@ from pbe.config import Params, load_params, repo_root
 from pipelines.stage import DATA_STAGES, STAGES, VARIANT_STAGES, code_paths
 
 ROOT = repo_root()
-ENTRIES: dict[str, dict[str, Any]] = {
-    name: entry.get("do", entry) for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
-}
+# the sweep is of one variant: its keys are then those of the stages that run once per variant
+DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("${sweep.variant}", "${key}"))
+ENTRIES: dict[str, dict[str, Any]] = {name: entry.get("do", entry) for name, entry in DVC_YAML["stages"].items()}
 # They start, place and log the work; they do not shape a stage's bytes. What only they import is not looked at.
 ORCHESTRATION = {
     "pbe.config",

@@ -93,9 +93,11 @@ def test_a_deviation_of_one_variant_names_it() -> None:
     other = {"train": {"context_dropout_prob": 0.0}}
     found = topics(params(("variants", {"full": {}, "none": other})))["context dropout"]
     assert (found.variants, found.here) == ("full", "10% of rows see none of the photo")
-    both = topics(params(("variants", {"a": {}, "b": {"train": {"lr": 1e-4}}})))
+    both = topics(params(("sweep.variant", "a"), ("variants", {"a": {}, "b": {"train": {"lr": 1e-4}}})))
     assert both["context dropout"].variants == ""
-    assert "context dropout" not in topics(params(("variants", {"a": {"train": {"context_dropout_prob": 0.0}}})))
+    assert "context dropout" not in topics(
+        params(("sweep.variant", "a"), ("variants", {"a": {"train": {"context_dropout_prob": 0.0}}}))
+    )
 
 
 def test_the_number_of_photos_counts() -> None:

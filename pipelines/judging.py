@@ -1,0 +1,314 @@
+"""What `evaluate` and `sweep` share: judges look at each picture once, and measure by the same untouched photos.
+
+Features are parts named by the content of the pictures and of the weights, so that a second metric, or another run,
+costs no second look. What is computed on features needs no Ray.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+from pbe.config import ClipJudge, EvaluateConfig, repo_root
+from pbe.data import images
+from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REALS, require
+from pbe.evaluate.extractors import Extractor
+from pbe.evaluate.frechet import (
+    Card,
+    FeatureStatistics,
+    feature_statistics,
+    merge,
+    refuse_other_extractor,
+    statistics_bytes,
+    statistics_from_bytes,
+)
+from pbe.evaluate.judges import Entry, keep_judge, open_judge
+from pbe.evaluate.look import Counts, Looks, count_pixels, look
+from pbe.evaluate.mixture import load_mixture
+from pbe.evaluate.scale import make_scale
+from pbe.evaluate.score import JudgeScale, Method
+from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views, square
+from pbe.store import File, Manifest, Record, Store, code_digest, digest, load_manifest
+from pipelines.provenance import provenance_tags
+from pipelines.stage import Stage, StageError
+from pipelines.units import Unit, run_units
+
+# What shapes features: a change in what is computed on them must not cost a second look.
+LOOK_CODE = (
+    "pbe/data/images.py",
+    "pbe/data/masks.py",
+    "pbe/evaluate/copy_paste.py",
+    "pbe/evaluate/extractors.py",
+    "pbe/evaluate/look.py",
+    "pbe/evaluate/similarity.py",
+    "pbe/evaluate/views.py",
+    "pbe/model/backbone.py",
+    "pbe/model/clip.py",
+)
+PIXEL_COUNTS = "pixels"  # beside the judges' names
+REALS_PER_UNIT = 500
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judges saw of the bench, of untouched photos and of each method's edits, and what they measure by.
+
+    photos: image id of each bench id. card: what every number made of this was computed with.
+    """
+
+    edits: Mapping[str, Sequence[File]]
+    seen: "Seen"
+    bench_looks: Mapping[str, Looks]
+    scales: Mapping[str, JudgeScale]
+    photos: Mapping[str, str]
+    card: Mapping[str, Any]
+
+    def method(self, store: Store, name: str) -> Method:
+        keys = ["bench_id", "hole_kind", "reference_kind", "seed"]
+        rows = [row for file in self.edits[name] for row in store.read_table(file, columns=keys).to_pylist()]
+        looks = {judge: self.seen.features(judge, name) for judge in self.scales}
+        return Method(rows, looks, self.bench_looks, self.seen.counts(name), self.photos)
+
+
+class Seen:
+    """Records of the looks, by judge and by what was looked at (bench, reals, or a method's name)."""
+
+    def __init__(self, store: Store, records: Mapping[tuple[str, str], Sequence[Record]]) -> None:
+        self._store, self._records = store, records
+
+    def features(self, judge: str, of: str) -> Looks:
+        return Looks([require(self._store.read_table(file), FEATURES, file.path) for file in self.files(judge, of)])
+
+    def counts(self, method: str) -> Counts:
+        files = [record.file("pixels") for record in self._records[PIXEL_COUNTS, method]]
+        return Counts([require(self._store.read_table(file), PIXELS, file.path) for file in files])
+
+    def files(self, judge: str, of: str) -> list[File]:
+        return [record.file("features") for record in self._records[judge, of]]
+
+    def digest(self, judge: str, of: str) -> str:
+        return digest([file.sha256 for file in self.files(judge, of)])
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for found in self._records.values() for record in found]
+
+
+def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
+    """Looks at the edits of all methods, by their names, and at what they are measured by."""
+    cfg, bench_manifest = stage.params.evaluate, load_manifest(stage.input("bench"))
+    bench_file = bench_manifest.files("bench")[0]
+    bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
+    entries: dict[str, Entry] = {judge.kind: keep_judge(stage.store, judge) for judge in cfg.judges}
+    opened = {name: open_judge(stage.store, entry) for name, entry in entries.items()}
+    seen = _look_at_all(stage, cfg, bench_manifest, edits, entries)
+    bench_looks = {name: seen.features(name, "bench") for name in entries}
+    statistics = {name: _keep_statistics(stage.store, name, judge, seen) for name, judge in opened.items()}
+    scales = {name: _scale(cfg, name, seen, bench_looks[name], statistics[name][0]) for name in entries}
+    card = {
+        "bench": {**bench_manifest.config, "sha256": bench_file.sha256, "items": bench_file.rows},
+        "data_digest": load_manifest(stage.input("ingest")).digest,
+        "extractors": {
+            name: {
+                "digest": judge.digest,
+                "resize_rule": judge.resize_rule,
+                "reference_digest": seen.digest(name, "reals"),
+                "reference_n": statistics[name][0].n,
+                "reference_statistics": statistics[name][1],
+            }
+            for name, judge in opened.items()
+        },
+        "reference": cfg.reals or "untouched crops of the bench's boxes",
+        "resampling_seed": cfg.seed,
+        "git_commit": provenance_tags(stage.root)["git_commit"],
+    }
+    photos = dict(zip(*(bench.column(name).to_pylist() for name in ("bench_id", "image_id")), strict=True))
+    return Judged(edits, seen, bench_looks, scales, photos, card)
+
+
+# -- what is measured by -------------------------------------------------------------------------------------------
+
+
+def _keep_statistics(store: Store, name: str, judge: Extractor, seen: Seen) -> tuple[FeatureStatistics, str]:
+    """Of the untouched photos, merged from their parts, and the path of the file that keeps them: a set of 40,000
+    photos is summed up once, and the file can be passed on."""
+    card = Card(name, judge.digest, judge.resize_rule)
+    folder = f"parts/statistics/{name}-{digest([seen.digest(name, 'reals'), asdict(card)])}"
+    path = f"{folder}/statistics.npz"
+    if store.exists(f"{folder}/record.json"):
+        statistics, found = statistics_from_bytes(store.read_bytes(path), path)
+        refuse_other_extractor(found, card, path)
+        return statistics, path
+    try:
+        statistics = reduce(merge, (_statistics_of(store, file) for file in seen.files(name, "reals")))
+    except ValueError as error:
+        raise StageError(f"evaluate: the untouched photos that {name} measures by: {error}") from None
+    store.write_bytes(path, statistics_bytes(statistics, card))
+    store.write_bytes(f"{folder}/record.json", b'{"files": ["statistics.npz"]}')
+    return statistics, path
+
+
+def _statistics_of(store: Store, file: File) -> FeatureStatistics:
+    return feature_statistics(Looks([require(store.read_table(file), FEATURES, file.path)]).all_of("whole"))
+
+
+def _scale(cfg: EvaluateConfig, judge: str, seen: Seen, bench: Looks, statistics: FeatureStatistics) -> JudgeScale:
+    config = next(found for found in cfg.judges if found.kind == judge)
+    path = config.mixture if isinstance(config, ClipJudge) else None
+    mixture = load_mixture(repo_root() / Path(path).expanduser()) if path else None
+    try:
+        return make_scale(
+            judge,
+            reals=seen.features(judge, "reals").all_of("whole"),
+            statistics=statistics,
+            photos=bench.all_of("source"),
+            mixture=mixture,
+            upstream_region=_region(cfg, judge) == "upstream",
+            components=cfg.quality_components,
+            pca_dims=cfg.quality_pca_dims,
+            seed=cfg.seed,
+        )
+    except ValueError as error:
+        raise StageError(
+            f"evaluate: the untouched photos that {judge} measures by: {error}; lower evaluate.quality_components, or "
+            "give more of them (bench.crops_per_box, bench.max_items, evaluate.reals)"
+        ) from None
+
+
+# -- looking -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """One unit: what is looked at (bench, reals, edits, or photos of a folder), and by whom."""
+
+    judge: str
+    what: str
+    file: File | None
+    photos: tuple[str, ...] = ()
+
+
+def _look_at_all(
+    stage: Stage,
+    cfg: EvaluateConfig,
+    bench: Manifest,
+    edits: Mapping[str, Sequence[File]],
+    judges: Mapping[str, Entry],
+) -> Seen:
+    bench_file = bench.files("bench")[0]
+    wanted: list[tuple[str, Look]] = []  # of what, and the look
+    for judge in judges:
+        wanted.append(("bench", Look(judge, "bench", bench_file)))
+        wanted += [("reals", at) for at in _looks_at_reals(cfg, judge, bench)]
+    for name, files in edits.items():
+        for judge in (*judges, PIXEL_COUNTS):
+            wanted += [(name, Look(judge, "edits", file)) for file in files]
+    code = code_digest([stage.root / path for path in LOOK_CODE], stage.root)
+    scopes = _scopes(stage)
+    # no number in the label: a method that comes or goes must not rename the others' parts
+    identity = partial(_identity, code, judges, bench_file, scopes, cfg)
+    units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
+    worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
+    records = run_units("look", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors)
+    found: dict[tuple[str, str], list[Record]] = {}
+    for (of, at), record in zip(wanted, records, strict=True):
+        found.setdefault((at.judge, of), []).append(record)
+    return Seen(stage.store, found)
+
+
+def _scopes(stage: Stage) -> list[tuple[str, str]]:
+    return [(hole, reference) for hole in stage.params.edit.holes for reference in stage.params.edit.references]
+
+
+def _identity(
+    code: str,
+    judges: Mapping[str, Entry],
+    bench_file: File,
+    scopes: Sequence[tuple[str, str]],
+    cfg: EvaluateConfig,
+    at: Look,
+) -> str:
+    """The content that is looked at, and the weights that at. The bench has a say where holes and references do."""
+    of = at.file.sha256 if at.file else [at.photos, cfg.reals_px]
+    return digest(
+        [
+            "look",
+            code,
+            at.what,
+            dict(judges.get(at.judge, {})),
+            of,
+            bench_file.sha256 if at.what == "edits" else None,
+            scopes if at.what == "bench" else None,
+            _region(cfg, at.judge) if at.what == "edits" else None,
+        ]
+    )
+
+
+def _looks_at_reals(cfg: EvaluateConfig, judge: str, bench: Manifest) -> list[Look]:
+    if cfg.reals is None:
+        file = bench.files("real")[0]
+        if not file.rows:
+            raise StageError(
+                "evaluate.reals: this bench brings no untouched photos; name a folder of them. The paper's are all of "
+                "COCO test2017, with evaluate.reals_px: 512"
+            )
+        return [Look(judge, "reals", file)]
+    folder = repo_root() / Path(cfg.reals).expanduser()
+    if not folder.is_dir():
+        raise StageError(f"evaluate.reals = {cfg.reals}: no such folder ({folder})")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(files) < 2:
+        raise StageError(f"evaluate.reals = {cfg.reals}: {len(files)} photos in {folder}; a reference set needs more")
+    # name, size and date stand for the content: reading 40,000 photos to name a part would cost as much as looking
+    known = [f"{path.resolve()}|{path.stat().st_size}|{path.stat().st_mtime_ns}" for path in files]
+    starts = range(0, len(known), REALS_PER_UNIT)
+    return [Look(judge, "folder", None, tuple(known[start : start + REALS_PER_UNIT])) for start in starts]
+
+
+def _worker(
+    store: Store,
+    cfg: EvaluateConfig,
+    judges: Mapping[str, Entry],
+    bench_file: File,
+    scopes: Sequence[tuple[str, str]],
+) -> Callable[[Unit], Record]:
+    import torch
+
+    torch.set_num_threads(1)
+    opened = {name: open_judge(store, entry) for name, entry in judges.items()}
+    bench = {row["bench_id"]: row for row in store.read_table(bench_file).to_pylist()}
+
+    def views(at: Look) -> Any:
+        if at.file is None:
+            return (_folder_view(known, cfg) for known in at.photos)
+        schema = {"bench": BENCH, "reals": REALS, "edits": EDITS}[at.what]
+        rows = require(store.read_table(at.file), schema, at.file.path).to_pylist()
+        if at.what == "bench":
+            return bench_views(rows, scopes, matched=opened[at.judge].matches_resolution)
+        return real_views(rows) if at.what == "reals" else edit_views(rows, bench, region=_region(cfg, at.judge))
+
+    def work(unit: Unit) -> Record:
+        at: Look = unit.payload
+        if at.judge == PIXEL_COUNTS:
+            assert at.file is not None
+            table = count_pixels(store.read_table(at.file).to_pylist(), bench)
+            return store.write_unit("look", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
+        table = look(views(at), opened[at.judge], batch_rows=cfg.batch_rows)
+        return store.write_unit("look", unit.name, {"features": table}, counts={"rows": table.num_rows})
+
+    return work
+
+
+def _region(cfg: EvaluateConfig, judge: str) -> Region:
+    """Upstream's is of the CLIP score alone."""
+    return cfg.clip_region if judge == "clip" else "whole"
+
+
+def _folder_view(known: str, cfg: EvaluateConfig) -> View:
+    path = Path(known.split("|")[0])
+    assert cfg.reals_px is not None
+    try:
+        return View(path.name, "whole", "whole", square(images.decode(path.read_bytes()), cfg.reals_px))
+    except (images.ImageError, OSError) as error:
+        raise StageError(f"evaluate.reals: {path}: {error}; remove it from the folder") from None

@@ -1,0 +1,146 @@
+"""sweep: what the guidance scale does (the paper's Fig. 7, with numbers) and how far apart the fills of one hole by one
+reference lie (Fig. 9): one variant, a fixed subset of the bench, exemplars in holes of the first kind.
+
+Edits and looks are parts as `edit` and `evaluate` make them. Scales start from the same noise.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from pbe import track
+from pbe.config import tracking_uri
+from pbe.data import images
+from pbe.data.contact import sheet
+from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
+from pbe.evaluate.intervals import bootstrap_mean
+from pbe.evaluate.score import ScoreConfig, numbers_of, score_method
+from pbe.evaluate.spread import feature_spread, pixel_spread
+from pbe.evaluate.views import edit_key, hole_of
+from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
+from pipelines.edit import Request, fill_bench
+from pipelines.judging import Judged, judge_edits
+from pipelines.provenance import provenance_tags
+from pipelines.stage import Stage, StageError, load_train_manifest
+
+GRID_COLUMNS = 14
+
+
+def main(stage: Stage) -> None:
+    cfg = stage.params.sweep
+    trained = load_train_manifest(stage, cfg.variant)
+    bench_file = load_manifest(stage.input("bench")).files("bench")[0]
+    requests = _requests(stage, bench_file.rows)
+    parts = dict(zip(requests, fill_bench(stage, trained, bench_file, list(requests.values())), strict=True))
+    judged = judge_edits(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
+    try:
+        metrics = {name: _score(stage, judged, name) for name in parts if name != DIVERSITY}
+        diversity = _diversity(stage, judged, parts[DIVERSITY])
+    except ValueError as error:
+        raise StageError(f"sweep: {error}; raise sweep.items or sweep.diversity.items") from None
+    first = requests[DIVERSITY].cfg
+    about = {
+        "variant": cfg.variant,
+        "hole": first.holes[0],
+        "noise": stage.params.edit.seeds[0],
+        "diversity_scale": first.guidance_scale,
+        "card": dict(judged.card),
+    }
+    write_json(stage.outputs / "metrics.json", {"scales": metrics, DIVERSITY: diversity, **about})
+    config = {**about, "edits": {name: [part.unit for part in found] for name, found in parts.items()}}
+    units = [*(part for found in parts.values() for part in found), *judged.seen.records]
+    save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, code=stage.code, units=units))
+    _log(stage, trained, metrics, diversity, parts)
+
+
+def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
+    """By the scale as text, and the one of several noises."""
+    cfg, edit = stage.params.sweep, stage.params.edit_variant(stage.params.sweep.variant)
+    scope = {"holes": edit.holes[:1], "references": ("exemplar",)}
+
+    def request(items: int, **changes: Any) -> Request:
+        rows = np.linspace(0, bench_rows - 1, min(items, bench_rows)).round().astype(int)
+        return Request(edit.model_copy(update={**scope, **changes}), tuple(map(int, rows)))
+
+    scales = {f"{scale:g}": request(cfg.items, guidance_scale=scale, seeds=edit.seeds[:1]) for scale in cfg.scales}
+    return {**scales, DIVERSITY: request(cfg.diversity.items, seeds=cfg.diversity.seeds)}
+
+
+def _score(stage: Stage, judged: Judged, name: str) -> dict[str, dict[str, Any]]:
+    cfg = stage.params.evaluate
+    [scope] = score_method(
+        judged.method(stage.store, name), judged.scales, ScoreConfig(cfg.resamples, cfg.subsets, cfg.seed)
+    )
+    return numbers_of(scope)
+
+
+def _diversity(stage: Stage, judged: Judged, parts: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Spreads by metric, as numbers_of: by each judge over the hole's box, and in levels of 255 over its pixels."""
+    cfg, method = stage.params.evaluate, judged.method(stage.store, DIVERSITY)
+    rows = sorted(method.edits, key=lambda row: row["seed"])
+    by_seed = [list(found) for _, found in groupby(rows, key=lambda row: row["seed"])]
+    bench_ids = [row["bench_id"] for row in by_seed[0]]
+    found: dict[str, tuple[str, np.ndarray]] = {}
+    for judge, looks in method.looks.items():
+        regions = np.stack([looks.of([edit_key(row) for row in seed], "region") for seed in by_seed])
+        found[f"spread_{judge}"] = (judge, feature_spread(regions))
+    items = _bench_rows(stage, bench_ids)
+    fills = fills_by_seed(_edit_rows(stage, parts))
+    found["spread_pixels"] = ("", np.array([_pixel_spread(row, fills, by_seed[0][0]["hole_kind"]) for row in items]))
+    photos = [judged.photos[name] for name in bench_ids]
+    return {
+        metric: asdict(bootstrap_mean(values, groups=photos, resamples=cfg.resamples, seed=cfg.seed)) | {"judge": judge}
+        for metric, (judge, values) in found.items()
+    }
+
+
+def _pixel_spread(row: Mapping[str, Any], fills: Mapping[str, Mapping[str, bytes]], hole_kind: str) -> float:
+    pictures = np.stack([images.decode(fill[row["bench_id"]]) for fill in fills.values()])
+    return pixel_spread(pictures, hole_of(row, hole_kind, pictures[0]))
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+def _edit_rows(stage: Stage, parts: Sequence[Record]) -> list[dict[str, Any]]:
+    return [row for part in parts for row in stage.store.read_table(part.file("edits")).to_pylist()]
+
+
+def _bench_rows(stage: Stage, bench_ids: Iterable[str]) -> list[dict[str, Any]]:
+    wanted, file = set(bench_ids), load_manifest(stage.input("bench")).files("bench")[0]
+    return [row for row in stage.store.read_table(file).to_pylist() if row["bench_id"] in wanted]
+
+
+def _log(
+    stage: Stage,
+    trained: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    diversity: Mapping[str, Any],
+    parts: Mapping[str, Sequence[Record]],
+) -> None:
+    """The grids and spreads to the training run; a child of it per scale, so that MLflow draws metrics over scales."""
+    uri, run = tracking_uri(), trained["mlflow_run_id"]
+    hole_kind = stage.params.edit.holes[0]
+    for name, fills in sweep_fills({name: _edit_rows(stage, found) for name, found in parts.items()}).items():
+        items = _bench_rows(stage, next(iter(fills.values())))[:GRID_COLUMNS]
+        rows = fill_rows(items, fills, hole_kind=hole_kind, reference_kind="exemplar")
+        track.log_image(
+            uri,
+            run,
+            sheet([[picture for picture in row if picture is not None] for _, row in rows]),
+            file=f"{name}.png",
+        )
+    track.log_metrics(uri, run, {name: value["value"] for name, value in diversity.items()}, prefix="eval/")
+    tags = {**provenance_tags(stage.root), "variant": stage.params.sweep.variant, "part_of": "sweep"}
+    for scale, numbers in metrics.items():
+        child = track.open_run(
+            uri, run_id=None, name=f"guidance-{scale}", params={"guidance_scale": scale}, tags=tags, parent_run_id=run
+        )
+        detail: dict[str, float] = {}
+        for metric, value in numbers.items():
+            detail |= {metric: value["value"], f"{metric}.low": value["low"], f"{metric}.high": value["high"]}
+        track.log_metrics(uri, child, detail)
+        track.end_run(uri, child)

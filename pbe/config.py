@@ -237,6 +237,7 @@ class TrainConfig(Strict):
     input: Literal["encoded", "pixels"]
     init: Weights  # or: random, sd
     resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None
     steps: Annotated[int, Field(ge=0)]  # 0: the untrained model
     batch: PositiveInt
     lanes: PositiveInt

@@ -47,7 +47,9 @@ def main(stage: Stage) -> None:
         actors=cfg.actors,
     )
     # beside what the units depend on: which triplets these are, for whoever reads both
-    manifest = make_manifest("encode", config={**config, "triplets": triplets.digest}, code=stage.code, units=records)
+    manifest = make_manifest(
+        "encode", config={**config, "seed": seed, "triplets": triplets.digest}, code=stage.code, units=records
+    )
     assert manifest.counts["rows"] == triplets.counts["triplets"]
     save_counts(stage, dict(manifest.counts))
     save_manifest(stage.outputs / "manifest.json", manifest)

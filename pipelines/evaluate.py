@@ -19,6 +19,7 @@ from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, wri
 from pipelines.judging import Judged, judge_edits
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError, output_folder
+from pipelines.summary import headline_metrics
 
 GRID_COLUMNS = 14
 
@@ -156,7 +157,8 @@ def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], photos: Mapping[str
 
 
 def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Mapping[str, Any]) -> None:
-    """Values to the method's MLflow run (the training run, for a variant); intervals and the card to a child of it."""
+    """The result table's columns to the method's MLflow run (the training run, for a variant), with names short enough
+    for the titles of MLflow's charts; all numbers, their intervals and the card to a child of it."""
     uri, method = tracking_uri(), edits.config["method"]
     tags = {**provenance_tags(stage.root), "variant": method, "bench": card["bench"]["sha256"][:16]}
     tags |= {f"extractor.{name}": value["digest"] for name, value in card["extractors"].items()}
@@ -166,7 +168,16 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
         for scope in scopes
         for score in scope.scores
     }
-    track.log_metrics(uri, parent, {name: estimate.value for name, estimate in values.items()}, prefix="eval/")
+    headline = headline_metrics(stage.params.evaluate.judges[0].kind)
+    columns = {
+        f"eval-{scope.hole_kind}/{score.metric}": score.estimate.value
+        for scope in scopes
+        for score in scope.scores
+        if scope.reference_kind == "exemplar" and score.metric in headline
+    }
+    if "guidance_scale" in edits.config:
+        columns["edit/guidance_scale"] = edits.config["guidance_scale"]  # a metric: it may be measured at several
+    track.log_metrics(uri, parent, columns)
     track.log_image(uri, parent, _grid(stage, edits), file="edits.png")
     child = track.open_run(
         uri,

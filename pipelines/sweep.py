@@ -133,7 +133,7 @@ def _log(
             sheet([[picture for picture in row if picture is not None] for _, row in rows]),
             file=f"{name}.png",
         )
-    track.log_metrics(uri, run, {name: value["value"] for name, value in diversity.items()}, prefix="eval/")
+    track.log_metrics(uri, run, {name: value["value"] for name, value in diversity.items()}, prefix="diversity/")
     tags = {**provenance_tags(stage.root), "variant": stage.params.sweep.variant, "part_of": "sweep"}
     for scale, numbers in metrics.items():
         child = track.open_run(

@@ -53,9 +53,9 @@ def main(stage: Stage) -> None:
         require_same_rows(encoded, triplets)
     initial = _initial_weights(stage, cfg, encoded)
     # of the first weights their content counts, not where they were found
-    settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init"})
+    settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init", "seed"})
     pixels = [triplets.digest] if triplets is not None else []
-    identity = digest([stage.code, stage.params.seed, settings, initial, encoded.digest, *pixels])
+    identity = digest([stage.code, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
@@ -85,6 +85,10 @@ def fetch_export(stage: Stage) -> None:
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
     print(f"train@{stage.variant}: model in models/{stage.variant}")
+
+
+def _seed(stage: Stage, cfg: TrainConfig) -> int:
+    return stage.params.seed if cfg.seed is None else cfg.seed
 
 
 def origin_of(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
@@ -131,7 +135,7 @@ def _open_mlflow_run(
         name=f"{stage.variant}-{identity[:8]}",
         params={
             "seed": stage.params.seed,
-            "train": cfg.model_dump(mode="json"),
+            "train": cfg.model_dump(mode="json") | {"seed": _seed(stage, cfg)},
             "encode": dict(encoded.config),
             "materialize": stage.params.materialize.model_dump(mode="json"),
         },
@@ -203,7 +207,7 @@ def _train(
     progress = Queue()
     job = Job(
         cfg=cfg,
-        seed=stage.params.seed,
+        seed=_seed(stage, cfg),
         store_uri=stage.store.uri,
         encoded=encoded,
         triplets=triplets,

@@ -219,6 +219,7 @@ class PixelInput:
         self._files = slot_files(triplets)
         self._draw = draw_config(cfg, seed)
         self._rows_per_group = int(encoded.config["rows_per_group"])
+        self._data_seed = int(encoded.config["seed"])  # references are drawn as encode draws them, whatever train.seed
         # how many draws are stored moves the later draws of a row, such as its timestep
         self._stored_references = int(encoded.config["reference_draws"])
         self._augmenter = make_augmenter()
@@ -292,7 +293,7 @@ class PixelInput:
         )
         if self._draw.reference_augmentation:
             visit = 1 + epoch // len(self._files)  # draw 0 is the clean one
-            rng = row_rng(self._draw.seed, row["image_id"], row["slot"], "reference", visit)
+            rng = row_rng(self._data_seed, row["image_id"], row["slot"], "reference", visit)
             reference = augment_reference(reference, augmenter=self._augmenter, rng=rng)
         return _pixel_row(row, source, reference, drawn, epoch=epoch)
 

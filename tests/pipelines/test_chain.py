@@ -1,6 +1,7 @@
 """The whole chain through `dvc repro` on real Ray, DeepSpeed, MLflow and DVC, in a folder with a space in its name."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pbe.data import images
+from pbe.evaluate.frechet import statistics_from_bytes
 from tests.pipelines.project import Project, kill_tree, make_project
+from tests.tiny_weights import write_inception
 
 pytest.importorskip("skimage", reason="needs the sample extra")
 POLL_S = 0.05
@@ -96,7 +99,12 @@ def test_every_number_has_its_card(repro: Project) -> None:
     assert card["bench"]["sha256"] == bench["units"][0]["files"][0]["sha256"] and card["bench"]["items"] == 12
     assert card["data_digest"] == json.loads((repro.folder / "data/ingest/manifest.json").read_text())["digest"]
     assert set(card["extractors"]) == {"efficientnet_lite2", "efficientnet_lite0"}
-    assert all(set(judge) == {"digest", "resize_rule", "reference_digest"} for judge in card["extractors"].values())
+    known = {"digest", "resize_rule", "reference_digest", "reference_n", "reference_statistics"}
+    for name, judge in card["extractors"].items():
+        assert set(judge) == known and judge["reference_n"] == 12
+        kept = (repro.folder / ".store" / judge["reference_statistics"]).read_bytes()
+        statistics, whose = statistics_from_bytes(kept, "")
+        assert (statistics.n, whose.extractor, whose.resize_rule) == (12, name, judge["resize_rule"])
     assert (protocol["guidance_scale"], protocol["steps"], protocol["seeds"]) == (3.0, 3, [42])
     assert found["bottleneck"]["protocol"]["guidance_scale"] == 1.0
     assert protocol["run"] == json.loads((repro.folder / "data/train/full/manifest.json").read_text())["run"]
@@ -127,9 +135,91 @@ def test_another_metric_setting_costs_no_second_look_and_no_second_edit(repro: P
     repro.run("dvc", "repro", "evaluate")
 
 
+def test_methods_in_another_order_cost_no_second_look(repro: Project) -> None:
+    before = {stage: repro.part_times(stage) for stage in ("edit", "look", "statistics")}
+    first, second = "  copy_paste: {kind: copy_paste}\n", "  poisson: {kind: poisson}\n"
+    repro.edit_params(first + second, second + first)
+    try:
+        repro.run("pipelines", "evaluate")
+        assert before == {stage: repro.part_times(stage) for stage in before}
+    finally:
+        repro.edit_params(second + first, first + second)
+
+
+def test_a_sweep_is_the_edits_and_metrics_of_every_scale(repro: Project) -> None:
+    found = json.loads((repro.folder / "data/sweep/metrics.json").read_text())
+    assert (found["variant"], found["hole"], found["diversity_scale"]) == ("full", "box", 3.0)
+    assert set(found["scales"]) == {"1", "3", "7.5"} and found["card"] == metrics(repro)["card"]
+    # the tiny sweep is of all items: at full's own scale its numbers are full's, but for the last bits of another batch
+    evaluated = metrics(repro)["full"]["box"]["exemplar"]
+    for metric, number in found["scales"]["3"].items():
+        assert number["value"] == pytest.approx(evaluated[metric]["value"], rel=0.02, abs=2e-3), metric
+    frechet = [found["scales"][scale]["frechet_efficientnet_lite2"]["value"] for scale in ("1", "3", "7.5")]
+    assert len(set(frechet)) == 3
+    spreads = found["diversity"]
+    assert set(spreads) == {"spread_efficientnet_lite2", "spread_efficientnet_lite0", "spread_pixels"}
+    for spread in spreads.values():
+        assert 0 < spread["low"] <= spread["value"] <= spread["high"] and spread["n"] == 4
+    manifest = json.loads((repro.folder / "data/sweep/manifest.json").read_text())
+    files = {unit["unit"]: unit["files"][0]["path"] for unit in manifest["units"]}
+    names = manifest["config"]["edits"]["diversity"]
+    rows = [row for name in names for row in pq.read_table(repro.folder / ".store" / files[name]).to_pylist()]
+    assert {row["seed"] for row in rows} == {1, 2, 3} and len(rows) == 12
+    by_item: dict[str, list[np.ndarray]] = {}
+    for row in rows:
+        by_item.setdefault(row["bench_id"], []).append(images.decode(row["edit"]).astype(float))
+    # outside the hole nothing changes, so that the spread of the whole picture is the hole's, times its share
+    assert all(
+        0 < np.stack(fills).std(0, ddof=1).mean() < spreads["spread_pixels"]["high"] for fills in by_item.values()
+    )
+
+
+def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_do(repro: Project) -> None:
+    """By another judge too, from one actor and in other batches: 1e-6."""
+    before = metrics(repro)
+    folder = repro.folder / "untouched photos"
+    folder.mkdir()
+    bench = json.loads((repro.folder / "data/bench/manifest.json").read_text())
+    path = next(f["path"] for f in bench["units"][0]["files"] if f["dataset"] == "real")
+    for row in pq.read_table(repro.folder / ".store" / path).to_pylist():
+        (folder / f"{row['real_id'].replace('/', '_')}.png").write_bytes(
+            images.encode_png(images.decode(row["picture"]))
+        )
+    sha256 = hashlib.sha256(write_inception(repro.folder / "inception.pt").read_bytes()).hexdigest()
+    changes = [
+        ("  reals: null\n  reals_px: null\n", "  reals: untouched photos\n  reals_px: 64\n"),
+        ("  batch_rows: 16\n  actors: 2\n", "  batch_rows: 5\n  actors: 1\n"),
+        ("lite0}\n  reals", f"lite0}}\n    - {{kind: inception, file: inception.pt, sha256: {sha256}}}\n  reals"),
+    ]
+    for old, new in changes[::-1]:
+        repro.edit_params(old, new)
+    try:
+        shutil.rmtree(repro.folder / ".store/parts/look")
+        repro.run("pipelines", "evaluate")
+        after = metrics(repro)
+        for method in (*VARIANTS, *BASELINES):
+            for metric, number in before[method]["box"]["exemplar"].items():
+                again = after[method]["box"]["exemplar"][metric]
+                for key in ("value", "low", "high"):
+                    assert again[key] == pytest.approx(number[key], rel=1e-6, abs=1e-9), (method, metric)
+            assert {"fid", "kid", "qs_rank_inception"} <= set(after[method]["box"]["exemplar"])
+        assert after["card"]["reference"] == "untouched photos"
+        for name in ("zzz.png", ".DS_Store"):  # the second is none of ours
+            (folder / name).write_bytes(b"no picture")
+        result = repro.run("pipelines", "evaluate", check=False)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("pbe: error: ")]
+        assert result.returncode == 1 and len(errors) == 1 and "zzz.png" in errors[0] and "remove it" in errors[0]
+    finally:
+        for old, new in changes:
+            repro.edit_params(new, old)
+    repro.run("pipelines", "evaluate")
+    assert metrics(repro)["full"]["box"] == before["full"]["box"]
+
+
 def test_edits_go_on_where_a_kill_left_them(repro: Project) -> None:
     """A part of the edits is gone: that one alone is made again, the same bytes."""
-    part = sorted((repro.folder / ".store/parts/edit").glob("e0001-*"))[0]
+    manifest = json.loads((repro.folder / "data/edit/full/manifest.json").read_text())
+    part = repro.folder / ".store/parts/edit" / manifest["units"][1]["unit"]
     edits = (part / "edits.parquet").read_bytes()
     before = repro.part_times("edit")
     shutil.rmtree(part)
@@ -184,9 +274,11 @@ def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(r
         assert run.data.params["train.steps"] == "12"
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["dataset_digest"]
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 2
-        assert f"eval/box/exemplar/{GAIN}" in run.data.metrics
+        assert {f"eval-box/{GAIN}", f"eval-bezier/{GAIN}", "edit/guidance_scale"} <= set(run.data.metrics)
         assert any(name.startswith("system/") for name in run.data.metrics)
-        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["edits.png", "images"]
+        swept = {"guidance.png", "diversity.png"} if run.data.tags["variant"] == "full" else set()
+        artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert artifacts == {"edits.png", "images", *swept}
         grids = [image.path for image in client.list_artifacts(run.info.run_id, "images")]
         steps = {int(step) for grid in grids for step in re.findall(r"[%+]step[%+](\d+)[%+]", grid)}
         assert steps == {6 * 8, 12 * 8}  # validate_every x batch: grids stand against samples seen
@@ -197,8 +289,12 @@ def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(r
         assert version.run_id == run.info.run_id
         assert Path(version.source, "unet", "diffusion_pytorch_model.safetensors").is_file()
         children = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == run.info.run_id]
-        assert children and all(f"box/exemplar/{GAIN}.low" in child.data.metrics for child in children)
-        assert children[0].data.params["card.bench.items"] == "12"
+        evaluated = [child for child in children if "part_of" not in child.data.tags]
+        assert evaluated and all(f"box/own/{GAIN}.low" in child.data.metrics for child in evaluated)
+        assert evaluated[0].data.params["card.bench.items"] == "12"
+    scales = {run.data.params["guidance_scale"]: run for run in runs if run.data.tags.get("part_of") == "sweep"}
+    assert set(scales) == {"1", "3", "7.5"}
+    assert all("similarity_efficientnet_lite2.low" in run.data.metrics for run in scales.values())
 
 
 def test_param_switched_and_switched_back_recomputes_nothing(repro: Project) -> None:

@@ -112,6 +112,7 @@ def encoded_of(
         units.append(store.write_unit("encode", name, tables, counts=counts, rows_per_group=ROWS_PER_GROUP))
     config = {
         "rows_per_group": ROWS_PER_GROUP,
+        "seed": SEED,
         "reference_draws": draws,
         "dtype": dtype,
         "backbone": {"kind": "efficientnet_lite0", "width": networks.backbone.width, "tokens": networks.tokens},

@@ -62,13 +62,13 @@ def config(**changes: object) -> TrainConfig:
     return tiny_config(**{"lanes": 4, "batch": 8, "micro_batch": 4, "validation_rows": 5, **changes})
 
 
-def opened(place: Place, cfg: TrainConfig, *, rank: int = 0, world: int = 1, start_step: int = 0):
+def opened(place: Place, cfg: TrainConfig, *, seed: int = SEED, rank: int = 0, world: int = 1, start_step: int = 0):
     """The training input, closed at the end of a `with`."""
     share = Share(rank, world, start_step)
     if cfg.input == "pixels":
         encoder = OnlineEncoder(place.networks.codec, place.networks.backbone, cfg.exemplar.tokens, CPU)
         return closing(
-            PixelInput(place.store, place.encoded, place.triplets, cfg=cfg, seed=SEED, share=share, encoder=encoder)
+            PixelInput(place.store, place.encoded, place.triplets, cfg=cfg, seed=seed, share=share, encoder=encoder)
         )
     return closing(
         open_input(
@@ -76,7 +76,7 @@ def opened(place: Place, cfg: TrainConfig, *, rank: int = 0, world: int = 1, sta
             place.encoded,
             None,
             cfg=cfg,
-            seed=SEED,
+            seed=seed,
             share=share,
             codec=place.networks.codec,
             device=CPU,
@@ -84,11 +84,11 @@ def opened(place: Place, cfg: TrainConfig, *, rank: int = 0, world: int = 1, sta
     )
 
 
-def both(place: Place, count: int, **changes: object) -> Iterator[tuple[Batch, Batch]]:
+def both(place: Place, count: int, *, seed: int = SEED, **changes: object) -> Iterator[tuple[Batch, Batch]]:
     """`count` micro-batches from stored arrays and from pixels."""
     with (
-        opened(place, config(input="encoded", **changes)) as cached,
-        opened(place, config(input="pixels", **changes)) as online,
+        opened(place, config(input="encoded", **changes), seed=seed) as cached,
+        opened(place, config(input="pixels", **changes), seed=seed) as online,
     ):
         for _ in range(count):
             yield cached.next(), online.next()
@@ -135,6 +135,15 @@ def test_pixels_give_the_rows_and_draws_of_the_encoded_rows(place: Place) -> Non
         for name in ("noise", "timestep", "drop_condition", "drop_context"):
             assert torch.equal(tensors(cached)[name], tensors(online)[name])
     assert len(seen) == 32
+
+
+def test_another_training_seed_draws_anew_but_for_what_encode_has_drawn(place: Place) -> None:
+    """train.seed moves order, noise and holes; references from pixels stay those of the encoded rows."""
+    for (cached, online), (before, _) in zip(both(place, 4, seed=SEED + 1), both(place, 4), strict=True):
+        assert cached.rows == online.rows != before.rows
+        assert not torch.equal(cached.noise, before.noise)
+        for name, value in tensors(cached).items():
+            torch.testing.assert_close(tensors(online)[name], value, atol=3e-5, rtol=1e-5)
 
 
 def test_the_number_of_stored_references_moves_the_other_draws_of_both_alike(place: Place, networks: Networks) -> None:

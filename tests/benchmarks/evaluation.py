@@ -1,0 +1,181 @@
+"""What evaluation spends its time on: edits, features of them, and all that is computed on features.
+
+    python tests/benchmarks/evaluation.py [--quick] [--items N]
+
+One method on N items (48; --quick 16) with box holes, exemplars and foreign references, at the sample's sizes: an
+untrained network of its shape (weights do not matter for time), 20 DDIM steps at guidance scale 3; both EfficientNet
+judges and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests. Smooth
+random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from pbe.data import images
+from pbe.data.masks import pack_mask
+from pbe.data.schema import PIXELS
+from pbe.diffusion.schedule import scheduler_config
+from pbe.edit import Editor
+from pbe.evaluate.extractors import EfficientNetExtractor
+from pbe.evaluate.frechet import feature_statistics
+from pbe.evaluate.look import Counts, Looks, count_pixels, look
+from pbe.evaluate.paired import paired_means, paired_sets
+from pbe.evaluate.scale import make_scale
+from pbe.evaluate.score import Method, ScopeScores, ScoreConfig, score_method
+from pbe.evaluate.views import bench_views, edit_views
+from pbe.model.backbone import load_backbone
+from pbe.model.codec import fit_patch_codec
+from pbe.model.unet import Architecture, new_network
+from pbe.model.weights import Model, ModelCard
+
+IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
+KINDS = ("exemplar", "foreign")
+SIZES = ScoreConfig(resamples=2000, subsets=200, seed=42)  # as the sample's params.yaml
+
+
+def picture(rng: np.random.Generator, side_px: int) -> np.ndarray:
+    coarse = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    return images.resize(coarse, width_px=side_px, height_px=side_px)
+
+
+def new_editor(crops: np.ndarray) -> Editor:
+    codec, _ = fit_patch_codec(crops, patch_px=4, channels=16)
+    arch = Architecture(
+        latent_channels=16,
+        latent_px=IMAGE_PX // 4,
+        backbone_width=1280,
+        block_channels=(48, 96, 96),
+        attention=(False, False, True),
+        layers_per_block=1,
+        attention_heads=2,
+        norm_groups=16,
+        context_width=128,
+        mapper_width=256,
+        mapper_blocks=1,
+        class_embedding=True,
+    )
+    card = ModelCard(
+        image_px=IMAGE_PX,
+        reference_px=REFERENCE_PX,
+        reference_pad_px=10,
+        tokens="class",
+        scheduler=scheduler_config("squaredcos_cap_v2", "x0"),
+        run={},
+    )
+    return Editor(Model(new_network(arch), codec, load_backbone("efficientnet_lite0"), card), torch.device("cpu"))
+
+
+def bench_rows(count: int) -> list[dict[str, Any]]:
+    rng, rows = np.random.default_rng(0), []
+    for index in range(count):
+        hole = np.zeros((IMAGE_PX, IMAGE_PX), np.uint8)
+        y, x = rng.integers(4, 24, 2)
+        hole[y : y + 30, x : x + 30] = 1
+        encoded = {name: images.encode_png(picture(rng, REFERENCE_PX)) for name in KINDS}
+        source = images.encode_png(picture(rng, IMAGE_PX))
+        row = {"bench_id": f"b{index}", "image_id": f"p{index // ITEMS_PER_PHOTO}", "source": source, **encoded}
+        rows.append(row | {"box_hole_mask": pack_mask(hole), "hole": hole})
+    return rows
+
+
+def fill(editor: Editor, bench: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    out = []
+    for kind in KINDS:
+        for start in range(0, len(bench), BATCH_ROWS):
+            rows = bench[start : start + BATCH_ROWS]
+            edits = editor.edit_crops(
+                np.stack([images.decode(row["source"]) for row in rows]),
+                np.stack([row["hole"] for row in rows]),
+                [images.decode(row[kind]) for row in rows],
+                seeds=[seed + start + index for index in range(len(rows))],
+                guidance_scale=3.0,
+                steps=20,
+                sampler=None,
+            )
+            for row, edit in zip(rows, edits, strict=True):
+                key = {"bench_id": row["bench_id"], "hole_kind": "box", "reference_kind": kind, "seed": seed}
+                out.append({**key, "edit": images.encode_png(edit)})
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="16 items: below 50 s")
+    parser.add_argument("--items", type=int, default=48)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    bench = bench_rows(16 if args.quick else args.items)
+    by_id = {row["bench_id"]: row for row in bench}
+    photos = {row["bench_id"]: row["image_id"] for row in bench}
+    sources = np.stack([images.decode(row["source"]) for row in bench])
+    editor = new_editor(sources)
+    judges = {name: EfficientNetExtractor(load_backbone(name)) for name in ("efficientnet_lite2", "efficientnet_lite0")}
+    fill(editor, bench[:1], 0)  # what happens once
+    started = time.perf_counter()
+    methods = {seed: fill(editor, bench, seed) for seed in (0, 1)}
+    generated = time.perf_counter()
+
+    scopes = [("box", kind) for kind in KINDS]
+    bench_looks = {}
+    seen: dict[int, dict[str, Looks]] = {seed: {} for seed in methods}
+    counts = {}
+    for name, judge in judges.items():
+        bench_looks[name] = Looks([look(bench_views(bench, scopes, matched=True), judge, batch_rows=BATCH_ROWS)])
+        for seed, edits in methods.items():
+            views = edit_views(edits, by_id, region="whole")
+            seen[seed][name] = Looks([look(views, judge, batch_rows=BATCH_ROWS)])
+    for seed, edits in methods.items():
+        counts[seed] = Counts([count_pixels(edits, by_id).cast(PIXELS)])
+    looked = time.perf_counter()
+
+    rng = np.random.default_rng(1)
+    scales = {}
+    for name, looks in bench_looks.items():
+        photos_seen = looks.all_of("source")
+        reals = photos_seen + 0.1 * rng.standard_normal(photos_seen.shape)
+        scales[name] = make_scale(
+            name,
+            reals=reals,
+            statistics=feature_statistics(reals),
+            photos=photos_seen,
+            mixture=None,
+            upstream_region=False,
+            components=2,
+            pca_dims=8,
+            seed=42,
+        )
+    scored: dict[int, ScopeScores] = {}
+    for seed, edits in methods.items():
+        method = Method(edits, seen[seed], bench_looks, counts[seed], photos)
+        [scored[seed]] = score_method(method, scales, SIZES)
+    of_items = [photos[name] for name in scored[0].bench_ids]
+    for first, second in zip(scored[0].scores, scored[1].scores, strict=True):
+        if first.per_item is not None and second.per_item is not None:
+            paired_means(second.per_item, first.per_item, photos=of_items, resamples=SIZES.resamples, seed=SIZES.seed)
+    name, scale = next(iter(scales.items()))
+    sets = [seen[seed][name].of(scored[seed].first_seed_keys, "whole") for seed in methods]
+    paired_sets(scale.frechet, *sets, photos=of_items, resamples=SIZES.subsets, seed=SIZES.seed)
+    done = time.perf_counter()
+
+    parts = {"generation": generated - started, "features": looked - generated, "rest": done - looked}
+    total = sum(parts.values())
+    numbers = sum(len(found.scores) for found in scored.values())
+    print(
+        f"{len(methods)} methods, {len(bench)} items, {len(KINDS)} references each: {numbers} numbers in {total:.1f} s"
+    )
+    print(" ".join(f"{part}_s={seconds:.1f}" for part, seconds in parts.items()))
+    print(" ".join(f"{part}={seconds / total:.2f}" for part, seconds in parts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,7 +83,7 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         return _svg(figure)
 
 
-def sweep_svg(curves: Mapping[str, Mapping[float, Estimate]]) -> str:
+def sweep_svg(curves: Mapping[str, Mapping[str, Estimate]]) -> str:
     """One panel a metric, by its label: value and 95 % interval over the guidance scale."""
     rows = -(-len(curves) // SWEEP_COLUMNS)
     with _style() as plt:
@@ -93,14 +93,14 @@ def sweep_svg(curves: Mapping[str, Mapping[float, Estimate]]) -> str:
                 axes.set_axis_off()
                 continue
             label, curve = list(curves.items())[index]
-            scales, found = [*curve], [*curve.values()]
+            scales, found = [float(scale) for scale in curve], [*curve.values()]
             values = [estimate.value for estimate in found]
             # an interval around a mean of seeds need not hold its value; a bar cannot be shorter than nothing
             below = [max(0.0, estimate.value - estimate.low) for estimate in found]
             above = [max(0.0, estimate.high - estimate.value) for estimate in found]
             axes.errorbar(scales, values, [below, above], color=_colour(0), linewidth=2, elinewidth=1, capsize=2)
             axes.set_title(label, fontsize=11)
-            axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+            axes.set_xticks(scales, [*curve])
             axes.set_xlabel("guidance scale")
         return _svg(figure)
 

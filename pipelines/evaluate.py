@@ -12,9 +12,9 @@ import pyarrow as pa
 from pbe import track
 from pbe.config import tracking_uri
 from pbe.data.schema import SCORES
+from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import edit_grid
-from pbe.evaluate.paired import paired_means, paired_sets, refuse_other_items
-from pbe.evaluate.score import ScopeScores, ScoreConfig, metric_names, numbers_of, score_method
+from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
 from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.judging import Judged, judge_edits
 from pipelines.provenance import provenance_tags
@@ -38,7 +38,7 @@ def main(stage: Stage) -> None:
         except ValueError as error:
             raise StageError(f"evaluate: {name}: {error}") from None
         print(f"evaluate: {name}: {sum(len(scope.scores) for scope in scored[name])} numbers", flush=True)
-    write_json(stage.outputs / "paired.json", _paired(stage, scored, judged))
+    write_json(stage.outputs / "paired.json", _paired(stage, scored, judged, sizes))
     done = time.perf_counter()
     print(f"evaluate: looking took {looked - started:.0f} s, numbers and their intervals {done - looked:.0f} s")
     _write(stage, methods, scored, judged)
@@ -65,42 +65,28 @@ def _methods(stage: Stage) -> dict[str, Manifest]:
 # -- what is compared ----------------------------------------------------------------------------------------------
 
 
-def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: Judged) -> dict[str, Any]:
-    """Every other method against the first variant, on the same items: pixels, and what the first judge says."""
-    cfg, looks = stage.params.evaluate, judged.seen
-    against, scale = next(iter(stage.params.variants)), judged.scales[cfg.judges[0].kind]
-    ours = {(scope.hole_kind, scope.reference_kind): scope for scope in scored[against]}
-    out: dict[str, Any] = {"against": against, "judge": scale.name, "methods": {}}
+def _paired(
+    stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: Judged, sizes: ScoreConfig
+) -> dict[str, Any]:
+    """Every method against the first variant, on the same items: pixels, and what the first judge says."""
+    against, judge = next(iter(stage.params.variants)), stage.params.evaluate.judges[0].kind
+    first_looks = judged.seen.features(judge, against)
+    first = {(scope.hole_kind, scope.reference_kind): scope for scope in scored[against]}
+    out: dict[str, Any] = {"against": against, "judge": judge, "methods": {}}
     for name, scopes in scored.items():
         out["methods"][name] = {}
+        looks = judged.seen.features(judge, name)
         for scope in scopes:
-            first = ours.get((scope.hole_kind, scope.reference_kind))
-            if first is None:
+            other = first.get((scope.hole_kind, scope.reference_kind))
+            if other is None:
                 continue
             try:
-                refuse_other_items(first.bench_ids, scope.bench_ids)
+                found = compare(
+                    scope, looks, other, first_looks, scale=judged.scales[judge], photos=judged.photos, cfg=sizes
+                )
             except ValueError as error:
                 out["methods"][name] = {"not_compared": str(error)}
                 break
-            of_items = [judged.photos[bench_id] for bench_id in scope.bench_ids]
-            mine = {score.metric: score.per_item for score in first.scores}
-            found = {
-                theirs.metric: paired_means(
-                    theirs.per_item, value, photos=of_items, resamples=cfg.resamples, seed=cfg.seed
-                )
-                for theirs in scope.scores
-                if theirs.judge in ("", scale.name)
-                and theirs.per_item is not None
-                and (value := mine.get(theirs.metric)) is not None
-            }
-            found[metric_names(scale)["frechet"]] = paired_sets(
-                scale.frechet,
-                looks.features(scale.name, name).of(scope.first_seed_keys, "whole"),
-                looks.features(scale.name, against).of(first.first_seed_keys, "whole"),
-                photos=of_items,
-                resamples=cfg.subsets,
-                seed=cfg.seed,
-            )
             at = out["methods"][name].setdefault(scope.hole_kind, {})
             at[scope.reference_kind] = {metric: asdict(paired) for metric, paired in found.items()}
     return out

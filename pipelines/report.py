@@ -301,27 +301,39 @@ def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
         items = [row for row in bench if row["bench_id"] in next(iter(fills.values()))]
         items = [items[index] for index in evenly(COLUMNS, len(items))]
         grids[name] = picture_rows(items, fills, hole=found["hole"], reference="exemplar")
-    by_scale = {
-        float(scale): {metric: estimate_from(value) for metric, value in numbers.items()}
-        for scale, numbers in found["scales"].items()
-    }
-    first = next(iter(by_scale.values()))
+    scales = sorted(found["scales"], key=float)  # JSON has them in the order of words
+    first = found["scales"][scales[0]]
+    columns = {metric: label for metric, label in headline_metrics(judge).items() if metric in first}
     curves = {
-        label: {scale: numbers[metric] for scale, numbers in by_scale.items()}
-        for metric, label in headline_metrics(judge).items()
-        if metric in first
+        label: {scale: estimate_from(found["scales"][scale][metric]) for scale in scales}
+        for metric, label in columns.items()
     }
+    tests = found["paired"]["scales"]
+    rows = [
+        (
+            label,
+            [
+                (
+                    estimate_text(curves[label][scale]),
+                    p_text(tests[scale][metric]["p_value"])
+                    if scale != found["paired"]["against"] and metric in tests[scale]
+                    else "",
+                )
+                for scale in scales
+            ],
+        )
+        for metric, label in columns.items()
+    ]
     spreads = [
         (how_to_read(metric), estimate_text(estimate_from(v)), n_text(estimate_from(v)))
         for metric, v in found["diversity"].items()
     ]
     return {
         **{key: found[key] for key in ("variant", "hole", "diversity_scale")},
-        "n": n_text(next(iter(first.values()))),
-        "curves": [
-            (label, [(f"{scale:g}", estimate_text(value)) for scale, value in curve.items()])
-            for label, curve in curves.items()
-        ],
+        "n": n_text(next(iter(curves.values()))[scales[0]]),
+        "against": found["paired"]["against"],
+        "scales": scales,
+        "rows": rows,
         "svg": Markup(sweep_svg(curves)),
         "spreads": spreads,
         "grids": grids,

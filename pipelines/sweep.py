@@ -15,9 +15,10 @@ from pbe import track
 from pbe.config import tracking_uri
 from pbe.data import images
 from pbe.data.contact import sheet
+from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
 from pbe.evaluate.intervals import bootstrap_mean
-from pbe.evaluate.score import ScoreConfig, numbers_of, score_method
+from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
 from pbe.evaluate.spread import feature_spread, pixel_spread
 from pbe.evaluate.views import edit_key, hole_of
 from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
@@ -37,7 +38,8 @@ def main(stage: Stage) -> None:
     parts = dict(zip(requests, fill_bench(stage, trained, bench_file, list(requests.values())), strict=True))
     judged = judge_edits(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
     try:
-        metrics = {name: _score(stage, judged, name) for name in parts if name != DIVERSITY}
+        scopes = {name: _score(stage, judged, name) for name in parts if name != DIVERSITY}
+        paired = _paired(stage, judged, scopes)
         diversity = _diversity(stage, judged, parts[DIVERSITY])
     except ValueError as error:
         raise StageError(f"sweep: {error}; raise sweep.items or sweep.diversity.items") from None
@@ -49,7 +51,8 @@ def main(stage: Stage) -> None:
         "diversity_scale": first.guidance_scale,
         "card": dict(judged.card),
     }
-    write_json(stage.outputs / "metrics.json", {"scales": metrics, DIVERSITY: diversity, **about})
+    metrics = {name: numbers_of(scope) for name, scope in scopes.items()}
+    write_json(stage.outputs / "metrics.json", {"scales": metrics, "paired": paired, DIVERSITY: diversity, **about})
     config = {**about, "edits": {name: [part.unit for part in found] for name, found in parts.items()}}
     units = [*(part for found in parts.values() for part in found), *judged.seen.records]
     save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, code=stage.code, units=units))
@@ -69,12 +72,35 @@ def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
     return {**scales, DIVERSITY: request(cfg.diversity.items, seeds=cfg.diversity.seeds)}
 
 
-def _score(stage: Stage, judged: Judged, name: str) -> dict[str, dict[str, Any]]:
+def _score(stage: Stage, judged: Judged, name: str) -> ScopeScores:
+    [scope] = score_method(judged.method(stage.store, name), judged.scales, _sizes(stage))
+    return scope
+
+
+def _sizes(stage: Stage) -> ScoreConfig:
     cfg = stage.params.evaluate
-    [scope] = score_method(
-        judged.method(stage.store, name), judged.scales, ScoreConfig(cfg.resamples, cfg.subsets, cfg.seed)
-    )
-    return numbers_of(scope)
+    return ScoreConfig(cfg.resamples, cfg.subsets, cfg.seed)
+
+
+def _paired(stage: Stage, judged: Judged, scopes: Mapping[str, ScopeScores]) -> dict[str, Any]:
+    """Every scale against the first one, on the same items, as the first judge says: a curve's own intervals are of the
+    choice of items, which all its points share."""
+    judge, against = stage.params.evaluate.judges[0].kind, next(iter(scopes))
+    looks = {name: judged.seen.features(judge, name) for name in scopes}
+    found = {
+        name: compare(
+            scope,
+            looks[name],
+            scopes[against],
+            looks[against],
+            scale=judged.scales[judge],
+            photos=judged.photos,
+            cfg=_sizes(stage),
+        )
+        for name, scope in scopes.items()
+    }
+    by_scale = {name: {metric: asdict(value) for metric, value in tests.items()} for name, tests in found.items()}
+    return {"against": against, "judge": judge, "scales": by_scale}
 
 
 def _diversity(stage: Stage, judged: Judged, parts: Sequence[Record]) -> dict[str, dict[str, Any]]:

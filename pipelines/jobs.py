@@ -191,6 +191,9 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
             path = getattr(stage.params.ingest, key)
             if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
                 raise _does_not_travel(stage, f"ingest.{key}", path)
+    for key, path in _evaluation_files(stage):
+        if not Path(path).expanduser().is_absolute():
+            raise _does_not_travel(stage, key, path)
     for key, name in _weights(stage):
         from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
 
@@ -228,10 +231,27 @@ def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
             yield "encode.codec.weights", codec.weights
         if backbone.kind == "clip":
             yield "encode.backbone.weights", backbone.weights
+    if stage.name in ("evaluate", "sweep"):
+        for number, judge in enumerate(stage.params.evaluate.judges):
+            if judge.kind == "clip":
+                yield f"evaluate.judges.{number}.weights", judge.weights
     if stage.name == "train" and stage.variant is not None:
         init = stage.params.train_variant(stage.variant).init
         if init not in ("random", "sd"):
             yield "train.init", init
+
+
+def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
+    if stage.name in ("evaluate", "sweep"):
+        cfg = stage.params.evaluate
+        if cfg.reals is not None:
+            yield "evaluate.reals", cfg.reals
+        for number, judge in enumerate(cfg.judges):
+            if judge.kind == "clip" and judge.mixture is not None:
+                yield f"evaluate.judges.{number}.mixture", judge.mixture
+            if judge.kind == "inception":
+                yield f"evaluate.judges.{number}.file", judge.file
 
 
 def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:
@@ -382,8 +402,13 @@ def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
     """Whether all that a manifest names is in the storage: units, single parts, a model's export."""
     parts = [*_part_paths(manifest.get("config")), *_export_paths(manifest)]
     return all(stage.store.exists(path) for path in parts) and all(
-        stage.store.find_unit(stage.name, unit["unit"]) for unit in manifest.get("units", ())
+        stage.store.find_unit(_made_by(unit, stage.name), unit["unit"]) for unit in manifest.get("units", ())
     )
+
+
+def _made_by(unit: dict[str, Any], stage: str) -> str:
+    """Whose part a unit is: evaluate's manifest names looks too. By the path of its files, parts/<stage>/<unit>/..."""
+    return next((file["path"].split("/")[1] for file in unit.get("files", ())), stage)
 
 
 def _part_paths(value: Any) -> Iterator[str]:

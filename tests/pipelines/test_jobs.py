@@ -4,6 +4,7 @@ Jobs on a real cluster are in test_cluster_path.py.
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import shlex
@@ -11,16 +12,18 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobDetails, JobStatus
 
-from pbe.config import EncodeConfig, IngestConfig, Params
+from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
 from pbe.store import Store, StoreError, code_digest
 from pipelines import jobs
 from pipelines.stage import Stage, StageError, code_paths
@@ -265,6 +268,25 @@ def test_weights_inside_the_project_are_refused(
         jobs.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "sweep"])
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("reals", {"reals": "my/photos", "reals_px": 64}),
+        ("judges.0.weights", {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]}),
+        ("judges.0.mixture", {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]}),
+        ("judges.0.file", {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]}),
+    ],
+)
+def test_what_evaluation_reads_inside_the_project_is_refused(
+    stage: Stage, name: str, key: str, changes: dict[str, Any]
+) -> None:
+    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["evaluate"]
+    params = Params.model_construct(evaluate=EvaluateConfig.model_validate(tiny | changes))
+    with pytest.raises(StageError, match=rf"evaluate\.{key} = my/\S+ does not travel"):
+        jobs.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
+
+
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
 def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int, told: str) -> None:
     class Refusal(BaseHTTPRequestHandler):
@@ -378,6 +400,20 @@ def test_a_finished_job_whose_results_are_gone_runs_again(
     stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", json.dumps(names).encode())
     jobs.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
+
+
+def test_a_finished_job_is_taken_over_with_parts_of_other_stages(stage: Stage, cluster: Cluster) -> None:
+    """As evaluate's manifest has them: its looks are parts of their own."""
+    table = pa.table({"value": [1.0]})
+    record = stage.store.write_unit("look", "clip-edits-0", {"features": table}, counts={})
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    whole = json.dumps({"job": job_id, "units": [asdict(record)]}).encode()
+    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", whole)
+    marker = {"files": {"manifest.json": hashlib.sha256(whole).hexdigest()}}
+    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps(marker).encode())
+    jobs.run_remotely(stage, LOOPBACK)
+    assert len(cluster.jobs) == 1 and manifest(stage)["job"].endswith("-1")
 
 
 def test_a_finished_job_whose_outputs_are_gone_runs_again(stage: Stage, cluster: Cluster) -> None:

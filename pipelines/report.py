@@ -326,7 +326,7 @@ def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
     ]
     spreads = [
         (how_to_read(metric), estimate_text(estimate_from(v)), n_text(estimate_from(v)))
-        for metric, v in found["diversity"].items()
+        for metric, v in sorted(found["diversity"].items(), key=lambda item: item[1]["judge"] != judge)
     ]
     return {
         **{key: found[key] for key in ("variant", "hole", "diversity_scale")},

@@ -74,9 +74,8 @@ def sweep_fills(edits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, d
     edits: rows of EDITS by guidance scale, of one seed each, and under DIVERSITY those of several.
     """
     scales = {}
-    for name, rows in edits.items():
-        if name != DIVERSITY:
-            [scales[f"scale {name}"]] = fills_by_seed(rows).values()
+    for name in sorted(edits.keys() - {DIVERSITY}, key=float):  # a manifest has them in the order of words
+        [scales[f"scale {name}"]] = fills_by_seed(edits[name]).values()
     return {
         "guidance": scales,
         DIVERSITY: {f"noise {seed}": fills for seed, fills in fills_by_seed(edits[DIVERSITY]).items()},

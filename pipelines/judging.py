@@ -25,7 +25,7 @@ from pbe.evaluate.frechet import (
 )
 from pbe.evaluate.judges import Entry, keep_judge, open_judge
 from pbe.evaluate.look import Counts, Looks, count_pixels, look
-from pbe.evaluate.mixture import load_mixture
+from pbe.evaluate.mixture import Mixture, load_mixture, mixture_digest
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method
 from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views, square
@@ -105,7 +105,10 @@ def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
     seen = _look_at_all(stage, cfg, bench_manifest, edits, entries)
     bench_looks = {name: seen.features(name, "bench") for name in entries}
     statistics = {name: _keep_statistics(stage.store, name, judge, seen) for name, judge in opened.items()}
-    scales = {name: _scale(cfg, name, seen, bench_looks[name], statistics[name][0]) for name in entries}
+    mixtures = _mixtures(cfg)
+    scales = {
+        name: _scale(cfg, name, seen, bench_looks[name], statistics[name][0], mixtures.get(name)) for name in entries
+    }
     card = {
         "bench": {**bench_manifest.config, "sha256": bench_file.sha256, "items": bench_file.rows},
         "data_digest": load_manifest(stage.input("ingest")).digest,
@@ -116,6 +119,7 @@ def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
                 "reference_digest": seen.digest(name, "reals"),
                 "reference_n": statistics[name][0].n,
                 "reference_statistics": statistics[name][1],
+                **({"mixture_digest": mixture_digest(mixtures[name])[:16]} if name in mixtures else {}),
             }
             for name, judge in opened.items()
         },
@@ -153,10 +157,20 @@ def _statistics_of(store: Store, file: File) -> FeatureStatistics:
     return feature_statistics(Looks([require(store.read_table(file), FEATURES, file.path)]).all_of("whole"))
 
 
-def _scale(cfg: EvaluateConfig, judge: str, seen: Seen, bench: Looks, statistics: FeatureStatistics) -> JudgeScale:
-    config = next(found for found in cfg.judges if found.kind == judge)
-    path = config.mixture if isinstance(config, ClipJudge) else None
-    mixture = load_mixture(repo_root() / Path(path).expanduser()) if path else None
+def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
+    """By judge: those that params.yaml names."""
+    named = {judge.kind: judge.mixture for judge in cfg.judges if isinstance(judge, ClipJudge) and judge.mixture}
+    return {judge: load_mixture(repo_root() / Path(path).expanduser()) for judge, path in named.items()}
+
+
+def _scale(
+    cfg: EvaluateConfig,
+    judge: str,
+    seen: Seen,
+    bench: Looks,
+    statistics: FeatureStatistics,
+    mixture: Mixture | None,
+) -> JudgeScale:
     try:
         return make_scale(
             judge,

@@ -1,6 +1,7 @@
 """The feature extractors of a run: kept in the storage by their content, opened again by every worker.
 
-An entry names one: its kind, and for weights that params.yaml names the path of their copy below the storage root.
+An entry names one: its kind, and the digest of its weights; for those that params.yaml names the path of their copy
+below the storage root, which has the digest in it.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 from pbe.config import ClipJudge, EfficientNetJudge, InceptionJudge, repo_root
 from pbe.errors import UserError
 from pbe.evaluate.extractors import EfficientNetExtractor, Extractor, load_clip_extractor, load_inception_extractor
-from pbe.model.backbone import load_backbone
+from pbe.model.backbone import load_backbone, weights_digest
 from pbe.model.clip import STEMS
 from pbe.model.frozen import keep_weights, kept_folder
 from pbe.model.hub import weights_folder
@@ -31,11 +32,11 @@ def keep_judge(store: Store, cfg: EfficientNetJudge | ClipJudge | InceptionJudge
         return {"kind": "clip", "path": keep_weights(store, weights_folder(cfg.weights, parts=[""]), "clip", *STEMS)}
     if isinstance(cfg, InceptionJudge):
         return {"kind": "inception", "path": _keep_inception(store, cfg), "sha256": cfg.sha256}
-    return {"kind": cfg.kind}
+    return {"kind": cfg.kind, "digest": weights_digest(cfg.kind)}
 
 
 def open_judge(store: Store, entry: Entry) -> Extractor:
-    """Raises BackboneError, StoreError or WeightsError."""
+    """Raises BackboneError, JudgeError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
         with kept_folder(store, str(entry["path"])) as folder:
             return load_clip_extractor(folder)
@@ -44,7 +45,13 @@ def open_judge(store: Store, entry: Entry) -> Extractor:
             file = Path(local) / "inception.pt"
             file.write_bytes(store.read_bytes(str(entry["path"])))
             return load_inception_extractor(file, sha256=str(entry["sha256"]))
-    return EfficientNetExtractor(load_backbone(entry["kind"]))
+    backbone = load_backbone(entry["kind"])
+    if backbone.digest != entry["digest"]:
+        raise JudgeError(
+            f"the weights of {entry['kind']} installed here are {backbone.digest}, the run was started with "
+            f"{entry['digest']}; install the same packages on all nodes (requirements.lock)"
+        )
+    return EfficientNetExtractor(backbone)
 
 
 def _keep_inception(store: Store, cfg: InceptionJudge) -> str:

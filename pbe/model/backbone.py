@@ -117,8 +117,12 @@ def load_backbone(name: BackboneName) -> EfficientNetLite:
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=EfficientNetLite.input_px)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     network._fc = nn.Identity()  # the classifier is never called
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return EfficientNetLite(network, name=name, digest=digest)
+    return EfficientNetLite(network, name=name, digest=weights_digest(name))
+
+
+def weights_digest(name: BackboneName) -> str:
+    """The `digest` that the named backbone has, without opening it. Raises BackboneError as `load_backbone`."""
+    return hashlib.sha256(_weight_file(name).read_bytes()).hexdigest()[:16]
 
 
 def _weight_file(name: str) -> Path:

@@ -15,7 +15,7 @@ import yaml
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.evaluate.extractors import load_clip_extractor
-from pbe.evaluate.mixture import load_mixture
+from pbe.evaluate.mixture import load_mixture, mixture_digest
 from pbe.model.weights import Model, load_model
 from tests.pipelines.project import Project, make_project
 from tests.tiny_weights import (
@@ -108,6 +108,7 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
             axis=0,
         )
     )
+    assert found["card"]["extractors"]["clip"]["mixture_digest"] == mixture_digest(mixture)[:16]
     qs = 100 * np.mean(np.clip(likelihoods / 300, 0, 1))
     assert qs > 1 and numbers["qs"]["value"] == pytest.approx(qs, rel=1e-5)
     cosines = []

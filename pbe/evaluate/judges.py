@@ -17,6 +17,7 @@ from pbe.model.backbone import load_backbone, weights_digest
 from pbe.model.clip import STEMS
 from pbe.model.frozen import keep_weights, kept_folder
 from pbe.model.hub import weights_folder
+from pbe.model.tensors import WeightsError
 from pbe.store import Store
 
 Entry = Mapping[str, Any]
@@ -29,7 +30,11 @@ class JudgeError(UserError, ValueError):
 def keep_judge(store: Store, cfg: EfficientNetJudge | ClipJudge | InceptionJudge) -> Entry:
     """Copy what params.yaml names to the storage once. Raises WeightsError, JudgeError."""
     if isinstance(cfg, ClipJudge):
-        return {"kind": "clip", "path": keep_weights(store, weights_folder(cfg.weights, parts=[""]), "clip", *STEMS)}
+        try:
+            folder = weights_folder(cfg.weights, parts=[""])
+        except WeightsError as error:
+            raise JudgeError(f"evaluate.judges: {error}") from None
+        return {"kind": "clip", "path": keep_weights(store, folder, "clip", *STEMS)}
     if isinstance(cfg, InceptionJudge):
         return {"kind": "inception", "path": _keep_inception(store, cfg), "sha256": cfg.sha256}
     return {"kind": cfg.kind, "digest": weights_digest(cfg.kind)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.config import EfficientNetJudge
+from pbe.config import ClipJudge, EfficientNetJudge
 from pbe.evaluate.judges import JudgeError, keep_judge, open_judge
 from pbe.store import Store
 
@@ -17,3 +17,8 @@ def test_an_entry_says_which_weights_and_other_weights_are_refused(tmp_path: Pat
     assert open_judge(store, entry).digest == entry["digest"]
     with pytest.raises(JudgeError, match=r"weights of efficientnet_lite0 installed here are .* started with 0123"):
         open_judge(store, {**entry, "digest": "0123"})
+
+
+def test_weights_that_are_not_there_name_the_key(tmp_path: Path) -> None:
+    with pytest.raises(JudgeError, match=r"evaluate\.judges: nowhere: no such folder"):
+        keep_judge(Store(str(tmp_path)), ClipJudge(kind="clip", weights="nowhere", mixture=None))

@@ -26,13 +26,13 @@ def edit_grid(
     bench: rows of BENCH. edits: encoded pictures by bench id and reference kind; items that lack one are left out.
     """
     whole = [row for row in bench if all((row["bench_id"], kind) in edits for kind in reference_kinds)]
-    chosen = [whole[index] for index in np.linspace(0, len(whole) - 1, min(columns, len(whole))).round().astype(int)]
-    sources = [images.decode(row["source"]) for row in chosen]
-    holes = [hole_of(row, hole_kind, source) for row, source in zip(chosen, sources, strict=True)]
-    rows = [sources, [with_hole(source, hole) for source, hole in zip(sources, holes, strict=True)]]
+    items = [whole[index] for index in np.linspace(0, len(whole) - 1, min(columns, len(whole))).round().astype(int)]
+    rows: list[list[np.ndarray]] = []
     for kind in reference_kinds:
-        rows.append([images.decode(row[kind]) for row in chosen])
-        rows.append([images.decode(edits[row["bench_id"], kind]) for row in chosen])
+        fills = {kind: {item["bench_id"]: edits[item["bench_id"], kind] for item in items}}
+        start, *found = fill_rows(items, fills, hole_kind=hole_kind, reference_kind=kind)
+        shown = found[1:] if rows else [start, *found]  # photo and hole stand there once
+        rows += [[picture for picture in pictures if picture is not None] for _, pictures in shown]
     return sheet(rows)
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 
 from pbe.data import images
+from pbe.data.contact import TILE_PX
 from pbe.data.masks import pack_mask
-from pbe.evaluate.grid import DIVERSITY, fill_rows, sweep_fills
+from pbe.evaluate.grid import DIVERSITY, edit_grid, fill_rows, sweep_fills
 
 SIDE_PX = 8
 
@@ -40,3 +41,15 @@ def test_rows_are_photo_hole_reference_and_fills_and_a_missing_fill_is_none() ->
     assert (photo[0] == 200).all() and (holed[0][4:] == 200).all() and (holed[0][:4] == 128).all()
     assert [int(picture[0, 0, 0]) for picture in reference if picture is not None] == [50, 60]
     assert ours[0] is None and ours[1] is not None and (ours[1] == 70).all()
+
+
+def test_a_grid_of_two_references_shows_photo_and_hole_once() -> None:
+    hole = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
+    hole[:4] = 1
+    item = {"bench_id": "a", "source": _flat(200), "box_hole_mask": pack_mask(hole)}
+    bench = [{**item, "exemplar": _flat(50), "own": _flat(60)}, {**item, "bench_id": "lacks one"}]
+    edits = {("a", "exemplar"): _flat(70), ("a", "own"): _flat(80), ("lacks one", "own"): _flat(90)}
+    grid = edit_grid(bench, edits, hole_kind="box", reference_kinds=("exemplar", "own"), columns=4)
+    step = TILE_PX + 2
+    assert grid.shape[:2] == (6 * step + 2, step + 2)
+    assert [int(grid[row * step + step - 4, step // 2, 0]) for row in range(6)] == [200, 200, 50, 70, 60, 80]

@@ -215,6 +215,9 @@ def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_d
     finally:
         for old, new in changes:
             repro.edit_params(new, old)
+    shutil.rmtree(
+        repro.folder / ".store/parts/look"
+    )  # kept by content: of the other batches, equal but for the last bits
     repro.run("pipelines", "evaluate")
     assert metrics(repro)["full"]["box"] == before["full"]["box"]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from jinja2 import Environment, nodes
 
 from pbe.config import Params
 from pbe.data import images
@@ -255,6 +256,22 @@ def test_augmentation_shows_the_clean_reference_and_the_draws_that_encode_makes_
     for draw, shown in enumerate(draws, start=1):
         rng = row_rng(7, "cat", 0, "reference", draw)  # as pbe.encode
         assert shown == report.picture_uri(augment_reference(reference, augmenter=make_augmenter(), rng=rng))
+
+
+def test_the_page_reads_only_settings_that_exist() -> None:
+    """Also in the branches that no run of the tests takes: a page on unseen photos once asked for evaluate.split."""
+    source = (REPOSITORY / "pipelines" / "report.html.j2").read_text(encoding="utf-8")
+    read = {
+        (section.attr, key.attr)
+        for key in Environment().parse(source).find_all(nodes.Getattr)
+        if isinstance(section := key.node, nodes.Getattr)
+        and isinstance(section.node, nodes.Name)
+        and section.node.name == "params"
+    }
+    sections = {name: field.annotation for name, field in Params.model_fields.items()}
+    models = {name: sections[name] for name, _ in read if hasattr(sections[name], "model_fields")}
+    assert len(models) > 3
+    assert [f"{name}.{key}" for name, key in read if name in models and key not in models[name].model_fields] == []
 
 
 def test_pictures_and_curve_fetch_nothing() -> None:

@@ -59,6 +59,25 @@ def _is_number(annotation: Any) -> bool:
     return bool(kinds & {int, float}) and bool not in kinds
 
 
+class TaskResources(Strict):
+    """What Ray reserves for one task: it runs where this much is free. A promise between tasks, not a limit."""
+
+    cpus: Annotated[float, Field(gt=0)]
+    memory_gib: Annotated[float, Field(ge=0)]  # 0: none reserved
+
+
+class ActorResources(TaskResources):
+    """For one actor or training worker; with a GPU it computes there, without on the CPU."""
+
+    gpus: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _whole_or_a_share(self) -> "ActorResources":
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus: {self.gpus} must be a share of one GPU, or a whole number")
+        return self
+
+
 class DownloadConfig(Strict):
     connections: Annotated[int, Field(ge=1, le=256)]
     attempts: Annotated[int, Field(ge=1, le=20)]
@@ -82,7 +101,7 @@ class IngestConfig(Strict):
     max_image_bytes: PositiveInt
     max_image_pixels: Annotated[int, Field(ge=1, le=89_478_485)]  # Pillow, which reads the headers, warns from there on
     buckets: Annotated[int, Field(ge=1, le=65536)]
-    cpus_per_bucket: Annotated[float, Field(gt=0)]
+    per_bucket: TaskResources
     max_reject_frac: Frac
     retry_rejected: bool
     download: DownloadConfig
@@ -136,7 +155,7 @@ class MaterializeConfig(Strict):
     bezier_jitter_px: Annotated[int, Field(ge=0, le=100)]
     jpeg_chroma: Literal["444", "420"]
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]
-    cpus_per_bucket: Annotated[float, Field(gt=0)]
+    per_bucket: TaskResources
 
 
 def _kind_of(value: Any) -> Any:
@@ -192,7 +211,7 @@ class EncodeConfig(Strict):
     rows_per_group: PositiveInt
     batch_rows: PositiveInt
     actors: PositiveInt
-    cpus_per_actor: Annotated[float, Field(gt=0)]
+    per_actor: ActorResources
 
 
 class UNetConfig(Strict):
@@ -242,7 +261,7 @@ class TrainConfig(Strict):
     batch: PositiveInt
     lanes: PositiveInt
     workers: PositiveInt
-    cpus_per_worker: Annotated[float, Field(gt=0)]
+    per_worker: ActorResources
     micro_batch: PositiveInt
     lr: Annotated[float, Field(gt=0, le=1)]
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -282,6 +301,8 @@ class TrainConfig(Strict):
                 f"micro_batch {self.micro_batch} must divide the rows per worker, batch / workers = "
                 f"{self.batch // self.workers}"
             )
+        if self.per_worker.gpus not in (0, 1):
+            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank drives one GPU at most")
         if self.precision == "bf16_pure" and self.zero_stage == 0:
             raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed has it nowhere else")
         if self.kernels.compile and self.zero_stage == 3:
@@ -350,7 +371,7 @@ class EditConfig(Strict):
     batch_rows: PositiveInt
     items_per_unit: PositiveInt
     actors: PositiveInt
-    cpus_per_actor: Annotated[float, Field(gt=0)]
+    per_actor: ActorResources
 
     @model_validator(mode="after")
     def _names_each_once(self) -> "EditConfig":
@@ -375,7 +396,7 @@ class EvaluateConfig(Strict):
     seed: Annotated[int, Field(ge=0)]
     batch_rows: PositiveInt
     actors: PositiveInt
-    cpus_per_actor: Annotated[float, Field(gt=0)]
+    per_actor: ActorResources
 
     @model_validator(mode="after")
     def _names_each_once(self) -> "EvaluateConfig":

@@ -179,12 +179,12 @@ def wanted_cpus(params: Params) -> dict[str, float]:
     """Ray CPUs that a stage holds at once at least, by stage (train: the variant that asks for most)."""
     trains = [params.train_variant(name) for name in params.variants]
     return {
-        "ingest": params.ingest.cpus_per_bucket,
-        "materialize": params.materialize.cpus_per_bucket,
-        "encode": params.encode.actors * params.encode.cpus_per_actor,
-        "train": max(train.workers * train.cpus_per_worker for train in trains),
-        "edit": params.edit.actors * params.edit.cpus_per_actor,
-        "evaluate": params.evaluate.actors * params.evaluate.cpus_per_actor,
+        "ingest": params.ingest.per_bucket.cpus,
+        "materialize": params.materialize.per_bucket.cpus,
+        "encode": params.encode.actors * params.encode.per_actor.cpus,
+        "train": max(train.workers * train.per_worker.cpus for train in trains),
+        "edit": params.edit.actors * params.edit.per_actor.cpus,
+        "evaluate": params.evaluate.actors * params.evaluate.per_actor.cpus,
     }
 
 

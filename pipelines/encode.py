@@ -23,7 +23,7 @@ from pbe.model.codec import CODEC_FILE, codec_bytes, codec_from_bytes, fit_patch
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.progress import with_progress
 from pipelines.stage import Stage, StageError, save_counts
-from pipelines.units import Unit, run_units
+from pipelines.units import Unit, run_units, torch_device
 
 
 def main(stage: Stage) -> None:
@@ -43,7 +43,8 @@ def main(stage: Stage) -> None:
         units,
         store=stage.store,
         worker=partial(_worker, stage.store, cfg, stage.params.materialize.image_px, codec, backbone, seed),
-        cpus=cfg.cpus_per_actor,
+        each=cfg.per_actor,
+        key="encode",
         actors=cfg.actors,
     )
     # beside what the units depend on: which triplets these are, for whoever reads both
@@ -159,7 +160,7 @@ def _worker(
     from pbe.model.frozen import open_backbone, open_codec
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device(cfg.per_actor)
     codec, backbone = open_codec(store, codec_entry).to(device), open_backbone(store, backbone_entry).to(device)
     augmenter = make_augmenter()
 

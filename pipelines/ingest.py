@@ -35,7 +35,7 @@ def main(stage: Stage) -> None:
     units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
 
     worker = partial(_worker, stage.store, source, cfg)
-    records = run_units("ingest", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_bucket)
+    records = run_units("ingest", units, store=stage.store, worker=worker, each=cfg.per_bucket, key="ingest")
     manifest = make_manifest("ingest", config=_content(cfg), code=stage.code, units=records)
     counts = {**manifest.counts, "boxes_not_selected": left_out}
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]

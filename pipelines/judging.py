@@ -32,7 +32,7 @@ from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views
 from pbe.store import File, Manifest, Record, Store, code_digest, digest, load_manifest
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError
-from pipelines.units import Unit, run_units
+from pipelines.units import Unit, run_units, torch_device
 
 # What shapes features: a change in what is computed on them must not cost a second look.
 LOOK_CODE = (
@@ -224,7 +224,9 @@ def _look_at_all(
     identity = partial(_identity, code, judges, bench_file, scopes, cfg)
     units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
     worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
-    records = run_units("look", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_actor, actors=cfg.actors)
+    records = run_units(
+        "look", units, store=stage.store, worker=worker, each=cfg.per_actor, key="evaluate", actors=cfg.actors
+    )
     found: dict[tuple[str, str], list[Record]] = {}
     for (of, at), record in zip(wanted, records, strict=True):
         found.setdefault((at.judge, of), []).append(record)
@@ -290,7 +292,8 @@ def _worker(
     import torch
 
     torch.set_num_threads(1)
-    opened = {name: open_judge(store, entry) for name, entry in judges.items()}
+    device = torch_device(cfg.per_actor)
+    opened = {name: open_judge(store, entry, device=device) for name, entry in judges.items()}
     bench = {row["bench_id"]: row for row in store.read_table(bench_file).to_pylist()}
 
     def views(at: Look) -> Any:

@@ -30,7 +30,7 @@ def main(stage: Stage) -> None:
         units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
 
     worker = partial(_worker, stage.store, cfg, seed)
-    records = run_units("materialize", units, store=stage.store, worker=worker, cpus=cfg.cpus_per_bucket)
+    records = run_units("materialize", units, store=stage.store, worker=worker, each=cfg.per_bucket, key="materialize")
     manifest = make_manifest("materialize", config=_identity(cfg), code=stage.code, units=records)
     counts = dict(manifest.counts)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
@@ -42,8 +42,8 @@ def main(stage: Stage) -> None:
 
 
 def _identity(cfg: MaterializeConfig) -> dict[str, object]:
-    """What the bytes depend on; how many CPUs a task asks for is not among it."""
-    return cfg.model_dump(mode="json", exclude={"cpus_per_bucket"})
+    """What the bytes depend on; what a task asks of Ray is not among it."""
+    return cfg.model_dump(mode="json", exclude={"per_bucket"})
 
 
 def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit], Record]:

@@ -7,7 +7,6 @@ finished one is only exported again. `train.resume_from` goes on from the checkp
 
 import csv
 import hashlib
-import os
 import pickle
 import queue
 import shutil
@@ -22,6 +21,7 @@ from pbe.data.slots import require_same_rows
 from pbe.errors import UserError
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
+from pipelines.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.progress import progress_bar
 from pipelines.provenance import provenance_tags
 from pipelines.refuse import refuse_what_cannot_train
@@ -31,7 +31,7 @@ from pipelines.units import start_ray
 # Settings that change how a run is executed, not what it computes.
 EXECUTION_ONLY = {
     "workers",
-    "cpus_per_worker",
+    "per_worker",
     "micro_batch",
     "checkpoint_every",
     "keep_checkpoints",
@@ -193,7 +193,6 @@ def _train(
     run_id: str,
     origin: tuple[str, int] | None,
 ) -> None:
-    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
@@ -202,9 +201,9 @@ def _train(
     from pbe.train.worker import Job
 
     start_ray()
-    _refuse_unmet(cfg)
+    refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
     uri = tracking_uri()
-    progress = Queue()
+    progress = Queue(actor_options={"num_cpus": 0})  # a head node often offers none
     job = Job(
         cfg=cfg,
         seed=_seed(stage, cfg),
@@ -221,13 +220,14 @@ def _train(
         on_progress=_Put(progress),
     )
     stage.store.delete_file(f"{run.folder}/stopped.json")
-    on_gpu = torch.cuda.is_available()
-    resources = {"CPU": cfg.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
+    on_gpu = cfg.per_worker.gpus > 0  # not what this process sees: a cluster's head rarely has one
     trainer = TorchTrainer(
         _train_loop,
         # as bytes: Ray's controller unpickles the config, and need not import torch and diffusers for it
         train_loop_config={"job": pickle.dumps(job)},
-        scaling_config=ScalingConfig(num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=ray_resources(cfg.per_worker)
+        ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
         run_config=RunConfig(
@@ -257,17 +257,6 @@ def _raise_what_stopped(stage: Stage, run: Run) -> None:
     stopped = run.read_json("stopped.json")
     if stopped is not None:
         raise StageError(f"train@{stage.variant}: {stopped['reason']}")
-
-
-def _refuse_unmet(cfg: TrainConfig) -> None:
-    """On local Ray workers that ask for more than there is would wait for ever; a cluster may still grow."""
-    import ray
-
-    have, wanted = ray.cluster_resources().get("CPU", 0), cfg.workers * cfg.cpus_per_worker
-    if not os.environ.get("RAY_ADDRESS") and wanted > have:
-        raise StageError(
-            f"train: {cfg.workers} workers ask for {wanted:g} CPUs, local Ray has {have:g}; lower train.workers"
-        )
 
 
 def _train_loop(config: dict[str, bytes]) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy
 
+from pbe.config import ActorResources, TaskResources
 from pbe.errors import UserError
 from pbe.store import Record, Store, record_from
+from pipelines.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
 from pipelines.progress import progress_bar
 from pipelines.stage import StageError
@@ -90,33 +92,41 @@ def _init_ray() -> None:
         )
 
 
+READ: Bundle = {"CPU": 1}  # the Ray Data task that feeds actors
+
+
 def run_units(
     stage: str,
     units: Sequence[Unit],
     *,
     store: Store,
     worker: Callable[[], Callable[[Unit], Record]],
-    cpus: float,
+    each: TaskResources,
+    key: str,
     actors: int | None = None,
 ) -> list[Record]:
     """Records of all units, in the order given; those that the store already has are not run again.
 
     worker: makes the function that does one unit. It is called once per actor when `actors` is set (for models),
-    once per task otherwise. A failing unit fails the stage; units that finished before it stay.
+    once per task otherwise. each: what Ray reserves for a task or an actor; `key` of params.yaml names its section.
+    A failing unit fails the stage; units that finished before it stay.
     """
     records = {index: store.find_unit(stage, unit.name) for index, unit in enumerate(units)}
     pending = [index for index, record in records.items() if record is None]
     print(f"{stage}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
     if pending:
         start_ray()
-        _refuse_unmet(stage, cpus)
         todo = [units[index] for index in pending]
         rows = ray.data.range(len(todo), override_num_blocks=len(todo))
+        wanted = ray_resources(each)
+        options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
         if actors is None:
-            results = rows.map(_task(todo, worker), num_cpus=cpus)
+            refuse_unmet(stage, Demand(each, f"{key}.per_bucket"))
+            results = rows.map(_task(todo, worker), **options)
         else:
-            pool = ActorPoolStrategy(size=min(actors, len(todo)))
-            results = rows.map(_actor_class(todo, worker), compute=pool, num_cpus=cpus)
+            count = min(actors, len(todo))
+            refuse_unmet(stage, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=[READ])
+            results = rows.map(_actor_class(todo, worker), compute=ActorPoolStrategy(size=count), **options)
         with progress_bar(stage, total=len(todo), unit="part") as bar:
             for row in results.iter_rows():
                 if row["error"]:
@@ -126,13 +136,18 @@ def run_units(
     return [record for record in records.values() if record is not None]
 
 
-def _refuse_unmet(stage: str, cpus: float) -> None:
-    """On local Ray a task that asks for more than there is would wait for ever; a cluster may still grow."""
-    have = ray.cluster_resources().get("CPU", 0)
-    if not os.environ.get("RAY_ADDRESS") and cpus > have:
+def torch_device(each: ActorResources) -> Any:
+    """The torch.device of the actor that asks. Raises StageError where Ray gave a GPU that torch does not see."""
+    import torch
+
+    if not each.gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise StageError(
-            f"{stage}: a task asks for {cpus:g} CPUs, local Ray has {have:g}; lower cpus_per_bucket or cpus_per_actor"
+            f"Ray gave out a GPU of node {ray.util.get_node_ip_address()}, where torch {torch.__version__} sees none; "
+            "install a CUDA build that fits its driver (`pbe doctor --gpu` there), or set gpus: 0 in params.yaml"
         )
+    return torch.device("cuda")
 
 
 def _task(
@@ -147,9 +162,14 @@ def _task(
 def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]) -> type:
     class UnitActor:
         def __init__(self) -> None:
-            self._work = worker()
+            try:
+                self._work, self._error = worker(), ""
+            except UserError as error:  # raised here, Ray would start the actor again and again
+                self._error = str(error)
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            if self._error:
+                return {"id": row["id"], "record": "", "error": self._error}
             return _result(lambda: self._work, units, row["id"])
 
     return UnitActor

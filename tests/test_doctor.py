@@ -98,7 +98,7 @@ def test_an_mlflow_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_stage_that_would_wait_for_ever(root: Path) -> None:
-    _edit(root, "params.yaml", "cpus_per_worker: 1", "cpus_per_worker: 4000")
+    _edit(root, "params.yaml", "per_worker: {cpus: 1,", "per_worker: {cpus: 4000,")
     finding = _found(root, "CPUs of train")
     assert finding.level == "fail" and "asks for 8000" in finding.found
     assert _found(root, "CPUs of encode").level == "ok"

@@ -25,6 +25,7 @@ from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
 from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
 
+CPU = torch.device("cpu")
 Way = Literal["whole", "region", "reference"]
 PROJECTION = "visual_projection.weight"
 SQUASH_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below a quarter, else INTER_LINEAR"
@@ -121,19 +122,19 @@ class InceptionExtractor:
     resize_rule = INCEPTION_RULE
     matches_resolution = True
 
-    def __init__(self, network: Any, *, digest: str) -> None:
-        self.digest, self._network = digest, network
+    def __init__(self, network: Any, *, digest: str, device: torch.device = CPU) -> None:
+        self.digest, self._network, self._device = digest, network, device
 
     def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
         def features(batch: Sequence[np.ndarray]) -> Tensor:
             with torch.no_grad():  # one by one: pictures of one batch may differ in size
                 rows = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in batch]
-                return torch.cat([self._network(row, return_features=True).flatten(1) for row in rows])
+                return torch.cat([self._network(row.to(self._device), return_features=True).flatten(1) for row in rows])
 
         return _in_batches(images, features, width=None, batch_rows=batch_rows)
 
 
-def load_clip_extractor(folder: Path) -> ClipExtractor:
+def load_clip_extractor(folder: Path, *, device: torch.device = CPU) -> ClipExtractor:
     """From a folder of CLIP as the hub has it (whole, or its vision part with projection). Raises WeightsError."""
     raw = read_json(folder / "config.json")
     config = vision_config(raw, str(folder))
@@ -149,10 +150,10 @@ def load_clip_extractor(folder: Path) -> ClipExtractor:
     prefix = "vision_model.vision_model." if nested else "vision_model."
     named = {f"{prefix}{name}": value for name, value in clip_tensors(tensors).items()}
     load_strictly(network, named | {PROJECTION: tensors[PROJECTION].float()}, str(folder))
-    return ClipExtractor(network, digest=folder_digest(folder, *STEMS))
+    return ClipExtractor(network.to(device), digest=folder_digest(folder, *STEMS))
 
 
-def load_inception_extractor(file: Path, *, sha256: str) -> InceptionExtractor:
+def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = CPU) -> InceptionExtractor:
     """A TorchScript file, which is code: it is loaded only when its SHA-256 is the one expected. Raises
     WeightsError."""
     try:
@@ -163,10 +164,10 @@ def load_inception_extractor(file: Path, *, sha256: str) -> InceptionExtractor:
     if found != sha256:
         raise WeightsError(f"{file}: its SHA-256 is {found}, params.yaml expects {sha256}: it is another file")
     try:
-        network = torch.jit.load(file, map_location="cpu").eval()
+        network = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"{file}: not a TorchScript file ({' '.join(str(error).split())[:150]})") from None
-    return InceptionExtractor(network, digest=sha256[:16])
+    return InceptionExtractor(network, digest=sha256[:16], device=device)
 
 
 def _in_batches(images: Sequence[np.ndarray], features: Any, *, width: int | None, batch_rows: int) -> np.ndarray:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pbe.config import ClipJudge, EfficientNetJudge, InceptionJudge, repo_root
 from pbe.errors import UserError
 from pbe.evaluate.extractors import EfficientNetExtractor, Extractor, load_clip_extractor, load_inception_extractor
@@ -21,6 +23,7 @@ from pbe.model.tensors import WeightsError
 from pbe.store import Store
 
 Entry = Mapping[str, Any]
+CPU = torch.device("cpu")
 
 
 class JudgeError(UserError, ValueError):
@@ -40,23 +43,23 @@ def keep_judge(store: Store, cfg: EfficientNetJudge | ClipJudge | InceptionJudge
     return {"kind": cfg.kind, "digest": weights_digest(cfg.kind)}
 
 
-def open_judge(store: Store, entry: Entry) -> Extractor:
-    """Raises BackboneError, JudgeError, StoreError or WeightsError."""
+def open_judge(store: Store, entry: Entry, *, device: torch.device = CPU) -> Extractor:
+    """Its network lies on `device`. Raises BackboneError, JudgeError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
         with kept_folder(store, str(entry["path"])) as folder:
-            return load_clip_extractor(folder)
+            return load_clip_extractor(folder, device=device)
     if entry["kind"] == "inception":
         with tempfile.TemporaryDirectory(prefix="pbe-inception-") as local:
             file = Path(local) / "inception.pt"
             file.write_bytes(store.read_bytes(str(entry["path"])))
-            return load_inception_extractor(file, sha256=str(entry["sha256"]))
+            return load_inception_extractor(file, sha256=str(entry["sha256"]), device=device)
     backbone = load_backbone(entry["kind"])
     if backbone.digest != entry["digest"]:
         raise JudgeError(
             f"the weights of {entry['kind']} installed here are {backbone.digest}, the run was started with "
             f"{entry['digest']}; install the same packages on all nodes (requirements.lock)"
         )
-    return EfficientNetExtractor(backbone)
+    return EfficientNetExtractor(backbone.to(device))
 
 
 def _keep_inception(store: Store, cfg: InceptionJudge) -> str:

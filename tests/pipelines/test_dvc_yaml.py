@@ -26,6 +26,7 @@ ORCHESTRATION = {
     "pbe.track",
     "pipelines.__main__",
     "pipelines.environment",
+    "pipelines.capacity",
     "pipelines.jobs",
     "pipelines.progress",
     "pipelines.provenance",

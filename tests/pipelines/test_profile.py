@@ -100,7 +100,7 @@ def test_one_node_trains_as_64_gpus_do_but_for_how_it_is_run() -> None:
     assert differ == {
         "encode.actors",
         "train.workers",
-        "train.cpus_per_worker",
+        "train.per_worker",
         "train.micro_batch",
         "train.zero_stage",
         "train.precision",

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from pipelines.environment import prepare_driver
 prepare_driver()
+from pbe.config import TaskResources
 from pbe.store import Store
 from pipelines.units import Unit, run_units
 
@@ -33,7 +34,8 @@ def worker(store):
 
 store = Store(sys.argv[1])
 units = [Unit("a", "1", None), Unit("b", "1", None)]
-records = run_units("meet", units, store=store, worker=partial(worker, store), cpus=2)
+records = run_units("meet", units, store=store, worker=partial(worker, store),
+                    each=TaskResources(cpus=2, memory_gib=0), key="meet")
 print([record.unit for record in records])
 """
 

@@ -63,20 +63,23 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         return run_profile(args.name, args.root)
     stage = open_stage(args.command, getattr(args, "variant", None))
+    if args.as_job:
+        from pipelines.as_job import check_cluster, send_outputs
+
+        check_cluster(stage)
+        _run_here(stage.name)(stage)
+        send_outputs(stage, args.as_job)
+        return None
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
-    if stage.name in CLUSTER_STAGES and address.startswith("http") and not args.as_job:
+    if stage.name in CLUSTER_STAGES and address.startswith("http"):
         from pipelines.jobs import run_remotely
 
         run_remotely(stage, address)
     else:
         _run_here(stage.name)(stage)
-    if args.as_job:
-        from pipelines.jobs import send_outputs
-
-        send_outputs(stage, args.as_job)
-    elif stage.name == "train":
+    if stage.name == "train":
         from pipelines.train import fetch_export
 
         fetch_export(stage)

@@ -1,20 +1,18 @@
 """The bridge to a cluster: a stage submits itself as a Ray job, follows its log and fetches its small files.
 
-With RAY_ADDRESS=http://host:port, `run_remotely` ships the code and the input manifests (a whitelist), and a
-job runs the same command there. Data stays in PBE_STORAGE, which both sides reach; what dvc.lock names comes
-back through <storage>/jobs/<job id>/. A job is known by what it is made from: the same command attaches to it
-while it runs, takes its outputs over when it is done, and numbers a new attempt when it failed (Ray refuses a
-used id). Credentials never travel: the cluster's nodes have their own.
+With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (pipelines/package.py), and a job runs the same
+command there (its side is pipelines/as_job.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock
+names comes back through <storage>/jobs/<job id>/. A job is known by what it is made from: the same command attaches
+to it while it runs, takes its outputs over when it is done, even when its cluster is gone by then, and numbers a new
+attempt when it failed (Ray refuses a used id).
 """
 
 import asyncio
 import contextlib
-import hashlib
 import ipaddress
 import json
 import logging
 import os
-import shlex
 import tempfile
 import time
 import urllib.error
@@ -31,19 +29,17 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import tracking_uri
-from pbe.store import StoreError, digest
-from pipelines.environment import WORKER_ENV
-from pipelines.provenance import COMMIT_VARIABLE, git_commit
-from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
-
-CODE_FOLDERS = ("pbe", "pipelines")
-CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads
-ROOT_FILES = ("params.yaml", "dvc.yaml")
+from pbe.store import StoreError
+from pipelines.as_job import files_below, sha256_of
+from pipelines.package import Package, entrypoint, job_env, job_name, pack, refuse_what_stays_here
+from pipelines.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
 QUIET_S = 60  # after so long without a log line, the job's status is asked and the log opened again
 POLL_S = 2  # between two tries to reach a cluster that went away
 LOST_S = 300  # after so long without an answer the command gives up; the job does not
+STOP_S = 5  # a second Ctrl-C within so long stops the job
+STOPPED_S = 60  # how long it may take to stop
 LOG_LINES = 20  # of a failed job's log, repeated in the error
 
 # what requests, aiohttp and Ray's client raise for a broken connection or a refused request
@@ -54,33 +50,22 @@ def run_remotely(stage: Stage, address: str) -> None:
     """Run the stage as a job of the cluster at `address` and bring the files of `stage.outputs` back.
 
     Raises StageError when the settings cannot work there, the address does not answer, or the job fails (with
-    its id and the end of its log). Ctrl-C detaches and raises KeyboardInterrupt; the job goes on.
+    its id and the end of its log). Ctrl-C detaches, a second one stops the job; both raise KeyboardInterrupt.
     """
     _refuse_what_cannot_work(stage, address)
     _reach_storage(stage)
+    package = pack(stage)
+    name = job_name(stage, package)
+    finished = _take_over_finished(stage, name)
+    if finished:
+        print(f"{stage.name}: job {finished} had finished before; its outputs are taken over", flush=True)
+        return
     client = _connect(address)
-    with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
-        inputs = pack(stage, Path(folder))
-        name = job_name(stage, inputs)
-        attempt, status = _last_attempt(client, name)
-        job_id = f"{name}-{attempt}"
-        if status == JobStatus.SUCCEEDED and _take_over(stage, job_id):
-            print(f"{stage.name}: job {job_id} had finished before; its outputs are taken over", flush=True)
-            return
-        if status is None or status.is_terminal():
-            job_id = f"{name}-{attempt + 1}"
-            _submit(client, stage, job_id, Path(folder))
-            print(f"{stage.name}: submitted job {job_id} to {address}", flush=True)
-        else:
-            print(f"{stage.name}: attached again to job {job_id}, which is {status} at {address}", flush=True)
+    job_id = _attach_or_submit(client, stage, package, name, address)
     try:
         job, log_end = _follow(client, job_id, address)
     except KeyboardInterrupt:
-        print(
-            f"\n{stage.name}: detached; job {job_id} goes on, and the same command attaches to it again.\n"
-            f"To stop it: ray job stop --address {address} {job_id}",
-            flush=True,
-        )
+        _detach_or_stop(client, stage, job_id, address)
         raise
     if job.status != JobStatus.SUCCEEDED:
         raise StageError(f"job {job_id} is {job.status} at {address}; the end of its log:\n{_indented(log_end)}")
@@ -89,83 +74,6 @@ def run_remotely(stage: Stage, address: str) -> None:
             f"job {job_id} succeeded, but its outputs are not in {stage.store.uri}; "
             "is PBE_STORAGE the same place for the cluster and for this machine?"
         )
-
-
-def send_outputs(stage: Stage, job_id: str) -> None:
-    """Inside the job: put the files of `stage.outputs` in the storage, then the marker that lists them.
-
-    Raises StageError when the stage wrote none.
-    """
-    files = {path: _sha256(stage.outputs / path) for path in _files_below(stage.outputs)}
-    if not files:
-        raise StageError(f"stage {stage.name} wrote nothing in {stage.outputs}")
-    stage.store.copy_tree_in(stage.outputs, f"jobs/{job_id}/outputs")
-    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps({"files": files}, indent=1).encode())
-
-
-# -- what is sent --------------------------------------------------------------------------------------------
-
-
-def pack(stage: Stage, folder: Path) -> dict[str, str]:
-    """Copy what the job needs to `folder`; returns the SHA-256 of each input by its path.
-
-    Inputs are the JSON files of earlier stages below data/.
-    """
-    for name in CODE_FOLDERS:
-        for file in sorted((stage.root / name).rglob("*")):
-            inner = file.relative_to(stage.root)
-            hidden = any(part.startswith(".") for part in inner.parts)
-            if file.suffix in CODE_SUFFIXES and file.is_file() and not hidden:
-                _copy(file, folder / inner)
-    for name in ROOT_FILES:
-        _copy(stage.root / name, folder / name)
-    inputs = {}
-    for source in _input_folders(stage):
-        for file in sorted(source.glob("*.json")):
-            inner = file.relative_to(stage.root)
-            _copy(file, folder / inner)
-            inputs[inner.as_posix()] = _sha256(file)
-    return inputs
-
-
-def _input_folders(stage: Stage) -> list[Path]:
-    # earlier stages only: a stage's own outputs would change its identity once it has run
-    folders = []
-    for name in STAGES[: STAGES.index(stage.name)]:
-        if name in VARIANT_STAGES:  # of its own variant; a stage that has none reads all
-            variants = [stage.variant] if stage.variant else [*stage.params.variants]
-            folders += [output_folder(stage.root, name, variant) for variant in variants]
-        elif name == "baseline":
-            baselines = [] if stage.variant else [*stage.params.baselines]
-            folders += [output_folder(stage.root, name, baseline) for baseline in baselines]
-        else:
-            folders.append(output_folder(stage.root, name))
-    return folders
-
-
-def job_name(stage: Stage, inputs: dict[str, str]) -> str:
-    """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>."""
-    params = (stage.root / "params.yaml").read_text()
-    identity = digest([stage.name, stage.variant, params, stage.code, inputs, stage.store.uri])
-    return "-".join(["pbe", stage.name, *([stage.variant] if stage.variant else []), identity])
-
-
-def entrypoint(stage: Stage, job_id: str) -> str:
-    """The shell command of the job: this stage again, with the cluster's python."""
-    variant = ["--variant", stage.variant] if stage.variant else []
-    return shlex.join(["python", "-m", "pipelines", stage.name, *variant, "--as-job", job_id])
-
-
-def job_env(stage: Stage) -> dict[str, str]:
-    """The environment variables that travel: places, never keys."""
-    return {
-        "PBE_STORAGE": stage.store.uri,
-        "MLFLOW_TRACKING_URI": tracking_uri(),
-        COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
-        # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
-        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
-        **WORKER_ENV,
-    }
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -186,19 +94,7 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
         raise StageError(
             f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
         )
-    if stage.name == "ingest":
-        for key in ("images", "boxes", "image_ids"):
-            path = getattr(stage.params.ingest, key)
-            if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
-                raise _does_not_travel(stage, f"ingest.{key}", path)
-    for key, path in _evaluation_files(stage):
-        if not Path(path).expanduser().is_absolute():
-            raise _does_not_travel(stage, key, path)
-    for key, name in _weights(stage):
-        from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
-
-        if not Path(name).is_absolute() and not is_on_hub(name):
-            raise _does_not_travel(stage, key, name)
+    refuse_what_stays_here(stage)
     if _is_loopback(urlsplit(address).hostname or ""):
         return
     if stage.store.is_local:
@@ -221,44 +117,6 @@ def _reach_storage(stage: Stage) -> None:
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it: "
             f"{_one_line(error)}"
         ) from None
-
-
-def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
-    """Keys of params.yaml that name weights which the stage reads, and the names."""
-    if stage.name == "encode":
-        codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
-        if codec.kind == "pretrained":
-            yield "encode.codec.weights", codec.weights
-        if backbone.kind == "clip":
-            yield "encode.backbone.weights", backbone.weights
-    if stage.name in ("evaluate", "sweep"):
-        for number, judge in enumerate(stage.params.evaluate.judges):
-            if judge.kind == "clip":
-                yield f"evaluate.judges.{number}.weights", judge.weights
-    if stage.name == "train" and stage.variant is not None:
-        init = stage.params.train_variant(stage.variant).init
-        if init not in ("random", "sd"):
-            yield "train.init", init
-
-
-def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
-    """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
-    if stage.name in ("evaluate", "sweep"):
-        cfg = stage.params.evaluate
-        if cfg.reals is not None:
-            yield "evaluate.reals", cfg.reals
-        for number, judge in enumerate(cfg.judges):
-            if judge.kind == "clip" and judge.mixture is not None:
-                yield f"evaluate.judges.{number}.mixture", judge.mixture
-            if judge.kind == "inception":
-                yield f"evaluate.judges.{number}.file", judge.file
-
-
-def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:
-    return StageError(
-        f"{key} = {path} does not travel with a job; name it by an absolute path that every node of the cluster sees, "
-        f"or run `env -u RAY_ADDRESS dvc repro {stage.name}` here"
-    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -297,28 +155,75 @@ def _connect(address: str) -> JobSubmissionClient:
         raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}") from None
 
 
-def _last_attempt(client: JobSubmissionClient, name: str) -> tuple[int, JobStatus | None]:
-    """Number and status of the newest job of this name, of those not over if any; (0, None) if none."""
-    attempts = {}
+def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple[int, JobStatus | None]:
+    """Number and status of the newest job of this name, of those not over if any; (0, None) if none.
+
+    What the storage knows counts too, without a status: a cluster forgets its jobs when it ends.
+    """
+    attempts: dict[int, JobStatus | None] = dict.fromkeys(_attempts_in_storage(stage, name))
     with _as_stage_error("cannot list the cluster's jobs"):
         for job in client.list_jobs():
             head, _, number = (job.submission_id or "").rpartition("-")
             if head == name and number.isdigit():
                 attempts[int(number)] = job.status
-    active = [number for number, status in attempts.items() if not status.is_terminal()]
+    active = [number for number, status in attempts.items() if status and not status.is_terminal()]
     newest = max(active or attempts, default=0)
     return newest, attempts.get(newest)
 
 
-def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: Path) -> None:
-    # Ray unpacks equal packages into one folder, where an attempt would find what the one before it wrote
-    (package / "job-id").write_text(job_id)
-    with _as_stage_error(f"the cluster did not take job {job_id} (the same command may work now)"):
-        client.submit_job(
-            entrypoint=entrypoint(stage, job_id),
-            submission_id=job_id,
-            runtime_env={"working_dir": str(package), "env_vars": job_env(stage)},
-        )
+def _attach_or_submit(client: JobSubmissionClient, stage: Stage, package: Package, name: str, address: str) -> str:
+    """The id of the job to follow: the one of this name that is not over, or a new attempt."""
+    attempt, status = _last_attempt(client, stage, name)
+    job_id = f"{name}-{attempt}"
+    if status is None or status.is_terminal():
+        job_id = f"{name}-{attempt + 1}"
+        data = package.zipped(job_id)
+        if _submit(client, stage, job_id, data):
+            print(f"{stage.name}: submitted job {job_id} to {address} ({len(data) / 1e3:,.0f} kB)", flush=True)
+            return job_id
+        status = client.get_job_status(job_id)
+    print(f"{stage.name}: attached again to job {job_id}, which is {status} at {address}", flush=True)
+    return job_id
+
+
+def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: bytes) -> bool:
+    """False when somebody submitted the same at the same time; theirs is as good."""
+    with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
+        file = Path(folder) / f"{job_id}.zip"
+        file.write_bytes(package)
+        try:
+            client.submit_job(
+                entrypoint=entrypoint(stage, job_id),
+                submission_id=job_id,
+                runtime_env={"working_dir": str(file), "env_vars": job_env(stage)},
+            )
+        except CLIENT_ERRORS as error:
+            if "already exists" in str(error):
+                return False
+            raise StageError(
+                f"the cluster did not take job {job_id} (the same command may work now): {_one_line(error)}"
+            ) from None
+    return True
+
+
+def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, address: str) -> None:
+    """After Ctrl-C. A second one within STOP_S stops the job; nothing else does, not even a closed terminal."""
+    print(f"\n{stage.name}: Ctrl-C again within {STOP_S} s stops job {job_id}; otherwise it goes on", flush=True)
+    try:
+        time.sleep(STOP_S)
+    except KeyboardInterrupt:
+        with _as_stage_error(f"job {job_id} may go on: the cluster could not be told to stop it"):
+            client.stop_job(job_id)
+            deadline = time.monotonic() + STOPPED_S
+            while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            print(f"{stage.name}: job {job_id} is {client.get_job_status(job_id)}", flush=True)
+        return
+    print(
+        f"{stage.name}: detached; job {job_id} goes on, and the same command attaches to it again.\n"
+        f"To stop it: ray job stop --address {address} {job_id}",
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
@@ -388,14 +293,23 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
 # -- what comes back -----------------------------------------------------------------------------------------
 
 
-def _take_over(stage: Stage, job_id: str) -> bool:
-    """Fetch the outputs of a job that finished before; False when they are gone, or may be out of date."""
+def _take_over_finished(stage: Stage, name: str) -> str | None:
+    """The id of a job of this name that finished before, its outputs fetched; None when there is none, or when its
+    results are gone or may be out of date."""
     if stage.name == "ingest":
-        return False  # its inputs are outside: photos that were added since do not change the job's name
-    path = f"jobs/{job_id}/outputs/manifest.json"
-    if not stage.store.exists(path) or not _has_results(stage, json.loads(stage.store.read_bytes(path))):
-        return False
-    return _fetch(stage, job_id)
+        return None  # its inputs are outside: photos that were added since do not change the job's name
+    for attempt in sorted(_attempts_in_storage(stage, name), reverse=True):
+        job_id = f"{name}-{attempt}"
+        path = f"jobs/{job_id}/outputs/manifest.json"
+        there = stage.store.exists(path) and _has_results(stage, json.loads(stage.store.read_bytes(path)))
+        if there and _fetch(stage, job_id):
+            return job_id
+    return None
+
+
+def _attempts_in_storage(stage: Stage, name: str) -> list[int]:
+    numbers = (folder.removeprefix(f"{name}-") for folder in stage.store.list_names("jobs") if folder.startswith(name))
+    return [int(number) for number in numbers if number.isdigit()]
 
 
 def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
@@ -436,7 +350,7 @@ def _fetch(stage: Stage, job_id: str) -> bool:
     with tempfile.TemporaryDirectory(prefix=".job-", dir=stage.outputs.parent) as folder:
         beside = Path(folder)
         stage.store.copy_tree_out(f"jobs/{job_id}/outputs", beside)
-        found = {path: _sha256(beside / path) for path in _files_below(beside)}
+        found = {path: sha256_of(beside / path) for path in files_below(beside)}
         if any(found.get(path) != sha256 for path, sha256 in listed.items()):
             raise StoreError(
                 f"{stage.store.full_uri(marker)}: lists files that are missing or differ; "
@@ -450,19 +364,6 @@ def _fetch(stage: Stage, job_id: str) -> bool:
 
 
 # -- files ---------------------------------------------------------------------------------------------------
-
-
-def _files_below(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(source.read_bytes())
 
 
 def _indented(text: str) -> str:

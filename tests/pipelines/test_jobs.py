@@ -5,12 +5,14 @@ Jobs on a real cluster are in test_cluster_path.py.
 
 import asyncio
 import hashlib
+import io
 import json
 import os
 import shlex
 import signal
 import socket
 import threading
+import zipfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,12 +22,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
-from ray._private.runtime_env.packaging import get_uri_for_directory
+from ray._private.runtime_env.packaging import get_uri_for_package
 from ray.job_submission import JobDetails, JobStatus
 
 from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
 from pbe.store import Store, StoreError, code_digest
-from pipelines import jobs
+from pipelines import jobs, package
+from pipelines.as_job import files_below, send_outputs
 from pipelines.stage import Stage, StageError, code_paths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,8 +92,9 @@ def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any)
 
 
 def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
-    inputs = jobs.pack(stage, tmp_path / "package")
-    assert files_below(tmp_path / "package") == {
+    packed = package.pack(stage)
+    assert unzipped(packed.zipped("job-1"), tmp_path / "package") == {
+        "job-id",
         "pbe/model.py",
         "pbe/data/sample/boxes.csv",
         "pipelines/ingest.py",
@@ -100,29 +104,42 @@ def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
         "data/ingest/manifest.json",
         "data/filter/counts.json",
     }
-    assert set(inputs) == {"data/ingest/manifest.json", "data/filter/counts.json"}
+    assert set(packed.inputs) == {"data/ingest/manifest.json", "data/filter/counts.json"}
+    assert (tmp_path / "package" / "pbe" / "model.py").read_text() == "x = 1"
 
 
-def test_a_variant_gets_the_manifests_of_its_own_training(project: Path, tmp_path: Path) -> None:
-    inputs = jobs.pack(open_fake(project, "edit", "base"), tmp_path / "package")
+def test_equal_files_make_equal_packages(stage: Stage) -> None:
+    assert package.pack(stage).zipped("job-1") == package.pack(stage).zipped("job-1")
+    assert package.pack(stage).zipped("job-1") != package.pack(stage).zipped("job-2")
+
+
+def unzipped(data: bytes, folder: Path) -> set[str]:
+    """Unpacks as Ray does; returns the paths."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
+    return set(files_below(folder))
+
+
+def test_a_variant_gets_the_manifests_of_its_own_training(project: Path) -> None:
+    inputs = package.pack(open_fake(project, "edit", "base")).inputs
     assert "data/train/base/manifest.json" in inputs
     assert "data/train/other/manifest.json" not in inputs
 
 
-def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path, tmp_path: Path) -> None:
+def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path) -> None:
     for name in ("base", "other", "pasted", "left over"):
         folder = project / "data" / "edit" / name
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
     params = Params.model_construct(variants={"base": None, "other": None}, baselines={"pasted": None})
-    inputs = jobs.pack(open_fake(project, "evaluate", params=params), tmp_path / "package")
+    inputs = package.pack(open_fake(project, "evaluate", params=params)).inputs
     edits = {name for name in inputs if name.startswith("data/edit/")}
     assert edits == {f"data/edit/{name}/manifest.json" for name in ("base", "other", "pasted")}
     assert {"data/train/base/manifest.json", "data/train/other/manifest.json"} <= set(inputs)
 
 
 def test_the_package_holds_all_code_that_names_parts(tmp_path: Path) -> None:
-    jobs.pack(open_fake(REPOSITORY, "edit", "base"), tmp_path)
+    unzipped(package.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
     for name in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]:
         here, there = (code_digest(code_paths(root, name), root) for root in (REPOSITORY, tmp_path))
         assert here == there, name
@@ -132,7 +149,7 @@ def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
-    env = jobs.job_env(stage)
+    env = package.job_env(stage)
     assert env["PBE_STORAGE"] == stage.store.uri
     assert env["MLFLOW_TRACKING_URI"] == "http://mlflow.example:5000"
     assert "secret" not in env.values()
@@ -142,7 +159,7 @@ def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.
 def test_the_shell_reads_the_entrypoint_as_it_was_meant(project: Path, variant: str | None) -> None:
     stage = open_fake(project, "train", variant)
     given = ["--variant", variant] if variant else []
-    command = jobs.entrypoint(stage, "pbe-train-1")
+    command = package.entrypoint(stage, "pbe-train-1")
     assert shlex.split(command) == ["python", "-m", "pipelines", "train", *given, "--as-job", "pbe-train-1"]
 
 
@@ -150,29 +167,33 @@ def test_the_shell_reads_the_entrypoint_as_it_was_meant(project: Path, variant: 
 
 
 def test_the_name_says_stage_and_variant(project: Path) -> None:
-    assert jobs.job_name(open_fake(project, "ingest"), {}).startswith("pbe-ingest-")
-    assert jobs.job_name(open_fake(project, "train", "base"), {}).startswith("pbe-train-base-")
+    assert job_name(open_fake(project, "ingest")).startswith("pbe-ingest-")
+    assert job_name(open_fake(project, "train", "base")).startswith("pbe-train-base-")
+
+
+def job_name(stage: Stage) -> str:
+    return package.job_name(stage, package.pack(stage))
 
 
 def test_the_name_follows_what_the_result_depends_on(stage: Stage) -> None:
-    inputs = {"data/ingest/manifest.json": "1"}
-    name = jobs.job_name(stage, inputs)
-    assert name == jobs.job_name(stage, inputs)
+    name = job_name(stage)
+    assert name == job_name(stage)
     others = [
-        jobs.job_name(stage, {"data/ingest/manifest.json": "2"}),
-        jobs.job_name(open_fake(stage.root, "materialize", code="other"), inputs),
-        jobs.job_name(open_fake(stage.root, "materialize", store=Store("/other")), inputs),
+        job_name(open_fake(stage.root, "materialize", code="other")),
+        job_name(open_fake(stage.root, "materialize", store=Store("/other"))),
     ]
+    (stage.root / "data" / "ingest" / "manifest.json").write_text('{"stage": "ingest", "other": 1}')
+    others.append(job_name(stage))
     (stage.root / "params.yaml").write_text("seed: 2")
-    others.append(jobs.job_name(stage, inputs))
+    others.append(job_name(stage))
     assert len({name, *others}) == 5
 
 
-def test_a_stage_that_has_run_keeps_its_name(stage: Stage, tmp_path: Path) -> None:
-    before = jobs.job_name(stage, jobs.pack(stage, tmp_path / "before"))
+def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
+    before = job_name(stage)
     (stage.outputs / "manifest.json").write_text('{"new": 1}')
     (stage.outputs / "counts.json").write_text("{}")
-    assert jobs.job_name(stage, jobs.pack(stage, tmp_path / "after")) == before
+    assert job_name(stage) == before
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -323,7 +344,7 @@ class Cluster:
         if submission_id in self.jobs:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
         self.entrypoint = entrypoint
-        self.packages.append(get_uri_for_directory(runtime_env["working_dir"], include_gitignore=True))
+        self.packages.append(get_uri_for_package(Path(runtime_env["working_dir"])))
         assert self.work is not None
         self.jobs[submission_id], self.logs[submission_id] = self.work(submission_id)
         return submission_id
@@ -334,6 +355,13 @@ class Cluster:
 
     def get_job_info(self, job_id: str) -> JobDetails:
         return details(job_id, self.jobs[job_id])
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        return self.jobs[job_id]
+
+    def stop_job(self, job_id: str) -> bool:
+        self.jobs[job_id] = JobStatus.STOPPED
+        return True
 
 
 def details(job_id: str, status: JobStatus) -> JobDetails:
@@ -349,7 +377,7 @@ def cluster(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         far.outputs.mkdir(parents=True, exist_ok=True)
         (far.outputs / "manifest.json").write_text(json.dumps({"job": job_id, "units": []}))
         (far.outputs / "counts.json").write_text("{}")
-        jobs.send_outputs(far, job_id)
+        send_outputs(far, job_id)
         return JobStatus.SUCCEEDED, ["done\n"]
 
     fake = Cluster(work)
@@ -432,7 +460,7 @@ def test_ingest_is_never_taken_over(stage: Stage, cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("over", [JobStatus.FAILED, JobStatus.STOPPED])
 def test_after_a_failure_comes_the_next_attempt(stage: Stage, cluster: Cluster, over: JobStatus) -> None:
-    name = jobs.job_name(stage, jobs.pack(stage, stage.root.parent / "package"))
+    name = job_name(stage)
     cluster.jobs = {f"{name}-9": over, f"{name}-10": over, f"{name}-x": over, "raysubmit_1": over}
     jobs.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"] == f"{name}-11"
@@ -447,19 +475,63 @@ def test_attempts_do_not_share_a_folder(stage: Stage, cluster: Cluster) -> None:
 
 
 def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cluster.work is not None
-    job_id = f"{jobs.job_name(stage, jobs.pack(stage, stage.root.parent / 'package'))}-3"
-    _, cluster.logs[job_id] = cluster.work(job_id)
+    job_id = f"{job_name(stage)}-3"
     cluster.jobs = {job_id: JobStatus.RUNNING}
 
     async def finish(job_id: str) -> AsyncIterator[str]:
-        cluster.jobs[job_id] = JobStatus.SUCCEEDED
+        assert cluster.work is not None
+        cluster.jobs[job_id], _ = cluster.work(job_id)
         yield "going on\n"
 
     cluster.tail_job_logs = finish  # type: ignore[method-assign]
     jobs.run_remotely(stage, LOOPBACK)
     assert list(cluster.jobs) == [job_id]
     assert f"attached again to job {job_id}" in capsys.readouterr().out
+
+
+def test_who_submits_the_same_a_moment_later_follows_the_first(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have asked for the list of jobs before either has submitted."""
+    asked = []
+
+    def list_jobs() -> list[JobDetails]:
+        asked.append(1)
+        if len(asked) == 1:
+            jobs.run_remotely(stage, LOOPBACK)  # the other one
+            stage.store.delete_tree("jobs")  # it has submitted, its outputs are not there yet
+            cluster.tail_job_logs = finish  # type: ignore[method-assign]
+        return []
+
+    async def finish(job_id: str) -> AsyncIterator[str]:
+        assert cluster.work is not None
+        cluster.work(job_id)
+        yield "going on\n"
+
+    monkeypatch.setattr(cluster, "list_jobs", list_jobs)
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    assert f"attached again to job {job_id}" in capsys.readouterr().out
+
+
+def test_what_finished_is_taken_over_when_its_cluster_is_gone(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster of KubeRay's RayJob ends with its job, an autoscaled one over night."""
+    jobs.run_remotely(stage, LOOPBACK)
+    (stage.outputs / "manifest.json").unlink()
+    monkeypatch.setattr(jobs, "_connect", lambda _: pytest.fail("connected"))
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"].endswith("-1")
+
+
+def test_a_new_cluster_counts_on_from_what_the_storage_knows(stage: Stage, cluster: Cluster) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    cluster.jobs = {}
+    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", b'{"units": [{"unit": "b0000-gone"}]}')
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"].endswith("-2")
 
 
 def test_a_failed_job_is_an_error_with_its_id_and_the_end_of_its_log(stage: Stage, cluster: Cluster) -> None:
@@ -480,24 +552,48 @@ def test_success_without_outputs_names_the_storage(stage: Stage, cluster: Cluste
         jobs.run_remotely(stage, LOOPBACK)
 
 
-def test_ctrl_c_detaches_and_says_how_to_come_back(
-    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def interrupt(_: str) -> AsyncIterator[str]:
+def interrupted(cluster: Cluster) -> None:
+    async def interrupt(job_id: str) -> AsyncIterator[str]:
+        cluster.jobs[job_id] = JobStatus.RUNNING
         yield "working\n"
         raise KeyboardInterrupt
 
     cluster.tail_job_logs = interrupt  # type: ignore[method-assign]
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "STOP_S", 0)
+    interrupted(cluster)
     with pytest.raises(KeyboardInterrupt):
         jobs.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
+    assert cluster.jobs[job_id] == JobStatus.RUNNING
     said = capsys.readouterr().out
     assert "the same command attaches to it again" in said
     assert f"ray job stop --address {LOOPBACK} {job_id}" in said
 
 
+@pytest.mark.timeout(60)
+def test_a_second_ctrl_c_stops_the_job(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "STOP_S", 20)
+    interrupted(cluster)
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    again.start()
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    assert cluster.jobs[job_id] == JobStatus.STOPPED
+    assert f"job {job_id} is STOPPED" in capsys.readouterr().out
+
+
 @pytest.mark.timeout(30)
-def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(stage: Stage, cluster: Cluster) -> None:
+def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error of closing then stands where the cancellation stood, and broken connections are tried again."""
 
     async def break_at_the_end(_: str) -> AsyncIterator[str]:
@@ -508,6 +604,7 @@ def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(stage: Stag
         finally:
             raise ConnectionResetError("Cannot write to closing transport")
 
+    monkeypatch.setattr(jobs, "STOP_S", 0)
     cluster.tail_job_logs = break_at_the_end  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         jobs.run_remotely(stage, LOOPBACK)
@@ -555,13 +652,9 @@ def test_outputs_that_differ_from_the_marker_are_refused_whole(stage: Stage, clu
     with pytest.raises(StoreError, match="missing or differ"):
         jobs._fetch(stage, "job-1")
     assert manifest(stage) == before
-    assert files_below(stage.outputs) == {"manifest.json"}
+    assert files_below(stage.outputs) == ["manifest.json"]
 
 
 def test_a_job_that_wrote_nothing_does_not_send_it(project: Path) -> None:
     with pytest.raises(StageError, match="wrote nothing"):
-        jobs.send_outputs(open_fake(project, "encode"), "job-1")
-
-
-def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        send_outputs(open_fake(project, "encode"), "job-1")

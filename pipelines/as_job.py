@@ -1,0 +1,104 @@
+"""A job's own side of the bridge: is this cluster fit for what was sent, and the outputs on their way back.
+
+Asked on the cluster itself, where nothing is guessed: Python and Ray are those of the machine that sent the job, and
+every node reads what this one writes to the storage. A node that an autoscaler adds later shows it at its first part.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+from pbe.errors import UserError
+from pbe.store import Store
+from pipelines.package import BYTES_PACKAGES, SUBMITTER_VARIABLE, versions_here
+from pipelines.stage import Stage, StageError
+
+NODE_ANSWER_S = 120  # its worker process has to start, and may have to unpack the package first
+
+
+def check_cluster(stage: Stage) -> None:
+    """Raises StageError or StoreError before any work: another Python or Ray, or storage that a node does not share."""
+    _refuse_other_versions(json.loads(os.environ.get(SUBMITTER_VARIABLE, "{}")), versions_here())
+    _refuse_unshared_storage(stage)
+
+
+def send_outputs(stage: Stage, job_id: str) -> None:
+    """Put the files of `stage.outputs` in the storage, then the marker that lists them.
+
+    Raises StageError when the stage wrote none.
+    """
+    files = {path: sha256_of(stage.outputs / path) for path in files_below(stage.outputs)}
+    if not files:
+        raise StageError(f"stage {stage.name} wrote nothing in {stage.outputs}")
+    stage.store.copy_tree_in(stage.outputs, f"jobs/{job_id}/outputs")
+    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps({"files": files}, indent=1).encode())
+
+
+def _refuse_other_versions(theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """theirs: of the machine that sent the job; empty when it said nothing."""
+    differ = {name: found for name, found in theirs.items() if ours.get(name) != found}
+    said = ", ".join(f"{name} {ours.get(name, 'none')} here and {found} there" for name, found in differ.items())
+    advice = "the image of the cluster and the environment that submits must come from one requirements.lock"
+    if differ.keys() - set(BYTES_PACKAGES):
+        raise StageError(f"the cluster and the machine that sent this job differ: {said}; {advice}")
+    if differ:
+        print(
+            f"warning: the cluster and the machine that sent this job differ: {said}; results may differ in bits, and"
+        )
+        print(f"         {advice}", flush=True)
+
+
+def _refuse_unshared_storage(stage: Stage) -> None:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from pipelines.units import start_ray
+
+    start_ray()
+    folder = f"jobs/.probe-{uuid.uuid4().hex}"
+    stage.store.write_bytes(f"{folder}/here", folder.encode())
+    probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
+    here = ray.get_runtime_context().get_node_id()
+    try:
+        asked = {
+            node["NodeManagerAddress"]: probe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(stage.store.uri, folder, node["NodeID"])
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] != here
+        }
+        for address, answer in asked.items():
+            try:
+                problem = ray.get(answer, timeout=NODE_ANSWER_S)
+            except GetTimeoutError:
+                problem = f"no answer within {NODE_ANSWER_S} s"
+            except RayError:  # it went away meanwhile, which Ray deals with
+                continue
+            if problem:
+                raise StageError(f"PBE_STORAGE={stage.store.uri} does not work on node {address}: {problem}")
+    finally:
+        stage.store.delete_tree(folder)
+
+
+def _probe(uri: str, folder: str, node: str) -> str:
+    """On a node: what is wrong with its storage, in one line; empty when it reads what the driver wrote, and writes."""
+    try:
+        store = Store(uri)
+        if not store.exists(f"{folder}/here"):
+            return "it does not see what another node wrote there; use s3://bucket/prefix, or a folder that all share"
+        store.write_bytes(f"{folder}/{node}", b"")
+    except (UserError, OSError) as error:
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+def files_below(folder: Path) -> list[str]:
+    """Paths of all files below `folder`, relative to it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

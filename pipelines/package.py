@@ -1,0 +1,183 @@
+"""What travels to a cluster: the code, the settings and the manifests of earlier stages, as one zip; and what cannot.
+
+A whitelist: data stays in PBE_STORAGE, credentials stay where they are. The same package gives the job its name, so two
+people who ask for the same thing ask for the same job.
+"""
+
+import hashlib
+import io
+import json
+import platform
+import shlex
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from pbe.config import tracking_uri
+from pbe.store import digest
+from pipelines.environment import WORKER_ENV
+from pipelines.provenance import COMMIT_VARIABLE, git_commit
+from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
+
+CODE_FOLDERS = ("pbe", "pipelines")
+CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads
+ROOT_FILES = ("params.yaml", "dvc.yaml")
+SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
+EQUAL_PACKAGES = ("ray",)  # must be the same on both sides
+# differ at one's own risk: they have a say in the bytes of parts and in losses
+BYTES_PACKAGES = (
+    "albumentations",
+    "deepspeed",
+    "diffusers",
+    "opencv-python-headless",
+    "pyarrow",
+    "simplejpeg",
+    "torch",
+)
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # equal content, equal bytes
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files by their path below the job's folder; and of those that are inputs, manifests and counts of earlier stages,
+    their SHA-256.
+    """
+
+    files: Mapping[str, bytes]
+    inputs: Mapping[str, str]
+
+    def zipped(self, job_id: str) -> bytes:
+        """For one job: Ray unpacks equal packages into one folder, where an attempt would find what the one before it
+        wrote."""
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as package:
+            for path, data in sorted({**self.files, "job-id": job_id.encode()}.items()):
+                package.writestr(zipfile.ZipInfo(path, ZIP_DATE), data, zipfile.ZIP_DEFLATED)
+        return out.getvalue()
+
+
+def pack(stage: Stage) -> Package:
+    """What the job of this stage needs. Inputs are the JSON files of earlier stages below data/."""
+    files = {}
+    for name in CODE_FOLDERS:
+        for file in sorted((stage.root / name).rglob("*")):
+            inner = file.relative_to(stage.root)
+            hidden = any(part.startswith(".") for part in inner.parts)
+            if file.suffix in CODE_SUFFIXES and file.is_file() and not hidden:
+                files[inner.as_posix()] = file.read_bytes()
+    for name in ROOT_FILES:
+        files[name] = (stage.root / name).read_bytes()
+    inputs = {}
+    for source in _input_folders(stage):
+        for file in sorted(source.glob("*.json")):
+            inner = file.relative_to(stage.root)
+            files[inner.as_posix()] = file.read_bytes()
+            inputs[inner.as_posix()] = hashlib.sha256(files[inner.as_posix()]).hexdigest()
+    return Package(files, inputs)
+
+
+def _input_folders(stage: Stage) -> list[Path]:
+    # earlier stages only: a stage's own outputs would change its identity once it has run
+    folders = []
+    for name in STAGES[: STAGES.index(stage.name)]:
+        if name in VARIANT_STAGES:  # of its own variant; a stage that has none reads all
+            variants = [stage.variant] if stage.variant else [*stage.params.variants]
+            folders += [output_folder(stage.root, name, variant) for variant in variants]
+        elif name == "baseline":
+            baselines = [] if stage.variant else [*stage.params.baselines]
+            folders += [output_folder(stage.root, name, baseline) for baseline in baselines]
+        else:
+            folders.append(output_folder(stage.root, name))
+    return folders
+
+
+def job_name(stage: Stage, package: Package) -> str:
+    """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>."""
+    params = package.files["params.yaml"].decode()
+    identity = digest([stage.name, stage.variant, params, stage.code, dict(package.inputs), stage.store.uri])
+    return "-".join(["pbe", stage.name, *([stage.variant] if stage.variant else []), identity])
+
+
+def entrypoint(stage: Stage, job_id: str) -> str:
+    """The shell command of the job: this stage again, with the cluster's python."""
+    variant = ["--variant", stage.variant] if stage.variant else []
+    return shlex.join(["python", "-m", "pipelines", stage.name, *variant, "--as-job", job_id])
+
+
+def job_env(stage: Stage) -> dict[str, str]:
+    """The environment variables that travel: places and versions, never keys."""
+    return {
+        "PBE_STORAGE": stage.store.uri,
+        "MLFLOW_TRACKING_URI": tracking_uri(),
+        COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
+        SUBMITTER_VARIABLE: json.dumps(versions_here()),
+        # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+        **WORKER_ENV,
+    }
+
+
+def versions_here() -> dict[str, str]:
+    """Of Python, to its second number, and of the packages that matter between two machines."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, **{name: version(name) for name in (*EQUAL_PACKAGES, *BYTES_PACKAGES)}}
+
+
+# -- what cannot travel --------------------------------------------------------------------------------------
+
+
+def refuse_what_stays_here(stage: Stage) -> None:
+    """Raises StageError for a file or folder inside the project that the stage would look for on the cluster."""
+    if stage.name == "ingest":
+        for key in ("images", "boxes", "image_ids"):
+            path = getattr(stage.params.ingest, key)
+            if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
+                raise _does_not_travel(stage, f"ingest.{key}", path)
+    for key, path in _evaluation_files(stage):
+        if not Path(path).expanduser().is_absolute():
+            raise _does_not_travel(stage, key, path)
+    for key, name in _weights(stage):
+        from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
+
+        if not Path(name).is_absolute() and not is_on_hub(name):
+            raise _does_not_travel(stage, key, name)
+
+
+def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Keys of params.yaml that name weights which the stage reads, and the names."""
+    if stage.name == "encode":
+        codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
+        if codec.kind == "pretrained":
+            yield "encode.codec.weights", codec.weights
+        if backbone.kind == "clip":
+            yield "encode.backbone.weights", backbone.weights
+    if stage.name in ("evaluate", "sweep"):
+        for number, judge in enumerate(stage.params.evaluate.judges):
+            if judge.kind == "clip":
+                yield f"evaluate.judges.{number}.weights", judge.weights
+    if stage.name == "train" and stage.variant is not None:
+        init = stage.params.train_variant(stage.variant).init
+        if init not in ("random", "sd"):
+            yield "train.init", init
+
+
+def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
+    if stage.name in ("evaluate", "sweep"):
+        cfg = stage.params.evaluate
+        if cfg.reals is not None:
+            yield "evaluate.reals", cfg.reals
+        for number, judge in enumerate(cfg.judges):
+            if judge.kind == "clip" and judge.mixture is not None:
+                yield f"evaluate.judges.{number}.mixture", judge.mixture
+            if judge.kind == "inception":
+                yield f"evaluate.judges.{number}.file", judge.file
+
+
+def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:
+    return StageError(
+        f"{key} = {path} does not travel with a job; name it by an absolute path that every node of the cluster sees, "
+        f"or run `env -u RAY_ADDRESS dvc repro {stage.name}` here"
+    )

@@ -1,0 +1,47 @@
+"""The job's side of the bridge, without a cluster; with one in test_cluster.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pbe.store import Store
+from pipelines import as_job
+from pipelines.package import versions_here
+from pipelines.stage import StageError
+
+
+def test_equal_versions_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    as_job._refuse_other_versions(json.loads(json.dumps(versions_here())), versions_here())
+    as_job._refuse_other_versions({}, versions_here())  # submitted by hand
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("name", "found"), [("ray", "2.9.0"), ("python", "3.13")])
+def test_another_ray_or_python_is_refused(name: str, found: str) -> None:
+    ours = versions_here()
+    with pytest.raises(StageError) as error:
+        as_job._refuse_other_versions({**ours, name: found}, ours)
+    assert f"{name} {ours[name]} here and {found} there" in str(error.value)
+    assert "requirements.lock" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_torch_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    as_job._refuse_other_versions({**versions_here(), "torch": "2.0.0"}, versions_here())
+    assert "warning" in (said := capsys.readouterr().out) and "2.0.0 there" in said
+
+
+def test_a_node_that_does_not_share_the_storage_says_so(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    Store(str(tmp_path / "shared")).write_bytes("probe/here", b"")
+    assert as_job._probe(str(tmp_path / "shared"), "probe", "node-1") == ""
+    assert Store(str(tmp_path / "shared")).exists("probe/node-1")
+    assert "does not see what another node wrote" in as_job._probe(str(tmp_path / "own"), "probe", "node-1")
+
+
+def test_a_node_that_cannot_write_says_so(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_bytes("probe/here", b"")
+    (tmp_path / "probe" / "node-1").mkdir()  # root may write anywhere, but not a file where a folder is
+    problem = as_job._probe(str(tmp_path), "probe", "node-1")
+    assert "cannot be written" in problem and "\n" not in problem

@@ -1,8 +1,8 @@
 """`python -m pipelines STAGE [--variant NAME]`: run one stage here, or submit it as a Ray job.
 
 With RAY_ADDRESS=http://... the heavy stages submit themselves to that cluster and bring their manifest back;
-without it the same command runs on local Ray. Also: `check` and `summary` (what `make repro` does first and prints
-last) and `profile NAME --root DIR` (writes params.yaml from infra/profiles).
+without it the same command runs on local Ray. Also: `status`, `check` and `summary` (what `make repro` does
+first and prints last) and `profile NAME --root DIR` (writes params.yaml from infra/profiles).
 """
 
 import argparse
@@ -10,8 +10,10 @@ import os
 import sys
 from collections.abc import Callable
 
+from pbe.config import home_root
 from pbe.errors import UserError
 from pipelines.environment import prepare_driver
+from pipelines.logs import kept_log
 from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
 
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             stage_parser.add_argument("--baseline", required=True, dest="variant")
         stage_parser.add_argument("--as-job", metavar="ID", help=argparse.SUPPRESS)
     commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
+    commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
     profile_parser = commands.add_parser("profile", help="write params.yaml from infra/profiles")
     profile_parser.add_argument("name")
@@ -58,18 +61,22 @@ def _dispatch(args: argparse.Namespace) -> None:
         from pipelines.summary import main as run_summary
 
         return run_summary()
+    if args.command == "status":
+        from pipelines.status import main as run_status
+
+        return run_status()
     if args.command == "profile":
         from pipelines.profile import main as run_profile
 
         return run_profile(args.name, args.root)
     stage = open_stage(args.command, getattr(args, "variant", None))
-    if args.as_job:
-        from pipelines.as_job import check_cluster, send_outputs
+    if args.as_job:  # whoever submitted it keeps the log
+        return _run_as_job(stage, args.as_job)
+    with kept_log(home_root(), stage.title):
+        _run(stage)
 
-        check_cluster(stage)
-        _run_here(stage.name)(stage)
-        send_outputs(stage, args.as_job)
-        return None
+
+def _run(stage: Stage) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
@@ -83,6 +90,14 @@ def _dispatch(args: argparse.Namespace) -> None:
         from pipelines.train import fetch_export
 
         fetch_export(stage)
+
+
+def _run_as_job(stage: Stage, job_id: str) -> None:
+    from pipelines.as_job import check_cluster, send_outputs
+
+    check_cluster(stage)
+    _run_here(stage.name)(stage)
+    send_outputs(stage, job_id)
 
 
 def _run_here(name: str) -> Callable[[Stage], None]:

@@ -7,7 +7,6 @@ every node reads what this one writes to the storage. A node that an autoscaler 
 import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 
 from pbe.errors import UserError
@@ -15,6 +14,7 @@ from pbe.store import Store
 from pipelines.package import BYTES_PACKAGES, SUBMITTER_VARIABLE, versions_here
 from pipelines.stage import Stage, StageError
 
+NODES = "nodes"  # folder of the storage: an empty file by Ray's id of each node that has written there
 NODE_ANSWER_S = 120  # its worker process has to start, and may have to unpack the package first
 
 
@@ -58,38 +58,35 @@ def _refuse_unshared_storage(stage: Stage) -> None:
     from pipelines.units import start_ray
 
     start_ray()
-    folder = f"jobs/.probe-{uuid.uuid4().hex}"
-    stage.store.write_bytes(f"{folder}/here", folder.encode())
-    probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
     here = ray.get_runtime_context().get_node_id()
-    try:
-        asked = {
-            node["NodeManagerAddress"]: probe.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(stage.store.uri, folder, node["NodeID"])
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] != here
-        }
-        for address, answer in asked.items():
-            try:
-                problem = ray.get(answer, timeout=NODE_ANSWER_S)
-            except GetTimeoutError:
-                problem = f"no answer within {NODE_ANSWER_S} s"
-            except RayError:  # it went away meanwhile, which Ray deals with
-                continue
-            if problem:
-                raise StageError(f"PBE_STORAGE={stage.store.uri} does not work on node {address}: {problem}")
-    finally:
-        stage.store.delete_tree(folder)
+    stage.store.write_bytes(f"{NODES}/{here}", b"")
+    known = set(stage.store.list_names(NODES))  # what a node writes there says that it can; it is asked once
+    probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
+    asked = {
+        node["NodeManagerAddress"]: probe.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(stage.store.uri, here, node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in known
+    }
+    for address, answer in asked.items():
+        try:
+            problem = ray.get(answer, timeout=NODE_ANSWER_S)
+        except GetTimeoutError:
+            problem = f"no answer within {NODE_ANSWER_S} s"
+        except RayError:  # it went away meanwhile, which Ray deals with
+            continue
+        if problem:
+            raise StageError(f"PBE_STORAGE={stage.store.uri} does not work on node {address}: {problem}")
 
 
-def _probe(uri: str, folder: str, node: str) -> str:
-    """On a node: what is wrong with its storage, in one line; empty when it reads what the driver wrote, and writes."""
+def _probe(uri: str, driver: str, node: str) -> str:
+    """On a node: what is wrong with its storage, in one line; empty when it sees what the driver wrote, and writes."""
     try:
         store = Store(uri)
-        if not store.exists(f"{folder}/here"):
+        if not store.exists(f"{NODES}/{driver}"):
             return "it does not see what another node wrote there; use s3://bucket/prefix, or a folder that all share"
-        store.write_bytes(f"{folder}/{node}", b"")
+        store.write_bytes(f"{NODES}/{node}", b"")
     except (UserError, OSError) as error:
         return " ".join(str(error).split())[:300]
     return ""

@@ -77,6 +77,7 @@ def fill_bench(
             "edit",
             flat,
             store=stage.store,
+            title=stage.title,
             worker=worker,
             each=cfg.per_actor,
             key="edit",

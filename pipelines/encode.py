@@ -42,6 +42,7 @@ def main(stage: Stage) -> None:
         "encode",
         units,
         store=stage.store,
+        title=stage.title,
         worker=partial(_worker, stage.store, cfg, stage.params.materialize.image_px, codec, backbone, seed),
         each=cfg.per_actor,
         key="encode",

@@ -76,6 +76,15 @@ def run_remotely(stage: Stage, address: str) -> None:
         )
 
 
+def running_jobs(address: str) -> list[tuple[str, str]]:
+    """Ids and states of the stages' jobs that are not over. Raises StageError."""
+    with _as_stage_error("cannot list the cluster's jobs"):
+        found = {str(job.submission_id): job.status for job in _connect(address).list_jobs()}
+    return [
+        (name, str(status)) for name, status in found.items() if name.startswith("pbe-") and not status.is_terminal()
+    ]
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -195,7 +204,7 @@ def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: byt
             client.submit_job(
                 entrypoint=entrypoint(stage, job_id),
                 submission_id=job_id,
-                runtime_env={"working_dir": str(file), "env_vars": job_env(stage)},
+                runtime_env={"working_dir": str(file), "env_vars": job_env(stage, job_id)},
             )
         except CLIENT_ERRORS as error:
             if "already exists" in str(error):

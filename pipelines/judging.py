@@ -225,7 +225,14 @@ def _look_at_all(
     units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
     worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
     records = run_units(
-        "look", units, store=stage.store, worker=worker, each=cfg.per_actor, key="evaluate", actors=cfg.actors
+        "look",
+        units,
+        store=stage.store,
+        title=stage.title,
+        worker=worker,
+        each=cfg.per_actor,
+        key="evaluate",
+        actors=cfg.actors,
     )
     found: dict[tuple[str, str], list[Record]] = {}
     for (of, at), record in zip(wanted, records, strict=True):

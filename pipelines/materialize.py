@@ -30,7 +30,15 @@ def main(stage: Stage) -> None:
         units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
 
     worker = partial(_worker, stage.store, cfg, seed)
-    records = run_units("materialize", units, store=stage.store, worker=worker, each=cfg.per_bucket, key="materialize")
+    records = run_units(
+        "materialize",
+        units,
+        store=stage.store,
+        title=stage.title,
+        worker=worker,
+        each=cfg.per_bucket,
+        key="materialize",
+    )
     manifest = make_manifest("materialize", config=_identity(cfg), code=stage.code, units=records)
     counts = dict(manifest.counts)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from pbe.config import tracking_uri
 from pbe.store import digest
 from pipelines.environment import WORKER_ENV
+from pipelines.plans import JOB_VARIABLE
 from pipelines.provenance import COMMIT_VARIABLE, git_commit
 from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
 
@@ -106,11 +107,12 @@ def entrypoint(stage: Stage, job_id: str) -> str:
     return shlex.join(["python", "-m", "pipelines", stage.name, *variant, "--as-job", job_id])
 
 
-def job_env(stage: Stage) -> dict[str, str]:
+def job_env(stage: Stage, job_id: str) -> dict[str, str]:
     """The environment variables that travel: places and versions, never keys."""
     return {
         "PBE_STORAGE": stage.store.uri,
         "MLFLOW_TRACKING_URI": tracking_uri(),
+        JOB_VARIABLE: job_id,
         COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
         SUBMITTER_VARIABLE: json.dumps(versions_here()),
         # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict

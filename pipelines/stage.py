@@ -37,6 +37,11 @@ class Stage:
     root: Path
 
     @property
+    def title(self) -> str:
+        """As `dvc repro` names it."""
+        return f"{self.name}@{self.variant}" if self.variant else self.name
+
+    @property
     def outputs(self) -> Path:
         """Folder of the small files that DVC tracks: manifest.json, counts.json, metrics.json."""
         return output_folder(self.root, self.name, self.variant)

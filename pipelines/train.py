@@ -22,6 +22,8 @@ from pbe.errors import UserError
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
 from pipelines.capacity import Demand, ray_resources, refuse_unmet
+from pipelines.lease import hold
+from pipelines.plans import write_plan
 from pipelines.progress import progress_bar
 from pipelines.provenance import provenance_tags
 from pipelines.refuse import refuse_what_cannot_train
@@ -58,12 +60,15 @@ def main(stage: Stage) -> None:
     identity = digest([stage.code, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
-    run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
-    if run.read_json("finished.json") is None:
-        refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
-        _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
-    else:
-        print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
+    with ExitStack() as stack:
+        if run.read_json("finished.json") is None:
+            stack.enter_context(hold(run))
+        run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
+        if run.read_json("finished.json") is None:  # the one who held it before may have finished it
+            refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
+            _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
+        else:
+            print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.read_json("finished.json")
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
@@ -200,6 +205,7 @@ def _train(
     from pbe.model.unet import architecture_of
     from pbe.train.worker import Job
 
+    write_plan(stage.store, stage.title, "run", [run.name], total=cfg.steps)
     start_ray()
     refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
     uri = tracking_uri()

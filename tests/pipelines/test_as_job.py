@@ -33,15 +33,15 @@ def test_another_torch_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_node_that_does_not_share_the_storage_says_so(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
-    Store(str(tmp_path / "shared")).write_bytes("probe/here", b"")
-    assert as_job._probe(str(tmp_path / "shared"), "probe", "node-1") == ""
-    assert Store(str(tmp_path / "shared")).exists("probe/node-1")
-    assert "does not see what another node wrote" in as_job._probe(str(tmp_path / "own"), "probe", "node-1")
+    Store(str(tmp_path / "shared")).write_bytes("nodes/driver", b"")
+    assert as_job._probe(str(tmp_path / "shared"), "driver", "node-1") == ""
+    assert Store(str(tmp_path / "shared")).exists("nodes/node-1")
+    assert "does not see what another node wrote" in as_job._probe(str(tmp_path / "own"), "driver", "node-1")
 
 
 def test_a_node_that_cannot_write_says_so(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    store.write_bytes("probe/here", b"")
-    (tmp_path / "probe" / "node-1").mkdir()  # root may write anywhere, but not a file where a folder is
-    problem = as_job._probe(str(tmp_path), "probe", "node-1")
+    store.write_bytes("nodes/driver", b"")
+    (tmp_path / "nodes" / "node-1").mkdir()  # root may write anywhere, but not a file where a folder is
+    problem = as_job._probe(str(tmp_path), "driver", "node-1")
     assert "cannot be written" in problem and "\n" not in problem

@@ -73,6 +73,24 @@ def test_repro_again_does_nothing(repro: Project) -> None:
     assert before == {stage: repro.part_times(stage) for stage in before}
 
 
+def test_status_says_how_far_each_stage_is(repro: Project) -> None:
+    said = repro.run("pipelines", "status").stdout.splitlines()
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in said if not line.startswith(" ")}
+    assert lines["ingest"] == lines["evaluate"] == "its results are here"
+    assert lines["train@full"].startswith("run full-") and "12 steps, its model is here" in lines["train@full"]
+    assert any(line.strip().startswith("MLflow run http://127.0.0.1:5000/#/runs/") for line in said)
+    assert any("rejected: 1 area_above_max" in line for line in said)
+    # parts that went, and a training that is half way
+    record = next((repro.folder / ".store" / "parts" / "encode").glob("b*/record.json"))
+    kept = record.read_bytes()
+    record.unlink()
+    try:
+        said = repro.run("pipelines", "status").stdout
+        assert "3 of 4 encode parts; began " in said
+    finally:
+        record.write_bytes(kept)
+
+
 def test_metrics_and_plots_are_shown(repro: Project) -> None:
     assert GAIN in repro.run("dvc", "metrics", "show").stdout
     repro.run("dvc", "plots", "show", "--out", "plots-out")

@@ -1,6 +1,6 @@
 """The bridge without a cluster: what a job is called, what travels, what is refused, what comes back.
 
-Jobs on a real cluster are in test_cluster_path.py.
+Jobs on a real cluster are in test_cluster.py.
 """
 
 import asyncio
@@ -149,7 +149,7 @@ def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
-    env = package.job_env(stage)
+    env = package.job_env(stage, "job-1")
     assert env["PBE_STORAGE"] == stage.store.uri
     assert env["MLFLOW_TRACKING_URI"] == "http://mlflow.example:5000"
     assert "secret" not in env.values()

@@ -34,7 +34,7 @@ def worker(store):
 
 store = Store(sys.argv[1])
 units = [Unit("a", "1", None), Unit("b", "1", None)]
-records = run_units("meet", units, store=store, worker=partial(worker, store),
+records = run_units("meet", units, store=store, title="meet", worker=partial(worker, store),
                     each=TaskResources(cpus=2, memory_gib=0), key="meet")
 print([record.unit for record in records])
 """

@@ -1,0 +1,82 @@
+"""One log file per stage: what it printed, here or as a job on a cluster, with a line at its beginning and its end."""
+
+import io
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+LOG_FOLDER = "logs"
+KEPT = 5  # runs of a stage; older ones are removed
+
+
+@contextmanager
+def kept_log(home: Path, title: str) -> Iterator[Path]:
+    """While the block runs, both streams of this process also go to a file of <home>/logs/<title>, whose path is given.
+
+    A progress bar leaves its last state alone there. Ray's and C++'s own lines, which go past Python, are not in it.
+    """
+    folder = home / LOG_FOLDER / title.replace("@", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("*.log"))[: -KEPT + 1]:
+        old.unlink(missing_ok=True)
+    began = time.time()
+    path = folder / time.strftime("%Y%m%d-%H%M%S.log", time.gmtime(began))
+    streams = sys.stdout, sys.stderr
+    with path.open("a", encoding="utf-8") as log:
+        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        ending = "ended"
+        try:
+            yield path
+        except BaseException as error:
+            ending = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise
+        finally:
+            for tee in (sys.stdout, sys.stderr):
+                if isinstance(tee, _Tee):
+                    tee.finish_line()
+            sys.stdout, sys.stderr = streams
+            log.write(f"[{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())}, {time.time() - began:.0f} s] {ending}\n")
+
+
+class _Tee(io.TextIOBase):
+    """A stream that is the one it stands before, and keeps whole lines of what passes."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream, self._log, self._line = stream, log, ""
+
+    def write(self, text: str) -> int:
+        written = self._stream.write(text)
+        *whole, self._line = (self._line + text).split("\n")
+        for line in whole:
+            self._log.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
+        if whole:
+            self._log.flush()
+        return written
+
+    def finish_line(self) -> None:
+        if self._line:
+            self._log.write(self._line.rpartition("\r")[2] + "\n")
+            self._line = ""
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def buffer(self) -> object:
+        return self._stream.buffer

@@ -1,0 +1,55 @@
+"""What a running stage means to do, kept in the storage for `status`: units by name, or a training run.
+
+    <storage>/plans/<stage>[-<variant>]/<kind>.json
+
+A plan says nothing of what is done: that, the parts and checkpoints say themselves.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pbe.store import Store
+
+JOB_VARIABLE = "PBE_JOB"  # set inside a Ray job: its id
+
+
+@dataclass(frozen=True)
+class Plan:
+    """kind: the folder of parts/ that the units go to, or "run". units: their names; of a run its own alone."""
+
+    kind: str
+    units: tuple[str, ...]
+    total: int  # of units, or training steps
+    began: float  # seconds since 1970
+    where: str  # host and process, or the job
+
+
+def write_plan(store: Store, title: str, kind: str, units: Sequence[str], *, total: int) -> None:
+    """title: of the stage, as `dvc repro` names it."""
+    plan = Plan(kind, tuple(units), total, time.time(), who())
+    store.write_bytes(f"{_folder(title)}/{kind}.json", json.dumps(asdict(plan)).encode())
+
+
+def read_plans(store: Store, title: str) -> list[Plan]:
+    """Of the stage's newest run; what cannot be read is left out, as nothing depends on it."""
+    plans = []
+    for name in store.list_names(_folder(title)):
+        try:
+            raw = json.loads(store.read_bytes(f"{_folder(title)}/{name}"))
+            plans.append(Plan(**{**raw, "units": tuple(raw["units"])}))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return plans
+
+
+def who() -> str:
+    """This process, for people: the Ray job, or host and process id."""
+    return os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()} (process {os.getpid()})"
+
+
+def _folder(title: str) -> str:
+    return f"plans/{title.replace('@', '-')}"

@@ -1,0 +1,111 @@
+"""status: how far each stage is. Parts and steps of those planned, rejects, jobs, the last checkpoint, MLflow.
+
+Everything is read where it is true: parts and checkpoints in the storage, jobs at the cluster, counts and manifests in
+data/. Nothing is started and nothing is changed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pbe.config import Params, load_params, repo_root, storage_uri, tracking_uri
+from pbe.errors import UserError
+from pbe.store import Store
+from pbe.train.checkpoints import Run
+from pipelines.logs import LOG_FOLDER
+from pipelines.plans import Plan, read_plans
+from pipelines.stage import STAGES, VARIANT_STAGES, output_folder
+from pipelines.summary import mlflow_command
+
+REJECTED = "rejected_"  # the beginning of counts that say why
+
+
+def main() -> None:
+    params, root, store = load_params(), repo_root(), Store(storage_uri())
+    names = {stage: _titles(stage, params) for stage in STAGES}
+    width = max(len(title) for titles in names.values() for title, _ in titles)
+    print(f"storage  {store.uri}")
+    for stage, titles in names.items():
+        for title, variant in titles:
+            lines = list(_lines(stage, title, variant, root, store))
+            print(f"{title:{width}}  {lines[0]}")
+            for line in lines[1:]:
+                print(f"{'':{width}}  {line}")
+    for line in _jobs():
+        print(line)
+    print(f"MLflow   {mlflow_command(tracking_uri())}")
+
+
+def _titles(stage: str, params: Params) -> list[tuple[str, str | None]]:
+    names = params.variants if stage in VARIANT_STAGES else params.baselines if stage == "baseline" else None
+    return [(stage, None)] if names is None else [(f"{stage}@{name}", name) for name in names]
+
+
+def _lines(stage: str, title: str, variant: str | None, root: Path, store: Store) -> Iterator[str]:
+    outputs = output_folder(root, stage, variant)
+    finished = (outputs / "manifest.json").is_file() or (stage == "report" and (root / "reports/index.html").is_file())
+    if stage == "train" and finished:
+        yield from _trained(outputs / "manifest.json")
+    else:
+        yield "its results are here" if finished else "no results here yet"
+    if (outputs / "counts.json").is_file() and (counts := _rejects(outputs / "counts.json")):
+        yield counts
+    for plan in read_plans(store, title):
+        done = _steps(store, plan) if plan.kind == "run" else _parts(store, plan)
+        if done or not finished:
+            yield f"{done or 'nothing left to do'}; began {_time(plan.began)} by {plan.where}"
+    if (logs := sorted((root / LOG_FOLDER / title.replace("@", "-")).glob("*.log"))) and not finished:
+        yield f"log {logs[-1]}"
+
+
+def _trained(manifest: Path) -> Iterator[str]:
+    raw = json.loads(manifest.read_text())
+    yield f"run {raw['run']}, {raw['steps']} steps, its model is here"
+    uri = tracking_uri()
+    pages = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"  # `make ui`
+    yield f"MLflow run {pages}/#/runs/{raw['mlflow_run_id']}"
+
+
+def _rejects(path: Path) -> str:
+    counts = json.loads(path.read_text())
+    why = {key: value for key, value in counts.items() if key.startswith(REJECTED) and value}
+    return (
+        "rejected: " + ", ".join(f"{value:,} {key.removeprefix(REJECTED)}" for key, value in why.items()) if why else ""
+    )
+
+
+def _parts(store: Store, plan: Plan) -> str:
+    """Empty when all are there."""
+    there = set(store.list_files(f"parts/{plan.kind}"))  # one listing: a question per part would be thousands
+    done = sum(f"{name}/record.json" in there for name in plan.units)
+    return "" if done == plan.total else f"{done:,} of {plan.total:,} {plan.kind} parts"
+
+
+def _steps(store: Store, plan: Plan) -> str:
+    run = Run(store, plan.units[0])
+    if run.read_json("finished.json") is not None:
+        return ""
+    checkpoints = run.checkpoints()
+    last = f"last checkpoint at step {checkpoints[-1].step:,}" if checkpoints else "no checkpoint yet"
+    return f"run {run.name}: {last} of {plan.total:,}"
+
+
+def _jobs() -> Iterator[str]:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith("http"):
+        return
+    from pipelines.jobs import running_jobs
+
+    try:
+        jobs = running_jobs(address)
+    except UserError as error:
+        yield f"jobs     {error}"
+        return
+    for job_id, status in jobs or [("none running", address)]:
+        yield f"jobs     {job_id}  {status}"
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))

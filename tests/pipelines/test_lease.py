@@ -1,0 +1,91 @@
+"""Two trainings of one run: the second is refused while the first lives, and goes on when it does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pbe.store import Store
+from pbe.train.checkpoints import Run
+from pipelines import lease
+from pipelines.stage import StageError
+
+
+@pytest.fixture
+def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Run:
+    for name, seconds in {"RENEW_S": 0.1, "WATCH_S": 0.6, "SETTLE_S": 0.05}.items():
+        monkeypatch.setattr(lease, name, seconds)
+    return Run(store, "full-0123")
+
+
+def test_a_lease_is_there_while_it_is_held(run: Run) -> None:
+    with lease.hold(run):
+        assert run.read_json(lease.FILE) is not None
+    assert run.read_json(lease.FILE) is None
+    with lease.hold(run):
+        pass
+
+
+def test_who_comes_second_is_refused_with_the_first_ones_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBE_JOB", "pbe-train-full-0123-1")
+    with lease.hold(run):
+        with (
+            pytest.raises(StageError, match=r"run full-0123 is being trained right now by pbe-train-full-0123-1"),
+            lease.hold(run),
+        ):
+            pytest.fail("both train")
+        assert run.read_json(lease.FILE) is not None  # the first one's stays
+
+
+def test_a_holder_that_shows_no_life_is_waited_for_and_followed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with lease.hold(run):
+        left = run.read_json(lease.FILE)
+    assert left is not None
+    run.write_json(lease.FILE, {**left, "host": "another-machine"})
+    with lease.hold(run):
+        assert "waiting" in capsys.readouterr().out
+
+
+def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lease, "WATCH_S", 600)
+    code = f"""
+import time
+from pbe.store import Store
+from pbe.train.checkpoints import Run
+from pipelines import lease
+with lease.hold(Run(Store({run.store.uri!r}), {run.name!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert not lease._is_dead_here(run.read_json(lease.FILE) or {})
+        holder.kill()
+    with lease.hold(run):
+        assert capsys.readouterr().out == ""
+
+
+def test_another_process_with_its_number_is_not_taken_for_the_holder(run: Run) -> None:
+    with lease.hold(run):
+        found = run.read_json(lease.FILE)
+    assert found is not None and found["pid"] == psutil.Process().pid
+    assert lease._is_dead_here({**found, "process_began": found["process_began"] - 100})
+
+
+def test_of_two_at_the_same_moment_one_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = lease._write
+
+    def write_and_be_overwritten(run: Run, token: str, renewed: int = 0) -> None:
+        written(run, token, renewed)
+        written(run, "of-the-other", renewed)
+
+    monkeypatch.setattr(lease, "_write", write_and_be_overwritten)
+    with pytest.raises(StageError, match="right now"), lease.hold(run):
+        pytest.fail("both train")

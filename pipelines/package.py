@@ -55,7 +55,9 @@ class Package:
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as package:
             for path, data in sorted({**self.files, "job-id": job_id.encode()}.items()):
-                package.writestr(zipfile.ZipInfo(path, ZIP_DATE), data, zipfile.ZIP_DEFLATED)
+                entry = zipfile.ZipInfo(path, ZIP_DATE)
+                entry.external_attr = 0o644 << 16
+                package.writestr(entry, data, zipfile.ZIP_DEFLATED)
         return out.getvalue()
 
 

@@ -46,8 +46,12 @@ class Nodes:
     def add(self, *, cpus: int) -> subprocess.Popen[bytes]:
         """One more node, as `ray start --address` on another machine."""
         (agent,) = free_ports(1)
+        own = self.folder / f"n{len(list(self.folder.glob('n*/')))}"
+        own.mkdir()
         flags = {
             "address": f"127.0.0.1:{self.gcs_port}",
+            # as on a machine of its own: in a shared one a node removes the package that another still runs from
+            "temp-dir": own,
             "num-cpus": cpus,
             "dashboard-agent-listen-port": agent,
         }
@@ -145,9 +149,9 @@ def ray_nodes(env: dict[str, str], *, cpus: list[int], head_cpus: int = 0) -> It
     }
     try:
         nodes._wait_for_head(nodes._start(flags))
-        for each in cpus:
+        for number, each in enumerate(cpus):
             nodes.add(cpus=each)
-        nodes.wait_for(alive=1 + len(cpus))
+            nodes.wait_for(alive=2 + number)  # one by one: of two that begin together on one machine, both may fail
         yield nodes
     finally:
         for node in reversed(nodes.running):

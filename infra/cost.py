@@ -4,7 +4,8 @@ Arithmetic on inputs that are measured here, cited, or given by the user; what i
 Rates, sizes and counts come from infra/scaling.py, the run from a profile. Nothing here was run at this size.
 
 The seconds of a step on one GPU are those of a published A100 rate, or yours: train with `workers: 1`, so that no time
-of the link is in them, and give forward_s + backward_s + optimizer_s from MLflow as --step-s, backward_s as --backward-s.
+of the link is in them, and give MLflow's forward_s + backward_s + optimizer_s as --step-s, backward_s as --backward-s.
+A row is taken to cost the same however many a GPU has.
 What ranks send was counted on real ones: python tests/benchmarks/link_bytes.py.
 """
 
@@ -46,15 +47,15 @@ STAGES = (0, 1, 2, 3)
 # of an engine's gradients and weights, on the link too (python tests/benchmarks/link_bytes.py)
 VALUE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "bf16_pure": 2}
 
-# -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, seconds of an A100 for a 512 px photo in training with
-# latents computed before; and "expect a 1.4x increase in time" if one photo and one text are encoded in the step too
+# -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, seconds of an A100 for a 512 px photo, with latents
+# computed before; and "expect a 1.4x increase in time" where one photo and one text are encoded in the step too
 A100_ROW_S = 8 / A100_PHOTOS_PER_S[8]
 A100_ENCODE_S = 0.4 * A100_ROW_S
 # -- cited: network/README.md of github.com/stas00/ml-engineering at 0030e63: all_reduce of nccl-tests on a node of A100
 # with NVLink, 235 GB/s of bus bandwidth, which is what each GPU sends at a time
 NVLINK_GBIT_S = 8 * 235
-# -- cited: docs.aws.amazon.com/athena/latest/ug/performance-tuning-s3-throttling-reduce-throttling-at-the-service-level.html:
-# S3 has a limit of 5500 GET requests per second per partitioned prefix. All training photos have one prefix
+# -- cited: "Reduce throttling at the service level", user guide of Amazon Athena: S3 "has a limit of 5500 GET requests
+# per second per partitioned prefix". All training photos of OpenImages have one prefix
 S3_GETS_PER_S = 5500
 # -- asked about, not claimed: what a node may have towards the others
 LINKS_GBIT_S = (10, 25, 100, 400)
@@ -78,9 +79,9 @@ class Traffic:
 def zero_paper(stage: int, *, ranks: int, size: float) -> Traffic:
     """By section 7 of the ZeRO paper (arXiv 1910.02054), for `size` bytes of gradients or of parameters.
 
-    An all-reduce is a reduce-scatter and an all-gather, (N-1)/N of the size each. Stage 0 all-reduces gradients; 1 and 2
-    reduce-scatter them and gather the new parameters; 3 reduce-scatters them and gathers parameters before the forward
-    and the backward pass: 2, 2, 2 and 3 times (N-1)/N.
+    An all-reduce is a reduce-scatter and an all-gather, (N-1)/N of the size each. Stage 0 all-reduces gradients; 1 and
+    2 reduce-scatter them and gather the new parameters; 3 reduce-scatters them and gathers parameters before the
+    forward and the backward pass: 2, 2, 2 and 3 times (N-1)/N. Of one backward pass per step.
     """
     part = size * (ranks - 1) / ranks
     gradients, parameters = {0: (2, 0), 1: (1, 1), 2: (1, 1), 3: (1, 2)}[stage]
@@ -90,11 +91,11 @@ def zero_paper(stage: int, *, ranks: int, size: float) -> Traffic:
 def traffic(stage: int, *, ranks: int, size: float, micro_batches: int = 1) -> Traffic:
     """As pbe/train/engine.py makes DeepSpeed 0.19.8 do it, for `size` bytes of gradients or of parameters.
 
-    Buckets of gradients are all-reduced at every stage, 2 (N-1)/N of their size, also where a rank keeps its part alone:
-    `use_multi_rank_bucket_allreduce` at 1 and 2, `__avg_scatter_contiguous_grads` at 3. Stages 0 and 1 add the
-    micro-batches of a step up first and reduce once; 2 and 3 keep no whole gradients, so they reduce after each. Stages 1
-    and 2 gather the new parameters once a step, (N-1)/N; 3 gathers them in every forward and again in every backward
-    pass (less what stays, at most two of GPU_BUCKET elements: an upper bound).
+    Buckets of gradients are all-reduced at every stage, 2 (N-1)/N of their size, also where a rank keeps its part
+    alone: `use_multi_rank_bucket_allreduce` at 1 and 2, `__avg_scatter_contiguous_grads` at 3. Stages 0 and 1 add the
+    micro-batches of a step up first and reduce once; 2 and 3 keep no whole gradients, so they reduce after each. Stages
+    1 and 2 gather the new parameters once a step, (N-1)/N; 3 gathers them in every forward and again in every backward
+    pass (less what stays from one to the other, at most two of GPU_BUCKET elements: an upper bound).
     """
     part = size * (ranks - 1) / ranks
     reductions = micro_batches if stage >= 2 else 1
@@ -117,8 +118,8 @@ class Links:
     def seconds(self, size: float, ranks: int) -> float:
         """For `size` bytes sent by each rank around a ring, which is as fast as its slowest hop.
 
-        A ring visits all GPUs of a node before it leaves it, so what leaves a node is what one rank sends; several rings
-        share the data and the sum stays. Latency is not counted, and no link reaches its nominal speed: a lower bound.
+        A ring visits all GPUs of a node before it leaves it, so what leaves a node is what one rank sends; several
+        rings share the data and the sum stays. Latency is not counted, and no link reaches its nominal speed.
         """
         speed = self.gpu_gbit_s
         if self.nodes(ranks) > 1:
@@ -199,8 +200,9 @@ def step(run: Run, *, gpus: int, links: Links, compute: Compute, stage: int | No
     """compute = rows of a GPU * row_s; link = bytes / speed of the slowest hop.
 
     What may be hidden beside what (overlap_comm): stage 0 reduces after the backward pass, nothing; 1 in the last
-    micro-batch's backward pass, 2 in each, both gather parameters after the optimizer, exposed; 3 sends all of it beside
-    forward and backward. Where the backward pass is not known apart, all of the compute stands for it: the lower bound.
+    micro-batch's backward pass, 2 in each, both gather parameters after the optimizer, exposed; 3 sends all of it
+    beside forward and backward. Where the backward pass is not known apart, all of the compute stands for it: the
+    lower bound.
     """
     stage = run.stage if stage is None else stage
     micro_batches = run.micro_batches(gpus)
@@ -250,7 +252,7 @@ class Given:
 
 def cpu_stages(params: dict[str, Any], *, gpus: int, cores: int, links: Links, given: Given) -> list[Stage]:
     """ingest: one core reads the lists; then each photo is one request, its bytes, and a check of 1/CHECKS_PER_S core
-    seconds. materialize: core seconds of infra/scaling.py. A bucket is one task, so there are never more cores at work."""
+    seconds. materialize: core seconds of infra/scaling.py. A bucket is one task: there are never more cores at work."""
     ingest, slots = params["ingest"], params["materialize"]["slots"]
     busy = min(cores, ingest["buckets"])
     tasks = min(cores / ingest["cpus_per_bucket"], ingest["buckets"])
@@ -325,15 +327,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=whole, nargs="+", default=GPUS, help="how many; 1 to 64 by twos")
     parser.add_argument("--gpus-per-node", type=whole, default=8)
     parser.add_argument("--cores-per-gpu", type=whole, help="default: train.cpus_per_worker of the profile")
-    parser.add_argument(
-        "--step-s", type=positive, help="seconds of a step on one GPU; default: the published A100 rate"
-    )
+    parser.add_argument("--step-s", type=positive, help="seconds of a step of one GPU; default: the published rate")
     parser.add_argument("--step-rows", type=whole, help="rows in that step; default: those of a GPU in the profile")
     parser.add_argument("--backward-s", type=positive, help="seconds of it that are the backward pass")
     parser.add_argument("--zero-stage", type=int, choices=STAGES, help="default: the profile's")
     parser.add_argument("--precision", choices=VALUE_BYTES, help="default: the profile's")
     parser.add_argument(
-        "--gpu-link-gbit-s", type=positive, default=NVLINK_GBIT_S, help="what a GPU sends inside a node"
+        "--gpu-link-gbit-s", type=positive, default=NVLINK_GBIT_S, help="of a GPU inside a node; NVLink"
     )
     parser.add_argument(
         "--link-gbit-s", type=positive, nargs="+", default=LINKS_GBIT_S, help="what a node sends to others; several"
@@ -382,16 +382,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(f"### What one GPU sends in a step, GB, {PARAMETERS:,} parameters\n")
     print(table(sent_rows()))
-    where = "yours" if args.step_s else "published"
-    print(
-        f"\n### Training, {args.profile}: ZeRO {run.stage}, {run.precision}, batch {run.batch}, {where} rate of a GPU\n"
-    )
+    whose = "your" if args.step_s else "the published"
+    print(f"\n### Training, {args.profile}: ZeRO {run.stage}, {run.precision}, batch {run.batch}, {whose} rate\n")
     print(table(training_rows(run, args.gpus, links, compute, args.gpu_hour_price)))
-    print("\n### The same by ZeRO stage: seconds of a step, all overlap to none\n")
+    print("\n### The same by ZeRO stage: seconds of a step, and rows per GPU at which link and compute are equal\n")
     print(table(stage_rows(run, args.gpus, links, compute)))
-    print(
-        f"\n### All stages: hours and bottleneck, {cores} cores per GPU, {links[-1].node_gbit_s:g} Gbit/s between nodes\n"
-    )
+    speed = links[-1].node_gbit_s
+    print(f"\n### All stages: hours and bottleneck, {cores} cores per GPU, {speed:g} Gbit/s between nodes\n")
     print(table(all_rows(params, run, args.gpus, links[-1], compute, given, cores, prices)))
     print("\n### Next to what others published\n")
     print(table(published_rows(run, compute, args.gpus, links[-1])))
@@ -405,7 +402,7 @@ def sent_rows() -> list[list[str]]:
         for precision, ranks, micro in cases
     ]
     rows = [["ZeRO", "gradients x (N-1)/N, ZeRO paper", "here, m micro-batches", *head]]
-    formula = {0: "2", 1: "2 + 1", 2: "2 m + 1", 3: "2 m + 2 m"}
+    formula = {0: "2", 1: "2 + 1", 2: "2 m + 1", 3: "4 m"}
     for stage in STAGES:
         paper = zero_paper(stage, ranks=2, size=2)
         sizes = [
@@ -419,8 +416,8 @@ def sent_rows() -> list[list[str]]:
 def training_rows(
     run: Run, counts: Sequence[int], links: Sequence[Links], compute: Compute, price: float | None
 ) -> list[list[str]]:
-    rows = [["GPUs", "between nodes, Gbit/s", "rows per GPU, micro-batches", "compute, s", "link, s", "step, s", "rows/s",
-             "days", "GPU-hours", "of linear", "storage must give", "bottleneck"]]  # fmt: skip
+    rows = [["GPUs", "between nodes, Gbit/s", "rows per GPU, micro-batches", "compute, s", "link, s", "step, s",
+             "rows/s", "days", "GPU-hours", "of linear", "storage must give", "bottleneck"]]  # fmt: skip
     if price:
         rows[0].append("cost")
     alone_s = run.batch * compute.row_s  # of one GPU, which sends nothing
@@ -458,11 +455,13 @@ def stage_rows(run: Run, counts: Sequence[int], links: Sequence[Links], compute:
     """Of the largest node and of the most GPUs."""
     inside = [gpus for gpus in counts if links[0].nodes(gpus) == 1]
     shown = [*inside[-1:], *(gpus for gpus in counts[-1:] if links[0].nodes(gpus) > 1)]
-    rows = [["GPUs", "between nodes, Gbit/s", *(f"ZeRO {stage}" for stage in STAGES)]]
+    rows = [["GPUs", "between nodes, Gbit/s", *(f"ZeRO {stage}" for stage in STAGES), "rows, ZeRO 1"]]
     for gpus, link in cases(shown, links):
         steps = [step(run, gpus=gpus, links=link, compute=compute, stage=stage) for stage in STAGES]
         speed = f"{link.node_gbit_s:g}" if link.nodes(gpus) > 1 else "one node"
-        rows.append([f"{gpus}", speed, *(span(took.shortest_s, took.longest_s, ".3f") for took in steps)])
+        equal = steps[1].link_s / compute.row_s  # at stage 1 accumulation sends nothing more
+        spans = (span(took.shortest_s, took.longest_s, ".3f") for took in steps)
+        rows.append([f"{gpus}", speed, *spans, f"{equal:,.1f}"])
     return rows
 
 

@@ -2,8 +2,8 @@
 
 Real ranks with gloo take steps of a small network through pbe/train/engine.py, and each asks the kernel what its own
 sockets have sent (TCP_INFO: bytes that arrived, each counted once). Beside it what infra/cost.py reckons, and what the
-ZeRO paper would have sent. The collectives that DeepSpeed calls are the same on GPUs; NCCL sends them its own way, by rings
-as here or by trees.
+ZeRO paper would have sent. The collectives that DeepSpeed calls are the same on GPUs; NCCL sends them its own way, by
+rings as here or by trees.
 
 Stage 3 keeps up to two buckets of parameters gathered (engine.CPU_BUCKET): the network is smaller than one, so buckets
 are set here: tiny, where all is gathered twice, and as large a part of the network as GPU_BUCKET is of the paper's.
@@ -61,7 +61,7 @@ def cases() -> list[Case]:
 
 def measured(wanted: Sequence[Case], *, world: int, tmp: Path) -> tuple[int, list[float]]:
     """Parameters of the network, and per case the bytes that a rank sends per optimizer step, mean over ranks."""
-    results = run_ranks(sent_by_rank, wanted, world, world=world, tmp=tmp)
+    results = run_ranks(sent_by_rank, wanted, world, world=world, tmp=tmp, timeout_s=60 + 30 * len(wanted))
     count = results[0][0]
     return count, [sum(sent) / world for sent in zip(*(values for _, values in results), strict=True)]
 
@@ -132,15 +132,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two ranks alone")
     args = parser.parse_args()
+    import torch
+
+    from pbe.model.unet import new_network
     from pbe.train.engine import GPU_BUCKET
 
     rows = [["ranks", "precision", "ZeRO", "micro-batches", "sent per step, MB", "reckoned, MB", "sent / reckoned",
              "sent / ZeRO paper"]]  # fmt: skip
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in new_network(NETWORK).parameters())
+    wanted = [*cases(), Case(3, bucket=round(count * GPU_BUCKET / PARAMETERS))]
     for world in (2,) if args.quick else (2, 4):
         with tempfile.TemporaryDirectory(prefix="pbe-link-") as tmp:
-            count, _ = measured([Case(0)], world=1, tmp=Path(tmp))
-            part = round(count * GPU_BUCKET / PARAMETERS)
-            wanted = [*cases(), Case(3, bucket=part)]
             count, sent = measured(wanted, world=world, tmp=Path(tmp))
         for case, size in zip(wanted, sent, strict=True):
             note = f", buckets of {case.bucket:,}" if case.stage == 3 else ""

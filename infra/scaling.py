@@ -22,9 +22,10 @@ PHOTO_BYTES = 513 * GB / PHOTOS  # 513 GB of train tars
 VALIDATION_BYTES = 12 * GB  # of validation tars, 41,620 photos
 # -- cited: the paper, "about 7 days on 64 V100", 40 epochs
 PAPER_GPUS, PAPER_DAYS = 64, 7
+PAPER_RATE = 40 * PHOTOS / (PAPER_GPUS * PAPER_DAYS * DAY_S)  # rows per second and GPU
 # -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, by number of A100: photos per second in training the
 # UNet of Stable Diffusion 2 base at 512 px, latents computed before. A near relative of this network, not this one
-A100_PHOTOS_PER_S = {8: 290, 64: 2340}
+A100_PHOTOS_PER_S = {8: 290, 16: 585, 32: 1195, 64: 2340}
 # -- by the model: trainable parameters; a checkpoint holds their weights, masters and two moments in float32
 PARAMETERS = 923_306_500
 CHECKPOINT_BYTES = 16 * PARAMETERS
@@ -53,6 +54,20 @@ def encoded_bytes(draws: int, tokens: str = "class", value_bytes: int = 2) -> in
     latents = 6 * LATENT_CELLS * value_bytes
     holes = 2 * 64 * 64 * value_bytes
     return latents + holes + draws * TOKEN_BYTES[tokens]
+
+
+def row_bytes(params: dict[str, Any]) -> int:
+    """A row of `encoded` as a profile asks for it."""
+    encode = params["encode"]
+    value_bytes = {"float16": 2, "float32": 4}[encode["dtype"]]
+    return encoded_bytes(encode["reference_draws"], encode["backbone"]["tokens"], value_bytes)
+
+
+def materialize_core_s(slots: int) -> float:
+    """Seconds of one core for all photos, taken as decode + slots * rest, from the rates at 1 and 8 slots."""
+    rest_s = (8 / TRIPLETS_PER_S[8] - 1 / TRIPLETS_PER_S[1]) / 7
+    decode_s = 1 / TRIPLETS_PER_S[1] - rest_s
+    return PHOTOS * (decode_s + slots * rest_s) / RAY_SHARE
 
 
 def main() -> None:
@@ -113,12 +128,10 @@ def profiles() -> list[list[str]]:
 def profile_rows(params: dict[str, Any]) -> dict[str, str]:
     train, slots, gpus = params["train"], params["materialize"]["slots"], params["train"]["workers"]
     triplets = TRIPLET_BYTES[params["materialize"]["jpeg_chroma"]] * PHOTOS * slots
-    value_bytes = {"float16": 2, "float32": 4}[params["encode"]["dtype"]]
-    row = encoded_bytes(params["encode"]["reference_draws"], params["encode"]["backbone"]["tokens"], value_bytes)
+    row = row_bytes(params)
     encoded, checkpoints = row * PHOTOS * slots, CHECKPOINT_BYTES * train["keep_checkpoints"]
     photos = PHOTO_BYTES * PHOTOS + VALIDATION_BYTES
     seen = train["steps"] * train["batch"]
-    paper_rate = 40 * PHOTOS / (PAPER_GPUS * PAPER_DAYS * DAY_S)
     rate = A100_PHOTOS_PER_S[gpus]
     return {
         "GPUs": f"{gpus}",
@@ -131,21 +144,17 @@ def profile_rows(params: dict[str, Any]) -> dict[str, str]:
         "disk in all": volume(photos + triplets + encoded + checkpoints),
         "disk once triplets are gone": volume(photos + encoded + checkpoints),
         "rows seen": f"{seen / 1e6:.1f} million in {train['steps']:,} steps",
-        f"days, V100 at the paper's {paper_rate:.1f} rows/s each": f"{seen / paper_rate / gpus / DAY_S:.1f}",
+        f"days, V100 at the paper's {PAPER_RATE:.1f} rows/s each": f"{seen / PAPER_RATE / gpus / DAY_S:.1f}",
         "days, A100 at a published rate": f"{seen / rate / DAY_S:.2f} ({rate:,} rows/s)",
         "storage must give, at that rate": f"{volume(rate * row)}/s",
     }
 
 
 def cpu_hours() -> list[list[str]]:
-    """Seconds per photo of materialize are taken as decode + slots * rest, from the rates at 1 and 8 slots."""
-    rest_s = (8 / TRIPLETS_PER_S[8] - 1 / TRIPLETS_PER_S[1]) / 7
-    decode_s = 1 / TRIPLETS_PER_S[1] - rest_s
     rows = [["stage", *(f"{slots} slots" for slots in SLOTS)]]
     rows.append(["ingest: index", *([f"{INDEX_S / HOUR_S:.2f}"] * len(SLOTS))])
     rows.append(["ingest: check of the photos", *([f"{PHOTOS / CHECKS_PER_S / HOUR_S:.1f}"] * len(SLOTS))])
-    hours = [PHOTOS * (decode_s + slots * rest_s) / RAY_SHARE / HOUR_S for slots in SLOTS]
-    rows.append(["materialize", *(f"{value:.1f}" for value in hours)])
+    rows.append(["materialize", *(f"{materialize_core_s(slots) / HOUR_S:.1f}" for slots in SLOTS)])
     return rows
 
 

@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         elif name == "baseline":
             stage_parser.add_argument("--baseline", required=True, dest="variant")
         stage_parser.add_argument("--as-job", metavar="ID", help=argparse.SUPPRESS)
+    rayjob_parser = commands.add_parser("rayjob", help="a stage as a KubeRay manifest: ... | kubectl apply -f -")
+    rayjob_parser.add_argument("stage", choices=CLUSTER_STAGES)
+    rayjob_parser.add_argument("--variant")
     commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
     commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
@@ -69,6 +72,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         from pipelines.profile import main as run_profile
 
         return run_profile(args.name, args.root)
+    if args.command == "rayjob":
+        from pipelines.rayjob import main as run_rayjob
+
+        return run_rayjob(open_stage(args.stage, args.variant))
     stage = open_stage(args.command, getattr(args, "variant", None))
     if args.as_job:  # whoever submitted it keeps the log
         return _run_as_job(stage, args.as_job)

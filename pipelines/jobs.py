@@ -28,10 +28,19 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pbe.config import tracking_uri
 from pbe.store import StoreError
 from pipelines.as_job import files_below, sha256_of
-from pipelines.package import Package, entrypoint, job_env, job_name, pack, refuse_what_stays_here
+from pipelines.package import (
+    Package,
+    entrypoint,
+    job_env,
+    job_name,
+    pack,
+    places,
+    refuse_credentials,
+    refuse_places_of_this_machine,
+    refuse_what_stays_here,
+)
 from pipelines.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
@@ -90,14 +99,7 @@ def running_jobs(address: str) -> list[tuple[str, str]]:
 
 def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
     """Raises StageError before anything is sent."""
-    uris = {"RAY_ADDRESS": address, "PBE_STORAGE": stage.store.uri, "MLFLOW_TRACKING_URI": tracking_uri()}
-    for name, uri in uris.items():
-        where = urlsplit(uri)
-        if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc):
-            raise StageError(
-                f"{name} holds a user or a password, which everybody on the cluster could read; leave it out "
-                "and give the nodes their own credentials (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD)"
-            )
+    refuse_credentials({"RAY_ADDRESS": address, **places(stage)})
     other = os.environ.get("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers it to what it is given
     if other.rstrip("/") != address.rstrip("/"):
         raise StageError(
@@ -106,16 +108,7 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
     refuse_what_stays_here(stage)
     if _is_loopback(urlsplit(address).hostname or ""):
         return
-    if stage.store.is_local:
-        raise StageError(
-            f"PBE_STORAGE={stage.store.uri} is a folder of this machine, out of reach for {address}; "
-            "set PBE_STORAGE=s3://bucket/prefix"
-        )
-    if urlsplit(tracking_uri()).scheme.split("+")[0] in ("sqlite", "file", ""):
-        raise StageError(
-            f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {address}; "
-            "set MLFLOW_TRACKING_URI=http://your-server:5000"
-        )
+    refuse_places_of_this_machine(stage, address)
 
 
 def _reach_storage(stage: Stage) -> None:
@@ -169,7 +162,7 @@ def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple
 
     What the storage knows counts too, without a status: a cluster forgets its jobs when it ends.
     """
-    attempts: dict[int, JobStatus | None] = dict.fromkeys(_attempts_in_storage(stage, name))
+    attempts: dict[int, JobStatus | None] = dict.fromkeys(attempts_in_storage(stage, name))
     with _as_stage_error("cannot list the cluster's jobs"):
         for job in client.list_jobs():
             head, _, number = (job.submission_id or "").rpartition("-")
@@ -307,7 +300,7 @@ def _take_over_finished(stage: Stage, name: str) -> str | None:
     results are gone or may be out of date."""
     if stage.name == "ingest":
         return None  # its inputs are outside: photos that were added since do not change the job's name
-    for attempt in sorted(_attempts_in_storage(stage, name), reverse=True):
+    for attempt in sorted(attempts_in_storage(stage, name), reverse=True):
         job_id = f"{name}-{attempt}"
         path = f"jobs/{job_id}/outputs/manifest.json"
         there = stage.store.exists(path) and _has_results(stage, json.loads(stage.store.read_bytes(path)))
@@ -316,7 +309,8 @@ def _take_over_finished(stage: Stage, name: str) -> str | None:
     return None
 
 
-def _attempts_in_storage(stage: Stage, name: str) -> list[int]:
+def attempts_in_storage(stage: Stage, name: str) -> list[int]:
+    """Numbers of the jobs of this name that have left something there."""
     numbers = (folder.removeprefix(f"{name}-") for folder in stage.store.list_names("jobs") if folder.startswith(name))
     return [int(number) for number in numbers if number.isdigit()]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pbe.config import tracking_uri
 from pbe.store import digest
@@ -112,8 +113,7 @@ def entrypoint(stage: Stage, job_id: str) -> str:
 def job_env(stage: Stage, job_id: str) -> dict[str, str]:
     """The environment variables that travel: places and versions, never keys."""
     return {
-        "PBE_STORAGE": stage.store.uri,
-        "MLFLOW_TRACKING_URI": tracking_uri(),
+        **places(stage),
         JOB_VARIABLE: job_id,
         COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
         SUBMITTER_VARIABLE: json.dumps(versions_here()),
@@ -130,6 +130,36 @@ def versions_here() -> dict[str, str]:
 
 
 # -- what cannot travel --------------------------------------------------------------------------------------
+
+
+def places(stage: Stage) -> dict[str, str]:
+    """Where the job will read and write, by the variables that say so."""
+    return {"PBE_STORAGE": stage.store.uri, "MLFLOW_TRACKING_URI": tracking_uri()}
+
+
+def refuse_credentials(uris: Mapping[str, str]) -> None:
+    """Raises StageError for an address that holds a user or a password, without repeating it."""
+    for name, uri in uris.items():
+        where = urlsplit(uri)
+        if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc):
+            raise StageError(
+                f"{name} holds a user or a password, which everybody on the cluster could read; leave it out "
+                "and give the nodes their own credentials (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD)"
+            )
+
+
+def refuse_places_of_this_machine(stage: Stage, address: str) -> None:
+    """Raises StageError for storage or an MLflow that another machine, at `address`, cannot reach."""
+    if stage.store.is_local:
+        raise StageError(
+            f"PBE_STORAGE={stage.store.uri} is a folder of this machine, out of reach for {address}; "
+            "set PBE_STORAGE=s3://bucket/prefix"
+        )
+    if urlsplit(tracking_uri()).scheme.split("+")[0] in ("sqlite", "file", ""):
+        raise StageError(
+            f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {address}; "
+            "set MLFLOW_TRACKING_URI=http://your-server:5000"
+        )
 
 
 def refuse_what_stays_here(stage: Stage) -> None:

@@ -1,0 +1,75 @@
+"""rayjob: one stage as a manifest for KubeRay, `python -m pipelines rayjob STAGE | kubectl apply -f -`.
+
+For a cluster that exists only while a stage runs: what RAY_ADDRESS would send goes to the storage instead, and
+infra/kuberay/rayjob.yaml, filled in, to standard output. Images, pools and sizes are edited in that file. When the job
+has finished, `dvc repro` takes its results over from the storage, as those of every other job.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.jobs import attempts_in_storage
+from pipelines.package import (
+    entrypoint,
+    job_env,
+    job_name,
+    pack,
+    places,
+    refuse_credentials,
+    refuse_places_of_this_machine,
+    refuse_what_stays_here,
+)
+from pipelines.stage import Stage
+
+TEMPLATE = Path("infra") / "kuberay" / "rayjob.yaml"
+NAME_CHARS = 47  # KubeRay makes the names of services and pods from it
+
+
+def main(stage: Stage) -> None:
+    """Raises StageError when the stage cannot run away from this machine."""
+    refuse_credentials(places(stage))
+    refuse_what_stays_here(stage)
+    refuse_places_of_this_machine(stage, "Kubernetes")
+    package = pack(stage)
+    name = job_name(stage, package)
+    job_id = f"{name}-{max(attempts_in_storage(stage, name), default=0) + 1}"
+    data = package.zipped(job_id)
+    stage.store.write_bytes(f"jobs/{job_id}/package.zip", data)
+    manifest = filled(yaml.safe_load((stage.root / TEMPLATE).read_text()), stage, job_id)
+    print(yaml.dump(manifest, Dumper=_Plain, sort_keys=False), end="")
+    print(
+        f"{stage.title}: {len(data) / 1e3:,.0f} kB in {stage.store.full_uri(f'jobs/{job_id}')}; once the job has "
+        f"finished, `dvc repro {stage.title}` takes its results over",
+        file=sys.stderr,
+    )
+
+
+def filled(manifest: dict[str, Any], stage: Stage, job_id: str) -> dict[str, Any]:
+    """The RayJob with this job's name, command and environment."""
+    runtime = {"working_dir": stage.store.full_uri(f"jobs/{job_id}/package.zip"), "env_vars": job_env(stage, job_id)}
+    return {
+        **manifest,
+        "metadata": {**manifest["metadata"], "name": kubernetes_name(job_id)},
+        "spec": {
+            **manifest["spec"],
+            "entrypoint": entrypoint(stage, job_id),
+            "runtimeEnvYAML": yaml.safe_dump(runtime, sort_keys=False),
+        },
+    }
+
+
+def kubernetes_name(job_id: str) -> str:
+    """Lower case, no underscore, short enough; the digest and the attempt at its end stay."""
+    name = job_id.replace("_", "-").lower()
+    tail = "-".join(name.split("-")[-2:])
+    return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - len(tail) - 1].rstrip('-')}-{tail}"
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: what is shared in the template is written out."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -1,0 +1,76 @@
+"""A stage as a KubeRay manifest: it holds what the bridge would send. Its schema: tests/infra/test_manifests.py."""
+
+import io
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pbe.config import Params
+from pbe.store import Store
+from pipelines import rayjob
+from pipelines.stage import Stage, StageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    root = tmp_path / "a project"
+    for name in ("pbe", "pipelines", "infra/kuberay"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPOSITORY / name, root / name)
+    (root / "data" / "ingest").mkdir(parents=True)
+    (root / "data" / "ingest" / "manifest.json").write_text("{}")
+    params = Params.model_construct()
+    return Stage("materialize", None, params, Store(f"{s3}/{tmp_path.name}"), "c0de", root)
+
+
+def test_the_manifest_runs_the_package_that_lies_in_the_storage(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rayjob.main(stage)
+    said = capsys.readouterr()
+    manifest = yaml.safe_load(said.out)
+    spec = manifest["spec"]
+    job_id = spec["entrypoint"].split()[-1]
+    assert spec["entrypoint"] == f"python -m pipelines materialize --as-job {job_id}"
+    assert re.fullmatch(r"pbe-materialize-[0-9a-f]{16}-1", job_id) and manifest["metadata"]["name"] == job_id
+    runtime = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert runtime["working_dir"] == f"{stage.store.uri}/jobs/{job_id}/package.zip"
+    assert runtime["env_vars"]["PBE_STORAGE"] == stage.store.uri
+    with zipfile.ZipFile(io.BytesIO(stage.store.read_bytes(f"jobs/{job_id}/package.zip"))) as package:
+        assert {"pipelines/__main__.py", "data/ingest/manifest.json", "params.yaml"} <= set(package.namelist())
+    assert "hunter2" not in said.out
+    template = yaml.safe_load((stage.root / rayjob.TEMPLATE).read_text())
+    assert spec["rayClusterSpec"] == template["spec"]["rayClusterSpec"]
+    assert "takes its results over" in said.err
+
+    rayjob.main(stage)  # Kubernetes would take an equal name for the same job
+    assert yaml.safe_load(capsys.readouterr().out)["metadata"]["name"].endswith("-2")
+
+
+def test_storage_of_this_machine_is_refused_before_anything_is_written(stage: Stage, tmp_path: Path) -> None:
+    here = Stage(stage.name, None, stage.params, Store(str(tmp_path / "store")), stage.code, stage.root)
+    with pytest.raises(StageError, match=r"out of reach for Kubernetes; set PBE_STORAGE=s3"):
+        rayjob.main(here)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("job_id", "name"),
+    [
+        ("pbe-encode-0123456789abcdef-1", "pbe-encode-0123456789abcdef-1"),
+        ("pbe-train-no_mask_aug-0123456789abcdef-12", "pbe-train-no-mask-aug-0123456789abcdef-12"),
+        ("pbe-train-a_variant_with_a_long_name-0123456789abcdef-3", "pbe-train-a-variant-with-a-l-0123456789abcdef-3"),
+    ],
+)
+def test_kubernetes_takes_the_name(job_id: str, name: str) -> None:
+    assert rayjob.kubernetes_name(job_id) == name
+    assert len(name) <= rayjob.NAME_CHARS and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)

@@ -113,11 +113,13 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
 
 def _reach_storage(stage: Stage) -> None:
     try:
-        stage.store.exists("jobs")
+        stage.store.list_names(
+            "jobs"
+        )  # a listing: the answer to it says what is wrong, that to a look at one file does not
     except OSError as error:
         raise StageError(
-            f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it: "
-            f"{_one_line(error)}"
+            f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it (are "
+            f"the credentials in AWS_* there, and not expired?): {_one_line(error)}"
         ) from None
 
 

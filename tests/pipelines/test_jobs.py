@@ -234,12 +234,42 @@ def test_two_clusters_at_once_are_refused(stage: Stage, monkeypatch: pytest.Monk
 
 
 def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(store: Store, path: str) -> bool:
+    def denied(store: Store, path: str) -> list[str]:
         raise OSError(f"AWS Error ACCESS_DENIED for {path}")
 
-    monkeypatch.setattr(Store, "exists", denied)
+    monkeypatch.setattr(Store, "list_names", denied)
     with pytest.raises(StageError, match=r"PBE_STORAGE=.* cannot be read from here.*ACCESS_DENIED"):
         jobs.run_remotely(stage, LOOPBACK)
+
+
+def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Expired(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Expired) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "me",
+            "AWS_SECRET_ACCESS_KEY": "hunter2",
+            "AWS_SESSION_TOKEN": "old",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StageError) as error:
+            jobs.run_remotely(open_fake(project, "materialize", store=Store("s3://bucket/prefix")), LOOPBACK)
+        server.shutdown()
+    assert "PBE_STORAGE=s3://bucket/prefix cannot be read from here" in str(error.value)
+    assert "expired" in str(error.value).split("?): ")[1].lower()
+    assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_address_where_nobody_listens_is_one_clear_error(stage: Stage) -> None:

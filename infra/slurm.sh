@@ -44,7 +44,7 @@ main() {
     # It is host:port, so stages run here and connect to it; only http:// would make them submit jobs. Options that only a
     # head takes (--include-dashboard) cannot be given: every node gets them all. The dashboard is on the head's loopback.
     # shellcheck disable=SC2016 # expanded by the inner shell
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=180 \
         ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
         --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory=2147483648 \
         -- env RAY_ADDRESS="$address" \

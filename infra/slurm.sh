@@ -78,7 +78,10 @@ require_a_token() {
 clean_up() {
     rm -f "$state/auth-token"
     [[ -n ${RAY_TMPDIR:-} ]] || return 0
-    srun --ntasks-per-node=1 bash -c 'mv "$(readlink -f "$1/ray/session_latest")/logs" "$2/ray-logs-$SLURM_NODEID"; rm -rf "$1"' \
+    srun --ntasks-per-node=1 bash -c '
+        logs=$(readlink -f "$1/ray/session_latest")/logs
+        if [[ -d $logs ]]; then mv "$logs" "$2/ray-logs-$SLURM_NODEID"; fi
+        rm -rf "$1"' \
         clean-up "$RAY_TMPDIR" "$state" || true
 }
 

@@ -1,13 +1,17 @@
 """Profiles: every one is valid, the placeholder becomes the absolute folder, and mistakes leave params.yaml alone."""
 
+from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 
 from infra.memory import PAPER, architecture
 from pbe.config import ParamsError, load_params
+from pbe.data.index import Selection, Selector
+from pbe.data.schema import SPLITS
 from pbe.model.unet import new_network
 from pipelines import profile
 
@@ -40,6 +44,32 @@ def test_every_profile_is_valid(name: str, checkout: Path) -> None:
     profile.main(name, str(checkout) if needs_root else "")
     assert "full" in load_params(checkout / "params.yaml").variants
     assert profile.PLACEHOLDER not in (checkout / "params.yaml").read_text()
+
+
+def test_the_mini_profile_takes_500_photos_of_one_csv_half_of_them_for_the_bench() -> None:
+    """From the validation CSV alone, whose photos val_frac deals to train and validation: none would be trained on."""
+    cfg = load_params(PROFILES / "openimages-mini.yaml")
+    chosen = Selection(cfg.ingest.splits, cfg.ingest.limit, cfg.ingest.classes, None, cfg.ingest.val_frac)
+    ids = [f"{number:016x}" for number in range(5_000) for _ in range(3)]  # three boxes each
+    lines = pa.table(
+        {
+            "image_id": ids,
+            "split": pa.array([SPLITS.index("validation")] * len(ids), pa.int8()),
+            "label": ["/m/1"] * len(ids),
+            "reason": pa.nulls(len(ids), pa.string()),
+        }
+    )
+    taken = Selector(chosen, class_ids=None)(lines)
+    photos = {(SPLITS[row["split"]], row["image_id"]) for row in taken.to_pylist()}
+    assert Counter(split for split, _ in photos) == {"train": 250, "validation": 250}
+    assert len({image_id for _, image_id in photos}) == 500 and taken.num_rows == 1_500
+    assert cfg.bench.split == "validation"
+
+
+def test_the_mini_profile_trains_and_edits_as_coco_does() -> None:
+    mini, coco = (yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) for name in ("openimages-mini", "coco"))
+    assert {stage for stage in coco if mini[stage] != coco[stage]} == {"ingest", "materialize"}
+    assert {key for key in coco["materialize"] if mini["materialize"][key] != coco["materialize"][key]} == {"slots"}
 
 
 # (setting, value, where upstream has it)

@@ -255,7 +255,7 @@ def cpu_stages(params: dict[str, Any], *, gpus: int, cores: int, links: Links, g
     seconds. materialize: core seconds of infra/scaling.py. A bucket is one task: there are never more cores at work."""
     ingest, slots = params["ingest"], params["materialize"]["slots"]
     busy = min(cores, ingest["buckets"])
-    tasks = min(cores / ingest["cpus_per_bucket"], ingest["buckets"])
+    tasks = min(cores / ingest["per_bucket"]["cpus"], ingest["buckets"])
     request_s = given.request_s or 0.0
     requests_s = max(PHOTOS / S3_GETS_PER_S, PHOTOS * request_s / (tasks * ingest["download"]["connections"]))
     triplets = PHOTOS * slots * TRIPLET_BYTES[params["materialize"]["jpeg_chroma"]]
@@ -326,7 +326,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", choices=profiles, default="openimages-8gpu", help="what is run")
     parser.add_argument("--gpus", type=whole, nargs="+", default=GPUS, help="how many; 1 to 64 by twos")
     parser.add_argument("--gpus-per-node", type=whole, default=8)
-    parser.add_argument("--cores-per-gpu", type=whole, help="default: train.cpus_per_worker of the profile")
+    parser.add_argument("--cores-per-gpu", type=whole, help="default: train.per_worker.cpus of the profile")
     parser.add_argument("--step-s", type=positive, help="seconds of a step of one GPU; default: the published rate")
     parser.add_argument("--step-rows", type=whole, help="rows in that step; default: those of a GPU in the profile")
     parser.add_argument("--backward-s", type=positive, help="seconds of it that are the backward pass")
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for speed in sorted(args.link_gbit_s)
     ]
     given = Given(args.request_s, args.encode_row_s, args.edit_s, args.judge_s)
-    cores = args.cores_per_gpu or train["cpus_per_worker"]
+    cores = args.cores_per_gpu or train["per_worker"]["cpus"]
     prices = (args.gpu_hour_price, args.cpu_hour_price)
 
     print(f"### What one GPU sends in a step, GB, {PARAMETERS:,} parameters\n")

@@ -21,7 +21,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
 from pbe.config import Params, load_params
-from pipelines.jobs import job_env
+from pipelines.capacity import Bundle, Demand, fits
+from pipelines.package import job_env
 from pipelines.stage import CLUSTER_STAGES, open_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def job_problems(spec: dict[str, Any]) -> list[str]:
         problems.append(f"runtimeEnvYAML has {sorted(runtime_env)}")
     elif not re.fullmatch(r"s3://.+\.zip", runtime_env["working_dir"]):
         problems.append("working_dir is no zip that every node can read")
-    elif unknown := runtime_env["env_vars"].keys() - job_env(open_stage("materialize")).keys():
+    elif unknown := runtime_env["env_vars"].keys() - job_env(open_stage("materialize"), "job-1").keys():
         problems.append(f"a job gets no {sorted(unknown)}")
     elif wrong := [key for key, value in runtime_env["env_vars"].items() if not isinstance(value, str)]:
         problems.append(f"Ray takes strings alone as values: {wrong}")
@@ -166,6 +167,11 @@ def _resources(group: dict[str, Any]) -> tuple[float, int]:
     """CPUs and GPUs that Ray finds in one pod."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     return float(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0))
+
+
+def memory_limit(group: dict[str, Any]) -> str:
+    """What KubeRay tells Ray of one pod's memory."""
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
 
 
 def _bytes(quantity: str) -> float:
@@ -301,36 +307,38 @@ def test_a_mistake_in_the_launcher_file_is_found(path: str, value: Any, told: st
 # -- what the stages ask for ---------------------------------------------------------------------------------
 
 
-def asked(params: Params) -> list[tuple[str, float, int, int]]:
-    """(stage, CPUs and GPUs of one task, how many at once) of every stage; 1 where tasks may wait for each other."""
-    encode, edit, evaluate, train = params.encode, params.edit, params.evaluate, params.train
-    return [
-        ("ingest", params.ingest.cpus_per_bucket, 0, 1),
-        ("materialize", params.materialize.cpus_per_bucket, 0, 1),
-        ("encode", encode.cpus_per_actor, 0, encode.actors),
-        ("edit", edit.cpus_per_actor, 0, edit.actors),
-        ("evaluate", evaluate.cpus_per_actor, 0, evaluate.actors),
-        ("train", train.cpus_per_worker, 1, train.workers),
-    ]
+def demands(params: Params) -> dict[str, Demand]:
+    """What every stage holds at once, of tasks one alone: they may wait for each other."""
+    tasks = {name: Demand(getattr(params, name).per_bucket, name) for name in ("ingest", "materialize")}
+    actors = {name: getattr(params, name) for name in ("encode", "edit", "evaluate")}
+    held = {name: Demand(cfg.per_actor, name, cfg.actors) for name, cfg in actors.items()}
+    return {**tasks, **held, "train": Demand(params.train.per_worker, "train", params.train.workers)}
 
 
-def too_small(pools: list[tuple[float, int, int]], params: Params, *, all_at_once: bool) -> list[str]:
-    """pools: CPUs, GPUs and largest number of nodes. Without GPU tasks on CPU nodes and the other way round."""
-    problems = []
-    for stage, cpus, gpus, tasks in asked(params):
-        fitting = [pool for pool in pools if pool[0] >= cpus and bool(pool[1]) == bool(gpus) and pool[1] >= gpus]
-        places = sum(int(min(pool[0] / cpus, pool[1] / gpus if gpus else tasks)) * pool[2] for pool in fitting)
-        if places < (tasks if all_at_once else 1):
-            problems.append(f"{stage}: {tasks} of {cpus:g} CPUs and {gpus} GPUs, places for {places}")
-    return problems
+def too_small(nodes: list[Bundle], params: Params, *, all_at_once: bool) -> list[str]:
+    """Stages that a cluster of these nodes cannot run, or not with all their actors and ranks at once."""
+    wanted = {name: demand.bundles for name, demand in demands(params).items()}
+    if any("memory" not in node for node in nodes):  # found by Ray when a node starts
+        wanted = {name: [_without_memory(each) for each in bundles] for name, bundles in wanted.items()}
+    return [name for name, bundles in wanted.items() if not fits(bundles if all_at_once else bundles[:1], nodes)]
 
 
-POOLS = {
-    "kuberay": [(*_resources(group), group["maxReplicas"]) for group in CLUSTER["spec"]["workerGroupSpecs"]],
+def _without_memory(bundle: Bundle) -> Bundle:
+    return {name: amount for name, amount in bundle.items() if name != "memory"}
+
+
+POOLS: dict[str, list[Bundle]] = {
+    "kuberay": [
+        {"CPU": cpus, "GPU": gpus, "memory": _bytes(memory_limit(group))}
+        for group in CLUSTER["spec"]["workerGroupSpecs"]
+        for cpus, gpus in [_resources(group)]
+        for _ in range(group["maxReplicas"])
+    ],
     "launcher": [
-        (kind["resources"]["CPU"], kind["resources"].get("GPU", 0), kind["max_workers"])
+        {"CPU": kind["resources"]["CPU"], "GPU": kind["resources"].get("GPU", 0)}
         for name, kind in LAUNCHER["available_node_types"].items()
         if name != LAUNCHER["head_node_type"]
+        for _ in range(kind["max_workers"])
     ],
 }
 
@@ -349,10 +357,11 @@ def test_the_pools_hold_what_these_profiles_run_at_once(recipe: str, profile: st
 
 def test_pools_that_are_too_small_are_found() -> None:
     params = PROFILES["openimages-8gpu"]
-    assert "encode" in too_small([(2, 0, 8), (8, 1, 8)], params, all_at_once=False)[0]
-    assert too_small([(8, 0, 8), (7, 1, 8)], params, all_at_once=False)[0].startswith("train")
-    assert too_small([(8, 0, 8)], params, all_at_once=False)[0].startswith("train")
-    assert too_small([(8, 0, 8), (8, 1, 7)], params, all_at_once=True)[0].startswith("train")
+    cpu, gpu, slow = {"CPU": 8}, {"CPU": 8, "GPU": 1}, {"CPU": 3, "GPU": 1}
+    assert too_small([cpu] * 8, params, all_at_once=False) == ["encode", "edit", "evaluate", "train"]
+    assert too_small([cpu, slow], params, all_at_once=False) == ["encode", "edit", "evaluate", "train"]
+    assert too_small([cpu] + [gpu] * 7, params, all_at_once=True) == ["encode", "edit", "train"]
+    assert too_small([{**gpu, "memory": 20 * GIB}], params, all_at_once=False) == ["train"]
 
 
 # -- Slurm ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from infra.scaling import (  # noqa: E402
     PAPER_DAYS,
     PAPER_GPUS,
     PAPER_RATE,
+    PAPER_SIZED,
     PARAMETERS,
     PHOTO_BYTES,
     PHOTOS,
@@ -322,8 +323,7 @@ def whole(text: str) -> int:
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    profiles = sorted(path.stem for path in PROFILES.glob("openimages*.yaml"))
-    parser.add_argument("--profile", choices=profiles, default="openimages-8gpu", help="what is run")
+    parser.add_argument("--profile", choices=PAPER_SIZED, default="openimages-8gpu", help="what is run")
     parser.add_argument("--gpus", type=whole, nargs="+", default=GPUS, help="how many; 1 to 64 by twos")
     parser.add_argument("--gpus-per-node", type=whole, default=8)
     parser.add_argument("--cores-per-gpu", type=whole, help="default: train.per_worker.cpus of the profile")

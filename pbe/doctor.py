@@ -192,9 +192,17 @@ def _cluster(address: str) -> Iterator[Finding]:
     if not address.startswith(("http://", "https://")):
         yield Finding("fail", "RAY_ADDRESS", address, "It must be the http:// address of the head's dashboard")
         return
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S) as answer:
+        request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             there = json.load(answer)
+    except urllib.error.HTTPError as error:
+        error.close()
+        advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's" if error.code in (401, 403) else ""
+        yield Finding("fail", "RAY_ADDRESS", f"{address}: answers {error.code} {error.reason}", advice)
+        return
     except (urllib.error.URLError, OSError, ValueError) as error:
         yield Finding("fail", "RAY_ADDRESS", f"{address}: no Ray head answers ({_one_line(error)})")
         return

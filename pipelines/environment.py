@@ -41,6 +41,10 @@ LOCAL_RAY_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_C
 def prepare_driver() -> None:
     """Call before ray is imported: it reads its variables then."""
     set_unset(DRIVER_ENV)
+    if not os.environ.get("RAY_ADDRESS"):
+        set_unset(
+            {"RAY_AUTH_MODE": "token"}
+        )  # what Ray does by itself for a Ray of its own, but for a warning each time
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):

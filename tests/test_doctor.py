@@ -1,10 +1,12 @@
 """`pbe doctor`: each thing that may be wrong, made wrong for real, is a line that says what to do; fine is fine."""
 
+import json
 import resource
 import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,33 @@ def test_an_mlflow_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     finding = _found(root, "MLflow")
     assert finding.level == "fail" and "127.0.0.1:9" in finding.found
+
+
+@pytest.mark.parametrize(("token", "level"), [(None, "fail"), ("right", "ok")])
+def test_a_cluster_that_wants_a_token(
+    root: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, level: str
+) -> None:
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = self.headers.get("Authorization") == "Bearer right"
+            body = json.dumps({"ray_version": version("ray")}).encode()
+            self.send_response(200 if allowed else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        if token:
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        finding = _found(root, "RAY_ADDRESS")
+        server.shutdown()
+    assert finding.level == level
+    assert token or "RAY_AUTH_TOKEN" in finding.advice
 
 
 def test_a_stage_that_would_wait_for_ever(root: Path) -> None:

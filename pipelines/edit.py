@@ -74,10 +74,9 @@ def fill_bench(
     flat = [unit for found in units for unit in found]
     records = iter(
         run_units(
+            stage,
             "edit",
             flat,
-            store=stage.store,
-            title=stage.title,
             worker=worker,
             each=cfg.per_actor,
             key="edit",

@@ -39,10 +39,9 @@ def main(stage: Stage) -> None:
         identity = digest(["encode", stage.code, seed, config, [file.sha256 for file in slots]])
         units.append(Unit(unit.unit.split("-")[0], identity, slots))
     records = run_units(
+        stage,
         "encode",
         units,
-        store=stage.store,
-        title=stage.title,
         worker=partial(_worker, stage.store, cfg, stage.params.materialize.image_px, codec, backbone, seed),
         each=cfg.per_actor,
         key="encode",

@@ -35,9 +35,7 @@ def main(stage: Stage) -> None:
     units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
 
     worker = partial(_worker, stage.store, source, cfg)
-    records = run_units(
-        "ingest", units, store=stage.store, title=stage.title, worker=worker, each=cfg.per_bucket, key="ingest"
-    )
+    records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_bucket, key="ingest")
     manifest = make_manifest("ingest", config=_content(cfg), code=stage.code, units=records)
     counts = {**manifest.counts, "boxes_not_selected": left_out}
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]

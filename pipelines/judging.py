@@ -225,10 +225,9 @@ def _look_at_all(
     units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
     worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
     records = run_units(
+        stage,
         "look",
         units,
-        store=stage.store,
-        title=stage.title,
         worker=worker,
         each=cfg.per_actor,
         key="evaluate",

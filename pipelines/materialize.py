@@ -31,10 +31,9 @@ def main(stage: Stage) -> None:
 
     worker = partial(_worker, stage.store, cfg, seed)
     records = run_units(
+        stage,
         "materialize",
         units,
-        store=stage.store,
-        title=stage.title,
         worker=worker,
         each=cfg.per_bucket,
         key="materialize",

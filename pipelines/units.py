@@ -16,12 +16,12 @@ from ray.data import ActorPoolStrategy
 
 from pbe.config import ActorResources, TaskResources
 from pbe.errors import UserError
-from pbe.store import Record, Store, record_from
+from pbe.store import Record, record_from
 from pipelines.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
 from pipelines.plans import write_plan
 from pipelines.progress import progress_bar
-from pipelines.stage import StageError
+from pipelines.stage import Stage, StageError
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ READ: Bundle = {"CPU": 1}  # the Ray Data task that feeds actors
 
 
 def run_units(
+    stage: Stage,
     kind: str,
     units: Sequence[Unit],
     *,
-    store: Store,
-    title: str,
     worker: Callable[[], Callable[[Unit], Record]],
     each: TaskResources,
     key: str,
@@ -109,15 +108,15 @@ def run_units(
 ) -> list[Record]:
     """Records of all units, in the order given; those that the store already has are not run again.
 
-    kind: the folder of parts/ that they go to. title: of the stage, for its plan.
+    kind: the folder of parts/ that they go to.
     worker: makes the function that does one unit. It is called once per actor when `actors` is set (for models),
     once per task otherwise. each: what Ray reserves for a task or an actor; `key` of params.yaml names its section.
     A failing unit fails the stage; units that finished before it stay.
     """
-    records = {index: store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
+    records = {index: stage.store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
     pending = [index for index, record in records.items() if record is None]
     print(f"{kind}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
-    write_plan(store, title, kind, [unit.name for unit in units], total=len(units))
+    write_plan(stage.store, stage.title, kind, [unit.name for unit in units], total=len(units))
     if pending:
         start_ray()
         todo = [units[index] for index in pending]
@@ -125,11 +124,11 @@ def run_units(
         wanted = ray_resources(each)
         options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
         if actors is None:
-            refuse_unmet(title, Demand(each, f"{key}.per_bucket"))
+            refuse_unmet(stage.title, Demand(each, f"{key}.per_bucket"))
             results = rows.map(_task(todo, worker), **options)
         else:
             count = min(actors, len(todo))
-            refuse_unmet(title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=[READ])
+            refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=[READ])
             results = rows.map(_actor_class(todo, worker), compute=ActorPoolStrategy(size=count), **options)
         with progress_bar(kind, total=len(todo), unit="part") as bar:
             for row in results.iter_rows():

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from pipelines.environment import prepare_driver
 prepare_driver()
-from pbe.config import TaskResources
+from pbe.config import TaskResources, load_params
 from pbe.store import Store
+from pipelines.stage import Stage
 from pipelines.units import Unit, run_units
 
 def worker(store):
@@ -33,9 +34,10 @@ def worker(store):
     return work
 
 store = Store(sys.argv[1])
+stage = Stage("meet", None, load_params(), store, "c0de", Path())
 units = [Unit("a", "1", None), Unit("b", "1", None)]
-records = run_units("meet", units, store=store, title="meet", worker=partial(worker, store),
-                    each=TaskResources(cpus=2, memory_gib=0), key="meet")
+each = TaskResources(cpus=2, memory_gib=0)
+records = run_units(stage, "meet", units, worker=partial(worker, store), each=each, key="meet")
 print([record.unit for record in records])
 """
 

@@ -30,7 +30,7 @@ from pbe.store import Store, load_manifest
 from tests.pipelines.project import Project, kill_tree, make_project
 from tests.pipelines.ray_nodes import Nodes, children, ray_nodes, token_env
 
-STEP_S = 240  # no command below takes longer
+STEP_S = 400  # no command below takes longer, on a machine that does other work beside; 60 on an idle one
 
 CHANGES = """
     ingest: {buckets: 3}
@@ -155,6 +155,7 @@ def stub(laptop: Laptop, body: str) -> None:
 # -- one job -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # with the cluster's own start
 def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, bucket: Store) -> None:
     (laptop.root / ".env").write_text("TOKEN=laptop")
     (laptop.root / "models" / "full" / "unet").mkdir(parents=True)
@@ -277,13 +278,13 @@ def test_storage_of_one_node_alone_is_one_clear_error(laptop: Laptop, tmp_path: 
 # -- all of it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)  # about 300 on two idle cores
 def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     cluster: Cluster, laptop: Laptop, bucket: Store, tmp_path: Path
 ) -> None:
     local = small_project(tmp_path / "local")
     for project in (laptop.project, local):
-        project.edit_params("slots: 4", "slots: 300")  # work enough for a node to die in it
+        project.edit_params("slots: 4", "slots: 200")  # work enough for a node to die in it
 
     # a node dies in materialize
     process = laptop.project.start("dvc", "repro", "materialize", **laptop.env)
@@ -295,7 +296,8 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     local.run("dvc", "repro", "materialize")
     assert laptop.manifest("materialize") == json.loads((local.folder / "data/materialize/manifest.json").read_text())
     for project in (laptop.project, local):
-        project.edit_params("slots: 300", "slots: 4")
+        project.edit_params("slots: 200", "slots: 4")
+    laptop.project.run("dvc", "repro", "materialize", **laptop.env)
 
     # no GPU where one is asked for
     laptop.project.edit_params("gpus: 0", "gpus: 1")

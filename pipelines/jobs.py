@@ -113,9 +113,7 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
 
 def _reach_storage(stage: Stage) -> None:
     try:
-        stage.store.list_names(
-            "jobs"
-        )  # a listing: the answer to it says what is wrong, that to a look at one file does not
+        stage.store.list_names("jobs")  # whose answer says what is wrong; that to a look at one file does not
     except OSError as error:
         raise StageError(
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it (are "

@@ -391,9 +391,9 @@ class EvaluateConfig(Strict):
     clip_region: Literal["whole", "upstream"]
     quality_components: PositiveInt
     quality_pca_dims: PositiveInt
-    resamples: Annotated[int, Field(ge=100)]
-    subsets: Annotated[int, Field(ge=20)]
-    seed: Annotated[int, Field(ge=0)]
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)]
+    subsets: Annotated[int, Field(ge=20, le=100_000)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # scikit-learn takes no larger one
     batch_rows: PositiveInt
     actors: PositiveInt
     per_actor: ActorResources
@@ -486,6 +486,14 @@ class Params(Strict):
         if codec.kind == "patch" and self.materialize.image_px % codec.patch_px:
             raise ValueError(
                 f"encode.codec.patch_px {codec.patch_px} must divide materialize.image_px {self.materialize.image_px}"
+            )
+        if "card" in self.variants or "card" in self.baselines:
+            raise ValueError("card: no name for a variant or a baseline, metrics.json has its own under it; rename it")
+        folders = [name for name, baseline in self.baselines.items() if isinstance(baseline, FolderBaseline)]
+        if folders and self.edit.holes[0] != "box":
+            raise ValueError(
+                f"edit.holes {list(self.edit.holes)}: baselines.{folders[0]} is a folder of results, which are of box "
+                "holes; name box first"
             )
         if both := sorted(self.variants.keys() & self.baselines.keys()):
             raise ValueError(f"{both[0]} is both a variant and a baseline; rename one")

@@ -365,8 +365,9 @@ def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
 
 def _again(file: File) -> str:
     """How to get a part back: DVC, which watches manifests, does not see that it is gone."""
-    stage = file.path.split("/")[1]
-    return f"`dvc repro -f -s {'ingest' if stage == 'index' else stage}` makes it again"
+    kind = file.path.split("/")[1]
+    stages = {"index": "ingest", "look": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}
+    return f"`dvc repro -f -s {stages.get(kind, kind)}` makes it again"
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:
@@ -422,8 +423,14 @@ def load_manifest(path: Path) -> Manifest:
         units = tuple(record_from(unit) for unit in raw["units"])
         return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])
     except FileNotFoundError:
-        raise StoreError(f"{path}: not there; run `dvc repro {path.parent.name}` first") from None
+        raise StoreError(f"{path}: not there; run `dvc repro {_target(path)}` first") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{path}: not a manifest ({type(error).__name__} {error}); `dvc repro -f -s {path.parent.name}` writes it"
+            f"{path}: not a manifest ({type(error).__name__} {error}); `dvc repro -f -s {_target(path)}` writes it"
         ) from None
+
+
+def _target(manifest: Path) -> str:
+    """What `dvc repro` calls the stage that writes it: data/<stage>/ or data/<stage>/<variant>/."""
+    folder = manifest.parent
+    return folder.name if folder.parent.name in ("data", "") else f"{folder.parent.name}@{folder.name}"

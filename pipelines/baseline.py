@@ -38,6 +38,8 @@ def main(stage: Stage) -> None:
         found = stage.store.find_unit("edit", name)
         record = found or stage.store.write_unit("edit", name, {"edits": _fills(bench, cfg, baseline.kind)}, counts={})
     config = {"bench": bench_file.sha256, "method": stage.variant, **baseline.model_dump(mode="json")}
+    if not isinstance(baseline, FolderBaseline):
+        config |= {"holes": list(cfg.holes), "references": list(cfg.references)}
     save_manifest(
         stage.outputs / "manifest.json", make_manifest("edit", config=config, code=stage.code, units=[record])
     )

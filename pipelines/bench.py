@@ -10,6 +10,7 @@ from pbe.config import BenchConfig, repo_root
 from pbe.data.schema import REALS
 from pbe.evaluate.bench import BenchBox, bench_boxes, make_bench
 from pbe.evaluate.cocoee import read_cocoee
+from pbe.evaluate.intervals import MIN_GROUPS
 from pbe.evaluate.judges import keep_judge, open_judge
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
 from pipelines.stage import Stage, StageError, cut_config, save_counts
@@ -62,10 +63,16 @@ def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
 
 
 def _write(stage: Stage, name: str, bench: pa.Table, reals: pa.Table) -> Record:
+    photos = len(set(bench.column("image_id").to_pylist()))
+    if photos < MIN_GROUPS:
+        raise StageError(
+            f"bench: {bench.num_rows} items in {photos} photos; an interval needs at least {MIN_GROUPS} photos. Raise "
+            "bench.max_items, choose another bench.split, or add photos with boxes"
+        )
     same = sum(bench.column("exemplar_same_class").to_pylist())
     counts = {
         "items": bench.num_rows,
-        "photos": len(set(bench.column("image_id").to_pylist())),
+        "photos": photos,
         "exemplars_of_same_class": same,
         "exemplars_of_another_class": bench.num_rows - same,
     }

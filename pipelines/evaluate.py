@@ -59,7 +59,16 @@ def _methods(stage: Stage) -> dict[str, Manifest]:
             out[name] = load_manifest(path)
             if out[name].config["bench"] != bench_file.sha256:
                 raise StageError(f"{path}: edits of another bench; run `dvc repro {folder}@{name}` first")
+            if differ := _differences(stage, out[name], name if folder == "edit" else None):
+                raise StageError(f"{path}: edits of other settings ({differ}); run `dvc repro {folder}@{name}` first")
     return out
+
+
+def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
+    """Of what the edits were made with from what params.yaml says now; rows of one table must be made alike."""
+    asked = (stage.params.edit_variant(variant) if variant else stage.params.edit).model_dump(mode="json")
+    made = {key: edits.config[key] for key in asked if key in edits.config}
+    return ", ".join(f"{key} {made[key]}, now {asked[key]}" for key in made if made[key] != asked[key])
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
 
 def _grid(stage: Stage, edits: Manifest) -> np.ndarray:
     """Of the first seed, in holes of the first kind."""
-    hole = stage.params.edit.holes[0]
+    hole = stage.params.edit.holes[0]  # results of others are of box holes, which params.yaml then names first
     bench = stage.store.read_table(load_manifest(stage.input("bench")).files("bench")[0]).to_pylist()
     pictures: dict[tuple[str, str], bytes] = {}
     for file in edits.files("edits"):

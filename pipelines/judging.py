@@ -104,10 +104,16 @@ def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
     opened = {name: open_judge(stage.store, entry) for name, entry in entries.items()}
     seen = _look_at_all(stage, cfg, bench_manifest, edits, entries)
     bench_looks = {name: seen.features(name, "bench") for name in entries}
+    for name, judge in opened.items():
+        if name == "clip" and not judge.paper:
+            print(
+                "evaluate: this CLIP is not ViT-B/32: its clip_fid, qs and clip_score compare with no published number"
+            )
     statistics = {name: _keep_statistics(stage.store, name, judge, seen) for name, judge in opened.items()}
     mixtures = _mixtures(cfg)
     scales = {
-        name: _scale(cfg, name, seen, bench_looks[name], statistics[name][0], mixtures.get(name)) for name in entries
+        name: _scale(cfg, judge, seen, bench_looks[name], statistics[name][0], mixtures.get(name))
+        for name, judge in opened.items()
     }
     card = {
         "bench": {**bench_manifest.config, "sha256": bench_file.sha256, "items": bench_file.rows},
@@ -116,6 +122,7 @@ def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
             name: {
                 "digest": judge.digest,
                 "resize_rule": judge.resize_rule,
+                "papers_network": judge.paper,
                 "reference_digest": seen.digest(name, "reals"),
                 "reference_n": statistics[name][0].n,
                 "reference_statistics": statistics[name][1],
@@ -165,12 +172,13 @@ def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
 
 def _scale(
     cfg: EvaluateConfig,
-    judge: str,
+    extractor: Extractor,
     seen: Seen,
     bench: Looks,
     statistics: FeatureStatistics,
     mixture: Mixture | None,
 ) -> JudgeScale:
+    judge = extractor.name
     try:
         return make_scale(
             judge,
@@ -200,7 +208,7 @@ class Look:
     judge: str
     what: str
     file: File | None
-    photos: tuple[str, ...] = ()
+    photos: tuple[tuple[str, int, int], ...] = ()  # path, bytes, ns of the last change
 
 
 def _look_at_all(
@@ -283,7 +291,8 @@ def _looks_at_reals(cfg: EvaluateConfig, judge: str, bench: Manifest) -> list[Lo
     if len(files) < 2:
         raise StageError(f"evaluate.reals = {cfg.reals}: {len(files)} photos in {folder}; a reference set needs more")
     # name, size and date stand for the content: reading 40,000 photos to name a part would cost as much as looking
-    known = [f"{path.resolve()}|{path.stat().st_size}|{path.stat().st_mtime_ns}" for path in files]
+    # under its own name: links to photos of one name in several folders are several photos
+    known = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     starts = range(0, len(known), REALS_PER_UNIT)
     return [Look(judge, "folder", None, tuple(known[start : start + REALS_PER_UNIT])) for start in starts]
 
@@ -304,7 +313,7 @@ def _worker(
 
     def views(at: Look) -> Any:
         if at.file is None:
-            return (_folder_view(known, cfg) for known in at.photos)
+            return (_folder_view(Path(path), cfg) for path, _, _ in at.photos)
         schema = {"bench": BENCH, "reals": REALS, "edits": EDITS}[at.what]
         rows = require(store.read_table(at.file), schema, at.file.path).to_pylist()
         if at.what == "bench":
@@ -317,7 +326,11 @@ def _worker(
             assert at.file is not None
             table = count_pixels(store.read_table(at.file).to_pylist(), bench)
             return store.write_unit("look", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
-        table = look(views(at), opened[at.judge], batch_rows=cfg.batch_rows)
+        try:
+            table = look(views(at), opened[at.judge], batch_rows=cfg.batch_rows)
+        except (ValueError, RuntimeError) as error:  # of a network too: a TorchScript file may be anybody's
+            what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.reals"
+            raise StageError(f"evaluate: {at.judge} at {what}: {' '.join(str(error).split())[:300]}") from error
         return store.write_unit("look", unit.name, {"features": table}, counts={"rows": table.num_rows})
 
     return work
@@ -328,8 +341,7 @@ def _region(cfg: EvaluateConfig, judge: str) -> Region:
     return cfg.clip_region if judge == "clip" else "whole"
 
 
-def _folder_view(known: str, cfg: EvaluateConfig) -> View:
-    path = Path(known.split("|")[0])
+def _folder_view(path: Path, cfg: EvaluateConfig) -> View:
     assert cfg.reals_px is not None
     try:
         return View(path.name, "whole", "whole", square(images.decode(path.read_bytes()), cfg.reals_px))

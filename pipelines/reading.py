@@ -29,8 +29,9 @@ HOW_TO_READ: dict[str, tuple[str, str, str]] = {
     r"qs_rank_(.+)": (
         "QS rank",
         "percentile",
-        "Rank of an edit's likelihood among the bench's own photos, under a mixture fitted on other untouched photos: "
-        "50 is an average photo. This is not the paper's QS.",
+        "Rank of an edit's likelihood among the bench's own crops before the edit, under a mixture fitted on the "
+        "untouched photos named below: other crops of the same photos, unless evaluate.reals names a folder. 50 is an "
+        "average photo. This is not the paper's QS.",
     ),
     r"clip_score|clip_score_whole|similarity_(.+)": (
         "Similarity",
@@ -74,8 +75,8 @@ HOW_TO_READ: dict[str, tuple[str, str, str]] = {
     r"copy_paste": (
         "Copy-paste",
         "0 to 1",
-        "How well the fill is explained by an affine copy of the reference: the trivial solution that the paper "
-        "fights. Lower is better, at equal similarity.",
+        "How well the fill is explained by an affine copy of the reference, mirrored, scaled and turned by up to 20 "
+        "degrees: the trivial solution that the paper fights. Lower is better, at equal similarity.",
     ),
     r"hole_psnr_db": (
         "Hole PSNR",

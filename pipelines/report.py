@@ -170,6 +170,7 @@ def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole:
         if any(metric in result.scopes[scope] for result in shown.values())
     ]
     rows = []
+    most = max((next(iter(result.scopes[scope].values())).n for result in shown.values()), default=0)
     for name in table_order(list(shown)):
         numbers = shown[name].scopes[scope]
         tests = paired["methods"][name].get(hole, {}).get("exemplar", {})
@@ -180,7 +181,13 @@ def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole:
             }
             for metric, _ in columns
         ]
-        rows.append({"name": name, "label": TABLE_3.get(name, name), "cells": cells})
+        label = TABLE_3.get(name, name)
+        n = next(iter(numbers.values())).n
+        if n != most:
+            label += f" (N = {n} of {most})"
+        if "not_compared" in paired["methods"][name]:
+            label += f" (not compared: {paired['methods'][name]['not_compared']})"
+        rows.append({"name": name, "label": label, "cells": cells})
     against = paired["against"]
     return {"hole": hole, "columns": [label for _, label in columns], "rows": rows, "against": against}
 

@@ -41,7 +41,8 @@ def main() -> None:
     for result in list(results.values())[:LISTED]:
         found = [(label, result.scopes[scope].get(metric)) for metric, label in metrics.items()]
         numbers = [f"{label} {estimate_text(estimate)}" for label, estimate in found if estimate is not None]
-        print(f"  {result.name:{width}}  " + "  ".join(numbers))
+        n = next(iter(result.scopes[scope].values())).n
+        print(f"  {result.name:{width}}  " + "  ".join(numbers) + (f"  (N = {n})" if n != first.n else ""))
     if len(results) > LISTED:
         print(f"  and {len(results) - LISTED} more in the report")
     print(f"Report: {root / 'reports' / 'index.html'}")

@@ -237,6 +237,15 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ),
         ({"evaluate.reals": "photos"}, "params.yaml: evaluate: reals and reals_px go together"),
         ({"baselines": {"full": {"kind": "poisson"}}}, "params.yaml: params: full is both a variant and a baseline"),
+        (
+            {"baselines": {"card": {"kind": "poisson"}}},
+            "params.yaml: params: card: no name for a variant",
+        ),
+        (
+            {"baselines": {"theirs": {"kind": "folder", "folder": "x"}}, "edit.holes": ["bezier", "box"]},
+            "params.yaml: params: edit.holes ['bezier', 'box']: baselines.theirs is a folder of results",
+        ),
+        ({"evaluate.seed": 2**32}, "params.yaml: evaluate.seed = 4294967296"),
         ({"variants.full.train": {"workers": 3}}, "params.yaml: variants.full.train: workers 3 must divide lanes 2"),
     ],
     ids=str,

@@ -384,6 +384,17 @@ def test_a_manifests_digest_names_its_content_and_nothing_else(store: Store) -> 
     assert len(others | {base}) == 5
 
 
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [("data/ingest/manifest.json", "ingest"), ("data/edit/full/manifest.json", "edit@full")],
+)
+def test_a_damaged_manifest_says_which_stage_to_run(tmp_path: Path, path: str, target: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("{")
+    with pytest.raises(StoreError, match=rf"`dvc repro -f -s {target}` writes it"):
+        load_manifest(tmp_path / path)
+
+
 def test_a_missing_manifest_says_which_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"manifest\.json: not there; run `dvc repro encode` first"):
         load_manifest(tmp_path / "data" / "encode" / "manifest.json")

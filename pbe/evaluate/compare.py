@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from pbe.evaluate.look import Looks
-from pbe.evaluate.paired import Paired, paired_means, paired_sets, refuse_other_items
+from pbe.evaluate.paired import Paired, common_items, paired_means, paired_sets
 from pbe.evaluate.score import JudgeScale, ScopeScores, ScoreConfig, metric_names
 
 
@@ -17,17 +17,20 @@ def compare(
     photos: Mapping[str, str],
     cfg: ScoreConfig,
 ) -> dict[str, Paired]:
-    """Differences ours minus theirs, by metric: pixels, what the scale's judge says per item (means over seeds), and
-    its Frechet distance (of the first seed).
+    """Differences ours minus theirs on the items that both have, by metric: pixels, what the scale's judge says per
+    item, and its Frechet distance; of several noise seeds the mean.
 
-    looks: the scale's judge's, of each method's edits. photos: image id of each bench id. Raises ValueError for scopes
-    of other items.
+    looks: the scale's judge's, of each method's edits. photos: image id of each bench id. Raises ValueError where too
+    few items are common.
     """
-    refuse_other_items(theirs.bench_ids, ours.bench_ids)
-    of_items = [photos[bench_id] for bench_id in ours.bench_ids]
+    common = common_items(ours.bench_ids, theirs.bench_ids)
+    of_items = [photos[bench_id] for bench_id in common]
+    our_rows, their_rows = ([scope.bench_ids.index(bench_id) for bench_id in common] for scope in (ours, theirs))
     known = {score.metric: score.per_item for score in theirs.scores}
     found = {
-        score.metric: paired_means(score.per_item, value, photos=of_items, resamples=cfg.resamples, seed=cfg.seed)
+        score.metric: paired_means(
+            score.per_item[our_rows], value[their_rows], photos=of_items, resamples=cfg.resamples, seed=cfg.seed
+        )
         for score in ours.scores
         if score.judge in ("", scale.name)
         and score.per_item is not None
@@ -35,8 +38,8 @@ def compare(
     }
     found[metric_names(scale)["frechet"]] = paired_sets(
         scale.frechet,
-        our_looks.of(ours.first_seed_keys, "whole"),
-        their_looks.of(theirs.first_seed_keys, "whole"),
+        [our_looks.of([keys[row] for row in our_rows], "whole") for keys in ours.keys_by_seed],
+        [their_looks.of([keys[row] for row in their_rows], "whole") for keys in theirs.keys_by_seed],
         photos=of_items,
         resamples=cfg.subsets,
         seed=cfg.seed,

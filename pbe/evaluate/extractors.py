@@ -41,6 +41,7 @@ class Extractor(Protocol):
     digest: str
     resize_rule: str
     matches_resolution: bool
+    paper: bool  # the network whose numbers are published
 
     def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
         """N images (H, W, 3) uint8 RGB of any sizes to (N, width) float64 in their order, not normalised.
@@ -54,6 +55,7 @@ class Extractor(Protocol):
 class EfficientNetExtractor:
     resize_rule = SQUASH_RULE
     matches_resolution = True
+    paper = False
 
     def __init__(self, backbone: EfficientNetLite) -> None:
         self.name, self.digest, self._backbone = backbone.name, backbone.digest, backbone
@@ -121,6 +123,7 @@ class InceptionExtractor:
     name = "inception"
     resize_rule = INCEPTION_RULE
     matches_resolution = True
+    paper = True
 
     def __init__(self, network: Any, *, digest: str, device: torch.device = CPU) -> None:
         self.digest, self._network, self._device = digest, network, device

@@ -1,7 +1,8 @@
 """A pickled scikit-learn GaussianMixture to arrays, executing nothing of the file.
 
 A pickle is a program. Here it runs on an unpickler that knows what a plain mixture is made of (numpy arrays and their
-parts, inert stand-ins for scikit-learn's classes) and refuses every other name before anything of it is called.
+parts), as inert stand-ins for scikit-learn's classes and numpy's, and refuses every other name before anything of it
+is called.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy._core import multiarray, numeric
 
 from pbe.evaluate.mixture import Mixture, MixtureError, save_mixture
 
@@ -39,12 +39,66 @@ class _Mixture(_Inert):
     """Stands for scikit-learn's GaussianMixture; its state is a dict."""
 
 
+class _Dtype:
+    """numpy.dtype, of plain numbers alone. Of the state that a pickle gives it only the byte order is taken."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        known = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+        if not isinstance(code, str) or code.lstrip("<>|=") not in known:
+            raise MixtureError(f"it has an array of {code!r}; a mixture is made of plain numbers")
+        self.code, self.order = code.lstrip("<>|="), "<"
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.order = str(state[1])
+
+    @property
+    def real(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """numpy.ndarray. numpy itself reads the state of arrays and dtypes in C, where a damaged one ends the process."""
+
+    def __init__(self) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise MixtureError("one of its arrays has no state of an array")
+        _, shape, dtype, fortran, data = state
+        self.array = _filled(data, dtype, shape, "F" if fortran else "C")
+
+
+def _filled(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    if not isinstance(dtype, _Dtype):
+        raise MixtureError("one of its arrays has a type that is none")
+    data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    return np.frombuffer(data, dtype.real).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _reconstruct(cls: object, *_: object) -> _Array:
+    if cls is not _Array:
+        raise MixtureError("it makes an array of something else than numbers")
+    return _Array()
+
+
+def _scalar(dtype: object, data: Any = b"") -> Any:
+    return _filled(data, dtype, (), "C")[()]
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: str, *_: object) -> _Array:
+    made = _Array()
+    made.array = _filled(data, dtype, shape, order)
+    return made
+
+
 _NUMPY = {
-    ("multiarray", "_reconstruct"): multiarray._reconstruct,
-    ("multiarray", "scalar"): multiarray.scalar,
-    ("numeric", "_frombuffer"): numeric._frombuffer,  # type: ignore[attr-defined]
+    ("multiarray", "_reconstruct"): _reconstruct,
+    ("multiarray", "scalar"): _scalar,
+    ("numeric", "_frombuffer"): _frombuffer,
 }
-_PLAIN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+_PLAIN = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -104,9 +158,9 @@ def mixture_from_pickle(data: bytes, where: str) -> Mixture:
 
 
 def _array(value: Any) -> np.ndarray:
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+    if not isinstance(value, _Array) or value.array.dtype.kind != "f":
         raise MixtureError(f"one of its arrays is a {type(value).__name__} of no floating point numbers")
-    return value.astype(np.float64)
+    return value.array.astype(np.float64)
 
 
 def _reconstructed(cls: Any, base: Any, state: Any) -> Any:

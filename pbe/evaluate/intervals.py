@@ -15,6 +15,8 @@ from statistics import NormalDist
 import numpy as np
 from scipy.stats import t as student
 
+MIN_GROUPS = 4  # photos, or items, below which a delete-half jackknife says nothing
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -95,15 +97,15 @@ def jackknife(
     1280) comes out as 0.026, 0.075, 0.069 with n // 2 and as 0.031, 0.070, 0.055 with n // 10.
     The interval is about the expectation at this n: it does not remove the bias that a Frechet distance has
     at any finite n, and it is not clipped at 0. Rows outside `statistic` (the real photos) count as fixed.
-    Raises ValueError for fewer than 4 groups or groups of another length.
+    Raises ValueError for fewer than MIN_GROUPS groups or groups of another length.
     """
     names = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(names) != n:
         raise ValueError(f"{len(names)} groups for {n} rows")
     clusters = int(names.max()) + 1 if n else 0
     unit = "items" if groups is None else "photos"
-    if clusters < 4:
-        raise ValueError(f"{clusters} {unit}: a delete-half jackknife needs at least 4")
+    if clusters < MIN_GROUPS:
+        raise ValueError(f"{clusters} {unit}: a delete-half jackknife needs at least {MIN_GROUPS}")
     _check(resamples=resamples, level=level)
     rng = np.random.default_rng(seed)
     deleted = clusters // 2

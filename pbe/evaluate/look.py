@@ -25,6 +25,8 @@ def look(views: Iterable[View], judge: Extractor, *, batch_rows: int) -> pa.Tabl
         batch = waiting.pop(way)
         vectors = judge([view.picture for view in batch], way=way, batch_rows=batch_rows).astype("<f4")
         for view, vector in zip(batch, vectors, strict=True):
+            if not np.isfinite(vector).all():
+                raise ValueError(f"{judge.name} gives values that are not finite for {view.key} ({view.view})")
             rows.append({"key": view.key, "view": view.view, "vector": vector.tobytes()})
 
     for view in views:
@@ -64,6 +66,8 @@ class Looks:
         table = pa.concat_tables(tables)
         keys, views = table.column("key").to_pylist(), table.column("view").to_pylist()
         self._at = {pair: index for index, pair in enumerate(zip(keys, views, strict=True))}
+        if len(self._at) < len(keys):
+            raise ValueError(f"{len(keys) - len(self._at)} pictures have the name of another; each needs its own")
         flat = np.frombuffer(b"".join(table.column("vector").to_pylist()), "<f4")
         self._vectors = flat.reshape(len(keys), -1)
 

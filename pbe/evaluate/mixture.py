@@ -51,6 +51,10 @@ class Mixture:
             )
         if not all(np.isfinite(x).all() for x in (self.weights, self.means, self.precisions_cholesky)):
             raise MixtureError("its arrays are not all finite")
+        roots = self.precisions_cholesky
+        diagonal = np.diagonal(roots, axis1=-2, axis2=-1) if self.covariance_type in ("full", "tied") else roots
+        if (diagonal <= 0).any():
+            raise MixtureError("its precisions are not all above 0")
         if (self.weights < 0).any() or abs(self.weights.sum() - 1) > 1e-6:
             raise MixtureError(f"its weights sum to {self.weights.sum():.6g}, not to 1")
 

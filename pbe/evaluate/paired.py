@@ -11,7 +11,7 @@ import numpy as np
 
 from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife
 
-_NAMED = 5  # items that an error names
+ROUNDING = 1e-6  # of what is compared: float32 features of one picture differ by so much between batches
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,13 @@ class Paired:
     test: str
 
 
-def refuse_other_items(first: Sequence[str], second: Sequence[str]) -> None:
-    """Raises ValueError naming the bench ids that only one run has."""
-    alone = sorted(set(first) ^ set(second))
-    if alone:
-        listed = ", ".join(alone[:_NAMED]) + (f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else "")
-        raise ValueError(f"the runs were not scored on the same items; only one of them has {listed}")
-    if list(first) != list(second):
-        raise ValueError("the runs' items are not in the same order")
+def common_items(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Bench ids that both runs have, in the first one's order. Raises ValueError where there are none."""
+    theirs = set(second)
+    common = [bench_id for bench_id in first if bench_id in theirs]
+    if not common:
+        raise ValueError("the runs have no item in common")
+    return common
 
 
 def paired_means(first: np.ndarray, second: np.ndarray, *, photos: Sequence[str], resamples: int, seed: int) -> Paired:
@@ -43,25 +42,36 @@ def paired_means(first: np.ndarray, second: np.ndarray, *, photos: Sequence[str]
     _, index = np.unique(np.asarray(photos), return_inverse=True)
     sums = np.bincount(index, weights=differences)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(sums)))
-    return Paired(estimate, _p_value(abs(sums.sum()), np.abs(signs @ sums)), f"sign flips of photos, {resamples}")
+    close = ROUNDING * float(np.abs(first).sum() + np.abs(second).sum())
+    p_value = _p_value(abs(sums.sum()), np.abs(signs @ sums), close)
+    return Paired(estimate, p_value, f"sign flips of photos, {resamples}")
 
 
 def paired_sets(
     statistic: Callable[[np.ndarray], float],
-    first: np.ndarray,
-    second: np.ndarray,
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
     *,
     photos: Sequence[str],
     resamples: int,
     seed: int,
 ) -> Paired:
-    """Of a statistic of features (N, d), such as a Frechet distance, in the same order of items.
+    """Of a statistic of features (N, d), such as a Frechet distance, in the same order of items; of several noise seeds
+    the mean. A run of fewer seeds has them in turn.
 
     Interval: jackknife of the difference, both on the same subsets. p-value: whole photos change sides.
     """
+    seeds = range(max(len(first), len(second)))
+    pairs = [(first[i % len(first)], second[i % len(second)]) for i in seeds]
+
+    def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+        return float(np.mean([statistic(features) for features in ours])) - float(
+            np.mean([statistic(features) for features in theirs])
+        )
+
     estimate = jackknife(
-        lambda rows: statistic(first[rows]) - statistic(second[rows]),
-        len(first),
+        lambda rows: difference([one[rows] for one in first], [one[rows] for one in second]),
+        len(first[0]),
         groups=photos,
         resamples=resamples,
         seed=seed,
@@ -71,11 +81,12 @@ def paired_sets(
     swapped = np.empty(resamples)
     for i in range(resamples):
         swap = (rng.random(index.max() + 1) < 0.5)[index][:, None]
-        swapped[i] = abs(statistic(np.where(swap, second, first)) - statistic(np.where(swap, first, second)))
-    return Paired(estimate, _p_value(abs(estimate.value), swapped), f"swaps of photos, {resamples}")
+        swapped[i] = abs(difference([np.where(swap, b, a) for a, b in pairs], [np.where(swap, a, b) for a, b in pairs]))
+    close = ROUNDING * abs(float(np.mean([statistic(features) for features in first])))
+    return Paired(estimate, _p_value(abs(estimate.value), swapped, close), f"swaps of photos, {resamples}")
 
 
-def _p_value(found: float, drawn: np.ndarray) -> float:
-    """The share of draws at least as far from 0; the run itself counts as one, so that it is never 0."""
-    close = 1e-12 * max(1.0, found)  # equal but for rounding is equal
+def _p_value(found: float, drawn: np.ndarray, close: float) -> float:
+    """The share of draws at least as far from 0; the run itself counts as one, so that it is never 0. close: what is
+    not more than that away is equal."""
     return float((1 + np.sum(drawn >= found - close)) / (1 + len(drawn)))

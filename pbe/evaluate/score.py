@@ -98,7 +98,7 @@ class ScopeScores:
     hole_kind: str
     reference_kind: str
     bench_ids: tuple[str, ...]
-    first_seed_keys: tuple[str, ...]  # of EDITS, of the first seed
+    keys_by_seed: tuple[tuple[str, ...], ...]  # of EDITS, by seed of the noise
     scores: tuple[Score, ...]
 
 
@@ -121,7 +121,9 @@ def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: ScoreCon
         except ValueError as error:
             where = f"{hole_kind} holes, {reference_kind} references, {len(bench_ids)} items"
             raise ValueError(f"{where}: {error}") from None
-        out.append(ScopeScores(hole_kind, reference_kind, bench_ids, tuple(scope.keys(reference_kind)[0]), scores))
+        out.append(
+            ScopeScores(hole_kind, reference_kind, bench_ids, tuple(map(tuple, scope.keys(reference_kind))), scores)
+        )
     return out
 
 

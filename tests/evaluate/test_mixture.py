@@ -1,5 +1,6 @@
 """QS against scikit-learn, and the converter against pickles that mean harm."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_a_pickle_that_means_harm_does_nothing(tmp_path: Path, how: Any, wrap: s
     with pytest.raises(MixtureError, match=r"x\.pkl: it asks for .*, which a mixture is not made of; nothing"):
         mixture_from_pickle(pickle.dumps({"bare": harm, "list": [theirs, harm], "inside": theirs}[wrap]), "x.pkl")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_damaged_pickle_never_ends_the_process(protocol: int) -> None:
+    """numpy reads the state of a dtype in C: with "M8" for "f8" it ended the process when it was given the real one."""
+    theirs, _ = _fitted("diag")
+    whole = pickle.dumps(theirs, protocol=protocol)
+    with pytest.raises(MixtureError):
+        mixture_from_pickle(whole.replace(b"f8", b"M8", 1), "x.pkl")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        for at in rng.integers(len(data), size=2):
+            data[at] = rng.integers(256)
+        with contextlib.suppress(MixtureError):
+            mixture_from_pickle(bytes(data), "x.pkl")
 
 
 def test_what_is_no_fitted_mixture_is_refused() -> None:

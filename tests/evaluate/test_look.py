@@ -1,0 +1,31 @@
+"""Features of pictures: one for each, finite, and an error that names the picture."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pbe.data.schema import FEATURES
+from pbe.evaluate.look import Looks, look
+from pbe.evaluate.views import View
+
+
+class _Judge:
+    name = "judge"
+
+    def __call__(self, images: list[np.ndarray], *, way: str, batch_rows: int) -> np.ndarray:
+        return np.array([[float(image.mean()), np.nan if image.max() == 255 else 1.0] for image in images])
+
+
+def _view(key: str, value: int) -> View:
+    return View(key, "whole", "whole", np.full((4, 4, 3), value, np.uint8))
+
+
+def test_a_picture_whose_features_are_not_finite_is_named() -> None:
+    with pytest.raises(ValueError, match=r"judge gives values that are not finite for b\.png \(whole\)"):
+        look([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)  # type: ignore[arg-type]
+
+
+def test_two_pictures_of_one_name_are_not_silently_one() -> None:
+    rows = [{"key": "a.png", "view": "whole", "vector": np.full(2, value, "<f4").tobytes()} for value in (1, 2)]
+    with pytest.raises(ValueError, match="1 pictures have the name of another"):
+        Looks([pa.Table.from_pylist([row], schema=FEATURES) for row in rows])

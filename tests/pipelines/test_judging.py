@@ -1,0 +1,50 @@
+"""What evaluation looks at and with which settings, refused before a judge is opened."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pbe.config import load_params
+from pbe.data import images
+from pbe.store import Manifest
+from pipelines import evaluate, judging
+from pipelines.stage import StageError
+
+
+def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
+    (tmp_path / "reals").mkdir()
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "photo|1.png").write_bytes(images.encode_png(np.zeros((8, 8, 3), np.uint8)))
+        (tmp_path / "reals" / f"{folder}.png").symlink_to(tmp_path / folder / "photo|1.png")
+    cfg = load_params().evaluate.model_copy(update={"reals": str(tmp_path / "reals"), "reals_px": 8})
+    (look,) = judging._looks_at_reals(cfg, "judge", None)  # type: ignore[arg-type]
+    views = [judging._folder_view(Path(path), cfg) for path, _, _ in look.photos]
+    assert [view.key for view in views] == ["a.png", "b.png", "c.png"]
+
+
+def edits(**config: object) -> Manifest:
+    return Manifest("edit", "0", {"bench": "b", **config}, "c0de", (), {})
+
+
+def test_edits_of_other_settings_are_not_scored() -> None:
+    params = load_params()
+    stage = SimpleNamespace(params=params)
+    made = params.edit_variant("bottleneck").model_dump(mode="json")
+    assert evaluate._differences(stage, edits(**made), "bottleneck") == ""  # type: ignore[arg-type]
+    found = evaluate._differences(stage, edits(**made), "full")  # type: ignore[arg-type]
+    assert found == f"guidance_scale 1.0, now {params.edit.guidance_scale}"
+    found = evaluate._differences(stage, edits(holes=["box"]), None)  # type: ignore[arg-type]
+    assert found == "holes ['box'], now ['box', 'bezier']"
+
+
+def test_a_bench_in_too_few_photos_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    from pipelines import bench
+
+    table = pa.table({"image_id": ["a", "a", "b", "c"], "exemplar_same_class": [True] * 4})
+    with pytest.raises(StageError, match=r"4 items in 3 photos; an interval needs at least 4 photos\. Raise bench"):
+        bench._write(None, "bench-0", table, table)  # type: ignore[arg-type]

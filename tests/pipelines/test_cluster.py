@@ -36,8 +36,8 @@ CHANGES = """
     ingest: {buckets: 3}
     encode: {actors: 1}
     train: {steps: 300, checkpoint_every: 30, validate_every: 150, log_every: 10}
-    bench: {max_items: 8}
-    edit: {steps: 2, holes: [box], references: [exemplar], items_per_unit: 8, actors: 1}
+    bench: {max_items: 12}
+    edit: {steps: 2, holes: [box], references: [exemplar], items_per_unit: 12, actors: 1}
     evaluate: {judges: [{kind: efficientnet_lite0}], quality_components: 1, quality_pca_dims: 2, actors: 1}
     sweep: {scales: [1, 3], items: 8, diversity: {items: 2, seeds: [1, 2]}}
 """

@@ -9,7 +9,6 @@ attempt when it failed (Ray refuses a used id).
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -30,17 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.store import StoreError
 from pipelines.as_job import files_below, sha256_of
-from pipelines.package import (
-    Package,
-    entrypoint,
-    job_env,
-    job_name,
-    pack,
-    places,
-    refuse_credentials,
-    refuse_places_of_this_machine,
-    refuse_what_stays_here,
-)
+from pipelines.package import Package, entrypoint, job_env, job_name, pack, refuse_what_cannot_travel
 from pipelines.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
@@ -99,16 +87,12 @@ def running_jobs(address: str) -> list[tuple[str, str]]:
 
 def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
     """Raises StageError before anything is sent."""
-    refuse_credentials({"RAY_ADDRESS": address, **places(stage)})
     other = os.environ.get("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers it to what it is given
     if other.rstrip("/") != address.rstrip("/"):
         raise StageError(
             f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
         )
-    refuse_what_stays_here(stage)
-    if _is_loopback(urlsplit(address).hostname or ""):
-        return
-    refuse_places_of_this_machine(stage, address)
+    refuse_what_cannot_travel(stage, address)
 
 
 def _reach_storage(stage: Stage) -> None:
@@ -119,15 +103,6 @@ def _reach_storage(stage: Stage) -> None:
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it (are "
             f"the credentials in AWS_* there, and not expired?): {_one_line(error)}"
         ) from None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 # -- the cluster ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ people who ask for the same thing ask for the same job.
 
 import hashlib
 import io
+import ipaddress
 import json
 import platform
 import shlex
@@ -137,32 +138,35 @@ def places(stage: Stage) -> dict[str, str]:
     return {"PBE_STORAGE": stage.store.uri, "MLFLOW_TRACKING_URI": tracking_uri()}
 
 
-def refuse_credentials(uris: Mapping[str, str]) -> None:
-    """Raises StageError for an address that holds a user or a password, without repeating it."""
-    for name, uri in uris.items():
+def refuse_what_cannot_travel(stage: Stage, to: str) -> None:
+    """Before anything is sent to the cluster `to`: its dashboard's address, or a name.
+
+    Raises StageError for an address that holds a password (without repeating it), a file of the project that the stage
+    would look for there, and, unless the cluster is on this machine, storage or an MLflow that it cannot reach.
+    """
+    for name, uri in {"RAY_ADDRESS": to, **places(stage)}.items():
         where = urlsplit(uri)
         if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc):
             raise StageError(
                 f"{name} holds a user or a password, which everybody on the cluster could read; leave it out "
                 "and give the nodes their own credentials (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD)"
             )
-
-
-def refuse_places_of_this_machine(stage: Stage, address: str) -> None:
-    """Raises StageError for storage or an MLflow that another machine, at `address`, cannot reach."""
+    _refuse_what_stays_here(stage)
+    if _is_loopback(urlsplit(to).hostname or ""):
+        return
     if stage.store.is_local:
         raise StageError(
-            f"PBE_STORAGE={stage.store.uri} is a folder of this machine, out of reach for {address}; "
+            f"PBE_STORAGE={stage.store.uri} is a folder of this machine, out of reach for {to}; "
             "set PBE_STORAGE=s3://bucket/prefix"
         )
     if urlsplit(tracking_uri()).scheme.split("+")[0] in ("sqlite", "file", ""):
         raise StageError(
-            f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {address}; "
+            f"MLflow would write to {tracking_uri()}, a file of this machine, out of reach for {to}; "
             "set MLFLOW_TRACKING_URI=http://your-server:5000"
         )
 
 
-def refuse_what_stays_here(stage: Stage) -> None:
+def _refuse_what_stays_here(stage: Stage) -> None:
     """Raises StageError for a file or folder inside the project that the stage would look for on the cluster."""
     if stage.name == "ingest":
         for key in ("images", "boxes", "image_ids"):
@@ -215,3 +219,12 @@ def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:
         f"{key} = {path} does not travel with a job; name it by an absolute path that every node of the cluster sees, "
         f"or run `env -u RAY_ADDRESS dvc repro {stage.name}` here"
     )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

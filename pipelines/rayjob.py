@@ -12,16 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.jobs import attempts_in_storage
-from pipelines.package import (
-    entrypoint,
-    job_env,
-    job_name,
-    pack,
-    places,
-    refuse_credentials,
-    refuse_places_of_this_machine,
-    refuse_what_stays_here,
-)
+from pipelines.package import entrypoint, job_env, job_name, pack, refuse_what_cannot_travel
 from pipelines.stage import Stage
 
 TEMPLATE = Path("infra") / "kuberay" / "rayjob.yaml"
@@ -30,9 +21,7 @@ NAME_CHARS = 47  # KubeRay makes the names of services and pods from it
 
 def main(stage: Stage) -> None:
     """Raises StageError when the stage cannot run away from this machine."""
-    refuse_credentials(places(stage))
-    refuse_what_stays_here(stage)
-    refuse_places_of_this_machine(stage, "Kubernetes")
+    refuse_what_cannot_travel(stage, to="Kubernetes")
     package = pack(stage)
     name = job_name(stage, package)
     job_id = f"{name}-{max(attempts_in_storage(stage, name), default=0) + 1}"

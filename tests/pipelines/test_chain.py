@@ -117,7 +117,7 @@ def test_every_number_has_its_card(repro: Project) -> None:
     assert card["bench"]["sha256"] == bench["units"][0]["files"][0]["sha256"] and card["bench"]["items"] == 12
     assert card["data_digest"] == json.loads((repro.folder / "data/ingest/manifest.json").read_text())["digest"]
     assert set(card["extractors"]) == {"efficientnet_lite2", "efficientnet_lite0"}
-    known = {"digest", "resize_rule", "reference_digest", "reference_n", "reference_statistics"}
+    known = {"digest", "resize_rule", "papers_network", "reference_digest", "reference_n", "reference_statistics"}
     for name, judge in card["extractors"].items():
         assert set(judge) == known and judge["reference_n"] == 12
         kept = (repro.folder / ".store" / judge["reference_statistics"]).read_bytes()

@@ -198,9 +198,11 @@ def _train(
     run_id: str,
     origin: tuple[str, int] | None,
 ) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from pbe.model.unet import architecture_of
     from pbe.train.worker import Job
@@ -209,7 +211,9 @@ def _train(
     start_ray()
     refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
     uri = tracking_uri()
-    progress = Queue(actor_options={"num_cpus": 0})  # a head node often offers none
+    # on the driver's own node, which may offer no CPUs: on another it would go with that node, and rank 0 calls it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     job = Job(
         cfg=cfg,
         seed=_seed(stage, cfg),

@@ -195,6 +195,7 @@ def test_a_sweep_is_the_edits_and_metrics_of_every_scale(repro: Project) -> None
     )
 
 
+@pytest.mark.timeout(600)  # four evaluations
 def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_do(repro: Project) -> None:
     """By another judge too, from one actor and in other batches: 1e-6."""
     before = metrics(repro)

@@ -278,7 +278,7 @@ def test_storage_of_one_node_alone_is_one_clear_error(laptop: Laptop, tmp_path: 
 # -- all of it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(1800)  # about 300 on two idle cores
+@pytest.mark.timeout(1800)  # 524 on two cores
 def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     cluster: Cluster, laptop: Laptop, bucket: Store, tmp_path: Path
 ) -> None:

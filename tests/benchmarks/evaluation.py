@@ -162,7 +162,7 @@ def main() -> int:
         if first.per_item is not None and second.per_item is not None:
             paired_means(second.per_item, first.per_item, photos=of_items, resamples=SIZES.resamples, seed=SIZES.seed)
     name, scale = next(iter(scales.items()))
-    sets = [seen[seed][name].of(scored[seed].first_seed_keys, "whole") for seed in methods]
+    sets = [[seen[seed][name].of(keys, "whole") for keys in scored[seed].keys_by_seed] for seed in methods]
     paired_sets(scale.frechet, *sets, photos=of_items, resamples=SIZES.subsets, seed=SIZES.seed)
     done = time.perf_counter()
 

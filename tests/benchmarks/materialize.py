@@ -257,10 +257,14 @@ def ray_rates(
 def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) -> float:
     from functools import partial
 
+    from pbe.config import TaskResources, load_params
+    from pipelines.stage import Stage
     from pipelines.units import Unit, run_units
 
     units = [Unit(f"b{number}", "bench", record) for number, record in enumerate(inputs)]
-    records = run_units("bench", units, store=store, worker=partial(task, store), cpus=cores / at_once)
+    stage = Stage("bench", None, load_params(), store, "c0de", Path())
+    each = TaskResources(cpus=cores / at_once, memory_gib=0)
+    records = run_units(stage, "bench", units, worker=partial(task, store), each=each, key="bench")
     store.delete_tree("parts/bench")
     ended_us = sorted(record.counts["ended_us"] for record in records)
     samples = sum(record.counts["triplets"] for record in records[at_once:])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pbe.config import Params
+from pbe.config import Params, TaskResources
 from pbe.data import images
 from pbe.data.download import PhotoError
 from pbe.data.files import SourceError
@@ -84,13 +84,19 @@ def server() -> Iterator[Server]:
 
 
 def _here(
-    stage: str, units: Sequence[Unit], *, store: Store, worker: Callable[[], Callable[[Unit], Record]], cpus: float
+    stage: Stage,
+    kind: str,
+    units: Sequence[Unit],
+    *,
+    worker: Callable[[], Callable[[Unit], Record]],
+    each: TaskResources,
+    key: str,
 ) -> list[Record]:
     """run_units in this process: worker and unit travel as they do through Ray."""
     records = []
     for unit in units:
         make, sent = pickle.loads(pickle.dumps((worker, unit)))
-        records.append(store.find_unit(stage, unit.name) or make()(sent))
+        records.append(stage.store.find_unit(kind, unit.name) or make()(sent))
     return records
 
 

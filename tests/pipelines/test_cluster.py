@@ -99,6 +99,10 @@ class Laptop:
 
 @pytest.fixture
 def laptop(cluster: Cluster, tmp_path: Path) -> Laptop:
+    return new_laptop(cluster, small_project(tmp_path / "a laptop"))
+
+
+def new_laptop(cluster: Cluster, project: Project) -> Laptop:
     """Its storage is a bucket of its own."""
     bucket = f"pbe-{secrets.token_hex(4)}"
     boto3.client(
@@ -110,7 +114,7 @@ def laptop(cluster: Cluster, tmp_path: Path) -> Laptop:
         "RAY_ADDRESS": cluster.nodes.address,
         "PBE_STORAGE": f"s3://{bucket}/pre/fix",
     }
-    return Laptop(small_project(tmp_path / "a laptop"), env)
+    return Laptop(project, env)
 
 
 def small_project(folder: Path) -> Project:
@@ -346,6 +350,33 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     assert "frechet" in (laptop.root / "data" / "evaluate" / "metrics.json").read_text()
     assert (laptop.root / "reports" / "index.html").is_file()
     assert "up to date" in laptop.project.run("dvc", "repro", **laptop.env).stdout
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(7200)
+def test_the_whole_sample_profile_through_the_bridge(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All variants, judges and sweeps, as `make repro` runs them; nothing but the environment says that it is a cluster."""
+    laptop = new_laptop(cluster, make_project(tmp_path / "a laptop", profile="sample"))
+    process = laptop.project.start("dvc", "repro", **laptop.env)
+    assert process.wait(timeout=6000) == 0, laptop.said()
+    local = make_project(tmp_path / "local", profile="sample")
+    process = local.start("dvc", "repro", "train@full")
+    assert process.wait(timeout=3 * STEP_S) == 0, local.started_log()
+
+    for stage in ("ingest", "filter", "materialize", "encode"):
+        assert laptop.manifest(stage) == json.loads((local.folder / "data" / stage / "manifest.json").read_text())
+    assert losses(laptop.project) == pytest.approx(losses(local), rel=1e-5)
+    scores = json.loads((laptop.root / "data" / "evaluate" / "metrics.json").read_text())
+    params = yaml.safe_load((laptop.root / "params.yaml").read_text())
+    for name in [*params["variants"], *params["baselines"]]:
+        assert name in scores
+    assert (laptop.root / "reports" / "index.html").is_file()
+    assert "up to date" in laptop.project.run("dvc", "repro", **laptop.env).stdout
+    jobs = [str(job.submission_id) for job in cluster.nodes.jobs()]
+    for name in params["variants"]:
+        assert any(job.startswith(f"pbe-train-{name}-") and job.endswith("-1") for job in jobs)
 
 
 def rayjob(laptop: Laptop, stage: str) -> str:

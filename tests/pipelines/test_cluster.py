@@ -354,10 +354,8 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
 
 @pytest.mark.drill
 @pytest.mark.timeout(7200)
-def test_the_whole_sample_profile_through_the_bridge(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All variants, judges and sweeps, as `make repro` runs them; nothing but the environment says that it is a cluster."""
+def test_the_whole_sample_profile_through_the_bridge(cluster: Cluster, tmp_path: Path) -> None:
+    """All variants, judges and sweeps, as `make repro` runs them; the environment alone says that it is a cluster."""
     laptop = new_laptop(cluster, make_project(tmp_path / "a laptop", profile="sample"))
     process = laptop.project.start("dvc", "repro", **laptop.env)
     assert process.wait(timeout=6000) == 0, laptop.said()

@@ -10,6 +10,7 @@ import csv
 import json
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -216,6 +217,32 @@ def test_a_failed_job_is_one_error_with_its_log(laptop: Laptop) -> None:
     assert not (laptop.root / "data" / "materialize").exists()
 
 
+def test_a_job_whose_driver_is_killed_is_one_error_and_the_same_command_tries_again(
+    cluster: Cluster, laptop: Laptop
+) -> None:
+    stub(laptop, "print('waiting'); time.sleep(600)")
+    process = laptop.start("materialize")
+    wait_for(lambda: "\nwaiting\n" in laptop.said(), process, laptop, "line of the job")
+    job_id = next(word for word in laptop.said().split() if word.startswith("pbe-materialize-"))
+    driver_of(cluster, job_id).kill()
+    assert process.wait(timeout=STEP_S) == 1, laptop.said()
+    assert f"pbe: error: job {job_id} is FAILED" in laptop.said() and "Traceback" not in laptop.said()
+    assert not (laptop.root / "data" / "materialize").exists()
+    process = laptop.start("materialize")
+    wait_for(lambda: "\nwaiting\n" in laptop.said(), process, laptop, "line of the job")
+    again = f"{job_id.removesuffix('-1')}-2"
+    assert f"submitted job {again}" in laptop.said()
+    cluster.nodes.client().stop_job(again)
+    assert process.wait(timeout=STEP_S) == 1, laptop.said()
+    assert f"pbe: error: job {again} is STOPPED" in laptop.said()
+
+
+def driver_of(cluster: Cluster, job_id: str) -> psutil.Process:
+    """The python that runs the stage, not the shell that Ray starts it with."""
+    of_nodes = [process for node in cluster.nodes.running for process in children(node)]
+    return next(p for p in of_nodes if p.name().startswith("python") and p.cmdline()[-2:] == ["--as-job", job_id])
+
+
 def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp_path: Path) -> None:
     go = tmp_path / "go"
     stub(
@@ -240,9 +267,18 @@ def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp
     second = laptop.start("materialize")
     wait_for(lambda: "\nwaiting\n" in laptop.said(), second, laptop, "line of the job")
     assert f"attached again to job {job_id}" in laptop.said()
+
+    # somebody else runs the same, in a checkout of theirs
+    colleague = Laptop(Project(tmp_path / "another laptop"), laptop.env)
+    shutil.copytree(laptop.root, colleague.root, symlinks=True)
+    third = colleague.start("materialize")
+    wait_for(lambda: "\nwaiting\n" in colleague.said(), third, colleague, "line of the job")
+    assert f"attached again to job {job_id}" in colleague.said()
+
     go.touch()
-    assert second.wait(timeout=STEP_S) == 0, laptop.said()
-    assert laptop.manifest("materialize") == {"job": job_id}
+    for whose, process in ((laptop, second), (colleague, third)):
+        assert process.wait(timeout=STEP_S) == 0, whose.said()
+        assert whose.manifest("materialize") == {"job": job_id}
 
 
 def test_a_second_ctrl_c_stops_the_job_and_the_same_command_tries_again(cluster: Cluster, laptop: Laptop) -> None:

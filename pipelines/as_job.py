@@ -1,26 +1,31 @@
 """A job's own side of the bridge: is this cluster fit for what was sent, and the outputs on their way back.
 
-Asked on the cluster itself, where nothing is guessed: Python and Ray are those of the machine that sent the job, and
-every node reads what this one writes to the storage. A node that an autoscaler adds later shows it at its first part.
+Asked on the cluster itself, where nothing is guessed: Python and Ray are those of the machine that sent the job, its
+places are not files that only it has, and every node reads what this one writes to the storage. A node that an
+autoscaler adds later shows it at its first part.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pbe.config import tracking_uri
 from pbe.errors import UserError
 from pbe.store import Store
-from pipelines.package import BYTES_PACKAGES, SUBMITTER_VARIABLE, versions_here
+from pipelines.package import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
 from pipelines.stage import Stage, StageError
 
-NODES = "nodes"  # folder of the storage: an empty file by Ray's id of each node that has written there
 NODE_ANSWER_S = 120  # its worker process has to start, and may have to unpack the package first
 
 
 def check_cluster(stage: Stage) -> None:
-    """Raises StageError or StoreError before any work: another Python or Ray, or storage that a node does not share."""
+    """Raises StageError or StoreError before any work: another Python or Ray, storage or MLflow of the sender's own
+    machine, or storage that a node does not share."""
     _refuse_other_versions(json.loads(os.environ.get(SUBMITTER_VARIABLE, "{}")), versions_here())
+    _refuse_other_storage(stage.store, os.environ.get(MARK_VARIABLE))
+    _refuse_far_mlflow(tracking_uri())
     _refuse_unshared_storage(stage)
 
 
@@ -48,6 +53,27 @@ def _refuse_other_versions(theirs: dict[str, str], ours: dict[str, str]) -> None
             f"warning: the cluster and the machine that sent this job differ: {said}; results may differ in bits, and"
         )
         print(f"         {advice}", flush=True)
+
+
+def _refuse_other_storage(store: Store, mark: str | None) -> None:
+    """mark: what the machine that sent the job has written to the storage; None when it said nothing.
+
+    By the address alone the sender cannot tell: a tunnel to a far dashboard is 127.0.0.1 to it.
+    """
+    if mark and not store.exists(f"{NODES}/{mark}"):
+        raise StageError(
+            f"PBE_STORAGE={store.uri} is another place on the cluster than for the machine that sent this job; use "
+            " s3://bucket/prefix with one AWS_ENDPOINT_URL, or a folder that both see"
+        )
+
+
+def _refuse_far_mlflow(uri: str) -> None:
+    where = urlsplit(uri)
+    if where.scheme.split("+")[0] in ("sqlite", "file", "") and not Path(where.path).parent.is_dir():
+        raise StageError(
+            f"MLflow would write to {uri}, a file of the machine that sent this job; "
+            "set MLFLOW_TRACKING_URI=http://your-server:5000 there"
+        )
 
 
 def _refuse_unshared_storage(stage: Stage) -> None:

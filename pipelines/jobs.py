@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.store import StoreError
 from pipelines.as_job import files_below, sha256_of
-from pipelines.package import Package, entrypoint, job_env, job_name, pack, refuse_what_cannot_travel
+from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
 from pipelines.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
@@ -58,6 +58,7 @@ def run_remotely(stage: Stage, address: str) -> None:
         print(f"{stage.name}: job {finished} had finished before; its outputs are taken over", flush=True)
         return
     client = _connect(address)
+    leave_mark(stage)
     job_id = _attach_or_submit(client, stage, package, name, address)
     try:
         job, log_end = _follow(client, job_id, address)

@@ -28,6 +28,8 @@ CODE_FOLDERS = ("pbe", "pipelines")
 CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads
 ROOT_FILES = ("params.yaml", "dvc.yaml")
 SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
+MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES
+NODES = "nodes"  # folder of the storage: an empty file for each machine that has written there
 EQUAL_PACKAGES = ("ray",)  # must be the same on both sides
 # differ at one's own risk: they have a say in the bytes of parts and in losses
 BYTES_PACKAGES = (
@@ -118,10 +120,22 @@ def job_env(stage: Stage, job_id: str) -> dict[str, str]:
         JOB_VARIABLE: job_id,
         COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
         SUBMITTER_VARIABLE: json.dumps(versions_here()),
+        MARK_VARIABLE: _mark_here(),
         # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
         **WORKER_ENV,
     }
+
+
+def leave_mark(stage: Stage) -> None:
+    """Put the file into the storage by which a job sees that it reads the same place. Raises StoreError."""
+    path = f"{NODES}/{_mark_here()}"
+    if not stage.store.exists(path):
+        stage.store.write_bytes(path, b"")
+
+
+def _mark_here() -> str:
+    return f"from-{platform.node()}"
 
 
 def versions_here() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.jobs import attempts_in_storage
-from pipelines.package import entrypoint, job_env, job_name, pack, refuse_what_cannot_travel
+from pipelines.package import entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
 from pipelines.stage import Stage
 
 TEMPLATE = Path("infra") / "kuberay" / "rayjob.yaml"
@@ -26,6 +26,7 @@ def main(stage: Stage) -> None:
     name = job_name(stage, package)
     job_id = f"{name}-{max(attempts_in_storage(stage, name), default=0) + 1}"
     data = package.zipped(job_id)
+    leave_mark(stage)
     stage.store.write_bytes(f"jobs/{job_id}/package.zip", data)
     manifest = filled(yaml.safe_load((stage.root / TEMPLATE).read_text()), stage, job_id)
     print(yaml.dump(manifest, Dumper=_Plain, sort_keys=False), end="")

@@ -45,3 +45,21 @@ def test_a_node_that_cannot_write_says_so(tmp_path: Path) -> None:
     (tmp_path / "nodes" / "node-1").mkdir()  # root may write anywhere, but not a file where a folder is
     problem = as_job._probe(str(tmp_path), "driver", "node-1")
     assert "cannot be written" in problem and "\n" not in problem
+
+
+def test_storage_that_is_another_place_for_the_sender_is_refused(tmp_path: Path) -> None:
+    """As a folder of the laptop is, when the dashboard is at the other end of a tunnel."""
+    store = Store(str(tmp_path))
+    as_job._refuse_other_storage(store, None)  # submitted by hand
+    with pytest.raises(StageError, match="is another place on the cluster than"):
+        as_job._refuse_other_storage(store, "from-laptop")
+    store.write_bytes("nodes/from-laptop", b"")
+    as_job._refuse_other_storage(store, "from-laptop")
+
+
+def test_an_mlflow_that_is_a_file_of_the_sender_is_refused(tmp_path: Path) -> None:
+    for fine in (f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlruns"), "http://mlflow.example:5000"):
+        as_job._refuse_far_mlflow(fine)
+    for far in (f"sqlite:///{tmp_path}/laptop/mlflow.db", f"file://{tmp_path}/laptop/mlruns"):
+        with pytest.raises(StageError, match="a file of the machine that sent this job; set MLFLOW_TRACKING_URI"):
+            as_job._refuse_far_mlflow(far)

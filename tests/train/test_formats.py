@@ -16,26 +16,11 @@ from tests.train.ranks import (
     run_ranks,
     take_said,
     tiny_config,
-    tiny_encoded,
     tiny_job,
     train,
 )
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
-    folder = tmp_path_factory.mktemp("formats")
-    store = Store(str(folder / "store"))
-    return folder, store, tiny_encoded(store)
-
-
-@pytest.fixture(scope="module")
-def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
-    folder, store, encoded = place
-    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
-    return loss_curve(store, "golden")
 
 
 @pytest.mark.parametrize(

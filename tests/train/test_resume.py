@@ -25,20 +25,6 @@ from tests.train.ranks import (
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
-    folder = tmp_path_factory.mktemp("resume")
-    store = Store(str(folder / "store"))
-    return folder, store, tiny_encoded(store)
-
-
-@pytest.fixture(scope="module")
-def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
-    folder, store, encoded = place
-    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=2), "golden"), world=1, tmp=folder)
-    return loss_curve(store, "golden")
-
-
 def _killed(place: tuple[Path, Store, Manifest], name: str, *, world: int = 1) -> Run:
     """A run that was killed after step 19, with checkpoints of steps 8 and 16."""
     folder, store, encoded = place

@@ -1,0 +1,24 @@
+"""Encoded rows to train on, and the loss curve that every way of training on them must have."""
+
+from pathlib import Path
+
+import pytest
+
+from pbe.store import Manifest, Store
+from tests.train.ranks import loss_curve, run_ranks, tiny_config, tiny_encoded, tiny_job, train
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
+    """A folder for the ranks, and a storage with encoded rows; runs in it need names of their own."""
+    folder = tmp_path_factory.mktemp("train")
+    store = Store(str(folder / "store"))
+    return folder, store, tiny_encoded(store)
+
+
+@pytest.fixture(scope="session")
+def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
+    """Stage 0 on one rank: no sharding, no communication."""
+    folder, store, encoded = place
+    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
+    return loss_curve(store, "golden")

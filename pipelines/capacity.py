@@ -1,19 +1,20 @@
 """Can the cluster ever hold what a stage asks for? Asked before work starts: Ray itself would wait for ever.
 
-What counts is the nodes that are there, or those that an autoscaler may add; other people's work on them does not.
+What counts is the nodes that are there, whatever other people's work holds of them, and those that an autoscaler adds.
 """
 
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray.util import placement_group, remove_placement_group
 
 from pbe.config import ActorResources, TaskResources
 from pipelines.stage import StageError
 
 GIB = 1 << 30
-AUTOSCALED_NODES = 1000  # of a group without a limit: as many as make no difference
+ASK_S = 2  # between two looks at what the autoscaler says
 
 Bundle = Mapping[str, float]  # Ray's resources by Ray's names: CPU, GPU, memory (bytes)
 
@@ -34,20 +35,21 @@ class Demand:
 
 def ray_resources(each: TaskResources) -> dict[str, float]:
     """As Ray names them; what is 0 is left out."""
-    wanted = {"CPU": each.cpus, "memory": each.memory_gib * GIB}
+    wanted = {"CPU": each.cpus, "memory": round(each.memory_gib * GIB)}
     if isinstance(each, ActorResources):
         wanted["GPU"] = each.gpus
     return {name: amount for name, amount in wanted.items() if amount}
 
 
 def refuse_unmet(stage: str, demand: Demand, *, beside: Sequence[Bundle] = ()) -> None:
-    """Raises StageError when neither the nodes nor what an autoscaler may add could hold the demand at once.
+    """Raises StageError when the nodes cannot hold the demand at once and no autoscaler adds such as can.
 
     beside: what must fit as well, so that the stage moves (tasks that read while actors hold their share).
+    Where an autoscaler of version 2 says yes, it returns when the nodes are there.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     bundles = [*demand.bundles, *beside]
-    if fits(bundles, nodes) or fits(bundles, grown(nodes)):
+    if fits(bundles, nodes):
         return
     asked = f"{demand.key}: {_described(ray_resources(demand.each))}"
     if demand.count_key:
@@ -56,7 +58,15 @@ def refuse_unmet(stage: str, demand: Demand, *, beside: Sequence[Bundle] = ()) -
     where = f"{len(nodes)} nodes with" if len(nodes) != 1 else "one node with"
     have = "; ".join(_described(node) for node in nodes)
     lower = f"{demand.count_key} or {demand.key}" if demand.count_key else demand.key
-    raise StageError(f"{stage}: {asked}{plus} does not fit on {where} {have}; lower {lower}, or add nodes")
+    unmet = f"{stage}: {asked}{plus} does not fit on {where} {have}"
+    version = autoscaler_version()
+    if version is None:
+        raise StageError(f"{unmet}; lower {lower}, or add nodes")
+    print(f"{unmet}; waiting for the autoscaler to add nodes", flush=True)
+    if version == 2 and not _nodes_come(bundles):
+        raise StageError(
+            f"{unmet}, nor on those that the autoscaler may add; lower {lower}, or give it larger or more nodes"
+        )
 
 
 def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> bool:
@@ -66,25 +76,47 @@ def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> bool:
         rooms = [node for node in free if all(node.get(name, 0) + 1e-9 >= amount for name, amount in bundle.items())]
         if not rooms:
             return False
-        room = min(rooms, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+        room = min(rooms, key=lambda node: [node.get(name, 0) for name in ("GPU", "CPU", "memory")])
         for name, amount in bundle.items():
             room[name] -= amount
     return True
 
 
-def grown(nodes: Sequence[Bundle]) -> list[Bundle]:
-    """The nodes once the autoscaler has added all that it may; as they are where there is none."""
-    from ray._private.state import state  # Ray Train and Ray Data ask it the same; there is no public way
+def autoscaler_version() -> int | None:
+    """Of the autoscaler that looks after the cluster; None: nodes are added by hand.
 
-    config = state.get_cluster_config()
-    if config is None:
-        return list(nodes)
-    groups: list[Bundle] = []
-    for group in config.node_group_configs:
-        count = min(group.max_count, AUTOSCALED_NODES) if group.max_count >= 0 else AUTOSCALED_NODES
-        room = {name: float(amount) if amount >= 0 else float(sys.maxsize) for name, amount in group.resources.items()}
-        groups += [room] * count
-    return groups or list(nodes)
+    Every Ray head runs a monitor; one of version 1 without an autoscaler's settings calls each node a type of its own.
+    What its node types may grow to, no open source Ray tells; so version 1, which says nothing of what it cannot do
+    either, is believed. Private names of Ray 2.60, as it has no public ones.
+    """
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        return 2
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return 1 if any(kind != f"node_{node}" for node, kind in types.items()) else None
+
+
+def _nodes_come(bundles: Sequence[Bundle]) -> bool:
+    """Ask for room for all bundles at once, and wait until it is there or the autoscaler says that it cannot be."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    address = ray.get_runtime_context().gcs_address
+    group = placement_group([dict(bundle) for bundle in bundles])
+    try:
+        while not group.wait(ASK_S):
+            reply = GetClusterStatusReply()
+            reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=60))
+            refused = reply.autoscaling_state.infeasible_gang_resource_requests
+            if any(request.details.startswith(group.id.hex()) for request in refused):
+                return False
+        return True
+    finally:
+        remove_placement_group(group)
 
 
 def _described(bundle: Bundle) -> str:

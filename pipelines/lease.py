@@ -2,16 +2,18 @@
 
 A lease is a file of the run that its holder renews. Who finds one watches it: renewed, its holder lives, and the second
 training is refused; not renewed for WATCH_S, its holder is gone. No clock of another machine is read. A holder of this
-machine is looked for among its processes, so that a training that was killed goes on at once.
+machine is looked for among its processes, so that a training that was killed goes on at once. A holder that was only
+silent, as in a laptop that slept, finds the other's lease when it renews its own, and stops.
 """
 
 import os
-import socket
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,38 +27,54 @@ RENEW_S = 15.0
 WATCH_S = 45.0  # three renewals
 SETTLE_S = 1.0  # of two that begin at the same moment, the one whose lease stands after this goes on
 FILE = "lease.json"
+KEYS = {"token", "renewed", "who", "machine", "pid", "process_began"}
 
 
 @contextmanager
 def hold(run: Run) -> Iterator[None]:
-    """Raises StageError while another training of the run lives."""
+    """Raises StageError while another training of the run lives, or when one has taken the lease over meanwhile."""
     token = uuid.uuid4().hex
     _wait_for_its_end(run)
     _write(run, token)
     time.sleep(SETTLE_S)
-    if (found := run.read_json(FILE)) and found["token"] != token:
+    if (found := _read(run)) and found["token"] != token:
         raise _refusal(run, found)
-    over = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(run, token, over), daemon=True, name="pbe-lease")
-    renewing.start()
+    renewal = _Renewal(run, token)
+    renewal.start()
     try:
         yield
+    except BaseException:  # the interrupt by which it was stopped, or what became of that
+        if renewal.taken_by:
+            raise _refusal(run, renewal.taken_by) from None
+        raise
     finally:
-        over.set()
-        renewing.join(timeout=RENEW_S)
-        run.store.delete_file(f"{run.folder}/{FILE}")
+        renewal.over.set()
+        renewal.join(timeout=RENEW_S)
+        if (found := _read(run)) and found["token"] == token:
+            run.store.delete_file(f"{run.folder}/{FILE}")
+    if renewal.taken_by:
+        raise _refusal(run, renewal.taken_by)
+
+
+def _read(run: Run) -> dict[str, Any] | None:
+    """The lease that is there; one that cannot be read is nobody's."""
+    try:
+        found = run.read_json(FILE)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() >= KEYS else None
 
 
 def _wait_for_its_end(run: Run) -> None:
     """Until the lease that is there has not been renewed for long enough, if there is one."""
-    found = run.read_json(FILE)
+    found = _read(run)
     if found is None or _is_dead_here(found):
         return
     print(f"train: run {run.name} was being trained by {found['who']}; waiting {WATCH_S:.0f} s for a sign of life")
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, RENEW_S / 3))
-        now = run.read_json(FILE)
+        now = _read(run)
         if now is None:
             return
         if now["renewed"] != found["renewed"] or now["token"] != found["token"]:
@@ -71,12 +89,18 @@ def _refusal(run: Run, lease: dict[str, Any]) -> StageError:
 
 
 def _is_dead_here(lease: dict[str, Any]) -> bool:
-    if lease["host"] != socket.gethostname():
+    if lease["machine"] != _machine():
         return False
     try:
         return psutil.Process(lease["pid"]).create_time() != lease["process_began"]
     except psutil.NoSuchProcess:
         return True
+
+
+def _machine() -> str:
+    """Where a process id means the same process: many laptops and containers have one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def _write(run: Run, token: str, renewed: int = 0) -> None:
@@ -87,20 +111,33 @@ def _write(run: Run, token: str, renewed: int = 0) -> None:
             "token": token,
             "renewed": renewed,
             "who": who(),
-            "host": socket.gethostname(),
+            "machine": _machine(),
             "pid": process.pid,
             "process_began": process.create_time(),
         },
     )
 
 
-def _renew(run: Run, token: str, over: threading.Event) -> None:
-    renewed = 0
-    while not over.wait(RENEW_S):
-        renewed += 1
-        try:
-            _write(run, token, renewed)
-        except (StoreError, OSError) as error:  # training does not end for it; others may take its silence for its end
-            print(
-                f"train: the lease of run {run.name} was not renewed: {' '.join(str(error).split())[:200]}", flush=True
-            )
+class _Renewal(threading.Thread):
+    """Renews a lease until `over`, or until it is another's: then this process is interrupted, as by Ctrl-C."""
+
+    def __init__(self, run: Run, token: str) -> None:
+        super().__init__(daemon=True, name="pbe-lease")
+        self.over = threading.Event()
+        self._run_held, self._token = run, token
+        self.taken_by: dict[str, Any] | None = None
+
+    def run(self) -> None:
+        renewed = 0
+        while not self.over.wait(RENEW_S):
+            renewed += 1
+            try:
+                found = _read(self._run_held)
+                if found and found["token"] != self._token:
+                    self.taken_by = found
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                _write(self._run_held, self._token, renewed)
+            except (StoreError, OSError) as error:  # training does not end for it; others may take it for its end
+                reason = " ".join(str(error).split())[:200]
+                print(f"train: the lease of run {self._run_held.name} was not renewed: {reason}", flush=True)

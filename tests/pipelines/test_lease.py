@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,7 @@ def test_a_holder_that_shows_no_life_is_waited_for_and_followed(run: Run, capsys
     with lease.hold(run):
         left = run.read_json(lease.FILE)
     assert left is not None
-    run.write_json(lease.FILE, {**left, "host": "another-machine"})
+    run.write_json(lease.FILE, {**left, "machine": "another"})
     with lease.hold(run):
         assert "waiting" in capsys.readouterr().out
 
@@ -70,6 +71,35 @@ with lease.hold(Run(Store({run.store.uri!r}), {run.name!r})):
         holder.kill()
     with lease.hold(run):
         assert capsys.readouterr().out == ""
+
+
+def test_a_machine_of_the_same_name_is_not_looked_up_among_the_processes_here(run: Run) -> None:
+    """Two laptops called ubuntu, or two containers: the other's process ids mean nothing here."""
+    with lease.hold(run):
+        found = run.read_json(lease.FILE)
+    assert found is not None
+    assert not lease._is_dead_here({**found, "machine": "another boot pid:[4026531836]", "pid": 4_000_000})
+
+
+def test_a_holder_that_slept_stops_and_leaves_the_lease_of_the_one_who_took_over(run: Run) -> None:
+    theirs: dict[str, object] = {}
+
+    def sleep_and_wake() -> None:
+        with lease.hold(run):
+            theirs.update(run.read_json(lease.FILE) or {}, token="theirs", who="the other")
+            run.write_json(lease.FILE, theirs)
+            time.sleep(60)  # interrupted
+
+    with pytest.raises(StageError, match="is being trained right now by the other"):
+        sleep_and_wake()
+    assert run.read_json(lease.FILE) == theirs
+
+
+def test_a_lease_that_cannot_be_read_is_nobodys(run: Run) -> None:
+    for damaged in (b"{", b"[]", b'{"token": "x"}'):
+        run.store.write_bytes(f"{run.folder}/{lease.FILE}", damaged)
+        with lease.hold(run):
+            assert (run.read_json(lease.FILE) or {})["who"]
 
 
 def test_another_process_with_its_number_is_not_taken_for_the_holder(run: Run) -> None:

@@ -368,6 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage=train["zero_stage"] if args.zero_stage is None else args.zero_stage,
         row_bytes=row_bytes(params),
     )
+    if run.precision == "bf16_pure" and run.stage == 0:
+        sys.exit("infra/cost.py: precision bf16_pure needs ZeRO stage 1, 2 or 3: DeepSpeed has it nowhere else")
     compute = Compute()
     if args.step_s:
         rows = args.step_rows or train["batch"] // train["workers"]

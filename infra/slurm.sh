@@ -38,7 +38,9 @@ main() {
     export RAY_TMPDIR="/tmp/pbe-$SLURM_JOB_ID"
     export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 # seconds until all nodes are there; Ray's own 30 are short on NFS
     export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
-    srun --ntasks-per-node=1 mkdir -p "$RAY_TMPDIR"
+    # ours alone: in /tmp another user may have made it first
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    srun --ntasks-per-node=1 bash -c 'mkdir -m 700 "$0" 2>/dev/null || [[ -O "$0" && ! -L "$0" ]]' "$RAY_TMPDIR"
 
     # RAY_ADDRESS for the command alone: symmetric-run sets none, and without it each stage would start a Ray of its own.
     # It is host:port, so stages run here and connect to it; only http:// would make them submit jobs. Options that only a

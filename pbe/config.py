@@ -9,6 +9,7 @@ PBE_STORAGE, MLFLOW_TRACKING_URI, RAY_ADDRESS.
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -116,7 +117,11 @@ class IngestConfig(Strict):
             )
         if self.image_base and not self.image_base.startswith(("s3://", "https://", "http://")):
             raise ValueError(f"image_base: {self.image_base} must begin with s3://, https:// or http://")
+        if self.image_base:
+            refuse_credentials("ingest.image_base", self.image_base)
         for key, location in (("images", self.images), ("boxes", self.boxes)):
+            if "://" in location:
+                refuse_credentials(f"ingest.{key}", location)
             if location.startswith("~"):
                 raise ValueError(f"{key}: {location}: write the path in full; DVC, which watches it, knows no ~")
         if self.images == self.boxes:
@@ -536,9 +541,26 @@ def home_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
 
 
+def refuse_credentials(name: str, uri: str) -> None:
+    """Raises ParamsError, without repeating them, for a user, a password or a token in an address: it would be printed,
+    stored and sent. `name` is the key or variable that holds it."""
+    try:
+        where = urlsplit(uri)
+    except ValueError as error:
+        raise ParamsError(f"{name} is no address: {error}") from None
+    secret = any(word in where.query.lower() for word in ("key", "password", "secret", "token"))
+    # `KEY:secret@bucket` is Arrow's; a secret may hold a slash, which ends what urlsplit takes for the host
+    if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc) or (where.scheme and secret):
+        raise ParamsError(
+            f"{name} holds a user or a password, which logs, tags and the cluster would show to all; leave it out and "
+            "set AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD or RAY_AUTH_TOKEN, also on the nodes"
+        )
+
+
 def storage_uri() -> str:
     """PBE_STORAGE: an absolute local path or s3://bucket/prefix; default `.store` in the repository."""
     value = os.environ.get("PBE_STORAGE") or ".store"
+    refuse_credentials("PBE_STORAGE", value)
     if value.startswith("s3://") and value.strip("/") != "s3:":
         return value.rstrip("/")
     if "://" in value:
@@ -551,7 +573,9 @@ def storage_uri() -> str:
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or an absolute SQLite path in the repository (workers change directory)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
+    value = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
+    refuse_credentials("MLFLOW_TRACKING_URI", value)
+    return value
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pbe.config import home_root
 from pbe.errors import UserError
-from pipelines.environment import prepare_driver
+from pipelines.environment import is_dashboard, prepare_driver
 from pipelines.logs import kept_log
 from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
 
@@ -75,6 +75,9 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "rayjob":
         from pipelines.rayjob import main as run_rayjob
 
+        if (args.stage in VARIANT_STAGES) != (args.variant is not None):
+            needs = "needs --variant NAME" if args.variant is None else "has no variants; leave --variant out"
+            raise StageError(f"rayjob: stage {args.stage} {needs}")
         return run_rayjob(open_stage(args.stage, args.variant))
     stage = open_stage(args.command, getattr(args, "variant", None))
     if args.as_job:  # whoever submitted it keeps the log
@@ -85,9 +88,7 @@ def _dispatch(args: argparse.Namespace) -> None:
 
 def _run(stage: Stage) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("ray://"):
-        raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
-    if stage.name in CLUSTER_STAGES and address.startswith("http"):
+    if stage.name in CLUSTER_STAGES and is_dashboard(address):
         from pipelines.jobs import run_remotely
 
         run_remotely(stage, address)

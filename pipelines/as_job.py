@@ -88,14 +88,17 @@ def _refuse_unshared_storage(stage: Stage) -> None:
     stage.store.write_bytes(f"{NODES}/{here}", b"")
     known = set(stage.store.list_names(NODES))  # what a node writes there says that it can; it is asked once
     probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
-    asked = {
-        node["NodeManagerAddress"]: probe.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(stage.store.uri, here, node["NodeID"])
+    asked = [
+        (
+            node["NodeManagerAddress"],
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                stage.store.uri, here, node["NodeID"]
+            ),
+        )
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in known
-    }
-    for address, answer in asked.items():
+    ]
+    for address, answer in asked:
         try:
             problem = ray.get(answer, timeout=NODE_ANSWER_S)
         except GetTimeoutError:

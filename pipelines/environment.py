@@ -56,3 +56,8 @@ def set_unset(variables: dict[str, str]) -> None:
     """Set those environment variables that are not set."""
     for key, value in variables.items():
         os.environ.setdefault(key, value)
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether RAY_ADDRESS names a cluster to send jobs to, not one that this process belongs to (host:port)."""
+    return address.lower().startswith(("http://", "https://"))

@@ -9,6 +9,7 @@ attempt when it failed (Ray refuses a used id).
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark
 from pipelines.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
+REQUEST_S = 60  # a request that is not answered for so long has failed
 QUIET_S = 60  # after so long without a log line, the job's status is asked and the log opened again
 POLL_S = 2  # between two tries to reach a cluster that went away
 LOST_S = 300  # after so long without an answer the command gives up; the job does not
@@ -41,6 +43,7 @@ LOG_LINES = 20  # of a failed job's log, repeated in the error
 
 # what requests, aiohttp and Ray's client raise for a broken connection or a refused request
 CLIENT_ERRORS = (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError)
+ODD_ANSWERS = (ValueError, TypeError, KeyError)  # and by an answer in JSON that is no Ray dashboard's
 
 
 def run_remotely(stage: Stage, address: str) -> None:
@@ -59,7 +62,18 @@ def run_remotely(stage: Stage, address: str) -> None:
         return
     client = _connect(address)
     leave_mark(stage)
-    job_id = _attach_or_submit(client, stage, package, name, address)
+    job_id, is_new = _job_to_follow(client, stage, name)
+    try:
+        is_new = is_new and _submit(client, stage, package, job_id, address)
+    except KeyboardInterrupt:
+        print(
+            f"\n{stage.name}: interrupted while job {job_id} was sent: it may run; the same command attaches to it.\n"
+            f"To stop it: ray job stop --address {address} {job_id}",
+            flush=True,
+        )
+        raise
+    if not is_new:
+        print(f"{stage.name}: attached again to job {job_id}, which runs at {address}", flush=True)
     try:
         job, log_end = _follow(client, job_id, address)
     except KeyboardInterrupt:
@@ -109,6 +123,13 @@ def _reach_storage(stage: Stage) -> None:
 # -- the cluster ---------------------------------------------------------------------------------------------
 
 
+class _Client(JobSubmissionClient):
+    """With an end to each wait: a tunnel that died takes a request and never answers."""
+
+    def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+        return super()._do_request(method, endpoint, timeout=(ANSWER_S, REQUEST_S), **more)
+
+
 def _connect(address: str) -> JobSubmissionClient:
     try:
         # first by urllib, because Ray's client would wait for minutes for an address that swallows packets
@@ -124,12 +145,12 @@ def _connect(address: str) -> JobSubmissionClient:
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)  # its client reports each upload and each closed log
     try:
-        return JobSubmissionClient(address)
+        return _Client(address)
     except AuthenticationError:
         raise StageError(
             f"RAY_ADDRESS={address} wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
-    except (*CLIENT_ERRORS, ValueError, KeyError) as error:
+    except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
         raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}") from None
 
 
@@ -149,26 +170,19 @@ def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple
     return newest, attempts.get(newest)
 
 
-def _attach_or_submit(client: JobSubmissionClient, stage: Stage, package: Package, name: str, address: str) -> str:
-    """The id of the job to follow: the one of this name that is not over, or a new attempt."""
+def _job_to_follow(client: JobSubmissionClient, stage: Stage, name: str) -> tuple[str, bool]:
+    """The id of the job of this name that is not over, and False; or that of the next attempt, and True."""
     attempt, status = _last_attempt(client, stage, name)
-    job_id = f"{name}-{attempt}"
-    if status is None or status.is_terminal():
-        job_id = f"{name}-{attempt + 1}"
-        data = package.zipped(job_id)
-        if _submit(client, stage, job_id, data):
-            print(f"{stage.name}: submitted job {job_id} to {address} ({len(data) / 1e3:,.0f} kB)", flush=True)
-            return job_id
-        status = client.get_job_status(job_id)
-    print(f"{stage.name}: attached again to job {job_id}, which is {status} at {address}", flush=True)
-    return job_id
+    is_new = status is None or status.is_terminal()
+    return f"{name}-{attempt + is_new}", is_new
 
 
-def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: bytes) -> bool:
+def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id: str, address: str) -> bool:
     """False when somebody submitted the same at the same time; theirs is as good."""
+    data = package.zipped(job_id)
     with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
         file = Path(folder) / f"{job_id}.zip"
-        file.write_bytes(package)
+        file.write_bytes(data)
         try:
             client.submit_job(
                 entrypoint=entrypoint(stage, job_id),
@@ -181,6 +195,7 @@ def _submit(client: JobSubmissionClient, stage: Stage, job_id: str, package: byt
             raise StageError(
                 f"the cluster did not take job {job_id} (the same command may work now): {_one_line(error)}"
             ) from None
+    print(f"{stage.name}: submitted job {job_id} to {address} ({len(data) / 1e3:,.0f} kB)", flush=True)
     return True
 
 
@@ -208,7 +223,7 @@ def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, addr
 def _as_stage_error(what: str) -> Iterator[None]:
     try:
         yield
-    except CLIENT_ERRORS as error:
+    except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
         raise StageError(f"{what}: {_one_line(error)}") from None
 
 
@@ -256,6 +271,11 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
                 raise KeyboardInterrupt
             job = client.get_job_info(job_id)
         except CLIENT_ERRORS as error:
+            if "does not exist" in str(error):
+                raise StageError(
+                    f"{address} knows no job {job_id} any more: its cluster has ended or begun anew, and the job with "
+                    "it; the same command goes on from the parts and checkpoints that are stored"
+                ) from None
             if time.monotonic() - last_answer > LOST_S:
                 raise StageError(
                     f"lost contact with {address} ({_one_line(error)}); job {job_id} may go on there, and "
@@ -278,11 +298,32 @@ def _take_over_finished(stage: Stage, name: str) -> str | None:
         return None  # its inputs are outside: photos that were added since do not change the job's name
     for attempt in sorted(attempts_in_storage(stage, name), reverse=True):
         job_id = f"{name}-{attempt}"
-        path = f"jobs/{job_id}/outputs/manifest.json"
-        there = stage.store.exists(path) and _has_results(stage, json.loads(stage.store.read_bytes(path)))
-        if there and _fetch(stage, job_id):
+        manifest = _sent_manifest(stage, job_id)
+        if manifest is not None and _has_results(stage, manifest) and _fetch(stage, job_id):
             return job_id
     return None
+
+
+def _sent_manifest(stage: Stage, job_id: str) -> dict[str, Any] | None:
+    """The manifest that a job has sent, whole as it was; None when there is none or it is damaged."""
+    path = f"jobs/{job_id}/outputs/manifest.json"
+    listed = _listed(stage, job_id)
+    if listed is None or not stage.store.exists(path):
+        return None
+    data = stage.store.read_bytes(path)
+    return json.loads(data) if hashlib.sha256(data).hexdigest() == listed.get("manifest.json") else None
+
+
+def _listed(stage: Stage, job_id: str) -> dict[str, str] | None:
+    """The files that a job has sent, with their SHA-256; None when it has not sent them all, or nobody can tell."""
+    marker = f"jobs/{job_id}/outputs.json"
+    if not stage.store.exists(marker):
+        return None
+    try:
+        listed = json.loads(stage.store.read_bytes(marker))["files"]
+    except ODD_ANSWERS:
+        return None
+    return listed if isinstance(listed, dict) else None
 
 
 def attempts_in_storage(stage: Stage, name: str) -> list[int]:
@@ -321,10 +362,9 @@ def _fetch(stage: Stage, job_id: str) -> bool:
 
     Raises StoreError when the storage holds others than the job listed.
     """
-    marker = f"jobs/{job_id}/outputs.json"
-    if not stage.store.exists(marker):
+    listed = _listed(stage, job_id)
+    if not listed:
         return False
-    listed = json.loads(stage.store.read_bytes(marker))["files"]
     stage.outputs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".job-", dir=stage.outputs.parent) as folder:
         beside = Path(folder)
@@ -332,7 +372,7 @@ def _fetch(stage: Stage, job_id: str) -> bool:
         found = {path: sha256_of(beside / path) for path in files_below(beside)}
         if any(found.get(path) != sha256 for path, sha256 in listed.items()):
             raise StoreError(
-                f"{stage.store.full_uri(marker)}: lists files that are missing or differ; "
+                f"{stage.store.full_uri(f'jobs/{job_id}/outputs.json')}: lists files that are missing or differ; "
                 f"delete jobs/{job_id} there and run again"
             )
         # the manifest last: a stage whose manifest is there is done

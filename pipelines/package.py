@@ -17,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pbe.config import tracking_uri
+import yaml
+
+from pbe.config import refuse_credentials, tracking_uri
 from pbe.store import digest
 from pipelines.environment import WORKER_ENV
 from pipelines.plans import JOB_VARIABLE
-from pipelines.provenance import COMMIT_VARIABLE, git_commit
+from pipelines.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_commit, lock_digest
 from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
 
 CODE_FOLDERS = ("pbe", "pipelines")
@@ -73,6 +75,10 @@ def pack(stage: Stage) -> Package:
             inner = file.relative_to(stage.root)
             hidden = any(part.startswith(".") for part in inner.parts)
             if file.suffix in CODE_SUFFIXES and file.is_file() and not hidden:
+                if not file.resolve().is_relative_to(stage.root.resolve()):
+                    raise StageError(
+                        f"{inner} is a link to a file outside the project, which would travel with the job"
+                    )
                 files[inner.as_posix()] = file.read_bytes()
     for name in ROOT_FILES:
         files[name] = (stage.root / name).read_bytes()
@@ -102,7 +108,7 @@ def _input_folders(stage: Stage) -> list[Path]:
 
 def job_name(stage: Stage, package: Package) -> str:
     """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>."""
-    params = package.files["params.yaml"].decode()
+    params = yaml.safe_load(package.files["params.yaml"])  # not its text: a comment changes nothing
     identity = digest([stage.name, stage.variant, params, stage.code, dict(package.inputs), stage.store.uri])
     return "-".join(["pbe", stage.name, *([stage.variant] if stage.variant else []), identity])
 
@@ -119,6 +125,7 @@ def job_env(stage: Stage, job_id: str) -> dict[str, str]:
         **places(stage),
         JOB_VARIABLE: job_id,
         COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
+        LOCK_VARIABLE: lock_digest(stage.root),  # and no dvc.lock
         SUBMITTER_VARIABLE: json.dumps(versions_here()),
         MARK_VARIABLE: _mark_here(),
         # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
@@ -159,12 +166,7 @@ def refuse_what_cannot_travel(stage: Stage, to: str) -> None:
     would look for there, and, unless the cluster is on this machine, storage or an MLflow that it cannot reach.
     """
     for name, uri in {"RAY_ADDRESS": to, **places(stage)}.items():
-        where = urlsplit(uri)
-        if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc):
-            raise StageError(
-                f"{name} holds a user or a password, which everybody on the cluster could read; leave it out "
-                "and give the nodes their own credentials (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD)"
-            )
+        refuse_credentials(name, uri)
     _refuse_what_stays_here(stage)
     if _is_loopback(urlsplit(to).hostname or ""):
         return
@@ -185,7 +187,8 @@ def _refuse_what_stays_here(stage: Stage) -> None:
     if stage.name == "ingest":
         for key in ("images", "boxes", "image_ids"):
             path = getattr(stage.params.ingest, key)
-            if path and not Path(path).is_absolute() and not path.startswith(("pbe/", "s3://")):
+            travels = path and path.startswith("pbe/") and Path(path).suffix in CODE_SUFFIXES
+            if path and not travels and not Path(path).is_absolute() and not path.startswith("s3://"):
                 raise _does_not_travel(stage, f"ingest.{key}", path)
     for key, path in _evaluation_files(stage):
         if not Path(path).expanduser().is_absolute():

@@ -40,9 +40,12 @@ def read_plans(store: Store, title: str) -> list[Plan]:
     for name in store.list_names(_folder(title)):
         try:
             raw = json.loads(store.read_bytes(f"{_folder(title)}/{name}"))
-            plans.append(Plan(**{**raw, "units": tuple(raw["units"])}))
-        except (ValueError, TypeError, KeyError):
+            plan = Plan(**{**raw, "units": tuple(raw["units"])})
+            time.gmtime(plan.began)
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
+        if plan.units and isinstance(plan.total, int):
+            plans.append(plan)
     return plans
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 COMMIT_VARIABLE = "PBE_GIT_COMMIT"
+LOCK_VARIABLE = "PBE_DVC_LOCK"
 PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations", "mlflow", "dvc")
 
 
@@ -25,11 +26,18 @@ def git_commit(root: Path) -> str:
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
-def provenance_tags(root: Path) -> dict[str, str]:
+def lock_digest(root: Path) -> str:
+    """Of dvc.lock; in a Ray job what the submitter said; "none yet" before the first `dvc repro`."""
+    if LOCK_VARIABLE in os.environ:
+        return os.environ[LOCK_VARIABLE]
     lock = root / "dvc.lock"
+    return hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.is_file() else "none yet"
+
+
+def provenance_tags(root: Path) -> dict[str, str]:
     return {
         "git_commit": git_commit(root),
-        "dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.is_file() else "none yet",
+        "dvc_lock_sha256": lock_digest(root),
         "versions": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
         "python": platform.python_version(),
     }

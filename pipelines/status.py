@@ -14,6 +14,7 @@ from pbe.config import Params, load_params, repo_root, storage_uri, tracking_uri
 from pbe.errors import UserError
 from pbe.store import Store
 from pbe.train.checkpoints import Run
+from pipelines.environment import is_dashboard
 from pipelines.logs import LOG_FOLDER
 from pipelines.plans import Plan, read_plans
 from pipelines.stage import STAGES, VARIANT_STAGES, output_folder
@@ -29,7 +30,11 @@ def main() -> None:
     print(f"storage  {store.uri}")
     for stage, titles in names.items():
         for title, variant in titles:
-            lines = list(_lines(stage, title, variant, root, store))
+            try:
+                lines = list(_lines(stage, title, variant, root, store))
+            except (ValueError, TypeError, KeyError) as error:
+                where = output_folder(root, stage, variant)
+                lines = [f"cannot be told, a file in {where} or of its run is damaged: {type(error).__name__}: {error}"]
             print(f"{title:{width}}  {lines[0]}")
             for line in lines[1:]:
                 print(f"{'':{width}}  {line}")
@@ -94,7 +99,7 @@ def _steps(store: Store, plan: Plan) -> str:
 
 def _jobs() -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS", "")
-    if not address.startswith("http"):
+    if not is_dashboard(address):
         return
     from pipelines.jobs import running_jobs
 

@@ -5,11 +5,16 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.data import ActorPoolStrategy
@@ -22,6 +27,8 @@ from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_uns
 from pipelines.plans import write_plan
 from pipelines.progress import progress_bar
 from pipelines.stage import Stage, StageError
+
+ANSWER_S = 10  # of a Ray head to a first connection
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _init_ray() -> None:
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _refuse_no_cluster(address)
         ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
     else:
         set_unset(LOCAL_RAY_ENV)
@@ -91,6 +99,29 @@ def _init_ray() -> None:
             # Ray 2.60 puts its interpreter into a shell line as it is, so a folder with a space needs quotes
             runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
         )
+
+
+def _refuse_no_cluster(address: str) -> None:
+    """Raises StageError for an address that is no Ray head's: Ray itself would try for minutes, deaf to Ctrl-C.
+
+    It is host:port where a stage runs on the cluster itself: in a job, under Slurm, on a head node.
+    """
+    if address in ("auto", "local"):
+        return
+    advice = "for a job on another machine's cluster name its dashboard, http://host:8265; without it Ray starts here"
+    try:
+        where = urlsplit(f"//{address}")
+        with socket.create_connection((where.hostname or "", where.port or 0), timeout=ANSWER_S):
+            pass
+    except (OSError, ValueError) as error:
+        raise StageError(f"RAY_ADDRESS={address} is no Ray head ({error}); {advice}") from None
+    try:
+        urllib.request.urlopen(f"http://{address}/", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, HTTPException):
+        return  # a Ray head speaks another protocol
+    raise StageError(f"RAY_ADDRESS={address} is a web server, perhaps the dashboard: write http://{address}; {advice}")
 
 
 READ: Bundle = {"CPU": 1}  # the Ray Data task that feeds actors

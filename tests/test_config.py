@@ -402,6 +402,24 @@ def test_storage_is_an_absolute_path_or_s3(tmp_path: Path, monkeypatch: pytest.M
     assert tracking_uri() == "http://tracking:5000"
 
 
+def test_addresses_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBE_STORAGE", "s3://KEY:hunter2@bucket/prefix")
+    with pytest.raises(ParamsError, match=r"^PBE_STORAGE holds a user or a password") as error:
+        storage_uri()
+    assert "hunter2" not in str(error.value)
+    for value in (
+        "http://me:hunter2@tracking:5000",
+        "postgresql://me:hunter2@db/mlflow",
+        "http://t:5000?token=hunter2",
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+        with pytest.raises(ParamsError, match=r"^MLFLOW_TRACKING_URI holds a user or a password") as error:
+            tracking_uri()
+        assert "hunter2" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://db/mlflow?sslmode=require")
+    assert tracking_uri() == "postgresql://db/mlflow?sslmode=require"
+
+
 def test_reading_the_settings_imports_nothing_heavy() -> None:
     """The error for a typo must come at once."""
     code = (

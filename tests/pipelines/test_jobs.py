@@ -13,9 +13,10 @@ import signal
 import socket
 import threading
 import zipfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ray._private.runtime_env.packaging import get_uri_for_package
 from ray.job_submission import JobDetails, JobStatus
 
 from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
+from pbe.errors import UserError
 from pbe.store import Store, StoreError, code_digest
 from pipelines import jobs, package
 from pipelines.as_job import files_below, send_outputs
@@ -187,6 +189,15 @@ def test_the_name_follows_what_the_result_depends_on(stage: Stage) -> None:
     (stage.root / "params.yaml").write_text("seed: 2")
     others.append(job_name(stage))
     assert len({name, *others}) == 5
+    (stage.root / "params.yaml").write_text("seed:   2  # a comment")
+    assert job_name(stage) == others[-1]
+
+
+def test_a_link_out_of_the_project_does_not_travel(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "key.py").write_text("secret")
+    (stage.root / "pbe" / "key.py").symlink_to(tmp_path / "key.py")
+    with pytest.raises(StageError, match=r"pbe/key\.py is a link"):
+        package.pack(stage)
 
 
 def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
@@ -209,6 +220,8 @@ def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
         (LOOPBACK, "s3://KEY:secret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
         (LOOPBACK, "s3://KEY:sec/ret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
         ("http://me:secret@10.0.0.1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a user"),
+        ("http://10.0.0.1:8265?token=secret", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a user"),
+        ("http://[::1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS is no address"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_sent(
@@ -220,7 +233,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
     store.uri = storage  # a Store of a wrong address is refused by pyarrow before
     if storage.startswith("s3://"):
         monkeypatch.setattr(Store, "is_local", False)
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(UserError) as caught:
         jobs.run_remotely(open_fake(stage.root, "materialize", store=store), address)
     assert told in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -288,9 +301,10 @@ def test_an_address_that_is_silent_is_given_up(stage: Stage, monkeypatch: pytest
 
 @pytest.mark.parametrize("key", ["images", "boxes", "image_ids"])
 def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
-    paths = {"source": "folder", "images": "s3://shared/photos", "boxes": "/shared/boxes.csv", key: "my/folder"}
-    with pytest.raises(StageError, match=f"ingest.{key} = my/folder does not travel"):
-        jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
+    for inside in ("my/folder", "pbe/photos"):  # of pbe/ itself, code and the sample's lists travel
+        paths = {"source": "folder", "images": "s3://shared/photos", "boxes": "/shared/boxes.csv", key: inside}
+        with pytest.raises(StageError, match=f"ingest.{key} = {inside} does not travel"):
+            jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +365,47 @@ def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int,
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(StageError, match=told):
             jobs.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("answer", ["[]", "null", '[{"type": 7}]', "{"])
+def test_a_server_that_answers_something_else_is_one_clear_error(stage: Stage, answer: str) -> None:
+    with serving(answer) as address, pytest.raises(StageError, match=r"no Ray dashboard|cannot list") as error:
+        jobs.run_remotely(stage, address)
+    assert "\n" not in str(error.value)
+
+
+def test_a_request_that_is_never_answered_ends(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a tunnel that died: the first request is answered, the next is taken and no more."""
+    monkeypatch.setattr(jobs, "REQUEST_S", 0.3)
+    with (
+        serving('{"ray_version": "2.60.0", "version": "4"}', hang_at="/api/jobs/") as address,
+        pytest.raises(StageError, match=r"cannot list the cluster's jobs: .*timed out"),
+    ):
+        jobs.run_remotely(stage, address)
+
+
+@contextmanager
+def serving(answer: str, hang_at: str = "") -> Iterator[str]:
+    """A web server's address. `hang_at`: the path that it takes no end to answer."""
+    over = threading.Event()
+
+    class Odd(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if hang_at and self.path.startswith(hang_at):
+                over.wait()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        over.set()
         server.shutdown()
 
 
@@ -455,7 +510,27 @@ def test_a_finished_job_whose_results_are_gone_runs_again(
 ) -> None:
     jobs.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
-    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", json.dumps(names).encode())
+    send_manifest(stage, job_id, names)
+    jobs.run_remotely(stage, LOOPBACK)
+    assert manifest(stage)["job"].endswith("-2")
+
+
+def send_manifest(stage: Stage, job_id: str, content: dict[str, Any]) -> None:
+    """As the job itself would have sent it."""
+    data = json.dumps(content).encode()
+    marker = {"files": {"manifest.json": hashlib.sha256(data).hexdigest()}}
+    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", data)
+    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps(marker).encode())
+
+
+@pytest.mark.parametrize("file", ["outputs/manifest.json", "outputs.json"])
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"files": {}}', '{"files": []}', '{"files": {"x": 1}}'])
+def test_what_a_finished_job_sent_and_something_damaged_is_made_again(
+    stage: Stage, cluster: Cluster, file: str, damaged: str
+) -> None:
+    jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    stage.store.write_bytes(f"jobs/{job_id}/{file}", damaged.encode())
     jobs.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
 
@@ -466,10 +541,7 @@ def test_a_finished_job_is_taken_over_with_parts_of_other_stages(stage: Stage, c
     record = stage.store.write_unit("look", "clip-edits-0", {"features": table}, counts={})
     jobs.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
-    whole = json.dumps({"job": job_id, "units": [asdict(record)]}).encode()
-    stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", whole)
-    marker = {"files": {"manifest.json": hashlib.sha256(whole).hexdigest()}}
-    stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps(marker).encode())
+    send_manifest(stage, job_id, {"job": job_id, "units": [asdict(record)]})
     jobs.run_remotely(stage, LOOPBACK)
     assert len(cluster.jobs) == 1 and manifest(stage)["job"].endswith("-1")
 
@@ -605,6 +677,24 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
     assert f"ray job stop --address {LOOPBACK} {job_id}" in said
 
 
+def test_ctrl_c_while_the_job_is_sent_names_it(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cluster has it, its answer is on a slow line."""
+
+    def taken(*, submission_id: str, **_: object) -> str:
+        cluster.jobs[submission_id] = JobStatus.RUNNING
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "submit_job", taken)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_remotely(stage, LOOPBACK)
+    (job_id,) = cluster.jobs
+    said = capsys.readouterr().out
+    assert f"interrupted while job {job_id} was sent: it may run" in said
+    assert f"ray job stop --address {LOOPBACK} {job_id}" in said
+
+
 @pytest.mark.timeout(60)
 def test_a_second_ctrl_c_stops_the_job(
     stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -668,6 +758,17 @@ def test_a_cluster_that_went_away_is_given_up_in_the_end(
     monkeypatch.setattr(jobs, "LOST_S", 0)
     monkeypatch.setattr(cluster, "get_job_info", gone)
     with pytest.raises(StageError, match=r"lost contact .*no route.* attaches to it again"):
+        jobs.run_remotely(stage, LOOPBACK)
+
+
+def test_a_cluster_that_began_anew_knows_the_job_no_more(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgotten(job_id: str) -> JobDetails:
+        raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist\n")
+
+    monkeypatch.setattr(cluster, "get_job_info", forgotten)
+    with pytest.raises(StageError, match=r"knows no job \S+-1 any more"):
         jobs.run_remotely(stage, LOOPBACK)
 
 

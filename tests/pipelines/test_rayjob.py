@@ -12,6 +12,7 @@ import yaml
 from pbe.config import Params
 from pbe.store import Store
 from pipelines import rayjob
+from pipelines.__main__ import main
 from pipelines.stage import Stage, StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,3 +75,14 @@ def test_storage_of_this_machine_is_refused_before_anything_is_written(stage: St
 def test_kubernetes_takes_the_name(job_id: str, name: str) -> None:
     assert rayjob.kubernetes_name(job_id) == name
     assert len(name) <= rayjob.NAME_CHARS and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["ingest", "--variant", "full"], "has no variants"), (["train"], "needs --variant NAME")]
+)
+def test_a_variant_belongs_to_the_stages_that_have_some(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rayjob", *arguments]) == 1
+    said = capsys.readouterr()
+    assert told in said.err and not said.out

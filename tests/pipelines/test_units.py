@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from pipelines.units import _interrupts_wait
+from pipelines.stage import StageError
+from pipelines.units import _interrupts_wait, _refuse_no_cluster
 from tests.pipelines.project import FOREIGN, ROOT
 
 # Each unit ends only when the other has begun: one after the other they would wait for ever.
@@ -65,3 +69,17 @@ def test_ctrl_c_while_ray_starts_counts_when_it_has_started() -> None:
         start()
     assert seen == ["started"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "localhost", "127.0.0.1:port"):
+            with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} is no Ray head .*http://host:8265"):
+                _refuse_no_cluster(address)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
+        threading.Thread(target=dashboard.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{dashboard.server_port}"
+        with pytest.raises(StageError, match=rf"is a web server, perhaps the dashboard: write http://{address};"):
+            _refuse_no_cluster(address)
+        dashboard.shutdown()

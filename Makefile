@@ -43,7 +43,7 @@ test: $(STAMP) ## lint, types, import contracts, tests
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	@$(IN_VENV) $(PY) -m pytest
+	@$(IN_VENV) $(PY) -m pytest --durations=25
 
 drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill

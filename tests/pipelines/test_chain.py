@@ -461,6 +461,24 @@ def test_killed_by_sigkill_in_train_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(900)
+def test_a_training_whose_lease_was_taken_over_stops(tmp_path: Path) -> None:
+    """As by another machine, while this one slept."""
+    project = make_project(tmp_path / "slept")
+    project.edit_params("steps: 12", "steps: 100000")
+    project.run("dvc", "repro", "encode")
+    process = project.start("pipelines", "train", "--variant", "full")
+    runs = project.folder / ".store" / "runs"
+    _wait_for(lambda: list(runs.glob("full-*/checkpoints/*/COMPLETE.json")), process, "checkpoint")
+    (lease,) = runs.glob("full-*/lease.json")
+    theirs = json.loads(lease.read_text()) | {"token": "theirs", "who": "the other"}
+    lease.write_text(json.dumps(theirs))
+    assert process.wait(timeout=120) == 1, project.started_log()
+    assert "is being trained right now by the other" in project.started_log()
+    assert json.loads(lease.read_text()) == theirs
+
+
+@pytest.mark.drill
 @pytest.mark.timeout(1200)
 def test_experiments_land_in_the_main_mlflow_database(repro: Project) -> None:
     from mlflow import MlflowClient

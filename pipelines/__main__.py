@@ -88,6 +88,8 @@ def _dispatch(args: argparse.Namespace) -> None:
 
 def _run(stage: Stage) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
     if stage.name in CLUSTER_STAGES and is_dashboard(address):
         from pipelines.jobs import run_remotely
 

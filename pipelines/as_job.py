@@ -63,7 +63,7 @@ def _refuse_other_storage(store: Store, mark: str | None) -> None:
     if mark and not store.exists(f"{NODES}/{mark}"):
         raise StageError(
             f"PBE_STORAGE={store.uri} is another place on the cluster than for the machine that sent this job; use "
-            " s3://bucket/prefix with one AWS_ENDPOINT_URL, or a folder that both see"
+            "s3://bucket/prefix with one AWS_ENDPOINT_URL, or a folder that both see"
         )
 
 

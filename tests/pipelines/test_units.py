@@ -83,3 +83,11 @@ def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes(
         with pytest.raises(StageError, match=rf"is a web server, perhaps the dashboard: write http://{address};"):
             _refuse_no_cluster(address)
         dashboard.shutdown()
+
+
+def test_ray_client_is_refused_by_every_stage(tmp_path: Path) -> None:
+    env = {**os.environ, "RAY_ADDRESS": "ray://head:10001", "DVC_ROOT": str(tmp_path), "PBE_STORAGE": str(tmp_path)}
+    command = [sys.executable, "-m", "pipelines", "filter"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "pbe: error: RAY_ADDRESS=ray://head:10001 is for Ray Client; name the cluster's dashboard" in done.stderr

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
     edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's own")
     edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="to the encoder's square (squash)")
-    edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see README")
+    edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see pbe/README.md")
     edit.set_defaults(run=_edit)
     export = commands.add_parser("export", help="a trained model as a folder of the hub's layout, with a model card")
     export.add_argument("model", help="variant, e.g. full, or a model folder")

@@ -7,9 +7,10 @@ PBE_STORAGE, MLFLOW_TRACKING_URI, RAY_ADDRESS.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import (
@@ -541,18 +542,25 @@ def home_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
 
 
+# in the query of an address; not sslkey and the like, which are paths
+SECRET_KEYS = re.compile(r"(?i)passw|\bpwd\b|secret|token|\bsig\b|signature|access_?key|api_?key")
+
+
 def refuse_credentials(name: str, uri: str) -> None:
-    """Raises ParamsError, without repeating them, for a user, a password or a token in an address: it would be printed,
-    stored and sent. `name` is the key or variable that holds it."""
+    """Raises ParamsError, without repeating them, for a password or a token in an address: it would be printed, stored
+    and sent. `name` is the key or variable that holds it."""
     try:
         where = urlsplit(uri)
     except ValueError as error:
         raise ParamsError(f"{name} is no address: {error}") from None
-    secret = any(word in where.query.lower() for word in ("key", "password", "secret", "token"))
-    # `KEY:secret@bucket` is Arrow's; a secret may hold a slash, which ends what urlsplit takes for the host
-    if "@" in where.netloc or (where.scheme == "s3" and ":" in where.netloc) or (where.scheme and secret):
+    # a password may hold / and #, which end what urlsplit takes for the host; Arrow reads KEY:secret@bucket
+    after = uri.partition("://")[2]
+    password = re.match(r"[^/:@]*:(?!\d{1,5}(/|$))[^@]*@", after) or (where.scheme == "s3" and ":" in where.netloc)
+    token = "@" in where.netloc and where.scheme in ("http", "https")  # in the user's place
+    asked = parse_qsl(where.query) if where.scheme else []
+    if password or token or any(SECRET_KEYS.search(key) or SECRET_KEYS.search(value) for key, value in asked):
         raise ParamsError(
-            f"{name} holds a user or a password, which logs, tags and the cluster would show to all; leave it out and "
+            f"{name} holds a password or a token, which logs, tags and the cluster would show to all; leave it out and "
             "set AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD or RAY_AUTH_TOKEN, also on the nodes"
         )
 

@@ -24,7 +24,7 @@ from typing import Literal
 import psutil
 
 from pbe import track
-from pbe.config import Params, TrainConfig, home_root, load_params, storage_uri, tracking_uri
+from pbe.config import Params, TrainConfig, home_root, load_params, refuse_credentials, storage_uri, tracking_uri
 from pbe.errors import UserError
 from pbe.store import Store, load_manifest
 
@@ -189,6 +189,11 @@ def wanted_cpus(params: Params) -> dict[str, float]:
 
 
 def _cluster(address: str) -> Iterator[Finding]:
+    try:
+        refuse_credentials("RAY_ADDRESS", address)
+    except UserError as error:
+        yield Finding("fail", "RAY_ADDRESS", str(error))
+        return
     if not address.startswith(("http://", "https://")):
         yield Finding("fail", "RAY_ADDRESS", address, "It must be the http:// address of the head's dashboard")
         return

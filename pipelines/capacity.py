@@ -28,10 +28,6 @@ class Demand:
     count: int = 1
     count_key: str | None = None
 
-    @property
-    def bundles(self) -> list[Bundle]:
-        return [ray_resources(self.each)] * self.count
-
 
 def ray_resources(each: TaskResources) -> dict[str, float]:
     """As Ray names them; what is 0 is left out."""
@@ -41,20 +37,20 @@ def ray_resources(each: TaskResources) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
-def refuse_unmet(stage: str, demand: Demand, *, beside: Sequence[Bundle] = ()) -> None:
+def refuse_unmet(stage: str, demand: Demand, *, beside: Bundle | None = None) -> None:
     """Raises StageError when the nodes cannot hold the demand at once and no autoscaler adds such as can.
 
-    beside: what must fit as well, so that the stage moves (tasks that read while actors hold their share).
+    beside: what must fit as well, so that the stage moves (a task that reads while actors hold their share).
     Where an autoscaler of version 2 says yes, it returns when the nodes are there.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    bundles = [*demand.bundles, *beside]
-    if fits(bundles, nodes):
+    each = ray_resources(demand.each)
+    if fits(each, demand.count, nodes, beside=beside):
         return
-    asked = f"{demand.key}: {_described(ray_resources(demand.each))}"
+    asked = f"{demand.key}: {_described(each)}"
     if demand.count_key:
         asked = f"{demand.count_key}: {demand.count}, {asked}"
-    plus = "".join(f", and {_described(bundle)} beside" for bundle in beside)
+    plus = f", and {_described(beside)} beside" if beside else ""
     where = f"{len(nodes)} nodes with" if len(nodes) != 1 else "one node with"
     have = "; ".join(_described(node) for node in nodes)
     lower = f"{demand.count_key} or {demand.key}" if demand.count_key else demand.key
@@ -63,23 +59,27 @@ def refuse_unmet(stage: str, demand: Demand, *, beside: Sequence[Bundle] = ()) -
     if version is None:
         raise StageError(f"{unmet}; lower {lower}, or add nodes")
     print(f"{unmet}; waiting for the autoscaler to add nodes", flush=True)
-    if version == 2 and not _nodes_come(bundles):
+    if version == 2 and not _nodes_come([each] * demand.count + ([beside] if beside else [])):
         raise StageError(
             f"{unmet}, nor on those that the autoscaler may add; lower {lower}, or give it larger or more nodes"
         )
 
 
-def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> bool:
-    """Whether all fit on the nodes together, each on one of them: the largest first, each where it just fits."""
-    free = [dict(node) for node in nodes]
-    for bundle in sorted(bundles, key=lambda each: sorted(each.items()), reverse=True):
-        rooms = [node for node in free if all(node.get(name, 0) + 1e-9 >= amount for name, amount in bundle.items())]
-        if not rooms:
-            return False
-        room = min(rooms, key=lambda node: [node.get(name, 0) for name in ("GPU", "CPU", "memory")])
-        for name, amount in bundle.items():
-            room[name] -= amount
-    return True
+def fits(each: Bundle, count: int, nodes: Sequence[Bundle], *, beside: Bundle | None = None) -> bool:
+    """Whether `count` equal bundles fit on the nodes together, each on one of them, and `beside` too."""
+    if beside is None:
+        return sum(_room(each, node, count) for node in nodes) >= count
+    for index, node in enumerate(nodes):
+        left = {name: amount - beside.get(name, 0) for name, amount in node.items()}
+        others = [*nodes[:index], *nodes[index + 1 :]]
+        if _room(beside, node, 1) and fits(each, count, [left, *others]):
+            return True
+    return False
+
+
+def _room(bundle: Bundle, node: Bundle, most: int) -> int:
+    """How many of a bundle the node holds, `most` at most."""
+    return min([most, *(int((node.get(name, 0) + 1e-9) / amount) for name, amount in bundle.items())])
 
 
 def autoscaler_version() -> int | None:
@@ -101,22 +101,38 @@ def autoscaler_version() -> int | None:
 
 
 def _nodes_come(bundles: Sequence[Bundle]) -> bool:
-    """Ask for room for all bundles at once, and wait until it is there or the autoscaler says that it cannot be."""
+    """Ask for room for all bundles at once, and wait until it is there or cannot ever be.
+
+    The autoscaler calls impossible what does not fit beside other work, too. So its word counts when the cluster has no
+    other work and no node is on its way.
+    """
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     address = ray.get_runtime_context().gcs_address
     group = placement_group([dict(bundle) for bundle in bundles])
+    refusals = 0
     try:
         while not group.wait(ASK_S):
             reply = GetClusterStatusReply()
             reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=60))
-            refused = reply.autoscaling_state.infeasible_gang_resource_requests
-            if any(request.details.startswith(group.id.hex()) for request in refused):
+            state = reply.autoscaling_state
+            refused = any(
+                request.details.startswith(group.id.hex()) for request in state.infeasible_gang_resource_requests
+            )
+            moves = state.pending_instances or state.pending_instance_requests or _is_busy()
+            refusals = refusals + 1 if refused and not moves else 0
+            if refusals == 2:  # what the reply says of the cluster may be older than what it says of the request
                 return False
         return True
     finally:
         remove_placement_group(group)
+
+
+def _is_busy() -> bool:
+    """Whether somebody holds resources of a node that is there."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return any(free.get(name, 0) < total.get(name, 0) - 1e-6 for name in ("CPU", "GPU", "memory"))
 
 
 def _described(bundle: Bundle) -> str:

@@ -60,4 +60,4 @@ def set_unset(variables: dict[str, str]) -> None:
 
 def is_dashboard(address: str) -> bool:
     """Whether RAY_ADDRESS names a cluster to send jobs to, not one that this process belongs to (host:port)."""
-    return address.lower().startswith(("http://", "https://"))
+    return address.startswith(("http://", "https://"))

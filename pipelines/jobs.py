@@ -27,6 +27,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from pbe.config import refuse_credentials
 from pbe.store import StoreError
 from pipelines.as_job import files_below, sha256_of
 from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
@@ -131,6 +132,7 @@ class _Client(JobSubmissionClient):
 
 
 def _connect(address: str) -> JobSubmissionClient:
+    refuse_credentials("RAY_ADDRESS", address)
     try:
         # first by urllib, because Ray's client would wait for minutes for an address that swallows packets
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
@@ -189,9 +191,14 @@ def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id:
                 submission_id=job_id,
                 runtime_env={"working_dir": str(file), "env_vars": job_env(stage, job_id)},
             )
-        except CLIENT_ERRORS as error:
+        except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
             if "already exists" in str(error):
                 return False
+            if isinstance(error, OSError):  # no answer, which may have been lost on its way
+                raise StageError(
+                    f"the cluster did not answer for job {job_id} ({_one_line(error)}): it may run; the same command "
+                    f"attaches to it, or sends it again. To stop it: ray job stop --address {address} {job_id}"
+                ) from None
             raise StageError(
                 f"the cluster did not take job {job_id} (the same command may work now): {_one_line(error)}"
             ) from None
@@ -270,7 +277,7 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
             if log.interrupted:
                 raise KeyboardInterrupt
             job = client.get_job_info(job_id)
-        except CLIENT_ERRORS as error:
+        except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
             if "does not exist" in str(error):
                 raise StageError(
                     f"{address} knows no job {job_id} any more: its cluster has ended or begun anew, and the job with "

@@ -40,6 +40,9 @@ def hold(run: Run) -> Iterator[None]:
     if (found := _read(run)) and found["token"] != token:
         raise _refusal(run, found)
     renewal = _Renewal(run, token)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # in the background; Ray's own handler takes the signal there, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     renewal.start()
     try:
         yield
@@ -50,6 +53,8 @@ def hold(run: Run) -> Iterator[None]:
     finally:
         renewal.over.set()
         renewal.join(timeout=RENEW_S)
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if (found := _read(run)) and found["token"] == token:
             run.store.delete_file(f"{run.folder}/{FILE}")
     if renewal.taken_by:
@@ -100,7 +105,7 @@ def _is_dead_here(lease: dict[str, Any]) -> bool:
 def _machine() -> str:
     """Where a process id means the same process: many laptops and containers have one name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.getuid()}"  # other users' may be hidden
 
 
 def _write(run: Run, token: str, renewed: int = 0) -> None:
@@ -132,11 +137,11 @@ class _Renewal(threading.Thread):
         while not self.over.wait(RENEW_S):
             renewed += 1
             try:
-                found = _read(self._run_held)
-                if found and found["token"] != self._token:
+                found = _read(self._run_held) or {"token": "", "who": "somebody else, who has ended since"}
+                if found["token"] != self._token:
                     self.taken_by = found
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
+                    os.kill(os.getpid(), signal.SIGINT)  # again after RENEW_S, should nothing come of it
+                    continue
                 _write(self._run_held, self._token, renewed)
             except (StoreError, OSError) as error:  # training does not end for it; others may take it for its end
                 reason = " ".join(str(error).split())[:200]

@@ -42,7 +42,7 @@ def read_plans(store: Store, title: str) -> list[Plan]:
             raw = json.loads(store.read_bytes(f"{_folder(title)}/{name}"))
             plan = Plan(**{**raw, "units": tuple(raw["units"])})
             time.gmtime(plan.began)
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, OSError):
             continue
         if plan.units and isinstance(plan.total, int):
             plans.append(plan)

@@ -115,8 +115,9 @@ def _refuse_no_cluster(address: str) -> None:
             pass
     except (OSError, ValueError) as error:
         raise StageError(f"RAY_ADDRESS={address} is no Ray head ({error}); {advice}") from None
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Ray asks no proxy
     try:
-        urllib.request.urlopen(f"http://{address}/", timeout=ANSWER_S).close()
+        direct.open(f"http://{address}/", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:
         pass
     except (OSError, HTTPException):
@@ -159,7 +160,7 @@ def run_units(
             results = rows.map(_task(todo, worker), **options)
         else:
             count = min(actors, len(todo))
-            refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=[READ])
+            refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=READ)
             results = rows.map(_actor_class(todo, worker), compute=ActorPoolStrategy(size=count), **options)
         with progress_bar(kind, total=len(todo), unit="part") as bar:
             for row in results.iter_rows():

@@ -404,7 +404,7 @@ def test_storage_is_an_absolute_path_or_s3(tmp_path: Path, monkeypatch: pytest.M
 
 def test_addresses_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PBE_STORAGE", "s3://KEY:hunter2@bucket/prefix")
-    with pytest.raises(ParamsError, match=r"^PBE_STORAGE holds a user or a password") as error:
+    with pytest.raises(ParamsError, match=r"^PBE_STORAGE holds a password or a token") as error:
         storage_uri()
     assert "hunter2" not in str(error.value)
     for value in (
@@ -413,11 +413,16 @@ def test_addresses_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://t:5000?token=hunter2",
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
-        with pytest.raises(ParamsError, match=r"^MLFLOW_TRACKING_URI holds a user or a password") as error:
+        with pytest.raises(ParamsError, match=r"^MLFLOW_TRACKING_URI holds a password or a token") as error:
             tracking_uri()
         assert "hunter2" not in str(error.value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://db/mlflow?sslmode=require")
-    assert tracking_uri() == "postgresql://db/mlflow?sslmode=require"
+    for value in (
+        "postgresql://me@db:5432/mlflow?sslmode=require&sslkey=/keys/mlflow.key",
+        "http://tracking:5000/a@b",
+        "sqlite:////home/me@work/mlflow.db",
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+        assert tracking_uri() == value
 
 
 def test_reading_the_settings_imports_nothing_heavy() -> None:

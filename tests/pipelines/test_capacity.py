@@ -29,22 +29,28 @@ GPU_NODE: Bundle = {"CPU": 8, "GPU": 2, "memory": 64 * GIB}
 
 
 @pytest.mark.parametrize(
-    ("bundles", "nodes", "expected"),
+    ("each", "count", "beside", "nodes", "expected"),
     [
-        ([], [], True),
-        ([{"CPU": 4}] * 4, [CPU_NODE, CPU_NODE], True),
-        ([{"CPU": 5}] * 3, [CPU_NODE, CPU_NODE], False),  # 15 of 16, but each on one node
-        ([{"CPU": 1, "GPU": 1}] * 2, [HEAD, CPU_NODE], False),
-        ([{"CPU": 8}, {"CPU": 1, "GPU": 1}], [GPU_NODE, CPU_NODE], True),  # what needs no GPU keeps off its node
-        ([{"CPU": 1, "memory": 9 * GIB}] * 2, [CPU_NODE], False),
-        ([{"CPU": 0.1}] * 10, [{"CPU": 1}], True),  # whatever floats add up to
+        ({"CPU": 4}, 0, None, [], True),
+        ({"CPU": 4}, 4, None, [CPU_NODE, CPU_NODE], True),
+        ({"CPU": 5}, 3, None, [CPU_NODE, CPU_NODE], False),  # 15 of 16, but each on one node
+        ({"CPU": 1, "GPU": 1}, 2, None, [HEAD, CPU_NODE], False),
+        ({"CPU": 1, "GPU": 1}, 1, {"CPU": 8}, [GPU_NODE, CPU_NODE], True),  # what needs no GPU keeps off its node
+        ({"CPU": 1, "memory": 9 * GIB}, 2, None, [CPU_NODE], False),
+        ({"CPU": 0.1}, 10, None, [{"CPU": 1}], True),  # whatever floats add up to
+        ({}, 3, None, [HEAD], True),
         # what needs no memory keeps off the node that has it
-        ([{"CPU": 0.5, "memory": 8}, {"CPU": 1}], [{"CPU": 1, "memory": 9}, {"CPU": 1, "memory": 1}], True),
+        ({"CPU": 0.5, "memory": 8}, 1, {"CPU": 1}, [{"CPU": 1, "memory": 9}, {"CPU": 1, "memory": 1}], True),
+        ({"CPU": 0.5, "memory": 8}, 3, {"CPU": 1}, [{"CPU": 2, "memory": 24}, {"CPU": 4, "memory": 1}], True),
+        ({"CPU": 0.5, "GPU": 1}, 12, {"CPU": 1}, [{"CPU": 2, "GPU": 4}, {"CPU": 64, "GPU": 8}], True),
+        ({"CPU": 0.5, "GPU": 1}, 12, {"CPU": 3}, [{"CPU": 2, "GPU": 4}, {"CPU": 6, "GPU": 8}], False),
     ],
 )
-def test_bundles_fit_each_on_one_node(bundles: list[Bundle], nodes: list[Bundle], expected: bool) -> None:
+def test_bundles_fit_each_on_one_node(
+    each: Bundle, count: int, beside: Bundle | None, nodes: list[Bundle], expected: bool
+) -> None:
     before = [dict(node) for node in nodes]
-    assert fits(bundles, nodes) is expected
+    assert fits(each, count, nodes, beside=beside) is expected
     assert nodes == before
 
 
@@ -86,7 +92,7 @@ def test_actors_leave_room_for_what_feeds_them(monkeypatch: pytest.MonkeyPatch) 
     a_cluster(monkeypatch, {"CPU": 2})
     refuse_unmet("edit", two)
     with pytest.raises(StageError, match="and 1 CPUs beside does not fit on one node with 2 CPUs"):
-        refuse_unmet("edit", two, beside=[{"CPU": 1}])
+        refuse_unmet("edit", two, beside={"CPU": 1})
 
 
 def test_the_defaults_fit_on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +103,7 @@ def test_the_defaults_fit_on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_unmet(name, Demand(getattr(params, name).per_bucket, name))
     for name in ("encode", "edit", "evaluate"):
         cfg = getattr(params, name)
-        refuse_unmet(name, Demand(cfg.per_actor, name, cfg.actors, name), beside=[{"CPU": 1}])
+        refuse_unmet(name, Demand(cfg.per_actor, name, cfg.actors, name), beside={"CPU": 1})
     for variant in params.variants:
         cfg = params.train_variant(variant)
         refuse_unmet("train", Demand(cfg.per_worker, "train", cfg.workers, "train"))
@@ -112,6 +118,7 @@ LISTS = (
 )
 HEAD_ID = "f" * 51 + "00000"  # the node provider's name for the head
 ASK = """
+    import time
     import ray
     from pbe.config import ActorResources, TaskResources
     from pipelines.capacity import Demand, autoscaler_version, refuse_unmet
@@ -119,6 +126,16 @@ ASK = """
 
     ray.init({address!r}, logging_level="error", log_to_driver=False)
     print("version", autoscaler_version())
+    if autoscaler_version() == 2:  # somebody else's work, for as long as the first question takes
+
+        @ray.remote(num_cpus=4)
+        def other():
+            time.sleep(12)
+
+        theirs = other.remote()
+        time.sleep(8)
+        refuse_unmet("beside others", Demand(TaskResources(cpus=8, memory_gib=0), "others.each", 2, "others.count"))
+        print("beside others: fits when", ray.wait([theirs], timeout=0)[0] == [theirs])
     for name, each, count in [
         ("small", TaskResources(cpus=1, memory_gib=0), 1),
         ("large", TaskResources(cpus=5, memory_gib=0), 2),
@@ -218,7 +235,8 @@ def test_pools_without_a_node_yet_are_asked_by_their_autoscaler(version: int | N
         assert waits == ["small", "large", "gpu", "many"] and not refused
     else:
         assert refused == ["gpu", "many"]
-        assert "small fits on 2" in answers and "large fits on 3" in answers
+        assert "beside others: fits when True" in answers
+        assert "small fits on 3" in answers and "large fits on 3" in answers
         assert sum("nor on those that the autoscaler may add" in line for line in answers) == 2
 
 

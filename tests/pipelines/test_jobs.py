@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import requests
 import yaml
 from ray._private.runtime_env.packaging import get_uri_for_package
 from ray.job_submission import JobDetails, JobStatus
@@ -216,11 +217,11 @@ def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
         (CLUSTER, "/data/store", "http://mlflow.example", "PBE_STORAGE=s3://bucket/prefix"),
         (CLUSTER, "s3://b/p", None, "set MLFLOW_TRACKING_URI=http"),
         (CLUSTER, "s3://b/p", "/home/me/mlruns", "set MLFLOW_TRACKING_URI=http"),
-        (CLUSTER, "s3://b/p", "http://me:secret@mlflow.example", "MLFLOW_TRACKING_URI holds a user"),
-        (LOOPBACK, "s3://KEY:secret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
-        (LOOPBACK, "s3://KEY:sec/ret@b/p", "http://mlflow.example", "PBE_STORAGE holds a user"),
-        ("http://me:secret@10.0.0.1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a user"),
-        ("http://10.0.0.1:8265?token=secret", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a user"),
+        (CLUSTER, "s3://b/p", "http://me:secret@mlflow.example", "MLFLOW_TRACKING_URI holds a password"),
+        (LOOPBACK, "s3://KEY:secret@b/p", "http://mlflow.example", "PBE_STORAGE holds a password"),
+        (LOOPBACK, "s3://KEY:sec/ret@b/p", "http://mlflow.example", "PBE_STORAGE holds a password"),
+        ("http://me:secret@10.0.0.1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a password"),
+        ("http://10.0.0.1:8265?token=secret", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a password"),
         ("http://[::1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS is no address"),
     ],
 )
@@ -675,6 +676,17 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
     said = capsys.readouterr().out
     assert "the same command attaches to it again" in said
     assert f"ray job stop --address {LOOPBACK} {job_id}" in said
+
+
+def test_a_submission_without_an_answer_names_the_job(
+    stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(**_: object) -> str:
+        raise requests.exceptions.ReadTimeout("Read timed out. (read timeout=60)")
+
+    monkeypatch.setattr(cluster, "submit_job", silent)
+    with pytest.raises(StageError, match=r"did not answer for job \S+-1 .*it may run.*ray job stop --address"):
+        jobs.run_remotely(stage, LOOPBACK)
 
 
 def test_ctrl_c_while_the_job_is_sent_names_it(

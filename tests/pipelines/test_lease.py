@@ -1,6 +1,7 @@
 """Two trainings of one run: the second is refused while the first lives, and goes on when it does not."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +94,31 @@ def test_a_holder_that_slept_stops_and_leaves_the_lease_of_the_one_who_took_over
     with pytest.raises(StageError, match="is being trained right now by the other"):
         sleep_and_wake()
     assert run.read_json(lease.FILE) == theirs
+
+
+@pytest.mark.parametrize("left", [b"", b"{"])
+def test_a_holder_whose_lease_is_gone_stops(run: Run, left: bytes) -> None:
+    """The one who took it over has ended meanwhile, or something has damaged it."""
+
+    def sleep_and_wake() -> None:
+        with lease.hold(run):
+            run.store.delete_file(f"{run.folder}/{lease.FILE}")
+            if left:
+                run.store.write_bytes(f"{run.folder}/{lease.FILE}", left)
+            time.sleep(60)  # interrupted
+
+    with pytest.raises(StageError, match="by somebody else, who has ended since"):
+        sleep_and_wake()
+
+
+def test_a_holder_in_the_background_stops_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a shell has started it so that it ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_a_holder_that_slept_stops_and_leaves_the_lease_of_the_one_who_took_over(run)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_lease_that_cannot_be_read_is_nobodys(run: Run) -> None:

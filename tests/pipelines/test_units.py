@@ -71,10 +71,13 @@ def test_ctrl_c_while_ray_starts_counts_when_it_has_started() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes() -> None:
+def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not asked: Ray itself asks none
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections
-        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "localhost", "127.0.0.1:port"):
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "localhost", "127.0.0.1:port", "HTTP://127.0.0.1:9"):
             with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} is no Ray head .*http://host:8265"):
                 _refuse_no_cluster(address)
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:

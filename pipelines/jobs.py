@@ -2,15 +2,13 @@
 
 With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (pipelines/package.py), and a job runs the same
 command there (its side is pipelines/as_job.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock
-names comes back through <storage>/jobs/<job id>/. A job is known by what it is made from: the same command attaches
-to it while it runs, takes its outputs over when it is done, even when its cluster is gone by then, and numbers a new
-attempt when it failed (Ray refuses a used id).
+names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by what it is made from: the
+same command attaches to it while it runs, takes its outputs over when it is done, even when its cluster is gone by
+then, and numbers a new attempt when it failed (Ray refuses a used id).
 """
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -28,10 +26,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import refuse_credentials
-from pbe.store import StoreError
-from pipelines.as_job import files_below, sha256_of
 from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
 from pipelines.stage import Stage, StageError
+from pipelines.takeover import attempts_in_storage, fetch, take_over_finished
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
 REQUEST_S = 60  # a request that is not answered for so long has failed
@@ -57,7 +54,7 @@ def run_remotely(stage: Stage, address: str) -> None:
     _reach_storage(stage)
     package = pack(stage)
     name = job_name(stage, package)
-    finished = _take_over_finished(stage, name)
+    finished = take_over_finished(stage, name)
     if finished:
         print(f"{stage.name}: job {finished} had finished before; its outputs are taken over", flush=True)
         return
@@ -82,7 +79,7 @@ def run_remotely(stage: Stage, address: str) -> None:
         raise
     if job.status != JobStatus.SUCCEEDED:
         raise StageError(f"job {job_id} is {job.status} at {address}; the end of its log:\n{_indented(log_end)}")
-    if not _fetch(stage, job_id):
+    if not fetch(stage, job_id):
         raise StageError(
             f"job {job_id} succeeded, but its outputs are not in {stage.store.uri}; "
             "is PBE_STORAGE the same place for the cluster and for this machine?"
@@ -293,103 +290,6 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
             if job.status.is_terminal():
                 return job, log.end or job.message or "(no log)"
         time.sleep(POLL_S)
-
-
-# -- what comes back -----------------------------------------------------------------------------------------
-
-
-def _take_over_finished(stage: Stage, name: str) -> str | None:
-    """The id of a job of this name that finished before, its outputs fetched; None when there is none, or when its
-    results are gone or may be out of date."""
-    if stage.name == "ingest":
-        return None  # its inputs are outside: photos that were added since do not change the job's name
-    for attempt in sorted(attempts_in_storage(stage, name), reverse=True):
-        job_id = f"{name}-{attempt}"
-        manifest = _sent_manifest(stage, job_id)
-        if manifest is not None and _has_results(stage, manifest) and _fetch(stage, job_id):
-            return job_id
-    return None
-
-
-def _sent_manifest(stage: Stage, job_id: str) -> dict[str, Any] | None:
-    """The manifest that a job has sent, whole as it was; None when there is none or it is damaged."""
-    path = f"jobs/{job_id}/outputs/manifest.json"
-    listed = _listed(stage, job_id)
-    if listed is None or not stage.store.exists(path):
-        return None
-    data = stage.store.read_bytes(path)
-    return json.loads(data) if hashlib.sha256(data).hexdigest() == listed.get("manifest.json") else None
-
-
-def _listed(stage: Stage, job_id: str) -> dict[str, str] | None:
-    """The files that a job has sent, with their SHA-256; None when it has not sent them all, or nobody can tell."""
-    marker = f"jobs/{job_id}/outputs.json"
-    if not stage.store.exists(marker):
-        return None
-    try:
-        listed = json.loads(stage.store.read_bytes(marker))["files"]
-    except ODD_ANSWERS:
-        return None
-    return listed if isinstance(listed, dict) else None
-
-
-def attempts_in_storage(stage: Stage, name: str) -> list[int]:
-    """Numbers of the jobs of this name that have left something there."""
-    numbers = (folder.removeprefix(f"{name}-") for folder in stage.store.list_names("jobs") if folder.startswith(name))
-    return [int(number) for number in numbers if number.isdigit()]
-
-
-def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
-    """Whether all that a manifest names is in the storage: units, single parts, a model's export."""
-    parts = [*_part_paths(manifest.get("config")), *_export_paths(manifest)]
-    return all(stage.store.exists(path) for path in parts) and all(
-        stage.store.find_unit(_made_by(unit, stage.name), unit["unit"]) for unit in manifest.get("units", ())
-    )
-
-
-def _made_by(unit: dict[str, Any], stage: str) -> str:
-    """Whose part a unit is: evaluate's manifest names looks too. By the path of its files, parts/<stage>/<unit>/..."""
-    return next((file["path"].split("/")[1] for file in unit.get("files", ())), stage)
-
-
-def _part_paths(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from _part_paths(inner)
-    elif isinstance(value, str) and value.startswith("parts/"):
-        yield value
-
-
-def _export_paths(manifest: dict[str, Any]) -> list[str]:
-    return [f"runs/{manifest['run']}/export/{name}" for name in manifest.get("export", ())]
-
-
-def _fetch(stage: Stage, job_id: str) -> bool:
-    """Bring a job's outputs to `stage.outputs`, all or nothing; False when they are not in the storage.
-
-    Raises StoreError when the storage holds others than the job listed.
-    """
-    listed = _listed(stage, job_id)
-    if not listed:
-        return False
-    stage.outputs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".job-", dir=stage.outputs.parent) as folder:
-        beside = Path(folder)
-        stage.store.copy_tree_out(f"jobs/{job_id}/outputs", beside)
-        found = {path: sha256_of(beside / path) for path in files_below(beside)}
-        if any(found.get(path) != sha256 for path, sha256 in listed.items()):
-            raise StoreError(
-                f"{stage.store.full_uri(f'jobs/{job_id}/outputs.json')}: lists files that are missing or differ; "
-                f"delete jobs/{job_id} there and run again"
-            )
-        # the manifest last: a stage whose manifest is there is done
-        for path in sorted(listed, key=lambda path: path == "manifest.json"):
-            (stage.outputs / path).parent.mkdir(parents=True, exist_ok=True)
-            (beside / path).replace(stage.outputs / path)
-    return True
-
-
-# -- files ---------------------------------------------------------------------------------------------------
 
 
 def _indented(text: str) -> str:

@@ -33,6 +33,7 @@ from pbe.store import Store, StoreError, code_digest
 from pipelines import jobs, package
 from pipelines.as_job import files_below, send_outputs
 from pipelines.stage import Stage, StageError, code_paths
+from pipelines.takeover import fetch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = "http://127.0.0.1:8265"
@@ -793,7 +794,7 @@ def test_outputs_that_differ_from_the_marker_are_refused_whole(stage: Stage, clu
     cluster.work("job-1")
     stage.store.write_bytes("jobs/job-1/outputs/counts.json", b"{ half")
     with pytest.raises(StoreError, match="missing or differ"):
-        jobs._fetch(stage, "job-1")
+        fetch(stage, "job-1")
     assert manifest(stage) == before
     assert files_below(stage.outputs) == ["manifest.json"]
 

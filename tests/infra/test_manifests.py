@@ -21,7 +21,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
 from pbe.config import Params, load_params
-from pipelines.capacity import Bundle, Demand, fits
+from pipelines.capacity import Bundle, Demand, fits, ray_resources
 from pipelines.package import job_env
 from pipelines.stage import CLUSTER_STAGES, open_stage
 
@@ -317,10 +317,13 @@ def demands(params: Params) -> dict[str, Demand]:
 
 def too_small(nodes: list[Bundle], params: Params, *, all_at_once: bool) -> list[str]:
     """Stages that a cluster of these nodes cannot run, or not with all their actors and ranks at once."""
-    wanted = {name: demand.bundles for name, demand in demands(params).items()}
-    if any("memory" not in node for node in nodes):  # found by Ray when a node starts
-        wanted = {name: [_without_memory(each) for each in bundles] for name, bundles in wanted.items()}
-    return [name for name, bundles in wanted.items() if not fits(bundles if all_at_once else bundles[:1], nodes)]
+    has_memory = all("memory" in node for node in nodes)  # where not: found by Ray when a node starts
+    found = []
+    for name, demand in demands(params).items():
+        each = ray_resources(demand.each)
+        if not fits(each if has_memory else _without_memory(each), demand.count if all_at_once else 1, nodes):
+            found.append(name)
+    return found
 
 
 def _without_memory(bundle: Bundle) -> Bundle:

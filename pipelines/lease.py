@@ -3,7 +3,7 @@
 A lease is a file of the run that its holder renews. Who finds one watches it: renewed, its holder lives, and the second
 training is refused; not renewed for WATCH_S, its holder is gone. No clock of another machine is read. A holder of this
 machine is looked for among its processes, so that a training that was killed goes on at once. A holder that was only
-silent, as in a laptop that slept, finds the other's lease when it renews its own, and stops.
+silent, as in a laptop that slept, finds the other's lease or none when it renews its own, and stops.
 """
 
 import os

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
+    edit.add_argument(
+        "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks on a GPU (fp32)"
+    )
     edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's own")
     edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="to the encoder's square (squash)")
     edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see pbe/README.md")
@@ -194,7 +197,7 @@ def _edit(args: argparse.Namespace) -> None:
         reference = reference[_slices(args.reference_box, reference, f"--reference-box of {args.reference}")]
     hole_mask = _hole_mask(args, photo)
     steps = DEFAULT_STEPS if args.steps is None else args.steps
-    editor = Editor.load(args.model)
+    editor = Editor.load(args.model, precision=args.precision)
     protocol = {"ours": OURS, "upstream": UPSTREAM, "diffusers": DIFFUSERS}[args.protocol]
     if args.reference_fit is not None:
         protocol = replace(protocol, reference_fit=args.reference_fit)

@@ -35,6 +35,7 @@ Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is
 Split = Literal["train", "validation", "test"]
 Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
 Tokens = Literal["class", "all"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Dtype = Literal["float16", "float32"]
 GuidanceScale = Annotated[float, Field(ge=1, le=50)]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
@@ -213,6 +214,7 @@ class EncodeConfig(Strict):
         Discriminator(_kind_of),
     ]
     reference_draws: Annotated[int, Field(ge=1, le=256)]
+    precision: Precision
     dtype: Dtype
     rows_per_group: PositiveInt
     batch_rows: PositiveInt
@@ -252,6 +254,7 @@ class KernelsConfig(Strict):
     """How the same mathematics runs; no part of a run's digest."""
 
     sdpa: bool
+    tf32: bool
     channels_last: bool
     compile: bool
     fused_adamw: bool
@@ -371,6 +374,8 @@ class EditConfig(Strict):
     sampler: Literal["ddim", "pndm", "dpm++", "unipc"] | None
     guidance_scale: GuidanceScale
     steps: Annotated[int, Field(ge=1, le=1000)]
+    precision: Precision
+    compile: bool
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field(min_length=1)
     holes: tuple[Literal["box", "bezier"], ...] = Field(min_length=1)
     references: tuple[Literal["exemplar", "own", "foreign"], ...] = Field(min_length=1)

@@ -23,8 +23,9 @@ from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, SamplerName, default_sampler, make_sampler
-from pbe.encode import encode_masked, encode_references, to_images
+from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.model.hub import is_on_hub, weights_folder
+from pbe.model.precision import Precision, float32_products
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_STEPS = 50  # upstream
@@ -72,21 +73,41 @@ class _Cut:
 
 
 class Editor:
-    def __init__(self, model: Model, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, device: torch.device, *, precision: Precision = "fp32", compile_unet: bool = False
+    ) -> None:
+        """Takes the model over: its networks move to `device` and to `precision`."""
         self.card = model.card
-        self._device = device
+        self._device, self._precision = device, precision
         self._network = model.network.to(device).eval()
         self._codec, self._backbone = model.codec.to(device), model.backbone.to(device)
+        if precision == "bf16":
+            self._codec, self._backbone = self._codec.bfloat16(), self._backbone.bfloat16()
+            for parameter in self._network.parameters():  # not the buffers: features are standardised in float32
+                parameter.data = parameter.data.bfloat16()
+        if compile_unet:
+            self._network.unet.compile()
 
     @classmethod
-    def load(cls, model: Path | str, *, device: str | None = None) -> "Editor":
-        """Open a model folder, or org/name@revision on the hub. device: default "cuda" when there is one, else "cpu".
-        Raises ModelError, WeightsError."""
+    def load(
+        cls,
+        model: Path | str,
+        *,
+        device: str | None = None,
+        precision: Precision = "fp32",
+        compile_unet: bool = False,
+    ) -> "Editor":
+        """Open a model folder, or org/name@revision on the hub.
+
+        device: default "cuda" when there is one, else "cpu". precision: pbe/model/precision.py; upstream's scripts
+        compute in float16 by autocast. compile_unet: torch.compile, which takes minutes at the first edit and again
+        when the number of edits per forward or their size changes. Raises ModelError, WeightsError.
+        """
         parts = ["unet", "vae", "image_encoder", "scheduler"]
         on_hub = not Path(model).exists() and is_on_hub(str(model))
         folder = weights_folder(str(model), parts=parts) if on_hub else Path(model)
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model(folder), torch.device(name))
+        return cls(load_model(folder), torch.device(name), precision=precision, compile_unet=compile_unet)
 
     def edit(
         self,
@@ -205,43 +226,47 @@ class Editor:
         protocol: EditProtocol,
         on_step: OnStep | None,
     ) -> np.ndarray:
-        """What the codec decodes, (B, S, S, 3) uint8."""
+        """What the codec decodes, (B, S, S, 3) uint8. Waits for the device once, at its end."""
         if not 1 <= steps <= TRAIN_TIMESTEPS or not np.isfinite(guidance_scale):
             raise ValueError(
                 f"steps {steps}, guidance scale {guidance_scale}: 1 to {TRAIN_TIMESTEPS} steps, a finite scale"
             )
-        side = self.card.reference_px
-        fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
-        tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
-        masked, keep = encode_masked(
-            self._codec, sources, hole_masks, mask_resize=protocol.mask_resize, device=self._device
-        )
-        shape = masked.mean.shape[1:]
-        masked_latent = masked.mean
-        if protocol.masked_latent == "sample":
-            masked_latent = masked.mean + masked.std * self._noise(seeds, "masked photo", shape)
-        copies = forwards_per_step(guidance_scale)
-        drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
-        with torch.no_grad():
-            context = self._network.exemplar(tokens.repeat(copies, 1, 1), drop)
-        masked_latent, keep_mask = masked_latent.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1)
-        latent = sample(
-            lambda noisy, timestep: self._network.denoise(
-                noisy, timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
-            ),
-            self._noise(seeds, "edit", shape),
-            sampler=make_sampler(self.card.scheduler, sampler or default_sampler(self.card.scheduler)),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            project=self._codec.project,
-            on_step=on_step,
-        )
-        return to_images(self._codec.decode(latent))
+        with float32_products(tf32=self._precision == "tf32"):
+            side = self.card.reference_px
+            fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
+            tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
+            masked, keep = encode_masked(
+                self._codec, sources, hole_masks, mask_resize=protocol.mask_resize, device=self._device
+            )
+            shape = masked.mean.shape[1:]
+            masked_latent = masked.mean
+            if protocol.masked_latent == "sample":
+                masked_latent = masked.mean + masked.std * self._noise(seeds, "masked photo", shape)
+            copies, dtype = forwards_per_step(guidance_scale), self._network.unet.dtype
+            drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
+            with torch.no_grad():
+                context = self._network.exemplar(tokens.to(dtype).repeat(copies, 1, 1), drop)
+            masked_latent, keep_mask = (
+                masked_latent.to(dtype).repeat(copies, 1, 1, 1),
+                keep.to(dtype).repeat(copies, 1, 1, 1),
+            )
+            latent = sample(
+                lambda noisy, timestep: self._network.denoise(
+                    noisy.to(dtype), timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
+                ).float(),
+                self._noise(seeds, "edit", shape),
+                sampler=make_sampler(self.card.scheduler, sampler or default_sampler(self.card.scheduler)),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                project=self._codec.project,
+                on_step=on_step,
+            )
+            return to_images(self._codec.decode(latent))
 
     def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """(B, *shape): each row from its own seed, drawn on the CPU, so that it is the same on every device."""
         rows = [row_rng(seed, purpose).standard_normal(shape, dtype=np.float32) for seed in seeds]
-        return torch.from_numpy(np.stack(rows)).to(self._device)
+        return to_device(torch.from_numpy(np.stack(rows)), self._device)
 
     def _refuse_odd_size(self, side_px: int) -> None:
         levels = len(self._network.unet.config.block_out_channels)

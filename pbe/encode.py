@@ -37,6 +37,12 @@ class Posterior:
     std: Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. To a GPU it goes through pinned memory: from any other, the copy would first wait for
+    the GPU's queued work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def to_pixels(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 RGB to (B, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
@@ -51,7 +57,7 @@ def to_images(pixels: Tensor) -> np.ndarray:
 @torch.no_grad()
 def encode_source(codec: Codec, sources: np.ndarray, *, device: torch.device = CPU) -> Posterior:
     """sources: (B, S, S, 3) uint8."""
-    return Posterior(*codec.posterior(to_pixels(sources).to(device)))
+    return Posterior(*codec.posterior(to_device(to_pixels(sources), device)))
 
 
 @torch.no_grad()
@@ -69,9 +75,9 @@ def encode_masked(
     [-1, 1], mid grey, before encoding (upstream).
     """
     keep_px = 1.0 - torch.from_numpy(hole_masks.astype(np.float32))[:, None]
-    posterior = Posterior(*codec.posterior((to_pixels(sources) * keep_px).to(device)))
+    posterior = Posterior(*codec.posterior(to_device(to_pixels(sources) * keep_px, device)))
     keep = np.stack([keep_mask_latent(mask, codec.patch_px, resize=mask_resize) for mask in hole_masks])
-    return posterior, torch.from_numpy(keep).to(device)
+    return posterior, to_device(torch.from_numpy(keep), device)
 
 
 @torch.no_grad()
@@ -82,7 +88,7 @@ def encode_references(
 
     The paper's bottleneck is the class token; all of them are its naive baseline (section 4.1).
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2))).to(device)
+    pixels = to_device(torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2))), device)
     return backbone(pixels)[:, None] if tokens == "class" else backbone.tokens(pixels)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import ActorResources, EditConfig
+from pbe.config import EditConfig
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.rng import row_rng
@@ -26,7 +26,7 @@ from pipelines.stage import Stage, code_paths, load_train_manifest
 from pipelines.units import Unit, run_units, torch_device
 
 # How the work is cut and spread, not what an edit is. batch_rows is not among them: it changes the last bits.
-SPREAD = {"actors", "per_actor", "items_per_unit"}
+SPREAD = {"actors", "per_actor", "items_per_unit", "compile"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fill_bench(
             identity = digest(["edit", code, settings, trained["export"], bench_file.sha256, part.rows])
             units[-1].append(Unit(f"e{number:04d}", identity, part))
     cfg = stage.params.edit
-    worker = partial(_worker, stage.store, cfg.per_actor, f"runs/{trained['run']}/export", bench_file)
+    worker = partial(_worker, stage.store, cfg, f"runs/{trained['run']}/export", bench_file)
     flat = [unit for found in units for unit in found]
     records = iter(
         run_units(
@@ -86,7 +86,7 @@ def fill_bench(
     return [[next(records) for _ in found] for found in units]
 
 
-def _worker(store: Store, each: ActorResources, export: str, bench_file: File) -> Callable[[Unit], Record]:
+def _worker(store: Store, cfg: EditConfig, export: str, bench_file: File) -> Callable[[Unit], Record]:
     import torch
 
     from pbe.edit import Editor
@@ -94,7 +94,9 @@ def _worker(store: Store, each: ActorResources, export: str, bench_file: File) -
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="pbe-model-") as folder:
         store.copy_tree_out(export, Path(folder))
-        editor = Editor.load(Path(folder), device=torch_device(each).type)
+        device = torch_device(cfg.per_actor)
+        compile_unet = cfg.compile and device.type == "cuda"
+        editor = Editor.load(Path(folder), device=device.type, precision=cfg.precision, compile_unet=compile_unet)
     bench = store.read_table(bench_file)
 
     def work(unit: Unit) -> Record:

@@ -30,7 +30,9 @@ def main(stage: Stage) -> None:
     cfg, seed = stage.params.encode, stage.params.seed
     triplets = load_manifest(stage.input("materialize"))
     codec, backbone = _codec_entry(stage, triplets), _backbone_entry(stage)
-    settings = cfg.model_dump(mode="json", include={"reference_draws", "dtype", "rows_per_group", "batch_rows"})
+    settings = cfg.model_dump(
+        mode="json", include={"reference_draws", "precision", "dtype", "rows_per_group", "batch_rows"}
+    )
     config = {**settings, "codec": codec, "backbone": backbone}
 
     units = []
@@ -158,13 +160,20 @@ def _worker(
     from pbe.data.reference import make_augmenter
     from pbe.encode import encode_triplets
     from pbe.model.frozen import open_backbone, open_codec
+    from pbe.model.precision import float32_products
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
     device = torch_device(cfg.per_actor)
     codec, backbone = open_codec(store, codec_entry).to(device), open_backbone(store, backbone_entry).to(device)
+    if cfg.precision == "bf16":
+        codec, backbone = codec.bfloat16(), backbone.bfloat16()
     augmenter = make_augmenter()
 
     def work(unit: Unit) -> Record:
+        with float32_products(tf32=cfg.precision == "tf32"):
+            return encoded(unit)
+
+    def encoded(unit: Unit) -> Record:
         slots: tuple[File, ...] = unit.payload
         tables: dict[str, pa.Table] = {}
         clean_tokens: dict[bytes, np.ndarray] = {}

@@ -57,7 +57,13 @@ class Batch:
     rows: tuple[str, ...]  # who they are, for messages
 
     def to(self, device: torch.device) -> "Batch":
+        """Without waiting for the device when the batch is pinned."""
         tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "rows"}
+        return Batch(**tensors, rows=self.rows)
+
+    def pinned(self) -> "Batch":
+        """In page-locked memory: a copy to a GPU from any other stops that GPU's stream first."""
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if name != "rows"}
         return Batch(**tensors, rows=self.rows)
 
     def take(self, indices: Sequence[int]) -> "Batch":
@@ -336,6 +342,13 @@ def rank_batches(
 def rows_kept(*, batch: int, lanes: int, world: int, rows_per_group: int) -> int:
     """Rows of one rank's step, and of the groups that its lanes have begun and will come back to."""
     return (batch + 2 * lanes * rows_per_group) // world
+
+
+def pinned_batches(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, pinned for copies to `device`, a GPU."""
+    torch.cuda.set_device(device)  # of the thread that runs this: else pinning would open a context on the first GPU
+    for batch in batches:
+        yield batch.pinned()
 
 
 class Prefetched(Generic[T]):

@@ -35,14 +35,19 @@ def sample(
     project: Project | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """From noise (B, C, h, w) ~ N(0, I) to a latent x_0 of the same shape. on_step is called after each forward."""
-    sampler.set_timesteps(steps, device=noise.device)
+    """From noise (B, C, h, w) ~ N(0, I) to a latent x_0 of the same shape. on_step is called after each forward.
+
+    diffusers' samplers look timesteps up and compare them, so these stay on the CPU: on a GPU each look would wait for
+    the forward before it.
+    """
+    sampler.set_timesteps(steps, device=torch.device("cpu"))
     objective = objective_of(sampler.config)
     alpha_bar = sampler.alphas_cumprod.to(noise.device)
+    times_on_device = sampler.timesteps.to(noise.device)
     latent = noise * sampler.init_noise_sigma
-    for timestep in sampler.timesteps:
+    for index, timestep in enumerate(sampler.timesteps):
         rows = torch.cat([latent] * forwards_per_step(guidance_scale))
-        times = timestep.expand(len(rows))
+        times = times_on_device[index].expand(len(rows))
         prediction = denoise(sampler.scale_model_input(rows, timestep), times)
         if len(rows) > len(latent):
             uncond, cond = prediction.chunk(2)

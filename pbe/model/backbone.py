@@ -55,6 +55,10 @@ class Backbone(Protocol):
 
     def to(self, device: torch.device) -> Self: ...
 
+    def bfloat16(self) -> Self:
+        """Compute in bfloat16 where that saves time; features stay float32."""
+        ...
+
 
 class BackboneError(UserError, ValueError):
     """The backbone is not installed or its name is unknown; the message is for the user."""
@@ -84,6 +88,9 @@ class EfficientNetLite(nn.Module):
     def train(self, mode: bool = True) -> "EfficientNetLite":
         """Stays in eval mode whatever the parent module asks for: batch-norm statistics are frozen too."""
         return super().train(False)
+
+    def bfloat16(self) -> "EfficientNetLite":
+        return self  # its features are compared across machines, and it costs little
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 224, 224) uint8 RGB to (B, 1280) float32 >= 0: the map averaged over its cells."""

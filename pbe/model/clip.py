@@ -22,7 +22,8 @@ _PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the 
 
 
 class ClipBackbone(nn.Module):
-    """float32, in eval mode, no gradients. `digest` names the weights."""
+    """In eval mode, no gradients. float32; after `bfloat16()` it computes in that and still returns float32. `digest`
+    names the weights."""
 
     name = "clip"
     pixel_mean: Tensor
@@ -55,15 +56,19 @@ class ClipBackbone(nn.Module):
     def train(self, mode: bool = True) -> "ClipBackbone":
         return super().train(False)
 
+    def bfloat16(self) -> "ClipBackbone":
+        self.network.bfloat16()  # pixels are still normalised in float32
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) uint8 RGB to (B, width): the class token after the last LayerNorm, no visual projection."""
-        return self._run(images).pooler_output
+        return self._run(images).pooler_output.float()
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, R, R) uint8 RGB to (B, 1 + patches, width): all tokens after the last LayerNorm, class token first."""
         norm = getattr(self.network, "vision_model", self.network).post_layernorm
         with torch.no_grad():
-            return norm(self._run(images).last_hidden_state)
+            return norm(self._run(images).last_hidden_state).float()
 
     def _run(self, images: Tensor) -> Any:
         side = self.input_px
@@ -72,7 +77,7 @@ class ClipBackbone(nn.Module):
         # Features are stored and compared across processes, so the caller's autocast must not matter.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             scaled = (images.to(torch.float32) / 255 - self.pixel_mean) / self.pixel_std
-            return self.network(pixel_values=scaled)
+            return self.network(pixel_values=scaled.to(self.network.dtype))
 
 
 def load_clip(folder: Path) -> ClipBackbone:

@@ -47,6 +47,10 @@ class Codec(Protocol):
 
     def to(self, device: torch.device) -> Self: ...
 
+    def bfloat16(self) -> Self:
+        """Compute in bfloat16 where that saves time; latents and pixels stay float32."""
+        ...
+
 
 class CodecError(UserError, ValueError):
     """A codec's file is damaged."""
@@ -72,6 +76,9 @@ class PatchCodec(nn.Module):
     @property
     def channels(self) -> int:
         return self.basis.shape[0]
+
+    def bfloat16(self) -> "PatchCodec":
+        return self  # one small matrix product
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent's posterior; this codec is deterministic, so std is 0."""

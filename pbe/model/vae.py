@@ -14,7 +14,7 @@ STEM = "diffusion_pytorch_model"
 class KlCodec(nn.Module):
     """Pixels (B, 3, S, S) float in [-1, 1]; latents (B, 4, S/8, S/8), scaled to about unit rms (0.18215 for SD 1.x).
 
-    `digest` names the weights.
+    Takes and returns float32, also after `bfloat16()`, when it computes in bfloat16. `digest` names the weights.
     """
 
     project = None  # nothing to hold to: the decoder's range is that of images
@@ -38,14 +38,14 @@ class KlCodec(nn.Module):
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent's posterior, scaled (upstream draws from it at every step)."""
-        distribution = self.vae.encode(pixels).latent_dist
+        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
-        return distribution.mean * scale, distribution.std * scale
+        return distribution.mean.float() * scale, distribution.std.float() * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels, not clamped."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
 
 def load_vae(folder: Path) -> KlCodec:

@@ -39,7 +39,8 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         "stage": cfg.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "overlap_comm": on_gpu,
+        # DeepSpeed stops the whole device at every bucket to overlap; one rank alone has nothing to overlap
+        "overlap_comm": on_gpu and cfg.workers > 1,
         "contiguous_gradients": True,
     }
     if cfg.zero_stage == 3:
@@ -58,6 +59,8 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         "gradient_accumulation_steps": cfg.accumulation_steps,
         "gradient_clipping": cfg.grad_clip or 0.0,
         "steps_per_print": 1_000_000_000,
+        # on by default, it stops the device at both ends of every micro-batch; pbe/train/timing.py does not
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
     if cfg.precision in ("bf16", "bf16_pure"):
@@ -141,18 +144,19 @@ def to_universal(folder: Path, out: Path) -> None:
         raise EngineError(f"{folder}: cannot be rewritten for another number of ranks: {last}")
 
 
-def step_engine(engine: Any) -> float | None:
+def step_engine(engine: Any) -> Tensor | None:
     """After every backward. On the last micro-batch of a step it moves the weights, and returns the 2-norm of the
-    gradient over all parameters and ranks before clipping; None on the others."""
+    gradient over all parameters and ranks before clipping, a scalar on the training device, infinite where a gradient
+    is; None on the others."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     norm = None
     if engine.zero_optimization_stage() == 0:  # nothing is cut, and DeepSpeed keeps no norm of plain float32
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
-    return float(engine.get_global_grad_norm()) if norm is None else norm
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32) if norm is None else norm
 
 
 def full_parameters(engine: Any) -> dict[str, Tensor]:

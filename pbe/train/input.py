@@ -23,6 +23,7 @@ from pbe.data.batches import (
     collate,
     draw,
     joined,
+    pinned_batches,
     rank_batches,
     row_name,
     rows_kept,
@@ -36,7 +37,7 @@ from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, group_rows, require_same_rows, slot_files
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS
-from pbe.encode import encode_masked, encode_references, encode_source
+from pbe.encode import encode_masked, encode_references, encode_source, to_device
 from pbe.model.backbone import Backbone, Tokens
 from pbe.model.codec import Codec
 from pbe.model.frozen import open_backbone
@@ -120,21 +121,21 @@ class EncodedInput:
     ) -> None:
         self._store, self._encoded, self._cfg, self._device = store, encoded, cfg, device
         self._draw = draw_config(cfg, seed)
-        self._batches = Prefetched(
-            rank_batches(
-                store,
-                encoded,
-                cfg=self._draw,
-                batch=cfg.batch,
-                micro_batch=cfg.micro_batch,
-                lanes=cfg.lanes,
-                rank=share.rank,
-                world=share.world,
-                rows_per_group=int(encoded.config["rows_per_group"]),
-                start_step=share.start_step,
-            ),
-            depth=PREFETCHED_BATCHES,
+        batches = rank_batches(
+            store,
+            encoded,
+            cfg=self._draw,
+            batch=cfg.batch,
+            micro_batch=cfg.micro_batch,
+            lanes=cfg.lanes,
+            rank=share.rank,
+            world=share.world,
+            rows_per_group=int(encoded.config["rows_per_group"]),
+            start_step=share.start_step,
         )
+        if device.type == "cuda":
+            batches = pinned_batches(batches, device)
+        self._batches = Prefetched(batches, depth=PREFETCHED_BATCHES)
 
     def next(self) -> Batch:
         return self._batches.next().to(self._device)
@@ -185,7 +186,7 @@ class OnlineEncoder:
         draws = [row.draws for row in rows]
 
         def on_device(values: list[Any]) -> torch.Tensor:
-            return torch.from_numpy(np.stack(values)).to(self.device)
+            return to_device(torch.from_numpy(np.stack(values)), self.device)
 
         return Batch(
             x0=source.mean + source.std * on_device([drawn.source_normal for drawn in draws]),

@@ -37,13 +37,13 @@ class Validation:
     @torch.no_grad()
     def loss(self, network: Any, ranks: Ranks) -> float:
         """Mean over all rows. Collective: every rank runs the network equally often, as ZeRO 3 demands."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self._diffusion.device)
         for first in range(0, len(self._chunks), ranks.world):
             mine = first + ranks.rank
             losses = row_losses(network, self._on_device(self._chunks[mine % len(self._chunks)]), self._diffusion)
             if mine < len(self._chunks):
-                total += losses.double().sum().cpu()
-        total = total.to(self._diffusion.device, torch.float32)
+                total += losses.double().sum()
+        total = total.float()
         dist.all_reduce(total)
         return float(total) / self._rows
 

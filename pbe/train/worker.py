@@ -27,11 +27,13 @@ from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
 from pbe.model.frozen import open_backbone, open_codec
 from pbe.model.initial import load_kept
+from pbe.model.precision import float32_products
 from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float32_group_norm
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run, Saver, newest_whole
 from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
+from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.input import Share, open_input
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
@@ -101,6 +103,7 @@ def train_worker(job: Job, device: torch.device) -> None:
 
     # loop
     with ExitStack() as stack:
+        stack.enter_context(float32_products(tf32=cfg.kernels.tf32))
         share = Share(ranks.rank, ranks.world, start_step=start)
         batches = open_input(
             store, job.encoded, job.triplets, cfg=cfg, seed=job.seed, share=share, codec=codec, device=device
@@ -112,38 +115,45 @@ def train_worker(job: Job, device: torch.device) -> None:
         laps = Laps(device)
         # since the last log point: its step, the sum of this rank's losses, and what has been timed here
         logged, loss_sum, timed = window[0], torch.tensor(window[1], device=device), 0
+        norm: OnHost | None = None  # of the newest step's gradient
         for step in range(start, cfg.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
             seen: list[tuple[Batch, torch.Tensor]] = []
+            broken: OnHost | None = None
             laps.start()
             for _ in range(cfg.accumulation_steps):
                 batch = batches.next()
                 laps.lap("data_s")
                 losses = row_losses(engine, batch, diffusion)
+                seen.append((batch, losses.detach()))
+                if len(seen) == cfg.accumulation_steps:
+                    broken = count_non_finite([losses for _, losses in seen])
                 laps.lap("forward_s")
                 engine.backward(losses.mean())
                 laps.lap("backward_s")
-                seen.append((batch, losses.detach()))
-                if len(seen) == cfg.accumulation_steps and (bad := _non_finite(seen, ranks)):
-                    saver.finish()
-                    if saver.newest != step:  # as it was before this step
-                        _save(saver, engine, step, history, (logged, loss_sum), ranks)
+                if broken is not None:
+                    _require_finite_norm(norm, step, run)  # of the step before; else its broken weights would be saved
+                    if broken.read():
                         saver.finish()
-                    raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
+                        if saver.newest != step:  # as it was before this step
+                            _save(saver, engine, step, history, (logged, loss_sum), ranks)
+                            saver.finish()
+                        bad = _non_finite_rows(seen, ranks)
+                        raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
                 gradient_norm = step_engine(engine)
                 laps.lap("optimizer_s")
-            if gradient_norm is None or not math.isfinite(gradient_norm):
-                raise NonFiniteError(
-                    f"train: the gradient's norm is {gradient_norm} at step {step + 1}, though the loss is finite; "
-                    f"lower train.lr. Checkpoints of earlier steps stay, see {store.full_uri(run.folder)}"
-                )
+            assert gradient_norm is not None
+            norm = OnHost(gradient_norm)
             loss_sum += torch.stack([losses.mean() for _, losses in seen]).mean()
             timed += 1
 
             # log
             done = step + 1
             validates = done % cfg.validate_every == 0 or done == cfg.steps
+            saves = done % cfg.checkpoint_every == 0 or done == cfg.steps
+            if validates or saves or done % cfg.log_every == 0:
+                _require_finite_norm(norm, done, run)
             validated = {}
             if validates:
                 validated, grid = {"validation_loss": validation.loss(engine, ranks)}, validation.grid(engine)
@@ -153,7 +163,7 @@ def train_worker(job: Job, device: torch.device) -> None:
                 point = _mean_over_ranks(float(loss_sum) / (done - logged), laps.take(), steps=timed, device=device)
                 logged, timed = done, 0
                 loss_sum.zero_()
-                point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": gradient_norm}
+                point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": norm.read()}
                 point["samples_seen"] = done * cfg.batch
                 point["rows_per_s"] = cfg.batch / point["step_s"]
                 point["peak_memory_gib"] = max(ranks.gather(peak_memory_gib(device)))
@@ -162,7 +172,7 @@ def train_worker(job: Job, device: torch.device) -> None:
                     _log(job, point, grid if validates else None)
 
             # save
-            if done % cfg.checkpoint_every == 0 or done == cfg.steps:
+            if saves:
                 laps.start()
                 _save(saver, engine, done, history, (logged, loss_sum), ranks)
                 laps.lap("checkpoint_s")
@@ -235,13 +245,18 @@ def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
     return next(path for node, path in ranks.gather((ranks.node, mine)) if path is not None and node == ranks.node)
 
 
-def _non_finite(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -> list[str]:
+def _require_finite_norm(norm: OnHost | None, step: int, run: Run) -> None:
+    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first."""
+    if norm is not None and not math.isfinite(norm.read()):
+        raise NonFiniteError(
+            f"train: the gradient's norm is {norm.read()} at step {step}, though the loss is finite; lower train.lr. "
+            f"Checkpoints of earlier steps stay, see {run.store.full_uri(run.folder)}"
+        )
+
+
+def _non_finite_rows(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -> list[str]:
     """The rows of the step, of all ranks, whose loss is NaN or infinite. Collective."""
     losses = torch.cat([losses for _, losses in seen])
-    broken = (~losses.isfinite()).sum().to(torch.int64)
-    dist.all_reduce(broken)
-    if not int(broken):
-        return []
     names = [name for batch, _ in seen for name in batch.rows]
     times = [int(t) for batch, _ in seen for t in batch.timestep]
     mine = [

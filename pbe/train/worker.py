@@ -133,7 +133,7 @@ def train_worker(job: Job, device: torch.device) -> None:
                 engine.backward(losses.mean())
                 laps.lap("backward_s")
                 if broken is not None:
-                    _require_finite_norm(norm, step, run)  # of the step before; else its broken weights would be saved
+                    _require_finite_norm(norm, step, saver, run)  # of the step before; else its broken weights would be saved
                     if broken.read():
                         saver.finish()
                         if saver.newest != step:  # as it was before this step
@@ -153,7 +153,7 @@ def train_worker(job: Job, device: torch.device) -> None:
             validates = done % cfg.validate_every == 0 or done == cfg.steps
             saves = done % cfg.checkpoint_every == 0 or done == cfg.steps
             if validates or saves or done % cfg.log_every == 0:
-                _require_finite_norm(norm, done, run)
+                _require_finite_norm(norm, done, saver, run)
             validated = {}
             if validates:
                 validated, grid = {"validation_loss": validation.loss(engine, ranks)}, validation.grid(engine)
@@ -245,9 +245,11 @@ def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
     return next(path for node, path in ranks.gather((ranks.node, mine)) if path is not None and node == ranks.node)
 
 
-def _require_finite_norm(norm: OnHost | None, step: int, run: Run) -> None:
-    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first."""
+def _require_finite_norm(norm: OnHost | None, step: int, saver: Saver, run: Run) -> None:
+    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first. Collective
+    where it raises: it first completes the checkpoint that is on its way."""
     if norm is not None and not math.isfinite(norm.read()):
+        saver.finish()
         raise NonFiniteError(
             f"train: the gradient's norm is {norm.read()} at step {step}, though the loss is finite; lower train.lr. "
             f"Checkpoints of earlier steps stay, see {run.store.full_uri(run.folder)}"

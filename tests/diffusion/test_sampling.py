@@ -132,3 +132,19 @@ def test_it_is_deterministic_and_rows_do_not_touch_each_other() -> None:
 def test_without_gradients(schedule: BetaSchedule) -> None:
     weight = torch.ones((), requires_grad=True, dtype=torch.float64)
     assert not _sample(lambda noisy, _: noisy * weight, steps=2, beta_schedule=schedule).requires_grad
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_reads_a_value_of_the_device(sampler: SamplerName) -> None:
+    """On a GPU each read would wait for the forward before it. A meta tensor has no values: reading one raises."""
+    made = make_sampler(scheduler_config("scaled_linear", "eps"), sampler)
+    noise = torch.empty(SHAPE, device="meta")
+    out = sample(
+        lambda noisy, timestep: noisy * timestep[:, None, None, None],
+        noise,
+        sampler=made,
+        steps=10,
+        guidance_scale=3.0,
+        project=lambda latent: latent.clamp(-1, 1),
+    )
+    assert out.device.type == "meta" and out.shape == SHAPE

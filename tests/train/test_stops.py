@@ -1,0 +1,133 @@
+"""A training step must not make the CPU wait for the GPU more often than once or twice, however many micro-batches it
+has. There is no GPU here: what would wait is counted, and the arithmetic is run on tensors without values."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pbe.data.batches import Batch
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.model.unet import new_network
+from pbe.store import Manifest, Store
+from pbe.train.checkpoints import Run
+from pbe.train.engine import deepspeed_config
+from pbe.train.loss import Diffusion, row_losses
+from tests.train.ranks import ARCH, RankDiedError, run_ranks, tiny_config, tiny_job
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a tensor's value: float(), int(), bool(), .item(), and what is as large as its values say."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self, seen: Counter) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.NAMES:
+            self._seen["reads"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def stops_per_step(job: Any) -> list[int]:
+    """Reads and synchronisations in each step but the first and the last, which log and save."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pbe.train import worker
+
+    seen: Counter = Counter()
+    by_step: list[int] = []
+    accelerator, new_rate = get_accelerator(), worker.learning_rate
+
+    def synchronize(*_: Any) -> None:
+        seen["synchronisations"] += 1
+
+    def at_each_step(cfg: Any, step: int) -> float:
+        by_step.append(sum(seen.values()))
+        return new_rate(cfg, step)
+
+    accelerator.synchronize = synchronize
+    worker.learning_rate = at_each_step  # this process ends with the run
+    with Reads(seen):
+        worker.train_worker(job, torch.device("cpu"))
+    return [after - before for before, after in pairwise(by_step)][1:-1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_stops_of_a_step_do_not_grow_with_its_micro_batches(place: tuple[Path, Store, Manifest], stage: int) -> None:
+    folder, store, encoded = place
+    stops = {}
+    for micro_batch in (8, 2):
+        cfg = tiny_config(steps=8, micro_batch=micro_batch, zero_stage=stage, log_every=100)
+        job = tiny_job(store, encoded, cfg, f"stops-{stage}-{micro_batch}")
+        [stops[micro_batch]] = run_ranks(stops_per_step, job, world=1, tmp=folder)
+    assert stops[8] == stops[2]
+    # two are the guards', of values that have arrived by then; the others DeepSpeed's, which looks twice at its norm
+    assert max(stops[8]) <= 4
+
+
+def test_forward_and_backward_read_no_value() -> None:
+    """Reading a meta tensor raises."""
+    cfg = tiny_config(min_snr_gamma=5.0)
+    with torch.device("meta"):
+        network = new_network(ARCH)
+        rows = 2
+        shape = (rows, ARCH.latent_channels, ARCH.latent_px, ARCH.latent_px)
+        batch = Batch(
+            x0=torch.empty(shape),
+            masked_latent=torch.empty(shape),
+            keep_mask_latent=torch.empty(rows, 1, *shape[2:]),
+            exemplar_tokens=torch.empty(rows, 1, ARCH.backbone_width),
+            noise=torch.empty(shape),
+            timestep=torch.empty(rows, dtype=torch.int64),
+            drop_condition=torch.empty(rows, dtype=torch.bool),
+            drop_context=torch.empty(rows, dtype=torch.bool),
+            rows=("a", "b"),
+        )
+        grey = torch.empty(1, *shape[1:])
+    alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective)).to("meta")
+    losses = row_losses(network, batch, Diffusion(cfg, grey, alpha_bar, torch.device("cpu")))
+    losses.mean().backward()
+    assert losses.device.type == "meta"
+
+
+def test_deepspeed_is_asked_for_nothing_that_stops_the_device() -> None:
+    """Its timers do at every micro-batch, and on a GPU its overlap does at every bucket: of use to several ranks."""
+    for workers, overlaps in ((1, False), (2, True)):
+        config = deepspeed_config(tiny_config(workers=workers), on_gpu=True)
+        assert config["zero_optimization"]["overlap_comm"] is overlaps
+        assert config["timers"]["throughput"]["enabled"] is False
+
+
+def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:
+    from pbe.train import worker
+
+    step_engine, steps = worker.step_engine, iter(range(1, 1000))
+
+    def with_one_infinite(engine: Any) -> torch.Tensor | None:
+        norm = step_engine(engine)
+        if norm is None:
+            return None
+        return torch.tensor(float("inf")) if next(steps) == bad_step else norm
+
+    worker.step_engine = with_one_infinite  # this process ends with the run
+    worker.train_worker(job, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("bad_step", [3, 4], ids=["before a save", "between saves"])
+def test_an_infinite_gradient_stops_before_anything_is_saved(
+    place: tuple[Path, Store, Manifest], bad_step: int
+) -> None:
+    folder, store, encoded = place
+    job = tiny_job(store, encoded, tiny_config(checkpoint_every=3, log_every=100), f"norm-{bad_step}")
+    with pytest.raises(RankDiedError, match=f"gradient's norm is inf at step {bad_step}, though the loss is finite"):
+        run_ranks(train_with_an_infinite_norm, job, bad_step, world=1, tmp=folder)
+    assert [saved.step for saved in Run(store, f"norm-{bad_step}").checkpoints()] == ([] if bad_step == 3 else [3])

@@ -11,9 +11,10 @@ import pickle
 import queue
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pbe import track
 from pbe.config import TrainConfig, tracking_uri
@@ -29,6 +30,11 @@ from pipelines.provenance import provenance_tags
 from pipelines.refuse import refuse_what_cannot_train
 from pipelines.stage import Stage, StageError, load_train_manifest
 from pipelines.units import start_ray
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+    from pbe.train.worker import Job
 
 # Settings that change how a run is executed, not what it computes.
 EXECUTION_ONLY = {
@@ -199,8 +205,7 @@ def _train(
     origin: tuple[str, int] | None,
 ) -> None:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import TrainingFailedError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -230,22 +235,7 @@ def _train(
         on_progress=_Put(progress),
     )
     stage.store.delete_file(f"{run.folder}/stopped.json")
-    on_gpu = cfg.per_worker.gpus > 0  # not what this process sees: a cluster's head rarely has one
-    trainer = TorchTrainer(
-        _train_loop,
-        # as bytes: Ray's controller unpickles the config, and need not import torch and diffusers for it
-        train_loop_config={"job": pickle.dumps(job)},
-        scaling_config=ScalingConfig(
-            num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=ray_resources(cfg.per_worker)
-        ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
-        run_config=RunConfig(
-            name=f"attempt-{(run.read_json('mlflow.json') or {})['attempt']}",
-            storage_path=stage.store.full_uri(f"{run.folder}/ray"),
-            failure_config=FailureConfig(max_failures=cfg.max_failures),
-        ),
-    )
+    trainer = new_trainer(job, attempt=(run.read_json("mlflow.json") or {})["attempt"])
     with ExitStack() as stack:
         stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
         stack.enter_context(track.system_metrics(uri, run_id))
@@ -261,6 +251,30 @@ def _train(
     if run.read_json("stopped.json") is not None:
         track.end_run(uri, run_id, failed=True)
         _raise_what_stopped(stage, run)
+
+
+def new_trainer(job: "Job", *, attempt: int) -> "TorchTrainer":
+    """Ray Train's side of a job: its ranks, their GPUs or processors, and how often lost ones are replaced."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cfg, run = job.cfg, Run(Store(job.store_uri), job.run_name)
+    on_gpu = cfg.per_worker.gpus > 0  # not what this process sees: a cluster's head rarely has one
+    return TorchTrainer(
+        _train_loop,
+        # as bytes: Ray's controller unpickles the config, and need not import torch and diffusers for it
+        train_loop_config={"job": pickle.dumps(job)},
+        scaling_config=ScalingConfig(
+            num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=ray_resources(cfg.per_worker)
+        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
+        run_config=RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=run.store.full_uri(f"{run.folder}/ray"),
+            failure_config=FailureConfig(max_failures=cfg.max_failures),
+        ),
+    )
 
 
 def _raise_what_stopped(stage: Stage, run: Run) -> None:
@@ -295,8 +309,8 @@ class _Put:
 
     queue: Any
 
-    def __call__(self, step: int, loss: float) -> None:
-        self.queue.put_nowait((step, loss))
+    def __call__(self, point: Mapping[str, float]) -> None:
+        self.queue.put_nowait((int(point["step"]), point["loss"]))
 
 
 def _root_cause(error: Exception) -> str:

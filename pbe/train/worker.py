@@ -8,7 +8,7 @@ embedding, cosine learning rate) are switches in params.yaml.
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class Job:
     origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` begins with
     tracking_uri: str | None  # None: nothing is logged
     mlflow_run_id: str
-    on_progress: Callable[[int, float], None] | None  # rank 0 calls it with (step, loss), for the driver's bar
+    on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
 
 
 def train_worker(job: Job, device: torch.device) -> None:
@@ -133,7 +133,9 @@ def train_worker(job: Job, device: torch.device) -> None:
                 engine.backward(losses.mean())
                 laps.lap("backward_s")
                 if broken is not None:
-                    _require_finite_norm(norm, step, saver, run)  # of the step before; else its broken weights would be saved
+                    _require_finite_norm(
+                        norm, step, saver, run
+                    )  # of the step before; else its broken weights would be saved
                     if broken.read():
                         saver.finish()
                         if saver.newest != step:  # as it was before this step
@@ -284,7 +286,7 @@ def _what_was_not_finite(step: int, rows: Sequence[str], *, seen_rows: int) -> s
 
 def _log(job: Job, point: dict[str, float], grid: np.ndarray | None) -> None:
     if job.on_progress is not None:
-        job.on_progress(int(point["step"]), point["loss"])
+        job.on_progress(point)
     if job.tracking_uri is None:
         return
     seen = int(point["samples_seen"])

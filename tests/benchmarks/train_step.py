@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,13 @@ class Turns:
     since: float = 0.0
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def __call__(self, step: int, loss: float) -> None:
+    def __call__(self, point: Mapping[str, float]) -> None:
         took = {"ours": time.perf_counter() - self.since}
         for name, run in self.others.items():
             before = time.perf_counter()
             run()
             took[name] = time.perf_counter() - before
-        if step > 2:  # the first ones allocate
+        if point["step"] > 2:  # the first ones allocate
             for name, value in took.items():
                 self.seconds.setdefault(name, []).append(value)
         self.since = time.perf_counter()

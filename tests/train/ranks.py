@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -57,8 +57,8 @@ class FillDiskAt:
 
     step: int
 
-    def __call__(self, step: int, loss: float) -> None:
-        if step >= self.step:
+    def __call__(self, point: Mapping[str, float]) -> None:
+        if point["step"] >= self.step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
@@ -68,8 +68,8 @@ class KillAt:
 
     step: int
 
-    def __call__(self, step: int, loss: float) -> None:
-        if step >= self.step:
+    def __call__(self, point: Mapping[str, float]) -> None:
+        if point["step"] >= self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -248,8 +248,10 @@ def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
 
 
 def _require_finite_norm(norm: OnHost | None, step: int, saver: Saver, run: Run) -> None:
-    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first. Collective
-    where it raises: it first completes the checkpoint that is on its way."""
+    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first.
+
+    Collective where it raises: it first completes the checkpoint that is on its way.
+    """
     if norm is not None and not math.isfinite(norm.read()):
         saver.finish()
         raise NonFiniteError(

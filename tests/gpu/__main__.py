@@ -1,0 +1,221 @@
+"""One program that runs, measures and checks on a GPU what trains or edits: `make gpu`, or python -m tests.gpu.
+
+The whole is meant to take less than eight minutes on one H100. Every case runs in a process of its own within a time
+limit; results are written after every case, so that a run that is cut keeps what it has. `--device cpu` rehearses all
+parts with tiny sizes: its speeds mean nothing. Ends with 1 when a case failed or broke a bound of parity.
+
+Parts: card, doctor, parity, ladder, peers, stops, encode, edit.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.process import CaseError, DeviceProcess
+from tests.gpu.report import HEADINGS, failures, missed, write_results
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = tuple(HEADINGS)
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What the parts share: processes, sizes and a folder."""
+
+    device: str
+    work: Path
+    out: Path
+
+    def __post_init__(self) -> None:
+        from tests.gpu.sizes import PAPER_SIZES, TINY_SIZES
+
+        self.sizes = PAPER_SIZES if self.device == "cuda" else TINY_SIZES
+        self.here = DeviceProcess(self.device, self.out / f"{self.device}.log")
+        # where a checkpoint goes to that a GPU wrote; and Ray's driver, whose environment must stay its own
+        self.cpu = DeviceProcess("cpu", self.out / "cpu.log")
+        self.ray = DeviceProcess(self.device, self.out / "ray.log")
+        self.peak_flops: float | None = None
+        self._ladder: Any = None
+
+    @property
+    def ladder(self) -> Any:
+        from tests.gpu.ladder import Ladder
+
+        if self._ladder is None:
+            self._ladder = Ladder(self.here, self.work, self.sizes, self.peak_flops)
+        return self._ladder
+
+    def close(self) -> None:
+        for process in (self.here, self.cpu, self.ray):
+            process.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="these parts")
+    parser.add_argument("--out", type=Path, help="folder for GPU.md, gpu.json and logs; default: reports/gpu")
+    parser.add_argument("--seconds", type=float, help="no case starts after so many; default: 470, on the cpu 3600")
+    args = parser.parse_args(argv)
+    out = (args.out or ROOT / "reports" / ("gpu" if args.device == "cuda" else "gpu-rehearsal")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
+    since = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pbe-gpu-") as folder:
+        run = Run(args.device, Path(folder), out)
+        try:
+            results = measure(
+                run, args.only, deadline=since + (args.seconds or (470 if args.device == "cuda" else 3600))
+            )
+        finally:
+            run.close()
+    problems = failures(results)
+    for problem in [*problems, *missed(results)]:
+        print(f"gpu: {problem}", file=sys.stderr)
+    print(f"gpu: {out / 'GPU.md'}, {time.monotonic() - since:.0f} s")
+    return 1 if problems else 0
+
+
+def measure(run: Run, parts: list[str], *, deadline: float) -> dict[str, Any]:
+    since = time.monotonic()
+    results: dict[str, Any] = {"machine": {"device": run.device}, "seconds": 0.0, "parts": {}}
+    try:
+        from tests.gpu.card import about_machine
+        from tests.gpu.training import write_encoded_rows
+
+        results["machine"] = run.here.result(about_machine, limit_s=90)
+        if {"ladder", "peers", "stops"} & set(parts):
+            run.cpu.result(write_encoded_rows, run.work, run.sizes, limit_s=90)
+    except CaseError as error:
+        raise SystemExit(f"gpu: nothing can be measured here: {error}") from None
+    if results["machine"].get("datasheet_bf16_tflops"):
+        run.peak_flops = 1e12 * results["machine"]["datasheet_bf16_tflops"]
+    for part in PARTS:
+        if part not in parts:
+            continue
+        rows = results["parts"][part] = []
+        for row in _until(deadline, part, COMMANDS[part](run)):
+            rows.append(row)
+            results["seconds"] = time.monotonic() - since
+            print(f"{results['seconds']:4.0f} s  {part}: {_line(row)}", flush=True)
+            write_results(run.out, results)
+    return results
+
+
+def _until(deadline: float, part: str, rows: Rows) -> Rows:
+    """The rows until the time is up, and one that says so."""
+    while True:
+        if time.monotonic() > deadline:
+            yield {"case": "the rest", "failed": "not run: the time was up"}
+            return
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except CaseError as error:
+            yield {"case": part, "failed": str(error)}
+            return
+
+
+def _line(row: dict[str, Any]) -> str:
+    shown = {
+        key: value for key, value in row.items() if key not in ("case", "settings", "places") and value is not None
+    }
+    texts = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()]
+    return ", ".join([str(row["case"]), *texts])
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def card(run: Run) -> Rows:
+    from tests.gpu.card import measure_card
+
+    for row in run.here.results(measure_card, run.sizes, limit_s=60):
+        if run.peak_flops is None and row["case"] == "matrix product, bf16":
+            run.peak_flops = 1e12 * row["tflops"]
+        yield row
+
+
+def doctor(run: Run) -> Rows:
+    """Findings that are not `ok`, and how many are. What it says of packages and DVC is no failure of a GPU."""
+    options = ["--gpu"] if run.device == "cuda" else ["--ranks", "1"]
+    command = [sys.executable, "-m", "pbe.cli", "doctor", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    lines = [line for line in done.stdout.splitlines() if line[:4] in ("ok  ", "warn", "fail")]
+    of_device = ("GPU", "driver", "sdpa", "nccl", "training drill")
+    for line in lines:
+        level, _, rest = line.partition(" ")
+        check, _, found = rest.strip().partition(": ")
+        if level == "ok" and not check.startswith(of_device):
+            continue
+        row = {"case": check, "level": level, "found": found}
+        yield row | ({"failed": found} if level == "fail" and check.startswith(of_device) else {})
+    if not lines:
+        yield {"case": "pbe doctor", "failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
+
+
+def parity(run: Run) -> Rows:
+    from tests.gpu.parity import parity
+
+    yield from parity(run.device, run.here, run.cpu, run.ray, run.work)
+
+
+def ladder(run: Run) -> Rows:
+    yield from run.ladder.climb()
+
+
+def peers(run: Run) -> Rows:
+    from tests.gpu.peers import in_turns
+
+    cfg = run.ladder.best.config(run.sizes)
+    for peer in ("bare", "official"):
+        measured = run.here.result(in_turns, run.work, run.sizes, cfg, peer, limit_s=150)
+        yield {"case": peer, **measured}
+
+
+def stops(run: Run) -> Rows:
+    from tests.gpu.editing import stops_of_edits
+    from tests.gpu.training import stops_of_training
+
+    cfg = run.ladder.best.changed({"accumulation": 4, "kernels": {"compile": False}}).config(run.sizes)
+    yield {"case": "training", **run.here.result(stops_of_training, run.work, run.sizes, cfg, limit_s=60)}
+    yield {"case": "editing", **run.here.result(stops_of_edits, run.sizes, limit_s=60)}
+
+
+def encode(run: Run) -> Rows:
+    from tests.gpu.encoding import measure_encode
+
+    for precision in ("fp32", "tf32", "bf16"):
+        yield from run.here.results(measure_encode, run.sizes, precision, limit_s=60)
+
+
+def edit(run: Run) -> Rows:
+    from tests.gpu.editing import measure_compiled_edits, measure_edits
+
+    yield from run.here.results(measure_edits, run.sizes, limit_s=60)
+    for count in reversed(run.sizes.edits):
+        yield from run.here.results(measure_compiled_edits, run.sizes, count, limit_s=150)
+
+
+COMMANDS: dict[str, Callable[[Run], Rows]] = {
+    "card": card,
+    "doctor": doctor,
+    "parity": parity,
+    "ladder": ladder,
+    "peers": peers,
+    "stops": stops,
+    "encode": encode,
+    "edit": edit,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

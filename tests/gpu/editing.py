@@ -1,0 +1,126 @@
+"""Edit: seconds for one and for several edits at once, by precision, beside diffusers' pipeline on the same weights."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pbe.edit import UPSTREAM, Editor
+from pbe.model.precision import Precision, float32_products
+from tests.gpu.networks import new_model
+from tests.gpu.sizes import Sizes
+from tests.gpu.stops import stops
+
+SCALE, WARM_UP_STEPS = 5.0, 3
+
+
+def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """float32 first: bfloat16 casts the same weights for good."""
+    model, made = new_model(sizes), Inputs(sizes)
+    for precision in ("fp32", "tf32"):
+        editor = Editor(model, device, precision=precision)
+        yield from _rows(device, sizes, f"ours, {precision}", lambda n, steps, e=editor: made.ours(e, n, steps))
+        yield from _diffusers_rows(device, sizes, made, model, precision)
+    editor = Editor(model, device, precision="bf16")
+    yield from _rows(device, sizes, "ours, bf16", lambda n, steps: made.ours(editor, n, steps))
+    yield from _diffusers_rows(device, sizes, made, model, "bf16")
+
+
+def measure_compiled_edits(device: torch.device, sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """A process of its own compiles for one number of edits."""
+    if device.type != "cuda":
+        yield {"case": f"ours, bf16, compiled, {count} at once", "skipped": "on a GPU alone"}
+        return
+    since = time.perf_counter()
+    editor, made = Editor(new_model(sizes), device, precision="bf16", compile_unet=True), Inputs(sizes)
+    made.ours(editor, count, WARM_UP_STEPS)
+    started_s = time.perf_counter() - since
+    for row in _rows(device, sizes, "ours, bf16, compiled", lambda n, steps: made.ours(editor, n, steps), (count,)):
+        yield row | {"start_s": started_s}
+
+
+def stops_of_edits(device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """What makes the CPU wait between two sampling steps of one edit."""
+    editor, made = Editor(new_model(sizes), device, precision="bf16"), Inputs(sizes)
+    made.ours(editor, 1, WARM_UP_STEPS)
+    seen_by_step: list[int] = []
+    with stops(device) as seen:
+        made.ours(editor, 1, 6, on_step=lambda: seen_by_step.append(sum(seen.values())))
+    return {"per_step": (seen_by_step[-1] - seen_by_step[1]) / (len(seen_by_step) - 2), "places": dict(seen)}
+
+
+class Inputs:
+    """One photo with a hole and one reference, of noise."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        rng, side = np.random.default_rng(0), sizes.image_px
+        self._photo = rng.integers(0, 256, (side, side, 3)).astype(np.uint8)
+        self._hole = np.zeros((side, side), np.uint8)
+        self._hole[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = 1
+        self._reference = rng.integers(0, 256, (224, 224, 3)).astype(np.uint8)
+
+    def ours(self, editor: Editor, count: int, steps: int, on_step: Callable[[], object] | None = None) -> None:
+        editor.edit(
+            self._photo,
+            self._hole,
+            self._reference,
+            seed=1,
+            n=count,
+            guidance_scale=SCALE,
+            steps=steps,
+            protocol=UPSTREAM,
+            on_step=on_step,
+        )
+
+    def diffusers(self, pipeline: Any, count: int, steps: int) -> None:
+        pipeline(
+            example_image=[Image.fromarray(self._reference)] * count,
+            image=[Image.fromarray(self._photo)] * count,
+            mask_image=[Image.fromarray(self._hole * 255)] * count,
+            num_inference_steps=steps,
+            guidance_scale=SCALE,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+        )
+
+
+def _diffusers_rows(
+    device: torch.device, sizes: Sizes, made: Inputs, model: Any, precision: Precision
+) -> Iterator[dict[str, Any]]:
+    try:
+        from diffusers import PNDMScheduler
+
+        from tests.diffusers_pipeline import pipeline_of
+    except ImportError as error:
+        yield {"case": f"diffusers, {precision}", "skipped": f"this diffusers has no PaintByExamplePipeline ({error})"}
+        return
+    pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler))
+    pipeline.image_encoder.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def run(count: int, steps: int) -> None:
+        with float32_products(tf32=precision == "tf32"):
+            made.diffusers(pipeline, count, steps)
+
+    yield from _rows(device, sizes, f"diffusers, {precision}", run)
+
+
+def _rows(
+    device: torch.device,
+    sizes: Sizes,
+    name: str,
+    run: Callable[[int, int], None],
+    counts: tuple[int, ...] | None = None,
+) -> Iterator[dict[str, Any]]:
+    for count in counts or sizes.edits:
+        run(count, WARM_UP_STEPS)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        since = time.perf_counter()
+        run(count, sizes.edit_steps)  # ends with pictures on the CPU
+        seconds = time.perf_counter() - since
+        row = {"case": f"{name}, {count} at once", "seconds": seconds, "per_edit_s": seconds / count}
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        yield row | {"peak_gib": peak}

@@ -1,0 +1,131 @@
+"""A process of its own for everything that touches a device. What hangs, crashes or runs out of memory there costs its
+own result alone: the process is killed, and the next call starts another."""
+
+import gc
+import inspect
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+LEFT_OVER_GIB = 1.0  # what a call may leave allocated on the GPU before the next one gets a fresh process
+
+
+class CaseError(Exception):
+    """A call failed; the message is one line."""
+
+
+class DeviceProcess:
+    """Calls functions as `function(device, *args)`, one after the other. A generator function gives several results."""
+
+    def __init__(self, device: str, log: Path) -> None:
+        """device: "cpu", which then sees no GPU, or "cuda". log: what the process prints goes there."""
+        self._device, self._log = device, log
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def results(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Iterator[Any]:
+        """What the function returns or yields, as it comes. Raises CaseError when it fails, or when one result takes
+        longer than `limit_s`."""
+        if self._process is None or not self._process.is_alive():
+            self._start()
+        self._pipe.send((function, args))
+        while True:
+            if not self._pipe.poll(limit_s):
+                self.close()
+                raise CaseError(f"stopped after {limit_s:.0f} s")
+            try:
+                kind, value = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self.close()
+                raise CaseError(f"its process died; see {self._log}") from None
+            if kind == "result":
+                yield value
+            elif kind == "failed":
+                raise CaseError(value)
+            else:  # done, with what it left allocated
+                if value > LEFT_OVER_GIB:
+                    self.close()
+                return
+
+    def result(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Any:
+        """Of a function that returns once."""
+        [value] = self.results(function, *args, limit_s=limit_s)
+        return value
+
+    def close(self) -> None:
+        if self._process is not None:
+            if self._process.is_alive():
+                os.killpg(self._process.pid, signal.SIGKILL)  # with what it started: Ray, compilers
+            self._process.join()
+            self._pipe.close()
+        self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._device, self._log))
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(120):
+            self.close()
+            raise CaseError("a process did not start within 120 s")
+        self._pipe.recv()
+
+
+def _serve(pipe: Connection, device_name: str, log: Path) -> None:
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0"}
+    if device_name == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    import torch
+
+    device = torch.device(device_name)
+    if device_name == "cpu":
+        torch.set_num_threads(1)  # all that runs there is tiny
+    pipe.send("ready")
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(pipe, function, device, args))
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], device: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
+    import torch
+
+    print(f"-- {time.strftime('%H:%M:%S')} {function.__module__}.{function.__name__}", flush=True)
+    try:
+        value = function(device, *args)
+        for result in value if inspect.isgenerator(value) else [value]:
+            pipe.send(("result", result))
+    except torch.OutOfMemoryError as error:
+        return "failed", f"out of memory: {str(error).split('. ')[0]}"
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        value = result = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return "done", torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+def join_one_rank(device: Any, folder: Path) -> None:
+    """A process group of this process alone, once: nccl for a GPU, gloo for the processor."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        meeting = folder / f"meeting-{os.getpid()}"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=0, world_size=1)

@@ -1,0 +1,99 @@
+"""The results as JSON and as a Markdown page; written after every row, so that a run that is cut keeps what it has."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEADINGS = {
+    "card": "The device",
+    "doctor": "`pbe doctor`",
+    "parity": "The same training on both devices",
+    "ladder": "The ladder",
+    "peers": "Beside other loops, in turns",
+    "stops": "Where the CPU waits for the device",
+    "encode": "Encode",
+    "edit": "Edit",
+}
+ABOUT = {
+    "parity": "30 steps of a tiny network: the largest relative difference of a loss from the processor's float32 "
+    "curve, and the bound that was set beforehand.",
+    "ladder": "Each setting on top of what was fastest so far. `of_bf16_peak`: three forward passes' operations over "
+    "the data sheet's dense bfloat16 rate, or over the product measured above where the card is not listed; recomputed "
+    "activations do not count. `predicted_gib`: infra/memory.py, which does not count attention that is written out. "
+    "`data_frac`: share of a step in which the device waits for rows; wanted is below 0.01 at the fastest rung.",
+    "peers": "`bare`: the same network and optimizer in a plain torch loop on tensors that are on the device; wanted "
+    "is ours_over_theirs >= 0.98. `official`: written as upstream's loop runs, encoders in every step.",
+    "stops": "Of one optimizer step with four micro-batches, and of one sampling step.",
+    "encode": "A row is a photo, two masked photos and all its references.",
+    "edit": "At the model's own size, PNDM, guidance scale 5, by the upstream protocol.",
+}
+HIDDEN = ("settings", "places")  # in the JSON alone
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "GPU.md").write_text(page(results))
+
+
+def page(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    title = (
+        "# On a GPU" if machine.get("device") == "cuda" else "# Rehearsal on a processor, tiny sizes: no GPU was used"
+    )
+    lines = [title, "", "Written by `make gpu` (tests/gpu). Each number was measured by that run.", ""]
+    lines += [f"- {key}: {_text(key, value)}" for key, value in machine.items()]
+    lines += [f"- took: {results['seconds']:.0f} s"]
+    for name, rows in results["parts"].items():
+        lines += ["", f"## {HEADINGS[name]}", ""]
+        if name in ABOUT:
+            lines += [ABOUT[name], ""]
+        lines += table(rows)
+        for row in rows:
+            if row.get("places"):
+                lines += ["", f"{row['case']}:", ""]
+                lines += [f"- {count} x {place}" for place, count in row["places"].items()]
+    problems = [*failures(results), *missed(results)]
+    lines += ["", "## Failed or missed", "", *([f"- {problem}" for problem in problems] or ["Nothing."])]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = [key for row in rows for key in row if key not in HIDDEN]
+    columns = list(dict.fromkeys(keys))
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return head + [f"| {' | '.join(_text(key, row.get(key)) for key in columns)} |" for row in rows]
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if key.endswith(("difference", "bound", "data_frac")):
+            return f"{value:.1e}"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """What did not run to its end, or broke a bound of parity: the program then ends with 1."""
+    rows = [(part, row) for part, found in results["parts"].items() for row in found]
+    return [
+        f"{part}, {row['case']}: {row.get('failed') or 'beyond its bound'}"
+        for part, row in rows
+        if row.get("failed") or row.get("missed")
+    ]
+
+
+def missed(results: Mapping[str, Any]) -> list[str]:
+    """Targets, which only a GPU can meet."""
+    out = []
+    for row in results["parts"].get("peers", []):
+        if row["case"] == "bare" and row.get("ours_over_theirs", 1) < 0.98:
+            out.append(f"peers, bare: ours_over_theirs {row['ours_over_theirs']:.3f}, wanted 0.98")
+        if row.get("data_frac", 0) >= 0.01:
+            out.append(f"peers, {row['case']}: data_frac {row['data_frac']:.3f}, wanted below 0.01")
+    return out

@@ -1,0 +1,155 @@
+"""Trainings that are measured: `train_worker` itself on encoded Parquet, ended from inside after enough steps."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pbe.config import TrainConfig, load_params, repo_root
+from pbe.data.schema import array_shape, encoded_schema, require
+from pbe.data.slots import slot_name
+from pbe.diffusion.schedule import scheduler_config
+from pbe.model.codec import codec_bytes, fit_patch_codec
+from pbe.model.weights import ModelCard
+from pbe.store import Manifest, Store, load_manifest, make_manifest, save_manifest
+from pbe.train.timing import peak_memory_gib
+from pbe.train.worker import Job, train_worker
+from tests.gpu.process import join_one_rank
+from tests.gpu.sizes import Sizes
+from tests.gpu.stops import stops_of_steps
+
+NEVER, DRAWS = 10**6, 2
+
+
+class EnoughError(Exception):
+    """Ends `train_worker` from its own progress report, before it saves or exports."""
+
+
+def write_encoded_rows(device: torch.device, work: Path, sizes: Sizes) -> int:
+    """Rows of noise by the encode stage's schema, in one slot; their bytes."""
+    store, arch = Store(str(work / "store")), sizes.arch
+    patch_px = sizes.image_px // arch.latent_px
+    crops = np.random.default_rng(0).integers(0, 256, (8, sizes.image_px, sizes.image_px, 3)).astype(np.uint8)
+    codec, _ = fit_patch_codec(crops, patch_px=patch_px, channels=arch.latent_channels)
+    path = "parts/encode/codec.safetensors"
+    store.write_bytes(path, codec_bytes(codec))
+    latent = (arch.latent_channels, arch.latent_px, arch.latent_px)
+    schema = encoded_schema(latent, (DRAWS, 1, arch.backbone_width))
+    rng = np.random.default_rng(23)
+    columns: dict[str, list[Any]] = {
+        "image_id": [f"row{index}" for index in range(sizes.encoded_rows)],
+        "slot": [0] * sizes.encoded_rows,
+        "box_index": [0] * sizes.encoded_rows,
+    }
+    for field in schema:
+        if field.metadata:
+            values = rng.standard_normal((sizes.encoded_rows, *array_shape(field)), dtype=np.float32)
+            if "_std" in field.name:
+                values = np.abs(values) * 0.1
+            if "mask_latent" in field.name:
+                values = values > 0.5
+            columns[field.name] = [value.astype("<f2").tobytes() for value in values]
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    record = store.write_unit(
+        "encode",
+        "b0000-noise",
+        {slot_name(0): require(table, schema, "write_encoded_rows")},
+        counts={"rows": sizes.encoded_rows},
+        rows_per_group=sizes.rows_per_group,
+    )
+    config = {
+        "rows_per_group": sizes.rows_per_group,
+        "codec": {"kind": "patch", "path": path, "patch_px": patch_px, "channels": arch.latent_channels},
+        "backbone": {"kind": "efficientnet_lite0", "width": arch.backbone_width, "tokens": "class"},
+    }
+    save_manifest(work / "encoded.json", make_manifest("encode", config=config, code="", units=[record]))
+    return table.nbytes
+
+
+def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:
+    """The openimages profile on one rank with one micro-batch a step, unless `changes` say otherwise. `kernels` are
+    merged."""
+    base = load_params(repo_root() / "infra" / "profiles" / "openimages.yaml").train.model_dump()
+    kernels = base["kernels"] | changes.pop("kernels", {})
+    micro_batch = changes.pop("micro_batch", sizes.micro_batch)
+    base |= {"workers": 1, "lanes": 1, "micro_batch": micro_batch, "batch": micro_batch, "kernels": kernels}
+    base |= {"steps": NEVER, "log_every": sizes.window_steps, "checkpoint_every": NEVER, "validate_every": NEVER}
+    return TrainConfig.model_validate(base | {"validation_rows": 1, "grid_rows": 0, "lr": 1e-6} | changes)
+
+
+def paper_job(work: Path, sizes: Sizes, cfg: TrainConfig, name: str, on_progress: Any = None) -> Job:
+    encoded: Manifest = load_manifest(work / "encoded.json")
+    return Job(
+        cfg=cfg,
+        seed=23,
+        store_uri=str(work / "store"),
+        encoded=encoded,
+        triplets=None,
+        arch=sizes.arch,
+        initial=None,
+        card=ModelCard(sizes.image_px, 224, 10, "class", scheduler_config(cfg.beta_schedule, cfg.objective), run={}),
+        run_name=name,
+        origin=None,
+        tracking_uri=None,
+        mlflow_run_id="",
+        on_progress=on_progress,
+    )
+
+
+class Windows:
+    """on_progress: the points of the curve with the wall-clock time between them; raises EnoughError after the last.
+
+    between: called after every window but the first, outside the measured time.
+    """
+
+    def __init__(self, count: int, between: Callable[[], None] | None = None) -> None:
+        self.seconds: list[float] = []
+        self.points: list[Mapping[str, float]] = []
+        self._count, self._between = count, between
+        self._since = time.perf_counter()
+
+    def __call__(self, point: Mapping[str, float]) -> None:
+        # the device has been waited for: the point holds its seconds
+        self.seconds.append(time.perf_counter() - self._since)
+        self.points.append(point)
+        if len(self.points) > 1 and self._between is not None:
+            self._between()
+        if len(self.points) > self._count:
+            raise EnoughError
+        self._since = time.perf_counter()
+
+
+def measure_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig) -> dict[str, Any]:
+    """rows_per_s: median of the windows. start_s: to the end of the first window, compilation and all. data_frac: share
+    of a step in which the device waits for rows. peak_gib: of the GPU's allocator; None on a processor."""
+    join_one_rank(device, work)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    windows = Windows(sizes.windows)
+    try:
+        train_worker(paper_job(work, sizes, cfg, "measured", windows), device)
+    except EnoughError:
+        pass
+    else:
+        raise AssertionError("the training ended before it was measured")
+    rows = sizes.window_steps * cfg.batch
+    measured = windows.points[1:]
+    return {
+        "rows_per_s": rows / statistics.median(windows.seconds[1:]),
+        "peak_gib": peak_memory_gib(device) if device.type == "cuda" else None,
+        "data_frac": sum(point["data_s"] for point in measured) / sum(point["step_s"] for point in measured),
+        "start_s": windows.seconds[0],
+        "loss": measured[-1]["loss"],
+    }
+
+
+def stops_of_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig) -> dict[str, Any]:
+    """How often a step makes the CPU wait, and where."""
+    join_one_rank(device, work)
+    steps = stops_of_steps(device, paper_job(work, sizes, cfg.model_copy(update={"log_every": NEVER}), "stops"))
+    return {"per_step": statistics.mean(step.total() for step in steps), "places": dict(steps[-1])}

@@ -3,7 +3,8 @@
 Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a project of its own) on the
 photos of FOLDER enlarged to 1024 px, and on `--times` as many, in buckets of the same size. Prints per stage the peak
 resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet). The
-last line has the ratios of the larger to the smaller run; nothing is asserted.
+last line has the ratios of the larger to the smaller run; nothing is asserted. None of these stages has a network:
+--device cuda moves nothing, and says so.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 
+from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E402
 from tests.pipelines.project import Project, make_project  # noqa: E402
 
 STAGES = ("ingest", "filter", "materialize")
@@ -33,7 +35,9 @@ def main() -> int:
     default = ROOT.parent / "shared" / "data" / "coco256"
     parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
     parser.add_argument("--times", type=int, default=8)
+    add_device(parser)
     args = parser.parse_args()
+    say_processor_alone(args.device, "ingest, filter and materialize have no network")
     if not args.photos.is_dir():
         print(f"skipped: no photos at {args.photos}; name a folder with --photos")
         return 0

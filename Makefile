@@ -7,6 +7,9 @@ IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
 # The environment is up to date when the stamp for these two files, in this folder, is there. By content, not by
 # date, so that a fresh checkout or a switched branch reinstalls only what changed.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+# Where benchmarks run: cpu, or cuda by `make bench DEVICE=cuda`. Set here, so that no variable of the environment is.
+DEVICE := cpu
+BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -48,8 +51,8 @@ test: $(STAMP) ## lint, types, import contracts, tests
 drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill
 
-bench: $(STAMP) ## benchmarks; they print ratios and assert none
-	@$(IN_VENV) sh -e -c 'for file in tests/benchmarks/*.py; do $(PY) "$$file"; done'
+bench: $(STAMP) ## benchmarks; they print ratios and assert none; on the first GPU: make bench DEVICE=cuda
+	@$(IN_VENV) sh -e -c 'for file in $(BENCHMARKS); do $(PY) "$$file" --device $(DEVICE); done'
 
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
 	@$(if $(P),,echo "which one? make profile P=name; the names: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)

@@ -78,14 +78,18 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
     project = make_project(folder / "project")
     text = (project.folder / "params.yaml").read_text().splitlines()
     changes = {
-        "  source:": "folder", "  images:": str(folder / "photos"), "  boxes:": str(folder / "boxes.csv"),
-        "  buckets:": str(max(1, count // PHOTOS_PER_BUCKET)), "  image_px:": "512", "  slots:": "4",
-        "  max_reject_frac:": "0.5",
+        ("ingest", "source"): "folder", ("ingest", "images"): str(folder / "photos"),
+        ("ingest", "boxes"): str(folder / "boxes.csv"), ("ingest", "buckets"): str(max(1, count // PHOTOS_PER_BUCKET)),
+        ("ingest", "max_reject_frac"): "0.5", ("materialize", "image_px"): "512", ("materialize", "slots"): "4",
     }  # fmt: skip
+    stage = ""
     for index, line in enumerate(text):
-        for key, value in changes.items():
-            if line.startswith(key):
-                text[index] = f"{key} {value}"
+        name, colon, _ = line.partition(":")
+        if colon and not name.startswith((" ", "#")):
+            stage = name
+        elif (stage, name.strip()) in changes:
+            text[index] = f"{name}: {changes.pop((stage, name.strip()))}"
+    assert not changes, f"not in params.yaml: {list(changes)}"
     (project.folder / "params.yaml").write_text("\n".join(text) + "\n")
     return count, project
 

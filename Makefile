@@ -7,10 +7,13 @@ IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
 # The environment is up to date when the stamp for these two files, in this folder, is there. By content, not by
 # date, so that a fresh checkout or a switched branch reinstalls only what changed.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+# cpu or cuda, by `make bench DEVICE=cuda`. Emptied here, so that a variable of the environment has no say.
+DEVICE :=
+BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test drill bench profile ui clean
+.PHONY: help env repro test drill bench gpu profile ui clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -48,8 +51,11 @@ test: $(STAMP) ## lint, types, import contracts, tests
 drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill
 
-bench: $(STAMP) ## benchmarks; they print ratios and assert none
-	@$(IN_VENV) sh -e -c 'for file in tests/benchmarks/*.py; do $(PY) "$$file"; done'
+bench: $(STAMP) ## benchmarks; they print ratios and assert none; on the first GPU: make bench DEVICE=cuda
+	@$(IN_VENV) sh -e -c 'for file in $(BENCHMARKS); do $(PY) "$$file" --device $(or $(DEVICE),cpu); done'
+
+gpu: $(STAMP) ## run, measure and check on a GPU what trains or edits; a rehearsal without one: make gpu DEVICE=cpu
+	@$(IN_VENV) $(PY) -m tests.gpu --device $(or $(DEVICE),cuda) $(if $(ONLY),--only $(ONLY))
 
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
 	@$(if $(P),,echo "which one? make profile P=name; the names: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)

@@ -1,16 +1,16 @@
 """What evaluation spends its time on: edits, features of them, and all that is computed on features.
 
-    python tests/benchmarks/evaluation.py [--quick] [--items N]
+    python tests/benchmarks/evaluation.py [--quick] [--items N] [--device cuda]
 
 One method on N items (48; --quick 16) with box holes, exemplars and foreign references, at the sample's sizes: an
 untrained network of its shape (weights do not matter for time), 20 DDIM steps at guidance scale 3; both EfficientNet
 judges and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests. Smooth
-random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted.
+random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted. --device cuda
+puts the editor and the judges on the first GPU; pixel counts, metrics and tests are numpy there too.
 """
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pbe.model.backbone import load_backbone
 from pbe.model.codec import fit_patch_codec
 from pbe.model.unet import Architecture, new_network
 from pbe.model.weights import Model, ModelCard
+from tests.benchmarks.device import add_device, now, one_thread, open_device
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
 KINDS = ("exemplar", "foreign")
@@ -46,7 +47,7 @@ def picture(rng: np.random.Generator, side_px: int) -> np.ndarray:
     return images.resize(coarse, width_px=side_px, height_px=side_px)
 
 
-def new_editor(crops: np.ndarray) -> Editor:
+def new_editor(crops: np.ndarray, device: torch.device) -> Editor:
     codec, _ = fit_patch_codec(crops, patch_px=4, channels=16)
     arch = Architecture(
         latent_channels=16,
@@ -70,7 +71,7 @@ def new_editor(crops: np.ndarray) -> Editor:
         scheduler=scheduler_config("squaredcos_cap_v2", "x0"),
         run={},
     )
-    return Editor(Model(new_network(arch), codec, load_backbone("efficientnet_lite0"), card), torch.device("cpu"))
+    return Editor(Model(new_network(arch), codec, load_backbone("efficientnet_lite0"), card), device)
 
 
 def bench_rows(count: int) -> list[dict[str, Any]]:
@@ -110,19 +111,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 items: below 50 s")
     parser.add_argument("--items", type=int, default=48)
+    add_device(parser)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    device = open_device(args.device)
+    one_thread(device)
     torch.manual_seed(0)
     bench = bench_rows(16 if args.quick else args.items)
     by_id = {row["bench_id"]: row for row in bench}
     photos = {row["bench_id"]: row["image_id"] for row in bench}
     sources = np.stack([images.decode(row["source"]) for row in bench])
-    editor = new_editor(sources)
-    judges = {name: EfficientNetExtractor(load_backbone(name)) for name in ("efficientnet_lite2", "efficientnet_lite0")}
+    editor = new_editor(sources, device)
+    judges = {
+        name: EfficientNetExtractor(load_backbone(name).to(device))
+        for name in ("efficientnet_lite2", "efficientnet_lite0")
+    }
     fill(editor, bench[:1], 0)  # what happens once
-    started = time.perf_counter()
+    started = now(device)
     methods = {seed: fill(editor, bench, seed) for seed in (0, 1)}
-    generated = time.perf_counter()
+    generated = now(device)
 
     scopes = [("box", kind) for kind in KINDS]
     bench_looks = {}
@@ -135,7 +141,7 @@ def main() -> int:
             seen[seed][name] = Looks([look(views, judge, batch_rows=BATCH_ROWS)])
     for seed, edits in methods.items():
         counts[seed] = Counts([count_pixels(edits, by_id).cast(PIXELS)])
-    looked = time.perf_counter()
+    looked = now(device)
 
     rng = np.random.default_rng(1)
     scales = {}
@@ -164,7 +170,7 @@ def main() -> int:
     name, scale = next(iter(scales.items()))
     sets = [[seen[seed][name].of(keys, "whole") for keys in scored[seed].keys_by_seed] for seed in methods]
     paired_sets(scale.frechet, *sets, photos=of_items, resamples=SIZES.subsets, seed=SIZES.seed)
-    done = time.perf_counter()
+    done = now(device)
 
     parts = {"generation": generated - started, "features": looked - generated, "rest": done - looked}
     total = sum(parts.values())

@@ -1,9 +1,10 @@
 """The Frechet distance against the textbook route through scipy's sqrtm, on the same features in the same run.
 
-    python tests/benchmarks/frechet.py [--quick]
+    python tests/benchmarks/frechet.py [--quick] [--device cuda]
 
 N = 3,500 and d = 2,048: COCOEE's items, Inception's features. The last line has the ratio and the relative difference
-of the two results; nothing is asserted. --quick measures once instead of three times.
+of the two results; nothing is asserted. --quick measures once instead of three times. Both sides are numpy and scipy:
+--device cuda moves nothing, and says so.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import scipy.linalg
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pbe.evaluate.frechet import feature_statistics, frechet_distance, frechet_to_reference
+from tests.benchmarks.device import add_device, say_processor_alone
 
 N, D = 3500, 2048
 
@@ -49,7 +51,10 @@ def best(run: Callable[[], float], times: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    times = 1 if parser.parse_args().quick else 3
+    add_device(parser)
+    args = parser.parse_args()
+    say_processor_alone(args.device, "numpy and scipy do all of it")
+    times = 1 if args.quick else 3
     a, b = features(1, 1.0), features(2, 1.1)
     reference = frechet_to_reference(feature_statistics(b))
     reference(a[:600])  # the first call of a linear algebra library costs more

@@ -8,39 +8,38 @@ paper), latents stay 64 px.
 
 Prints per step its seconds and loss; per phase the peak resident memory; and the peak as bytes per trainable parameter,
 counted from what was resident before the network was built. Nothing is asserted.
+
+With --device cuda the engine is on the first GPU, over nccl; memory is then what torch has allocated there at its peak,
+and every part of a step is timed until the GPU has done it, which keeps it from running ahead as it does in training.
+
 --precision bf16 keeps float32 masters, bf16_pure keeps masters and moments in bfloat16, too coarse for a step of 1e-5
 on most weights: that shows that the chain runs, not that it learns.
 """
 
 import argparse
 import gc
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 
 from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
 from pbe.config import TrainConfig, load_params  # noqa: E402
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches  # noqa: E402
-from pbe.data.schema import array_shape, encoded_schema, require  # noqa: E402
-from pbe.data.slots import slot_name  # noqa: E402
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
 from pbe.model.unet import new_network  # noqa: E402
-from pbe.store import Manifest, Store, make_manifest  # noqa: E402
+from pbe.store import Manifest, Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402
+from tests.benchmarks.device import add_device, now, one_rank, open_device  # noqa: E402
+from tests.gpu.training import encoded_noise  # noqa: E402
 
-ROWS, ROWS_PER_GROUP, DRAWS = 8, 2, 2
+ROWS, ROWS_PER_GROUP = 8, 2
 
 
 def main() -> int:
@@ -56,7 +55,9 @@ def main() -> int:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--build", default="bf16", choices=["fp32", "bf16"], help="dtype the network is built in")
+    add_device(parser)
     args = parser.parse_args()
+    device = open_device(args.device)
     give_memory_back()
     batch = args.micro_batch * args.accumulation
     train = load_params(ROOT / "infra" / "profiles" / "openimages.yaml").train
@@ -70,8 +71,11 @@ def main() -> int:
         workers=1,
         kernels={**train.kernels.model_dump(), "activation_checkpointing": not args.no_checkpointing},
     )
-    with tempfile.TemporaryDirectory(prefix="pbe-full-size-") as folder:
-        measure(Path(folder), cfg, 320 if args.full else args.channels, steps=args.steps, build=args.build)
+    import deepspeed  # noqa: F401 - its 0.1 GiB are not the network's
+
+    channels = 320 if args.full else args.channels
+    with tempfile.TemporaryDirectory(prefix="pbe-full-size-") as folder, one_rank(device):
+        measure(Path(folder), cfg, channels, steps=args.steps, build=args.build, device=device)
     return 0
 
 
@@ -79,14 +83,13 @@ def changed(cfg: TrainConfig, **values: object) -> TrainConfig:
     return TrainConfig.model_validate({**cfg.model_dump(), **values})
 
 
-def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build: str) -> None:
+def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build: str, device: torch.device) -> None:
     store = Store(str(folder / "store"))
     arch = narrower(architecture(cfg), channels)
-    encoded = write_rows(store, arch.latent_channels, arch.latent_px, arch.backbone_width)
-    one_rank(folder / "rendezvous")
+    encoded = encoded_noise(store, arch, patch_px=8, rows=ROWS, per_group=ROWS_PER_GROUP)
     torch.manual_seed(23)
-    peak_gib()
-    empty_gib = peak_gib()  # what is resident now
+    peak_gib(device)
+    empty_gib = peak_gib(device)  # what is there now
 
     # build
     low = build == "bf16" and cfg.precision in ("bf16", "bf16_pure")
@@ -102,72 +105,44 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
         f"{torch.get_num_threads()} threads",
         flush=True,
     )
-    peaks = {"build": peak_gib()}
-    engine = make_engine(model, cfg, device=torch.device("cpu"))
+    peaks = {"build": peak_gib(device)}  # in main memory, as training does: nothing of it on a GPU
+    engine = make_engine(model, cfg, device=device)
     del model
     gc.collect()
-    peaks["engine"] = peak_gib()
+    peaks["engine"] = peak_gib(device)
 
     # steps
     alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
     grey_latent = torch.zeros(1, arch.latent_channels, arch.latent_px, arch.latent_px)  # no row hides its photo
-    diffusion = Diffusion(cfg, grey_latent, alpha_bar, torch.device("cpu"))
+    diffusion = Diffusion(cfg, grey_latent.to(device), alpha_bar.to(device), device)
     batches = Prefetched(batches_of(store, encoded, cfg), depth=2)
     for step in range(steps):
-        clock, losses, lap = time.perf_counter(), [], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        clock, losses, lap = now(device), [], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for _ in range(cfg.accumulation_steps):
-            since = time.perf_counter()
-            loss = row_losses(engine, batches.next(), diffusion).mean()
-            since = spent(lap, "forward", since)
+            since = now(device)
+            loss = row_losses(engine, batches.next().to(device), diffusion).mean()
+            since = spent(lap, "forward", since, device)
             engine.backward(loss)
-            since = spent(lap, "backward", since)
-            peaks["forward and backward"] = max(peaks.get("forward and backward", 0), peak_gib())
+            since = spent(lap, "backward", since, device)
+            peaks["forward and backward"] = max(peaks.get("forward and backward", 0), peak_gib(device))
             step_engine(engine)
-            spent(lap, "optimizer", since)
-            peaks["optimizer"] = max(peaks.get("optimizer", 0), peak_gib())
+            spent(lap, "optimizer", since, device)
+            peaks["optimizer"] = max(peaks.get("optimizer", 0), peak_gib(device))
             losses.append(float(loss.detach()))
-        seconds = time.perf_counter() - clock
+        seconds = now(device) - clock
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in lap.items())
         print(f"step {step + 1}: {seconds:.1f} s ({parts}), loss {sum(losses) / len(losses):.4f}", flush=True)
     batches.close()
-    dist.destroy_process_group()
 
     peak = max(peaks.values())
-    print(f"resident before the network: {empty_gib:.2f} GiB; peaks: " + ", ".join(
+    held = "on the GPU" if device.type == "cuda" else "resident"
+    print(f"{held} before the network: {empty_gib:.2f} GiB; peaks: " + ", ".join(
         f"{name} {value:.2f} GiB" for name, value in peaks.items()
     ))  # fmt: skip
     print(
         f"parameters={parameters} peak_gib={peak:.2f} bytes_per_parameter={(peak - empty_gib) * GIB / parameters:.2f} "
         f"step_s={seconds:.1f} loss={losses[-1]:.4f}"
     )
-
-
-def write_rows(store: Store, channels: int, latent_px: int, token_width: int) -> Manifest:
-    """One unit of one slot, by the store and the schema of the encode stage."""
-    schema = encoded_schema((channels, latent_px, latent_px), (DRAWS, 1, token_width))
-    rng = np.random.default_rng(23)
-    columns: dict[str, list] = {
-        "image_id": [f"row{index}" for index in range(ROWS)],
-        "slot": [0] * ROWS,
-        "box_index": [0] * ROWS,
-    }
-    for field in schema:
-        if field.metadata:
-            values = rng.standard_normal((ROWS, *array_shape(field)))
-            if "_std" in field.name:
-                values = np.abs(values) * 0.1
-            if "mask_latent" in field.name:
-                values = values > 0.5
-            columns[field.name] = [value.astype("<f2").tobytes() for value in values]
-    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-    record = store.write_unit(
-        "encode",
-        "b0000-full-size",
-        {slot_name(0): require(table, schema, "full_size")},
-        counts={"rows": ROWS},
-        rows_per_group=ROWS_PER_GROUP,
-    )
-    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, code="", units=[record])
 
 
 def batches_of(store: Store, encoded: Manifest, cfg: TrainConfig) -> Iterator[Batch]:
@@ -194,24 +169,19 @@ def batches_of(store: Store, encoded: Manifest, cfg: TrainConfig) -> Iterator[Ba
     )
 
 
-def one_rank(rendezvous: Path) -> None:
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401 - its 0.1 GiB are not the network's
-
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+def spent(lap: dict[str, float], key: str, since: float, device: torch.device) -> float:
+    at = now(device)
+    lap[key] += at - since
+    return at
 
 
-def spent(lap: dict[str, float], key: str, since: float) -> float:
-    now = time.perf_counter()
-    lap[key] += now - since
-    return now
-
-
-def peak_gib() -> float:
-    """Since the last call."""
-    return peak_bytes() / GIB
+def peak_gib(device: torch.device) -> float:
+    """Since the last call: resident memory of this process, or what torch has allocated on the GPU."""
+    if device.type == "cpu":
+        return peak_bytes() / GIB
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / GIB
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ rings as here or by trees.
 
 Stage 3 keeps up to two buckets of parameters gathered (engine.CPU_BUCKET): the network is smaller than one, so buckets
 are set here: tiny, where all is gathered twice, and as large a part of the network as GPU_BUCKET is of the paper's.
+
+--device cuda is skipped, as nothing could be counted: nccl wants a GPU for each rank, and sends between those of one
+machine by NVLink, PCIe or shared memory, which no socket sees.
 """
 
 import argparse
@@ -24,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from infra.cost import VALUE_BYTES, traffic, zero_paper  # noqa: E402
 from infra.scaling import PARAMETERS, table  # noqa: E402
+from tests.benchmarks.device import add_device, open_device  # noqa: E402
 from tests.train.ranks import ARCH, run_ranks, tiny_config  # noqa: E402
 
 NETWORK = replace(ARCH, block_channels=(32, 64), context_width=32, mapper_width=64)
@@ -131,7 +135,15 @@ def sent_bytes() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two ranks alone")
+    add_device(parser)
     args = parser.parse_args()
+    if args.device == "cuda":
+        print(
+            "skipped: bytes are counted in gloo's sockets, and nccl sends between the GPUs of a machine through none; "
+            "ZeRO calls the same collectives on GPUs, so run it with --device cpu"
+        )
+        return 0
+    open_device(args.device)  # ranks fork from a server that imports DeepSpeed
     import torch
 
     from pbe.model.unet import new_network

@@ -1,4 +1,4 @@
-"""How fast is materialize? python tests/benchmarks/materialize.py [--quick] [--photos FOLDER]
+"""How fast is materialize? python tests/benchmarks/materialize.py [--quick] [--photos FOLDER] [--device cuda]
 
 Compares, in one process and turn by turn, on the same photos and the same crops, at the paper's sizes (512 and 224 px,
 JPEG quality 95, one triplet per photo):
@@ -8,7 +8,8 @@ plain      triplet_tables: all of that, and geometry, both holes, row generators
 ray        the stage itself through Ray Data with Parquet writing: one task at a time, then two.
 
 The last line has the ratios; nothing is asserted. Photos: coco256 as they are, and enlarged to 1024 px at quality 90.
-Two sets of photos give two lines of ratios; the last is the smaller ratio of each.
+Two sets of photos give two lines of ratios; the last is the smaller ratio of each. The stage has no network:
+--device cuda moves nothing, and says so.
 """
 
 import argparse
@@ -48,6 +49,7 @@ from pbe.data.schema import ANNOTATIONS, PHOTOS  # noqa: E402
 from pbe.data.sources import FolderSource  # noqa: E402
 from pbe.data.triplets import CutConfig, box_order  # noqa: E402
 from pbe.store import Record, Store  # noqa: E402
+from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E402
 
 CUT = CutConfig(
     image_px=512,
@@ -81,7 +83,9 @@ def main() -> int:
     default = ROOT.parent / "shared" / "data" / "coco256"
     parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, half the part: below 50 s on two cores")
+    add_device(parser)
     args = parser.parse_args()
+    say_processor_alone(args.device, "photos are decoded, cut and encoded by OpenCV and libjpeg")
     if not args.photos.is_dir():
         print(f"skipped: no photos at {args.photos}; name a folder with --photos")
         return 0

@@ -3,7 +3,8 @@
 Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a project of its own) on the
 photos of FOLDER enlarged to 1024 px, and on `--times` as many, in buckets of the same size. Prints per stage the peak
 resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet). The
-last line has the ratios of the larger to the smaller run; nothing is asserted.
+last line has the ratios of the larger to the smaller run; nothing is asserted. None of these stages has a network:
+--device cuda moves nothing, and says so.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 
+from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E402
 from tests.pipelines.project import Project, make_project  # noqa: E402
 
 STAGES = ("ingest", "filter", "materialize")
@@ -33,7 +35,9 @@ def main() -> int:
     default = ROOT.parent / "shared" / "data" / "coco256"
     parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
     parser.add_argument("--times", type=int, default=8)
+    add_device(parser)
     args = parser.parse_args()
+    say_processor_alone(args.device, "ingest, filter and materialize have no network")
     if not args.photos.is_dir():
         print(f"skipped: no photos at {args.photos}; name a folder with --photos")
         return 0
@@ -74,14 +78,18 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
     project = make_project(folder / "project")
     text = (project.folder / "params.yaml").read_text().splitlines()
     changes = {
-        "  source:": "folder", "  images:": str(folder / "photos"), "  boxes:": str(folder / "boxes.csv"),
-        "  buckets:": str(max(1, count // PHOTOS_PER_BUCKET)), "  image_px:": "512", "  slots:": "4",
-        "  max_reject_frac:": "0.5",
+        ("ingest", "source"): "folder", ("ingest", "images"): str(folder / "photos"),
+        ("ingest", "boxes"): str(folder / "boxes.csv"), ("ingest", "buckets"): str(max(1, count // PHOTOS_PER_BUCKET)),
+        ("ingest", "max_reject_frac"): "0.5", ("materialize", "image_px"): "512", ("materialize", "slots"): "4",
     }  # fmt: skip
+    stage = ""
     for index, line in enumerate(text):
-        for key, value in changes.items():
-            if line.startswith(key):
-                text[index] = f"{key} {value}"
+        name, colon, _ = line.partition(":")
+        if colon and not name.startswith((" ", "#")):
+            stage = name
+        elif (stage, name.strip()) in changes:
+            text[index] = f"{name}: {changes.pop((stage, name.strip()))}"
+    assert not changes, f"not in params.yaml: {list(changes)}"
     (project.folder / "params.yaml").write_text("\n".join(text) + "\n")
     return count, project
 

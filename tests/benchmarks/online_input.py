@@ -1,8 +1,9 @@
-"""What training from pixels costs: python tests/benchmarks/online_input.py [--rounds 6]
+"""What training from pixels costs: python tests/benchmarks/online_input.py [--rounds 6] [--device cuda]
 
 One process of one thread trains params.yaml's network (the sample profile's) on the same rows with the same draws, from
 stored arrays and from pixels in turn: next(), forward, backward. Prints the median time of each, and how much the loss
-differs where arrays are stored in float32 and in float16.
+differs where arrays are stored in float32 and in float16. --device cuda puts the network, codec and backbone on the
+first GPU, the encoding of what is stored included; decoding and augmentation stay on the processor.
 """
 
 import argparse
@@ -28,20 +29,20 @@ from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.store import Manifest, Store
 from pbe.train.input import Share, TrainInput, open_input
 from pbe.train.loss import Diffusion, row_losses
+from tests.benchmarks.device import add_device, now, one_thread, open_device
 from tests.tiny_weights import lively
 from tests.train.pixels import SEED, SLOTS, Networks, encoded_of, triplets_of
 
-CPU = torch.device("cpu")
 WARM_UP_ROUNDS = 1  # the first calls of a kernel choose how it runs
 
 
-def measure(rounds: int) -> tuple[float, float]:
+def measure(rounds: int, device: torch.device) -> tuple[float, float]:
     """(time of a micro-batch from pixels / from stored arrays, largest difference of the loss with float32 arrays)."""
     params = load_params()
     codec_cfg = params.encode.codec
     assert codec_cfg.kind == "patch" and params.encode.backbone.kind == "efficientnet_lite0", "the sample profile's"
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    one_thread(device)
     try:
         with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
             store = Store(folder)
@@ -57,19 +58,22 @@ def measure(rounds: int) -> tuple[float, float]:
             )
             crops = [images.decode(data) for data in _sources(store, triplets)]
             codec, _ = fit_patch_codec(crops, patch_px=codec_cfg.patch_px, channels=codec_cfg.channels)
-            networks = Networks(codec, load_backbone("efficientnet_lite0"), "class")
-            return _measure(rounds, params, store, triplets, networks)
+            networks = Networks(codec.to(device), load_backbone("efficientnet_lite0").to(device), "class")
+            return _measure(rounds, params, store, triplets, networks, device)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(rounds: int, params: Params, store: Store, triplets: Manifest, networks: Networks) -> tuple[float, float]:
+def _measure(
+    rounds: int, params: Params, store: Store, triplets: Manifest, networks: Networks, device: torch.device
+) -> tuple[float, float]:
     cfg = params.train.model_copy(update={"precision": "fp32", "micro_batch": _micro_batch(params)})
-    network = _network(params, networks)
+    network = _network(params, networks).to(device)
     latent = torch.zeros(1, networks.codec.channels, *2 * [params.materialize.image_px // networks.codec.patch_px])
-    diffusion = Diffusion(cfg, latent, alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective)), CPU)
+    alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
+    diffusion = Diffusion(cfg, latent.to(device), alpha_bar.to(device), device)
     encoded: dict[Dtype, Manifest] = {
-        dtype: encoded_of(store, triplets, networks, image_px=params.materialize.image_px, dtype=dtype)
+        dtype: encoded_of(store, triplets, networks, image_px=params.materialize.image_px, dtype=dtype, device=device)
         for dtype in ("float32", "float16")
     }
 
@@ -83,7 +87,7 @@ def _measure(rounds: int, params: Params, store: Store, triplets: Manifest, netw
                 seed=SEED,
                 share=Share(0, 1, 0),
                 codec=networks.codec,
-                device=CPU,
+                device=device,
             )
         )
 
@@ -99,10 +103,10 @@ def _measure(rounds: int, params: Params, store: Store, triplets: Manifest, netw
             losses = {}
             pairs = [("encoded", half), ("pixels", online)]
             for name, source in pairs[:: 1 if number % 2 else -1]:  # neither is always the second
-                start = time.perf_counter()
+                start = now(device)
                 losses[name] = _step(network, source, diffusion)
                 if number >= WARM_UP_ROUNDS:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(now(device) - start)
             differences["float16"].append(abs(losses["encoded"] - losses["pixels"]))
             with torch.no_grad():
                 loss = float(row_losses(network, exact.next(), diffusion).mean())
@@ -161,5 +165,7 @@ def _sources(store: Store, triplets: Manifest) -> list[bytes]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
-    ratio, difference = measure(parser.parse_args().rounds)
+    add_device(parser)
+    args = parser.parse_args()
+    ratio, difference = measure(args.rounds, open_device(args.device))
     print(f"online_over_cached={ratio:.3f} cached_online_loss_diff={difference:.2e}")

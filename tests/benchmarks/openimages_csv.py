@@ -3,6 +3,7 @@
 Generates a file with the 21 columns of the train boxes (14,610,229 rows, 1,743,042 photos unless --rows says else) and
 image-info for its photos, then cuts both by bucket as the ingest stage does, in a process of its own. Prints time, rows
 per second, and the peak memory of that process beside what it is with nothing but the imports. Needs 6 GB of disk.
+--device cuda moves nothing, and says so.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import pyarrow.csv as pacsv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.benchmarks.device import add_device, say_processor_alone
+
 TRAIN_ROWS, TRAIN_PHOTOS = 14_610_229, 1_743_042
 BLOCK_PHOTOS = 50_000
 
@@ -29,9 +32,11 @@ def main() -> int:
     parser.add_argument("--buckets", type=int, default=3500)
     parser.add_argument("--quick", action="store_true", help="one row in fifty")
     parser.add_argument("--index", nargs=2, metavar=("FOLDER", "BUCKETS"), help=argparse.SUPPRESS)
+    add_device(parser)
     args = parser.parse_args()
     if args.index:
         return index(Path(args.index[0]), int(args.index[1]))
+    say_processor_alone(args.device, "pyarrow reads and cuts CSV")
     rows, buckets = (args.rows // 50, args.buckets // 50) if args.quick else (args.rows, args.buckets)
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as name:
         folder = Path(name)

@@ -1,10 +1,12 @@
-"""Is sampling here as fast as diffusers' pipeline? python tests/benchmarks/sampler.py [--quick]
+"""Is sampling here as fast as diffusers' pipeline? python tests/benchmarks/sampler.py [--quick] [--device cuda]
 
 One edit at guidance scale 5 with PNDM, one thread, a UNet small enough for a processor and large enough that a step
 takes more than 50 ms: PaintByExamplePipeline against `sample` with `ConditionedUNet.denoise`, turn by turn, on the same
 UNet, noise and conditions (those that the pipeline prepares). Measured is, on both sides, processor time from one entry
 into the UNet to the next, the median of an edit's steps: network, guidance and scheduler, not the encoding of pictures
-before nor the decoding after, which a pipeline does once per call.
+before nor the decoding after, which a pipeline does once per call. With --device cuda all networks are on the first GPU
+and the wall clock is read once the GPU has done its work. The network is then so small that launching kernels is most
+of a step.
 
 The last line has the median of the pairs' ratios and the largest difference of the final latents; nothing is asserted.
 """
@@ -30,6 +32,7 @@ from torch import Tensor  # noqa: E402
 from pbe.diffusion.sampling import sample  # noqa: E402
 from pbe.diffusion.schedule import make_sampler  # noqa: E402
 from pbe.model.unet import Architecture, new_network  # noqa: E402
+from tests.benchmarks.device import add_device, now, one_thread, open_device  # noqa: E402
 from tests.tiny_weights import CLIP_LAYERS, CLIP_WIDTH, CONTEXT_WIDTH, REFERENCE_PX, paper_model  # noqa: E402
 
 ARCH = Architecture(
@@ -52,21 +55,23 @@ IMAGE_PX, SCALE = 8 * ARCH.latent_px, 5.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pairs: below 50 s")
+    add_device(parser)
     args = parser.parse_args()
+    device = open_device(args.device)
     try:
         from tests.diffusers_pipeline import conditions_seen, pipeline_of
     except ImportError as error:
         print(f"skipped: this diffusers has no PaintByExamplePipeline any more ({error})")
         return 0
-    torch.set_num_threads(1)
+    one_thread(device)
     torch.manual_seed(0)
     model = replace(paper_model(), network=new_network(ARCH).eval())
-    pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler))
+    pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler)).to(device)  # the model's UNet too
     rng = np.random.default_rng(0)
     photo, reference = (rng.integers(0, 256, (side, side, 3)).astype(np.uint8) for side in (IMAGE_PX, REFERENCE_PX))
     hole = np.zeros((IMAGE_PX, IMAGE_PX), np.uint8)
     hole[30:100, 20:85] = 255
-    noise = torch.randn(1, 4, ARCH.latent_px, ARCH.latent_px)
+    noise = torch.randn(1, 4, ARCH.latent_px, ARCH.latent_px).to(device)  # the same on every device
 
     def theirs(steps: int) -> Tensor:
         return pipeline(
@@ -94,7 +99,7 @@ def main() -> int:
 
     def seconds_per_step(run: Callable[[int], Tensor], steps: int) -> tuple[float, Tensor]:
         entries: list[float] = []
-        hook = model.network.unet.register_forward_pre_hook(lambda *_: entries.append(time.process_time()))
+        hook = model.network.unet.register_forward_pre_hook(lambda *_: entries.append(now(device, time.process_time)))
         latent = run(steps)
         hook.remove()
         return statistics.median(after - before for before, after in itertools.pairwise(entries)), latent

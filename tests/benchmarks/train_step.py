@@ -1,7 +1,8 @@
-"""What does a training step cost beside its arithmetic? python tests/benchmarks/train_step.py [--quick]
+"""What does a training step cost beside its arithmetic? python tests/benchmarks/train_step.py [--quick] [--device cuda]
 
 One rank, one core, the sample profile's network on 72 rows, so that a step takes over half a second; ZeRO 2, float32.
-In turns, in one process:
+With --device cuda on the first GPU, over nccl, by the wall clock once the GPU has done its work; a step is then short,
+and the ratios say more of the processor beside the GPU. In turns, in one process:
 
 ours           a step of `train_worker`: rows from encoded Parquet, loss, backward, the step, guards, a log point
 bare           DeepSpeed alone: the same UNet and optimizer on random tensors of the same shapes, made once
@@ -14,11 +15,9 @@ last line has the medians of the turns' ratios; nothing is asserted.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pbe.config import TrainConfig, load_params  # noqa: E402
@@ -36,6 +34,7 @@ from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E
 from pbe.store import Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.worker import train_worker  # noqa: E402
+from tests.benchmarks.device import add_device, now, one_rank, one_thread, open_device  # noqa: E402
 from tests.benchmarks.online_input import measure  # noqa: E402
 from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_job  # noqa: E402
 
@@ -63,20 +62,23 @@ def architecture(cfg: TrainConfig) -> Architecture:
     return architecture_of(cfg, image_px=LATENT_PX * PATCH_PX, encoded=encoded)
 
 
-def random_inputs(arch: Architecture, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+def random_inputs(
+    arch: Architecture, rows: int, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     shape = (rows, arch.latent_channels, arch.latent_px, arch.latent_px)
     conditions = {
-        "masked_latent": torch.randn(shape),
-        "keep_mask_latent": torch.rand(rows, 1, arch.latent_px, arch.latent_px),
-        "exemplar_tokens": torch.randn(rows, 1, arch.backbone_width),
-        "drop_condition": torch.zeros(rows, dtype=torch.bool),
+        "masked_latent": torch.randn(shape, device=device),
+        "keep_mask_latent": torch.rand(rows, 1, arch.latent_px, arch.latent_px, device=device),
+        "exemplar_tokens": torch.randn(rows, 1, arch.backbone_width, device=device),
+        "drop_condition": torch.zeros(rows, dtype=torch.bool, device=device),
     }
-    return torch.randn(shape), torch.randint(0, 1000, (rows,)), conditions, torch.randn(shape)
+    noisy, wanted = (torch.randn(shape, device=device) for _ in range(2))
+    return noisy, torch.randint(0, 1000, (rows,), device=device), conditions, wanted
 
 
-def bare_step(cfg: TrainConfig, arch: Architecture) -> Callable[[], None]:
-    engine = make_engine(new_network(arch), cfg, device=torch.device("cpu"))
-    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch)
+def bare_step(cfg: TrainConfig, arch: Architecture, device: torch.device) -> Callable[[], None]:
+    engine = make_engine(new_network(arch), cfg, device=device)
+    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch, device)
 
     def step() -> None:
         for _ in range(cfg.accumulation_steps):
@@ -87,10 +89,10 @@ def bare_step(cfg: TrainConfig, arch: Architecture) -> Callable[[], None]:
     return step
 
 
-def unet_step(cfg: TrainConfig, arch: Architecture) -> Callable[[], None]:
-    network = new_network(arch)
+def unet_step(cfg: TrainConfig, arch: Architecture, device: torch.device) -> Callable[[], None]:
+    network = new_network(arch).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=cfg.lr, fused=True)
-    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch)
+    noisy, timestep, conditions, wanted = random_inputs(arch, cfg.micro_batch, device)
 
     def step() -> None:
         for _ in range(cfg.accumulation_steps):
@@ -107,46 +109,46 @@ class Turns:
     """on_progress of the run: after each of its steps, one of every other kind."""
 
     others: dict[str, Callable[[], None]]
+    device: torch.device
     since: float = 0.0
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self, point: Mapping[str, float]) -> None:
-        took = {"ours": time.perf_counter() - self.since}
+        took = {"ours": now(self.device) - self.since}
         for name, run in self.others.items():
-            before = time.perf_counter()
+            before = now(self.device)
             run()
-            took[name] = time.perf_counter() - before
+            took[name] = now(self.device) - before
         if point["step"] > 2:  # the first ones allocate
             for name, value in took.items():
                 self.seconds.setdefault(name, []).append(value)
-        self.since = time.perf_counter()
+        self.since = now(self.device)
 
 
-def step_times(rounds: int) -> dict[str, list[float]]:
+def step_times(rounds: int, device: torch.device) -> dict[str, list[float]]:
     cfg = config(rounds + 2)
     arch = architecture(cfg)
-    turns = Turns({"bare": bare_step(cfg, arch), "unet": unet_step(cfg, arch)})
+    turns = Turns({"bare": bare_step(cfg, arch, device), "unet": unet_step(cfg, arch, device)}, device)
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
         store = Store(folder)
         encoded = tiny_encoded(store, buckets=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
         job: Any = tiny_job(store, encoded, cfg, "bench")
         job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * PATCH_PX), on_progress=turns)
-        turns.since = time.perf_counter()
-        train_worker(job, torch.device("cpu"))
+        turns.since = now(device)
+        train_worker(job, device)
     return turns.seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer turns: below 50 s")
+    add_device(parser)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    with tempfile.TemporaryDirectory(prefix="pbe-meeting-") as meeting:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}/ranks", rank=0, world_size=1)
-        seconds = step_times(6 if args.quick else 40)
-        dist.destroy_process_group()
-    online_over_cached, loss_difference = measure(6 if args.quick else 30)
+    device = open_device(args.device)
+    one_thread(device)
+    with one_rank(device):
+        seconds = step_times(6 if args.quick else 40, device)
+    online_over_cached, loss_difference = measure(6 if args.quick else 30, device)
     for name, values in seconds.items():
         print(f"{name:5} median {1000 * statistics.median(values):.1f} ms of {len(values)} steps")
 

@@ -74,7 +74,7 @@ TINY_SIZES = replace(
         norm_groups=8,
         context_width=24,
         mapper_width=64,
-        mapper_blocks=1,
+        mapper_blocks=2,  # as diffusers has for nine layers of CLIP
     ),
     image_px=64,
     encoded_rows=64,

@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 
 from pbe.config import TrainConfig, load_params, repo_root
-from pbe.data.schema import array_shape, encoded_schema, require
+from pbe.data.schema import array_bytes, array_shape, encoded_schema, require
 from pbe.data.slots import slot_name
 from pbe.diffusion.schedule import scheduler_config
 from pbe.model.codec import codec_bytes, fit_patch_codec
+from pbe.model.unet import Architecture
 from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, load_manifest, make_manifest, save_manifest
 from pbe.train.timing import peak_memory_gib
@@ -30,11 +31,17 @@ class EnoughError(Exception):
     """Ends `train_worker` from its own progress report, before it saves or exports."""
 
 
-def write_encoded_rows(device: torch.device, work: Path, sizes: Sizes) -> int:
-    """Rows of noise by the encode stage's schema, in one slot; their bytes."""
-    store, arch = Store(str(work / "store")), sizes.arch
-    patch_px = sizes.image_px // arch.latent_px
-    crops = np.random.default_rng(0).integers(0, 256, (8, sizes.image_px, sizes.image_px, 3)).astype(np.uint8)
+def write_encoded_rows(device: torch.device, work: Path, sizes: Sizes) -> None:
+    """The rows that all measured trainings read, and their manifest."""
+    patch_px = sizes.image_px // sizes.arch.latent_px
+    rows, per_group = sizes.encoded_rows, sizes.rows_per_group
+    manifest = encoded_noise(Store(str(work / "store")), sizes.arch, patch_px=patch_px, rows=rows, per_group=per_group)
+    save_manifest(work / "encoded.json", manifest)
+
+
+def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int, per_group: int) -> Manifest:
+    """Rows of noise in one slot, by the store and the schema of the encode stage; a patch codec beside them."""
+    crops = np.random.default_rng(0).integers(0, 256, (8, 4 * patch_px, 4 * patch_px, 3)).astype(np.uint8)
     codec, _ = fit_patch_codec(crops, patch_px=patch_px, channels=arch.latent_channels)
     path = "parts/encode/codec.safetensors"
     store.write_bytes(path, codec_bytes(codec))
@@ -42,33 +49,27 @@ def write_encoded_rows(device: torch.device, work: Path, sizes: Sizes) -> int:
     schema = encoded_schema(latent, (DRAWS, 1, arch.backbone_width))
     rng = np.random.default_rng(23)
     columns: dict[str, list[Any]] = {
-        "image_id": [f"row{index}" for index in range(sizes.encoded_rows)],
-        "slot": [0] * sizes.encoded_rows,
-        "box_index": [0] * sizes.encoded_rows,
+        "image_id": [f"row{index}" for index in range(rows)],
+        "slot": [0] * rows,
+        "box_index": [0] * rows,
     }
     for field in schema:
         if field.metadata:
-            values = rng.standard_normal((sizes.encoded_rows, *array_shape(field)), dtype=np.float32)
+            values = rng.standard_normal((rows, *array_shape(field)), dtype=np.float32)
             if "_std" in field.name:
                 values = np.abs(values) * 0.1
             if "mask_latent" in field.name:
                 values = values > 0.5
-            columns[field.name] = [value.astype("<f2").tobytes() for value in values]
+            columns[field.name] = [array_bytes(field, value) for value in values]
     table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-    record = store.write_unit(
-        "encode",
-        "b0000-noise",
-        {slot_name(0): require(table, schema, "write_encoded_rows")},
-        counts={"rows": sizes.encoded_rows},
-        rows_per_group=sizes.rows_per_group,
-    )
+    tables = {slot_name(0): require(table, schema, "encoded_noise")}
+    record = store.write_unit("encode", "b0000-noise", tables, counts={"rows": rows}, rows_per_group=per_group)
     config = {
-        "rows_per_group": sizes.rows_per_group,
+        "rows_per_group": per_group,
         "codec": {"kind": "patch", "path": path, "patch_px": patch_px, "channels": arch.latent_channels},
         "backbone": {"kind": "efficientnet_lite0", "width": arch.backbone_width, "tokens": "class"},
     }
-    save_manifest(work / "encoded.json", make_manifest("encode", config=config, code="", units=[record]))
-    return table.nbytes
+    return make_manifest("encode", config=config, code="", units=[record])
 
 
 def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:

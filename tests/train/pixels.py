@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pbe.data import images
 from pbe.data.materialize import Jpeg, triplet_tables
@@ -11,7 +12,7 @@ from pbe.data.reference import make_augmenter
 from pbe.data.schema import BOXES, IMAGES, Dtype
 from pbe.data.slots import TRIPLETS_PER_GROUP
 from pbe.data.triplets import CutConfig
-from pbe.encode import encode_triplets
+from pbe.encode import CPU, encode_triplets
 from pbe.model.backbone import Backbone, Tokens
 from pbe.model.codec import Codec, PatchCodec, codec_bytes
 from pbe.store import Manifest, Store, make_manifest
@@ -86,8 +87,10 @@ def encoded_of(
     image_px: int = 16,
     dtype: Dtype = "float32",
     draws: int = DRAWS,
+    device: torch.device = CPU,
 ) -> Manifest:
-    """As the encode stage does it. The codec, if it is the patch codec, is kept in the storage."""
+    """As the encode stage does it. The codec, if it is the patch codec, is kept in the storage. `device` is where the
+    networks are."""
     units = []
     for unit in triplets.units:
         slots = [file for file in unit.files if file.dataset.startswith("slot-")]
@@ -104,6 +107,7 @@ def encoded_of(
                 seed=SEED,
                 clean_tokens={},
                 dtype=dtype,
+                device=device,
             )
             for file in slots
         }

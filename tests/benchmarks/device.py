@@ -1,0 +1,78 @@
+"""Where a benchmark runs: its --device, and what that changes of clocks and the process group. Not a benchmark itself.
+
+torch is imported only where it is needed: openimages_csv.py measures the memory of its imports.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CHOICES = ("cpu", "cuda")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, the same for every benchmark, so that `make bench` can pass one to all."""
+    parser.add_argument("--device", choices=CHOICES, default=CHOICES[0], help="the processor, or the first GPU")
+
+
+def open_device(name: str) -> "torch.device":
+    """The processor, or the first GPU made current and named in a line of its own. Call it before DeepSpeed is
+    imported, which else chooses for itself. Raises SystemExit with status 2 where there is no GPU."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU here", file=sys.stderr)
+        raise SystemExit(2)
+    os.environ["DS_ACCELERATOR"] = name
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    print(f"on {torch.cuda.get_device_name(device)}", flush=True)
+    return device
+
+
+def one_thread(device: "torch.device") -> None:
+    """For a steady clock on the processor; beside a GPU, what threads torch has are left alone."""
+    import torch
+
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+def now(device: "torch.device", on_processor: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds by the clock `on_processor`; on a GPU by the wall clock, once the GPU has done all that it was given:
+    kernels run on while the processor's clock stands."""
+    import torch
+
+    if device.type == "cpu":
+        return on_processor()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def one_rank(device: "torch.device") -> Iterator[None]:
+    """A process group of this process alone: gloo on the processor, nccl on a GPU."""
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed asks for them
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory(prefix="pbe-meeting-") as meeting:
+        dist.init_process_group(backend, init_method=f"file://{meeting}/ranks", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+def say_processor_alone(device: str, why: str) -> None:
+    """One line where a GPU was asked for and nothing could run on it; the benchmark then runs as it always does."""
+    if device != "cpu":
+        print(f"runs on the processor alone, as {why}", flush=True)

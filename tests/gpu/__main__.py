@@ -4,7 +4,7 @@ The whole is meant to take less than eight minutes on one H100. Every case runs 
 limit; results are written after every case, so that a run that is cut keeps what it has. `--device cpu` rehearses all
 parts with tiny sizes: its speeds mean nothing. Ends with 1 when a case failed or broke a bound of parity.
 
-Parts: card, doctor, parity, ladder, peers, stops, encode, edit.
+Parts: card, parity, doctor, ladder, peers, stops, encode, edit, compile.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def measure(run: Run, parts: list[str], *, deadline: float) -> dict[str, Any]:
         from tests.gpu.training import write_encoded_rows
 
         results["machine"] = run.here.result(about_machine, limit_s=90)
-        if {"ladder", "peers", "stops"} & set(parts):
+        if {"ladder", "peers", "stops", "compile"} & set(parts):
             run.cpu.result(write_encoded_rows, run.work, run.sizes, limit_s=90)
     except CaseError as error:
         raise SystemExit(f"gpu: nothing can be measured here: {error}") from None
@@ -146,7 +146,7 @@ def card(run: Run) -> Rows:
 
 
 def doctor(run: Run) -> Rows:
-    """Findings that are not `ok`, and how many are. What it says of packages and DVC is no failure of a GPU."""
+    """Findings that are not `ok`, and all of the device. What it says of packages and DVC is no failure of a GPU."""
     options = ["--gpu"] if run.device == "cuda" else ["--ranks", "1"]
     command = [sys.executable, "-m", "pbe.cli", "doctor", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
@@ -199,9 +199,18 @@ def encode(run: Run) -> Rows:
 
 
 def edit(run: Run) -> Rows:
-    from tests.gpu.editing import measure_compiled_edits, measure_edits
+    from tests.gpu.editing import measure_edits
 
     yield from run.here.results(measure_edits, run.sizes, limit_s=60)
+
+
+def compiled(run: Run) -> Rows:
+    from tests.gpu.editing import measure_compiled_edits
+    from tests.gpu.peers import in_turns
+
+    yield run.ladder.compiled()
+    cfg = run.ladder.best.changed({"kernels": {"compile": True}}).config(run.sizes)
+    yield {"case": "bare", **run.here.result(in_turns, run.work, run.sizes, cfg, "bare", limit_s=240)}
     for count in reversed(run.sizes.edits):
         yield from run.here.results(measure_compiled_edits, run.sizes, count, limit_s=150)
 
@@ -215,6 +224,7 @@ COMMANDS: dict[str, Callable[[Run], Rows]] = {
     "stops": stops,
     "encode": encode,
     "edit": edit,
+    "compile": compiled,
 }
 
 if __name__ == "__main__":

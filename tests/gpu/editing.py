@@ -32,13 +32,13 @@ def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]
 def measure_compiled_edits(device: torch.device, sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """A process of its own compiles for one number of edits."""
     if device.type != "cuda":
-        yield {"case": f"ours, bf16, compiled, {count} at once", "skipped": "on a GPU alone"}
+        yield {"case": f"edit, ours, bf16, {count} at once", "skipped": "on a GPU alone"}
         return
     since = time.perf_counter()
     editor, made = Editor(new_model(sizes), device, precision="bf16", compile_unet=True), Inputs(sizes)
     made.ours(editor, count, WARM_UP_STEPS)
     started_s = time.perf_counter() - since
-    for row in _rows(device, sizes, "ours, bf16, compiled", lambda n, steps: made.ours(editor, n, steps), (count,)):
+    for row in _rows(device, sizes, "edit, ours, bf16", lambda n, steps: made.ours(editor, n, steps), (count,)):
         yield row | {"start_s": started_s}
 
 

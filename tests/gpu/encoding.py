@@ -18,7 +18,7 @@ from pbe.model.precision import Precision, float32_products
 from tests.gpu.networks import new_clip_backbone, new_kl_codec
 from tests.gpu.sizes import Sizes
 
-REPEATS, BATCH_ROWS = 3, 16
+REPEATS, BATCH_ROWS = 2, 16
 
 
 def measure_encode(device: torch.device, sizes: Sizes, precision: Precision) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from pbe.train.worker import train_worker
 from tests.gpu.networks import new_clip_backbone, new_kl_codec
 from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
-from tests.gpu.training import EnoughError, Windows, paper_job
+from tests.gpu.training import EnoughError, Windows, built_on, paper_job
 
 TURNS = 6
 Step = Callable[[], None]
@@ -49,7 +49,7 @@ def in_turns(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig, p
         theirs.append(time.perf_counter() - since)
 
     windows = Windows(TURNS, between=turn)
-    with suppress(EnoughError):
+    with built_on(device), suppress(EnoughError):
         train_worker(paper_job(work, sizes, cfg, f"beside-{peer}", windows), device)
     ours = [sizes.window_steps * cfg.batch / seconds for seconds in windows.seconds[1:]]
     other = [sizes.window_steps * rows / seconds for seconds in theirs]
@@ -116,7 +116,8 @@ def bare_step(device: torch.device, arch: Architecture, cfg: TrainConfig) -> Ste
 
 def official_step(device: torch.device, sizes: Sizes, rows: int) -> Step:
     """One optimizer step from `rows` photos, masked photos and references, all (rows, 3, side, side) uint8 or float."""
-    network = new_network(sizes.arch).to(device)
+    with device:
+        network = new_network(sizes.arch)
     network.use_kernels(sdpa=False, channels_last=False, activation_checkpointing=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, foreach=False, fused=False)
     codec, backbone = new_kl_codec(sizes).to(device), new_clip_backbone(sizes).to(device)
@@ -153,7 +154,8 @@ def official_step(device: torch.device, sizes: Sizes, rows: int) -> Step:
 
 def _network(device: torch.device, arch: Architecture, cfg: TrainConfig, dtype: torch.dtype) -> ConditionedUNet:
     kernels = cfg.kernels
-    network = new_network(arch).to(device, dtype)
+    with device:
+        network = new_network(arch).to(dtype)
     network.use_kernels(
         sdpa=kernels.sdpa,
         channels_last=kernels.channels_last,

@@ -9,10 +9,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+START_S, END_S = 120, 10
 LEFT_OVER_GIB = 1.0  # what a call may leave allocated on the GPU before the next one gets a fresh process
 
 
@@ -28,6 +30,7 @@ class DeviceProcess:
         self._device, self._log = device, log
         self._process: Any = None
         self._pipe: Any = None
+        self._idle = True
 
     def results(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Iterator[Any]:
         """What the function returns or yields, as it comes. Raises CaseError when it fails, or when one result takes
@@ -35,6 +38,7 @@ class DeviceProcess:
         if self._process is None or not self._process.is_alive():
             self._start()
         self._pipe.send((function, args))
+        self._idle = False
         while True:
             if not self._pipe.poll(limit_s):
                 self.close()
@@ -46,12 +50,13 @@ class DeviceProcess:
                 raise CaseError(f"its process died; see {self._log}") from None
             if kind == "result":
                 yield value
-            elif kind == "failed":
+                continue
+            self._idle = True
+            if kind == "failed":
                 raise CaseError(value)
-            else:  # done, with what it left allocated
-                if value > LEFT_OVER_GIB:
-                    self.close()
-                return
+            if value > LEFT_OVER_GIB:  # done, and so much is still allocated
+                self.close()
+            return
 
     def result(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Any:
         """Of a function that returns once."""
@@ -59,11 +64,14 @@ class DeviceProcess:
         return value
 
     def close(self) -> None:
-        if self._process is not None:
-            if self._process.is_alive():
-                os.killpg(self._process.pid, signal.SIGKILL)  # with what it started: Ray, compilers
-            self._process.join()
-            self._pipe.close()
+        """End the process with all that it has started: ranks, compilers, Ray."""
+        if self._process is None:
+            return
+        self._pipe.close()  # an idle process ends by itself then
+        self._process.join(timeout=END_S if self._idle else 0)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.join()
         self._process = None
 
     def _start(self) -> None:
@@ -72,9 +80,10 @@ class DeviceProcess:
         self._process = context.Process(target=_serve, args=(theirs, self._device, self._log))
         self._process.start()
         theirs.close()
-        if not self._pipe.poll(120):
+        if not self._pipe.poll(START_S):
+            self._idle = False
             self.close()
-            raise CaseError("a process did not start within 120 s")
+            raise CaseError(f"a process did not start within {START_S} s")
         self._pipe.recv()
 
 
@@ -88,7 +97,7 @@ def _serve(pipe: Connection, device_name: str, log: Path) -> None:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     import torch
 
-    device = torch.device(device_name)
+    device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
     if device_name == "cpu":
         torch.set_num_threads(1)  # all that runs there is tiny
     pipe.send("ready")

@@ -55,7 +55,7 @@ PAPER_SIZES = Sizes(
         "projection_dim": 768,
     },
     reference_draws=6,
-    encode_rows=64,
+    encode_rows=32,
     edit_steps=50,
     edits=(1, 8),
     product_side=8192,

@@ -28,13 +28,17 @@ def stops(device: torch.device) -> Iterator[Counter[str]]:
     def note(*_: Any, **__: Any) -> None:
         seen[_place()] += 1
 
+    def warned(message: Any, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            note()
+
     if device.type == "cpu":
         from deepspeed.accelerator import get_accelerator
 
         with patch.object(get_accelerator(), "synchronize", note), _Reads(note):
             yield seen
         return
-    with _explicit(note), warnings.catch_warnings(), patch.object(warnings, "showwarning", note):
+    with _explicit(note), warnings.catch_warnings(), patch.object(warnings, "showwarning", warned):
         warnings.filterwarnings("always", message=".*synchronizing CUDA operation.*")
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")

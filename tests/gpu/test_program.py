@@ -1,0 +1,105 @@
+"""`make gpu` itself: its processes end what hangs or dies, its pages tell failures, and every part can be rehearsed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pbe.config import repo_root
+from tests.gpu.process import CaseError, DeviceProcess
+from tests.gpu.report import failures, missed, page
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[DeviceProcess]:
+    process = DeviceProcess("cpu", tmp_path / "cpu.log")
+    yield process
+    process.close()
+
+
+def double(device: torch.device, value: int) -> tuple[str, int, int]:
+    return device.type, 2 * value, os.getpid()
+
+
+def count_then_hang(device: torch.device) -> Iterator[int]:
+    yield 1
+    time.sleep(600)
+
+
+def die(device: torch.device) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_an_error(device: torch.device) -> None:
+    raise ValueError("two\nlines")
+
+
+def test_what_fails_costs_its_own_result_alone(process: DeviceProcess) -> None:
+    kind, value, first = process.result(double, 4, limit_s=60)
+    assert (kind, value) == ("cpu", 8)
+    with pytest.raises(CaseError, match="ValueError: two lines"):
+        process.result(raise_an_error, limit_s=60)
+    assert process.result(double, 5, limit_s=60) == ("cpu", 10, first)  # the process is still good
+    seen = []
+    with pytest.raises(CaseError, match="stopped after 1 s"):
+        for result in process.results(count_then_hang, limit_s=1):
+            seen.append(result)
+    assert seen == [1]
+    with pytest.raises(CaseError, match="its process died"):
+        process.result(die, limit_s=60)
+    assert process.result(double, 6, limit_s=60)[2] != first
+
+
+def test_a_page_says_what_failed_and_what_was_missed() -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
+        "parity": [
+            {"case": "a", "difference": 2e-3, "bound": 1e-3, "missed": True},
+            {"case": "b", "failed": "stopped after 90 s"},
+        ],
+        "peers": [{"case": "bare", "ours_over_theirs": 0.9, "data_frac": 0.02}],
+    }
+    results = {"machine": {"device": "cuda", "card": "Some|Card"}, "seconds": 1.0, "parts": rows}
+    assert failures(results) == ["parity, a: beyond its bound", "parity, b: stopped after 90 s"]
+    assert len(missed(results)) == 2
+    text = page(results)
+    assert "| a | 2.0e-03 | 1.0e-03 | yes |" in text and "- card: Some\\|Card" in text
+    assert "- parity, b: stopped after 90 s" in text
+    results["machine"] = {"device": "cpu"}
+    assert page(results).startswith("# Rehearsal") and not missed(results)
+
+
+def test_the_program_is_rehearsed(tmp_path: Path) -> None:
+    """All parts but those that train in processes of others: doctor and parity, which `make gpu DEVICE=cpu` runs too."""
+    parts = ["card", "ladder", "peers", "stops", "encode", "edit", "compile"]
+    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(tmp_path), "--only", *parts]
+    done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(results["parts"]) == parts
+    rows = {part: {row["case"]: row for row in found} for part, found in results["parts"].items()}
+    assert all(rows.values()) and not failures(results)
+    assert rows["ladder"]["naive float32"]["rows_per_s"] > 0
+    # its steps and ours compute the same sort of loss: of noise predicted by an untrained network
+    assert 0.8 < rows["ladder"]["+ TF32"]["loss"] < 1.3
+    finite = [place for place in rows["stops"]["training"]["places"] if place.startswith("pbe/train/finite.py")]
+    assert finite, "the guards' reads are among what is counted"
+    assert (tmp_path / "GPU.md").read_text().startswith("# Rehearsal")
+
+
+def test_it_ends_where_there_is_no_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "tests.gpu", "--out", str(tmp_path), "--only", "card"]
+    done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "gpu: nothing can be measured here: " in done.stderr and "Traceback" not in done.stderr

@@ -46,7 +46,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 # -- DeepSpeed 0.19.8
 ALLREDUCE_BUCKET = 500_000_000  # elements that stage 0 flattens at once: MEMORY_OPT_ALLREDUCE_SIZE in runtime/engine.py
-MAX_LIVE = 1_000_000_000  # elements that stage 3 leaves gathered: stage3_max_live_parameters, stage3_max_reuse_distance
+MAX_LIVE = 2 * GPU_BUCKET  # elements that stage 3 leaves gathered, as pbe/train/engine.py sets it
 
 
 def architecture(cfg: TrainConfig) -> Architecture:
@@ -216,11 +216,12 @@ def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, b
         )
     moments = 12 * share  # a float32 master and two moments, also of float32 weights
     flat = width * share + (4 * share if width == 2 else 0)  # the step flattens the gradients and turns them to float32
-    # contiguous_gradients: a second copy of this rank's part. overlap_comm: two buckets
+    # contiguous_gradients: a second copy of this rank's part. overlap_comm: two buckets; one rank alone has none
+    buckets = (2 if ranks > 1 else 1) * width * bucket
     if stage == 1:
-        return States(width * count, width * (count + share), moments, 2 * width * bucket, width * share + flat)
+        return States(width * count, width * (count + share), moments, buckets, width * share + flat)
     if stage == 2:
-        return States(width * count, width * share, moments, 2 * width * bucket, width * share + flat)
+        return States(width * count, width * share, moments, buckets, width * share + flat)
     gathered = width * min(count, MAX_LIVE)
     return States(width * share + gathered, width * share, moments, width * bucket, flat)
 

@@ -20,6 +20,8 @@ REPEATS = 10
 
 def about_machine(device: torch.device) -> dict[str, Any]:
     """Name, memory, driver, versions, commit."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU; `make gpu DEVICE=cpu` rehearses")
     out: dict[str, Any] = {"device": device.type, "python": platform.python_version(), "commit": _commit()}
     out |= {"processor": _processor(), "cores": os.cpu_count()}
     out |= {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -61,6 +61,7 @@ def page(results: Mapping[str, Any]) -> str:
         fastest = max(rungs, key=lambda row: row["rows_per_s"])
         lines += ["", "## The fastest settings of one GPU", "", f"{fastest['rows_per_s']:.1f} rows/s, `train:`", ""]
         lines += [f"    {key}: {_setting(value)}" for key, value in fastest["settings"].items()]
+        lines += ["", "## Into the cost model", "", f"    {cost_command(results, fastest)}"]
     problems = [*failures(results), *missed(results)]
     lines += ["", "## Failed or missed", "", *([f"- {problem}" for problem in problems] or ["Nothing."])]
     return "\n".join(lines) + "\n"
@@ -83,6 +84,19 @@ def _text(key: str, value: Any) -> str:
             return f"{value:.1e}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def cost_command(results: Mapping[str, Any], fastest: Mapping[str, Any]) -> str:
+    """infra/cost.py with a step of the fastest rung, and a row of encode and an edit where they were measured."""
+    settings = fastest["settings"]
+    rows = settings["micro_batch"] * settings["accumulation"]
+    options = {"step-s": rows / fastest["rows_per_s"], "step-rows": rows}
+    parts = results["parts"]
+    rates = [row["rows_per_s"] for row in parts.get("encode", []) if row["case"].startswith("encode_triplets")]
+    edits = [row["per_edit_s"] for row in parts.get("edit", []) if row["case"].startswith("ours")]
+    options |= {"encode-row-s": 1 / max(rates)} if rates else {}
+    options |= {"edit-s": min(edits)} if edits else {}
+    return "python infra/cost.py " + " ".join(f"--{name} {value:.4g}" for name, value in options.items())
 
 
 def _setting(value: Any) -> str:

@@ -167,7 +167,7 @@ def write_rows(store: Store, channels: int, latent_px: int, token_width: int) ->
         counts={"rows": ROWS},
         rows_per_group=ROWS_PER_GROUP,
     )
-    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, code="", units=[record])
+    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=[record])
 
 
 def batches_of(store: Store, encoded: Manifest, cfg: TrainConfig) -> Iterator[Batch]:

@@ -1,7 +1,8 @@
 """Parts and manifests: where data lives, and how a stage knows that work is already done.
 
-A *unit* is one task's work: one bucket of one stage. Its name carries the digest of all it was made from, so
-same name = same content = skip. It is a folder in the storage,
+A *unit* is one task's work: one bucket of one stage. Its name carries the digest of its settings, its inputs and the
+stage's VERSION (an integer, raised when the stage makes other bytes of the same), so same name = same content = skip.
+It is a folder in the storage,
 
     <storage>/parts/<stage>/<label>-<digest>/{<dataset>.parquet ..., record.json}
 

@@ -2,9 +2,9 @@
 
 With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (pipelines/package.py), and a job runs the same
 command there (its side is pipelines/as_job.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock
-names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by what it is made from: the
-same command attaches to it while it runs, takes its outputs over when it is done, even when its cluster is gone by
-then, and numbers a new attempt when it failed (Ray refuses a used id).
+names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by settings, inputs and the
+stage's VERSION, whatever code it runs: the same command attaches to it while it runs, takes its outputs over when it is
+done, even when its cluster is gone by then, and numbers a new attempt when it failed (Ray refuses a used id).
 """
 
 import asyncio

@@ -31,8 +31,8 @@ from pipelines.refuse import refuse_what_cannot_train
 from pipelines.stage import Stage, StageError, load_train_manifest
 from pipelines.units import start_ray
 
-# names the run, in place of the code: raise it when losses change for the same settings and rows; then no unfinished
-# run resumes in a loop that is another
+# names the run, in place of the code: raise it when losses change for the same settings and rows, so that an unfinished
+# run starts anew instead of resuming
 VERSION = 1
 # Settings that change how a run is executed, not what it computes.
 EXECUTION_ONLY = {

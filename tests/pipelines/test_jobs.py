@@ -438,7 +438,7 @@ class Cluster:
         self.jobs: dict[str, JobStatus] = {}
         self.logs: dict[str, list[str]] = {}
         self.work = work
-        self.entrypoint = ""
+        self.entrypoint, self.commit = "", "0123abc"
         self.packages: list[str] = []  # Ray's names of them, which name the folders on the nodes
 
     def list_jobs(self) -> list[JobDetails]:
@@ -458,7 +458,7 @@ class Cluster:
             yield chunk
 
     def get_job_info(self, job_id: str) -> JobDetails:
-        return details(job_id, self.jobs[job_id])
+        return details(job_id, self.jobs[job_id], runtime_env={"env_vars": {"PBE_GIT_COMMIT": self.commit}})
 
     def get_job_status(self, job_id: str) -> JobStatus:
         return self.jobs[job_id]
@@ -468,8 +468,8 @@ class Cluster:
         return True
 
 
-def details(job_id: str, status: JobStatus) -> JobDetails:
-    return JobDetails(type="SUBMISSION", submission_id=job_id, status=status, entrypoint="")
+def details(job_id: str, status: JobStatus, **more: Any) -> JobDetails:
+    return JobDetails(type="SUBMISSION", submission_id=job_id, status=status, entrypoint="", **more)
 
 
 @pytest.fixture
@@ -595,7 +595,11 @@ def test_attempts_do_not_share_a_folder(stage: Stage, cluster: Cluster) -> None:
     assert len(set(cluster.packages)) == 2
 
 
-def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("commit", ["0123abc", "4567def"])
+def test_a_running_job_is_attached_to_and_code_of_another_commit_is_said(
+    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    monkeypatch.setenv("PBE_GIT_COMMIT", commit)
     job_id = f"{job_name(stage)}-3"
     cluster.jobs = {job_id: JobStatus.RUNNING}
 
@@ -607,7 +611,9 @@ def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: py
     cluster.tail_job_logs = finish  # type: ignore[method-assign]
     jobs.run_remotely(stage, LOOPBACK)
     assert list(cluster.jobs) == [job_id]
-    assert f"attached again to job {job_id}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"attached again to job {job_id}" in said
+    assert ("runs the code of commit 0123abc, here is 4567def" in said) == (commit == "4567def")
 
 
 def test_who_submits_the_same_a_moment_later_follows_the_first(

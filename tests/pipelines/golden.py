@@ -5,7 +5,7 @@ this process, without Ray, DVC and MLflow, with a model whose weights are drawn 
 
 Tables are hashed by their content (schema and values): the bytes of a Parquet file name the version of pyarrow too.
 Where torch or Poisson blending computes a value, its last bits differ between processors: of such values a few numbers
-are kept (mean, standard deviation, means of eight equal stretches), and compared with a tolerance.
+are kept (mean, standard deviation, means of 32 equal stretches), and compared with a tolerance.
 """
 
 import argparse
@@ -46,8 +46,10 @@ READS = {
     "sweep": ("judging",),
 }
 VARIANT, BASELINES = "full", ("copy_paste", "poisson")
-TOLERANCE = 0.002  # of the standard deviation; without SIMD instructions the largest difference is 0.0003
-STRETCHES = 8
+# of the standard deviation, or of 1 + a metric's value. Without SIMD instructions values differ by 0.0001, those of
+# copy_paste, which searches for the best place, by 0.0025; a guidance scale of 3.03 in place of 3 makes 0.0013
+TOLERANCE, COPY_PASTE_TOLERANCE = 0.0005, 0.01
+STRETCHES = 32
 
 Golden = dict[str, dict[str, Any]]  # module to its version and, by name, hashes and numbers
 
@@ -236,14 +238,15 @@ def _of_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 def differences(found: Golden, golden: Golden, module: str) -> list[str]:
     """Names of what `module` makes that are not as they were."""
     made, known = (tree.get(module, {}).get("made", {}) for tree in (found, golden))
-    return [name for name in sorted({*made, *known}) if not _equal(made.get(name), known.get(name))]
+    return [name for name in sorted({*made, *known}) if not _equal(name, made.get(name), known.get(name))]
 
 
-def _equal(found: Any, known: Any) -> bool:
+def _equal(name: str, found: Any, known: Any) -> bool:
     if not (isinstance(found, list) and isinstance(known, list) and len(found) == len(known)):
         return found == known
     size = known[1] if len(known) > 1 else 1 + abs(known[0])
-    return all(abs(one - other) <= TOLERANCE * size for one, other in zip(found, known, strict=True))
+    allowed = size * (COPY_PASTE_TOLERANCE if name.endswith("copy_paste") else TOLERANCE)
+    return all(abs(one - other) <= allowed for one, other in zip(found, known, strict=True))
 
 
 def read_by(module: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 Compared with golden_parts.json (tests/pipelines/golden.py): the content, to the byte, of what ingest, filter,
 materialize, bench and the copy-paste baseline write. What torch and Poisson blending compute (latents, edits, features,
-metrics) differs in its last bits from one processor to the next: of it some numbers are compared, to three digits.
+metrics) differs in its last bits from one processor to the next: some numbers of it are compared, with a tolerance.
 """
 
 import copy
@@ -43,7 +43,7 @@ def test_changed_bytes_of_the_same_version_ask_for_another_and_later_stages_are_
     assert "VERSION of pipelines/filter.py is new" in golden.verdict(found, known, "filter")
 
 
-@pytest.mark.parametrize(("times", "asks"), [(1.0005, False), (1.02, True)])
+@pytest.mark.parametrize(("times", "asks"), [(1.0001, False), (1.001, True)])
 def test_last_bits_of_torch_are_no_change(times: float, asks: bool) -> None:
     known = golden.read_golden()
     numbers = [number * times for number in known["edit"]["made"]["edit"]]

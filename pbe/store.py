@@ -1,7 +1,8 @@
 """Parts and manifests: where data lives, and how a stage knows that work is already done.
 
-A *unit* is one task's work: one bucket of one stage. Its name carries the digest of all it was made from, so
-same name = same content = skip. It is a folder in the storage,
+A *unit* is one task's work: one bucket of one stage. Its name carries the digest of its settings, its inputs and the
+stage's VERSION (an integer, raised when the stage makes other bytes of the same), so same name = same content = skip.
+It is a folder in the storage,
 
     <storage>/parts/<stage>/<label>-<digest>/{<dataset>.parquet ..., record.json}
 
@@ -18,7 +19,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -41,17 +42,6 @@ def digest(value: Any) -> str:
     """16 hex characters of SHA-256 over canonical JSON: equal values, equal digest, on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_digest(paths: Iterable[Path], root: Path) -> str:
-    """Digest of the Python and CSV files at `paths` (folders: recursively), by name relative to `root` and content."""
-    files: set[Path] = set()
-    for path in paths:
-        found = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".csv", ".j2")]
-        if not found:
-            raise StoreError(f"{path}: listed as code in dvc.yaml, but there is no such file")
-        files.update(found)
-    return digest([(p.relative_to(root).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(files)])
 
 
 @dataclass(frozen=True)
@@ -100,12 +90,16 @@ def record_from(raw: Mapping[str, Any]) -> Record:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A stage's result: its units, and the config and digests that named them."""
+    """A stage's result: its units, and the settings and the VERSION that named them.
+
+    digest: of what the units hold, whatever named them. The manifest says nothing about the code: DVC would run all
+    later stages again for a comment.
+    """
 
     stage: str
     digest: str
     config: Mapping[str, Any]
-    code: str
+    version: int
     units: tuple[Record, ...]
     counts: Mapping[str, int]
 
@@ -402,14 +396,14 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
-def make_manifest(stage: str, *, config: Mapping[str, Any], code: str, units: Sequence[Record]) -> Manifest:
+def make_manifest(stage: str, *, config: Mapping[str, Any], version: int, units: Sequence[Record]) -> Manifest:
     """The manifest of finished units, in the order given; counts are summed."""
     counts: dict[str, int] = {}
     for unit in units:
         for key, value in unit.counts.items():
             counts[key] = counts.get(key, 0) + value
     identity = digest([stage, [[f.dataset, f.sha256] for unit in units for f in unit.files]])
-    return Manifest(stage, identity, dict(config), code, tuple(units), dict(sorted(counts.items())))
+    return Manifest(stage, identity, dict(config), version, tuple(units), dict(sorted(counts.items())))
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
@@ -421,7 +415,7 @@ def load_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text())
         units = tuple(record_from(unit) for unit in raw["units"])
-        return Manifest(raw["stage"], raw["digest"], raw["config"], raw["code"], units, raw["counts"])
+        return Manifest(raw["stage"], raw["digest"], raw["config"], raw["version"], units, raw["counts"])
     except FileNotFoundError:
         raise StoreError(f"{path}: not there; run `dvc repro {_target(path)}` first") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -20,6 +20,8 @@ from pbe.evaluate.results import read_results
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.stage import Stage
 
+# names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
+VERSION = 1
 NO_SEED = 0
 
 
@@ -34,14 +36,14 @@ def main(stage: Stage) -> None:
         record = stage.store.write_unit_by_content("edit", stage.variant, {"edits": rows})
     else:
         settings = [baseline.kind, list(cfg.holes), list(cfg.references)]
-        name = f"{stage.variant}-{digest(['baseline', stage.code, settings, bench_file.sha256])}"
+        name = f"{stage.variant}-{digest(['baseline', VERSION, settings, bench_file.sha256])}"
         found = stage.store.find_unit("edit", name)
         record = found or stage.store.write_unit("edit", name, {"edits": _fills(bench, cfg, baseline.kind)}, counts={})
     config = {"bench": bench_file.sha256, "method": stage.variant, **baseline.model_dump(mode="json")}
     if not isinstance(baseline, FolderBaseline):
         config |= {"holes": list(cfg.holes), "references": list(cfg.references)}
     save_manifest(
-        stage.outputs / "manifest.json", make_manifest("edit", config=config, code=stage.code, units=[record])
+        stage.outputs / "manifest.json", make_manifest("edit", config=config, version=VERSION, units=[record])
     )
 
 

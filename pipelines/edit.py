@@ -21,10 +21,12 @@ from pbe.data.masks import unpack_mask
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench import refuse_what_it_lacks
-from pbe.store import File, Record, Store, code_digest, digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage, code_paths, load_train_manifest
+from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.stage import Stage, load_train_manifest
 from pipelines.units import Unit, run_units, torch_device
 
+# names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
+VERSION = 1
 # How the work is cut and spread, not what an edit is. batch_rows is not among them: it changes the last bits.
 SPREAD = {"actors", "per_actor", "items_per_unit", "compile"}
 
@@ -50,15 +52,14 @@ def main(stage: Stage) -> None:
         "mlflow_run_id": trained["mlflow_run_id"],
         **cfg.model_dump(mode="json", exclude=SPREAD),
     }
-    save_manifest(stage.outputs / "manifest.json", make_manifest("edit", config=config, code=stage.code, units=records))
+    save_manifest(stage.outputs / "manifest.json", make_manifest("edit", config=config, version=VERSION, units=records))
 
 
 def fill_bench(
     stage: Stage, trained: Mapping[str, Any], bench_file: File, requests: Sequence[Request]
 ) -> list[list[Record]]:
-    """Parts of each request, in the order given. Named by the code of `edit`, whichever stage asks."""
+    """Parts of each request, in the order given. Named by the VERSION of `edit`, whichever stage asks."""
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
-    code = code_digest(code_paths(stage.root, "edit"), stage.root)
     units: list[list[Unit]] = []
     for request in requests:
         cfg = request.cfg
@@ -67,7 +68,7 @@ def fill_bench(
         units.append([])
         for number, start in enumerate(range(0, len(request.rows), cfg.items_per_unit)):
             part = Request(cfg, request.rows[start : start + cfg.items_per_unit])
-            identity = digest(["edit", code, settings, trained["export"], bench_file.sha256, part.rows])
+            identity = digest(["edit", VERSION, settings, trained["export"], bench_file.sha256, part.rows])
             units[-1].append(Unit(f"e{number:04d}", identity, part))
     cfg = stage.params.edit
     worker = partial(_worker, stage.store, cfg, f"runs/{trained['run']}/export", bench_file)

@@ -25,6 +25,9 @@ from pipelines.progress import with_progress
 from pipelines.stage import Stage, StageError, save_counts
 from pipelines.units import Unit, run_units, torch_device
 
+# names parts and fitted codec, in place of the code: raise it when their bytes change for the same settings and inputs
+VERSION = 1
+
 
 def main(stage: Stage) -> None:
     cfg, seed = stage.params.encode, stage.params.seed
@@ -38,7 +41,7 @@ def main(stage: Stage) -> None:
     units = []
     for unit in triplets.units:
         slots = tuple(file for file in unit.files if file.dataset.startswith("slot-"))
-        identity = digest(["encode", stage.code, seed, config, [file.sha256 for file in slots]])
+        identity = digest(["encode", VERSION, seed, config, [file.sha256 for file in slots]])
         units.append(Unit(unit.unit.split("-")[0], identity, slots))
     records = run_units(
         stage,
@@ -51,7 +54,7 @@ def main(stage: Stage) -> None:
     )
     # beside what the units depend on: which triplets these are, for whoever reads both
     manifest = make_manifest(
-        "encode", config={**config, "seed": seed, "triplets": triplets.digest}, code=stage.code, units=records
+        "encode", config={**config, "seed": seed, "triplets": triplets.digest}, version=VERSION, units=records
     )
     assert manifest.counts["rows"] == triplets.counts["triplets"]
     save_counts(stage, dict(manifest.counts))
@@ -114,11 +117,11 @@ def _fit_codec(stage: Stage, triplets: Manifest, cfg: PatchCodecConfig) -> str:
     """Storage path of the fitted codec; its name says what it was fitted on: the files that the crops come from.
 
     So new photos leave the codec, and with it the parts of other buckets, as they are once the first buckets alone hold
-    `codec_fit_crops` crops.
+    `fit_crops` crops.
     """
     files = list(_first_files(triplets, cfg.fit_crops))
     shape = [cfg.patch_px, cfg.channels, cfg.fit_crops]
-    path = f"parts/encode/codec-{digest([*shape, [file.sha256 for file in files], stage.code])}/codec.safetensors"
+    path = f"parts/encode/codec-{digest([*shape, [file.sha256 for file in files], VERSION])}/codec.safetensors"
     if not stage.store.exists(path):
         crops = with_progress(
             _crops(stage.store, files, cfg.fit_crops), "encode: codec", total=cfg.fit_crops, unit="crop"

@@ -21,6 +21,8 @@ from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError, output_folder
 from pipelines.summary import headline_metrics
 
+# raise it when a number changes for the same edits and settings; features have their own (judging.py)
+VERSION = 1
 GRID_COLUMNS = 14
 
 
@@ -121,7 +123,7 @@ def _write(
     table = pa.Table.from_pylist(_score_rows(scored, judged.photos), schema=SCORES)
     record = stage.store.write_unit_by_content("evaluate", "scores", {"scores": table})
     config = {"edits": {name: manifest.digest for name, manifest in methods.items()}, **card}
-    manifest = make_manifest("evaluate", config=config, code=stage.code, units=[record, *judged.seen.records])
+    manifest = make_manifest("evaluate", config=config, version=VERSION, units=[record, *judged.seen.records])
     for name in scored:
         _log(stage, methods[name], scored[name], card)
     save_manifest(stage.outputs / "manifest.json", manifest)

@@ -11,6 +11,9 @@ from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.progress import with_progress
 from pipelines.stage import Stage, StageError, save_counts
 
+# names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
+VERSION = 1
+
 
 def main(stage: Stage) -> None:
     cfg = stage.params.filter
@@ -19,7 +22,7 @@ def main(stage: Stage) -> None:
     records = []
     for unit in with_progress(ingested.units, "filter", total=len(ingested.units), unit="part"):
         source, photos = unit.file("boxes"), unit.file("images")
-        identity = digest(["filter", stage.code, cfg.model_dump(mode="json"), source.sha256, photos.sha256])
+        identity = digest(["filter", VERSION, cfg.model_dump(mode="json"), source.sha256, photos.sha256])
         name = f"{unit.unit.split('-')[0]}-{identity}"
         record = stage.store.find_unit("filter", name)
         if record is None:
@@ -30,7 +33,7 @@ def main(stage: Stage) -> None:
                 "filter", name, {"boxes": kept, "rejects": rejects}, counts=_counts(boxes, kept, rejects)
             )
         records.append(record)
-    manifest = make_manifest("filter", config=cfg.model_dump(mode="json"), code=stage.code, units=records)
+    manifest = make_manifest("filter", config=cfg.model_dump(mode="json"), version=VERSION, units=records)
     counts = dict(manifest.counts)
     assert counts["boxes_in"] == counts["boxes_kept"] + counts["boxes_rejected"]
     save_counts(stage, counts)

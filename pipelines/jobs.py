@@ -2,9 +2,9 @@
 
 With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (pipelines/package.py), and a job runs the same
 command there (its side is pipelines/as_job.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock
-names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by what it is made from: the
-same command attaches to it while it runs, takes its outputs over when it is done, even when its cluster is gone by
-then, and numbers a new attempt when it failed (Ray refuses a used id).
+names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by settings, inputs and the
+stage's VERSION, whatever code it runs: the same command attaches to it while it runs, takes its outputs over when it is
+done, even when its cluster is gone by then, and numbers a new attempt when it failed (Ray refuses a used id).
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import refuse_credentials
 from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
+from pipelines.provenance import COMMIT_VARIABLE, git_commit
 from pipelines.stage import Stage, StageError
 from pipelines.takeover import attempts_in_storage, fetch, take_over_finished
 
@@ -72,6 +73,7 @@ def run_remotely(stage: Stage, address: str) -> None:
         raise
     if not is_new:
         print(f"{stage.name}: attached again to job {job_id}, which runs at {address}", flush=True)
+        _say_other_commit(client, stage, job_id, address)
     try:
         job, log_end = _follow(client, job_id, address)
     except KeyboardInterrupt:
@@ -201,6 +203,19 @@ def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id:
             ) from None
     print(f"{stage.name}: submitted job {job_id} to {address} ({len(data) / 1e3:,.0f} kB)", flush=True)
     return True
+
+
+def _say_other_commit(client: JobSubmissionClient, stage: Stage, job_id: str, address: str) -> None:
+    """The VERSION names a job, not its code: the one that runs may be of another commit than the one here."""
+    ours, theirs = git_commit(stage.root), None
+    with contextlib.suppress(*CLIENT_ERRORS, *ODD_ANSWERS):
+        theirs = (client.get_job_info(job_id).runtime_env or {})["env_vars"][COMMIT_VARIABLE]
+    if theirs not in (None, ours):
+        print(
+            f"{stage.name}: it runs the code of commit {theirs}, here is {ours}. To run yours, stop it and give the "
+            f"same command again: ray job stop --address {address} {job_id}",
+            flush=True,
+        )
 
 
 def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, address: str) -> None:

@@ -29,23 +29,14 @@ from pbe.evaluate.mixture import Mixture, load_mixture, mixture_digest
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method
 from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views, square
-from pbe.store import File, Manifest, Record, Store, code_digest, digest, load_manifest
+from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError
 from pipelines.units import Unit, run_units, torch_device
 
-# What shapes features: a change in what is computed on them must not cost a second look.
-LOOK_CODE = (
-    "pbe/data/images.py",
-    "pbe/data/masks.py",
-    "pbe/evaluate/copy_paste.py",
-    "pbe/evaluate/extractors.py",
-    "pbe/evaluate/look.py",
-    "pbe/evaluate/similarity.py",
-    "pbe/evaluate/views.py",
-    "pbe/model/backbone.py",
-    "pbe/model/clip.py",
-)
+# names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
+# weights. What is computed on them has the versions of its stages
+VERSION = 1
 PIXEL_COUNTS = "pixels"  # beside the judges' names
 REALS_PER_UNIT = 500
 
@@ -145,7 +136,7 @@ def _keep_statistics(store: Store, name: str, judge: Extractor, seen: Seen) -> t
     """Of the untouched photos, merged from their parts, and the path of the file that keeps them: a set of 40,000
     photos is summed up once, and the file can be passed on."""
     card = Card(name, judge.digest, judge.resize_rule)
-    folder = f"parts/statistics/{name}-{digest([seen.digest(name, 'reals'), asdict(card)])}"
+    folder = f"parts/statistics/{name}-{digest([VERSION, seen.digest(name, 'reals'), asdict(card)])}"
     path = f"{folder}/statistics.npz"
     if store.exists(f"{folder}/record.json"):
         statistics, found = statistics_from_bytes(store.read_bytes(path), path)
@@ -226,10 +217,9 @@ def _look_at_all(
     for name, files in edits.items():
         for judge in (*judges, PIXEL_COUNTS):
             wanted += [(name, Look(judge, "edits", file)) for file in files]
-    code = code_digest([stage.root / path for path in LOOK_CODE], stage.root)
     scopes = _scopes(stage)
     # no number in the label: a method that comes or goes must not rename the others' parts
-    identity = partial(_identity, code, judges, bench_file, scopes, cfg)
+    identity = partial(_identity, judges, bench_file, scopes, cfg)
     units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
     worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
     records = run_units(
@@ -252,7 +242,6 @@ def _scopes(stage: Stage) -> list[tuple[str, str]]:
 
 
 def _identity(
-    code: str,
     judges: Mapping[str, Entry],
     bench_file: File,
     scopes: Sequence[tuple[str, str]],
@@ -264,7 +253,7 @@ def _identity(
     return digest(
         [
             "look",
-            code,
+            VERSION,
             at.what,
             dict(judges.get(at.judge, {})),
             of,

@@ -24,11 +24,11 @@ from pbe.store import digest
 from pipelines.environment import WORKER_ENV
 from pipelines.plans import JOB_VARIABLE
 from pipelines.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_commit, lock_digest
-from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder
+from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder, versions
 
 CODE_FOLDERS = ("pbe", "pipelines")
-CODE_SUFFIXES = (".py", ".csv", ".j2")  # the ones that pbe.store.code_digest reads
-ROOT_FILES = ("params.yaml", "dvc.yaml")
+CODE_SUFFIXES = (".py", ".csv", ".j2")
+SETTINGS = "params.yaml"
 SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
 MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES
 NODES = "nodes"  # folder of the storage: an empty file for each machine that has written there
@@ -80,8 +80,7 @@ def pack(stage: Stage) -> Package:
                         f"{inner} is a link to a file outside the project, which would travel with the job"
                     )
                 files[inner.as_posix()] = file.read_bytes()
-    for name in ROOT_FILES:
-        files[name] = (stage.root / name).read_bytes()
+    files[SETTINGS] = (stage.root / SETTINGS).read_bytes()
     inputs = {}
     for source in _input_folders(stage):
         for file in sorted(source.glob("*.json")):
@@ -107,9 +106,12 @@ def _input_folders(stage: Stage) -> list[Path]:
 
 
 def job_name(stage: Stage, package: Package) -> str:
-    """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>."""
-    params = yaml.safe_load(package.files["params.yaml"])  # not its text: a comment changes nothing
-    identity = digest([stage.name, stage.variant, params, stage.code, dict(package.inputs), stage.store.uri])
+    """The job's id without its attempt: pbe-<stage>[-<variant>]-<digest of all the result depends on>.
+
+    Of the code that is the VERSION: a colleague's checkout that differs in a comment asks for the same job.
+    """
+    params = yaml.safe_load(package.files[SETTINGS])  # not its text: a comment changes nothing
+    identity = digest([stage.name, stage.variant, params, versions(stage.name), dict(package.inputs), stage.store.uri])
     return "-".join(["pbe", stage.name, *([stage.variant] if stage.variant else []), identity])
 
 

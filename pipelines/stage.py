@@ -1,22 +1,23 @@
-"""What every stage opens first: parameters, storage, its code's digest, and the paths of its inputs and outputs."""
+"""What every stage opens first: parameters, storage, and the paths of its inputs and outputs."""
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pbe.config import MaterializeConfig, Params, ParamsError, load_params, repo_root, storage_uri
 from pbe.data.triplets import CutConfig
 from pbe.errors import UserError
-from pbe.store import Store, code_digest, write_json
+from pbe.store import Store, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
 STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
 # run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
+# modules with a VERSION of their own whose parts the stage makes too
+MAKES_PARTS_OF = {"evaluate": ("judging",), "sweep": ("edit", "judging")}
 
 
 class StageError(UserError):
@@ -33,7 +34,6 @@ class Stage:
     variant: str | None
     params: Params
     store: Store
-    code: str
     root: Path
 
     @property
@@ -87,19 +87,13 @@ def open_stage(name: str, variant: str | None = None) -> Stage:
         params.train_variant(variant)
     if name == "baseline" and variant not in params.baselines:
         raise ParamsError(f"baseline '{variant}' is not in params.yaml; it names: {', '.join(params.baselines)}")
-    root = repo_root()
-    return Stage(name, variant, params, Store(storage_uri()), code_digest(code_paths(root, name), root), root)
+    return Stage(name, variant, params, Store(storage_uri()), repo_root())
 
 
-def code_paths(root: Path, stage: str) -> list[Path]:
-    """The code that dvc.yaml lists as the stage's dependencies: the same list re-runs stages and names parts.
-
-    It holds the code that shapes a stage's bytes. What only orchestrates (this file, units, jobs, config, track)
-    is left out, so that mending it does not throw away parts; settings are in the digests by value.
-    """
-    entry = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]
-    deps = entry.get("do", entry)["deps"]
-    return [root / dep for dep in deps if dep.startswith(("pbe/", "pipelines/"))]
+def versions(stage: str) -> list[int]:
+    """Every VERSION that names what the stage makes: its own, then those of the modules whose parts it makes too."""
+    modules = (stage, *MAKES_PARTS_OF.get(stage, ()))
+    return [importlib.import_module(f"pipelines.{module}").VERSION for module in modules]
 
 
 def save_counts(stage: Stage, counts: dict[str, int]) -> None:

@@ -27,6 +27,8 @@ from pipelines.judging import Judged, judge_edits
 from pipelines.provenance import provenance_tags
 from pipelines.stage import Stage, StageError, load_train_manifest
 
+# raise it when a number changes for the same edits and settings; edits (edit.py) and features (judging.py) have theirs
+VERSION = 1
 GRID_COLUMNS = 14
 
 
@@ -55,7 +57,7 @@ def main(stage: Stage) -> None:
     write_json(stage.outputs / "metrics.json", {"scales": metrics, "paired": paired, DIVERSITY: diversity, **about})
     config = {**about, "edits": {name: [part.unit for part in found] for name, found in parts.items()}}
     units = [*(part for found in parts.values() for part in found), *judged.seen.records]
-    save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, code=stage.code, units=units))
+    save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, version=VERSION, units=units))
     _log(stage, trained, metrics, diversity, parts)
 
 

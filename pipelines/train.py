@@ -1,8 +1,9 @@
 """train: fine-tune the conditioned UNet with Ray Train and DeepSpeed ZeRO; export safetensors.
 
-The run's folder is named by the digest of what shapes the result: train settings, encoded data, code. An
-unfinished run of the same digest goes on from its checkpoint, on any number of workers that divides the lanes; a
-finished one is only exported again. `train.resume_from` goes on from the checkpoint of another run, on purpose.
+The run's folder is named by the digest of what shapes the result: VERSION, train settings, seed, initial weights and
+encoded data. An unfinished run of the same digest resumes from its checkpoint, on any number of workers that divides
+the lanes, also when the code has changed and VERSION has not; a finished one is only exported again.
+`train.resume_from` continues from the checkpoint of another run, on purpose.
 """
 
 import csv
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
     from pbe.train.worker import Job
 
+# names the run, in place of the code: raise it when losses change for the same settings and rows, so that an unfinished
+# run starts anew instead of resuming
+VERSION = 1
 # Settings that change how a run is executed, not what it computes.
 EXECUTION_ONLY = {
     "workers",
@@ -63,7 +67,7 @@ def main(stage: Stage) -> None:
     # of the first weights their content counts, not where they were found
     settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init", "seed"})
     pixels = [triplets.digest] if triplets is not None else []
-    identity = digest([stage.code, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
+    identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     with ExitStack() as stack:

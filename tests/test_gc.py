@@ -58,9 +58,9 @@ def _manifests(store: Store, generation: str, folder: Path) -> None:
     """What the stages leave: ingest names its unit, encode the codec in its config, train its run."""
     record = store.find_unit("ingest", f"b0000-{generation}")
     assert record is not None
-    save_manifest(folder / "ingest" / "manifest.json", make_manifest("ingest", config={}, code="", units=[record]))
+    save_manifest(folder / "ingest" / "manifest.json", make_manifest("ingest", config={}, version=1, units=[record]))
     codec = {"codec": f"parts/encode/codec-{generation}/codec.safetensors"}
-    save_manifest(folder / "encode" / "manifest.json", make_manifest("encode", config=codec, code="", units=[]))
+    save_manifest(folder / "encode" / "manifest.json", make_manifest("encode", config=codec, version=1, units=[]))
     run = {
         "stage": "train",
         "run": f"full-{generation}",

@@ -39,7 +39,7 @@ def _run_stage(root: Path, store: Store, stage: str, parts: list[list[tuple[str,
         )
         mine = counts if number == 0 else {}
         units.append(store.write_unit(stage, f"b{number:04d}-0", {"rejects": table}, counts=mine))
-    manifest = make_manifest(stage, config={}, code="", units=units)
+    manifest = make_manifest(stage, config={}, version=1, units=units)
     save_manifest(root / "data" / stage / "manifest.json", manifest)
 
 

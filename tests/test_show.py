@@ -52,7 +52,7 @@ def _materialize(root: Path, store: Store, photos: list[list[str]]) -> None:
             for slot in range(SLOTS)
         }
         units.append(store.write_unit("materialize", f"b{bucket:04d}-0", tables, counts={}))
-    manifest = make_manifest("materialize", config={}, code="", units=units)
+    manifest = make_manifest("materialize", config={}, version=1, units=units)
     save_manifest(root / "data" / "materialize" / "manifest.json", manifest)
 
 

@@ -24,7 +24,6 @@ from pbe.store import (
     Record,
     Store,
     StoreError,
-    code_digest,
     digest,
     load_manifest,
     make_manifest,
@@ -89,28 +88,6 @@ def test_a_digest_is_stable_and_takes_no_nan() -> None:
     assert digest({"b": [1, "\u00e4"], "a": None}) == digest({"a": None, "b": [1, "\u00e4"]}) == "3d6f860d37ce3698"
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest({"lr": float("nan")})
-
-
-def test_the_code_digest_follows_names_and_contents_of_the_listed_code(tmp_path: Path) -> None:
-    for name, text in {"a.py": "x", "sub/b.py": "y", "sub/c.csv": "1", "sub/d.txt": "no code"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    listed = [tmp_path / "a.py", tmp_path / "sub"]
-    before = code_digest(listed, tmp_path)
-    assert before == code_digest([*reversed(listed), tmp_path / "sub" / "b.py"], tmp_path)
-    (tmp_path / "sub" / "d.txt").write_text("changed")
-    assert code_digest(listed, tmp_path) == before
-    (tmp_path / "sub" / "b.py").write_text("z")
-    changed = code_digest(listed, tmp_path)
-    (tmp_path / "sub" / "b.py").rename(tmp_path / "sub" / "e.py")
-    assert len({before, changed, code_digest(listed, tmp_path)}) == 3
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    for name in ("a.py", "sub"):
-        (tmp_path / name).rename(moved / name)
-    assert code_digest([moved / "a.py", moved / "sub"], moved) == code_digest([moved / "sub", moved / "a.py"], moved)
-    with pytest.raises(StoreError, match=r"gone\.py: listed as code in dvc\.yaml"):
-        code_digest([tmp_path / "gone.py"], tmp_path)
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------
@@ -359,7 +336,7 @@ def test_damage_of_equal_size_is_noticed_when_the_part_is_read(store: Store) -> 
 
 def test_a_manifest_comes_back_as_it_was(store: Store, tmp_path: Path) -> None:
     units = [_unit(store, name, rows) for name, rows in (("b0000-a", 5), ("b0001-b", 0), ("b0002-c", 9))]
-    manifest = make_manifest("stage", config={"a": [1, 2], "b": None}, code="c0de", units=units)
+    manifest = make_manifest("stage", config={"a": [1, 2], "b": None}, version=3, units=units)
     assert manifest.counts == {"in": 14, "kept": 6}
     assert [file.rows for file in manifest.files("rows")] == [5, 0, 9]
     path = tmp_path / "data" / "stage" / "manifest.json"
@@ -372,14 +349,14 @@ def test_a_manifest_comes_back_as_it_was(store: Store, tmp_path: Path) -> None:
 
 def test_a_manifests_digest_names_its_content_and_nothing_else(store: Store) -> None:
     one, two = _unit(store, "b0000-a", 5), _unit(store, "b0001-b", 6)
-    base = make_manifest("stage", config={}, code="x", units=[one, two]).digest
+    base = make_manifest("stage", config={}, version=1, units=[one, two]).digest
     renamed = _unit(store, "b0000-z", 5)
-    assert make_manifest("stage", config={"workers": 9}, code="y", units=[renamed, two]).digest == base
+    assert make_manifest("stage", config={"workers": 9}, version=2, units=[renamed, two]).digest == base
     others = {
-        make_manifest("stage", config={}, code="x", units=[two, one]).digest,
-        make_manifest("stage", config={}, code="x", units=[one]).digest,
-        make_manifest("other", config={}, code="x", units=[one, two]).digest,
-        make_manifest("stage", config={}, code="x", units=[one, _unit(store, "b0001-b", 7)]).digest,
+        make_manifest("stage", config={}, version=1, units=[two, one]).digest,
+        make_manifest("stage", config={}, version=1, units=[one]).digest,
+        make_manifest("other", config={}, version=1, units=[one, two]).digest,
+        make_manifest("stage", config={}, version=1, units=[one, _unit(store, "b0001-b", 7)]).digest,
     }
     assert len(others | {base}) == 5
 

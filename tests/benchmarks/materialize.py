@@ -266,7 +266,7 @@ def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) ->
     from pipelines.units import Unit, run_units
 
     units = [Unit(f"b{number}", "bench", record) for number, record in enumerate(inputs)]
-    stage = Stage("bench", None, load_params(), store, "c0de", Path())
+    stage = Stage("bench", None, load_params(), store, Path())
     each = TaskResources(cpus=cores / at_once, memory_gib=0)
     records = run_units(stage, "bench", units, worker=partial(task, store), each=each, key="bench")
     store.delete_tree("parts/bench")

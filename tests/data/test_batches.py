@@ -70,7 +70,7 @@ def encoded(store: Store) -> Manifest:
         )
         for bucket, count in enumerate(ROWS_OF_BUCKET)
     ]
-    return make_manifest("encode", config={}, code="", units=units)
+    return make_manifest("encode", config={}, version=1, units=units)
 
 
 def _steps(
@@ -419,7 +419,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
         )
         for bucket in range(4)
     ]
-    return store, make_manifest("encode", config={}, code="", units=units)
+    return store, make_manifest("encode", config={}, version=1, units=units)
 
 
 def _epoch(

@@ -72,7 +72,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
         "codec": {"kind": "patch", "path": path, "patch_px": patch_px, "channels": arch.latent_channels},
         "backbone": {"kind": "efficientnet_lite0", "width": arch.backbone_width, "tokens": "class"},
     }
-    return make_manifest("encode", config=config, code="", units=[record])
+    return make_manifest("encode", config=config, version=1, units=[record])
 
 
 def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:

@@ -158,9 +158,9 @@ def test_what_the_image_holds_is_enough_to_run_a_stage(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     program = (
         "import pathlib, pbe, pipelines.materialize, pipelines.jobs\n"
-        "from pipelines.stage import CLUSTER_STAGES, open_stage\n"
+        "from pipelines.stage import CLUSTER_STAGES, open_stage, versions\n"
         "assert pathlib.Path(pbe.__file__).is_relative_to(pathlib.Path.cwd())\n"
-        "print(all(open_stage(name, 'full').code for name in CLUSTER_STAGES))"
+        "print(all(open_stage(name, 'full') and versions(name) for name in CLUSTER_STAGES))"
     )
     for arguments in (["-c", program], ["-m", "pipelines", "check"]):
         done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)

@@ -334,6 +334,39 @@ def test_param_switched_and_switched_back_recomputes_nothing(repro: Project) -> 
     assert repro.part_times("materialize") == added
 
 
+def test_a_comment_renames_no_part_and_runs_no_later_stage(repro: Project) -> None:
+    before = {stage: repro.part_times(stage) for stage in ("ingest", "filter", "materialize", "encode")}
+    changed = [repro.folder / name for name in ("pipelines/ingest.py", "pbe/data/schema.py", "pbe/store.py")]
+    texts = [path.read_text() for path in changed]
+    for path, text in zip(changed, texts, strict=True):
+        path.write_text(f"{text}# a comment\n")
+    try:
+        said = repro.run("dvc", "repro", "encode").stdout
+    finally:
+        for path, text in zip(changed, texts, strict=True):
+            path.write_text(text)
+    assert "Running stage 'ingest'" in said and "ingest: 4 of 4 parts are already there" in said
+    assert all(f"Running stage '{stage}'" not in said for stage in ("filter", "materialize", "encode"))
+    assert before == {stage: repro.part_times(stage) for stage in before}
+    repro.run("dvc", "repro", "encode")
+
+
+def test_a_new_version_makes_the_stages_parts_again_and_no_others_where_their_bytes_are_equal(repro: Project) -> None:
+    before = {stage: repro.part_times(stage) for stage in ("ingest", "filter", "materialize", "encode")}
+    stage = repro.folder / "pipelines" / "filter.py"
+    text = stage.read_text()
+    stage.write_text(text.replace("\nVERSION = 1\n", "\nVERSION = 1000\n"))
+    try:
+        said = repro.run("dvc", "repro", "encode").stdout
+    finally:
+        stage.write_text(text)
+    assert "materialize: 4 of 4 parts are already there" in said
+    after = {stage: repro.part_times(stage) for stage in before}
+    made = {name.split("/")[0] for name in after["filter"].keys() - before["filter"].keys()}
+    assert len(made) == 4 and all(after[stage] == before[stage] for stage in ("ingest", "materialize", "encode"))
+    repro.run("dvc", "repro", "encode")
+
+
 def test_bad_parameter_is_refused_in_one_line_before_any_work(repro: Project) -> None:
     repro.edit_params("steps: 12", "stepz: 12")
     try:

@@ -1,10 +1,7 @@
-"""dvc.yaml is the map: each stage depends on exactly the code it imports, on its settings, and on its inputs.
-
-The list of code re-runs a stage and names its parts (pipelines/stage.py, code_paths). A module missing there means
-stale results; one too many throws good parts away.
-"""
+"""dvc.yaml is the map: each stage depends on the files whose VERSION names its parts, on settings and on inputs."""
 
 import ast
+import re
 from functools import cache
 from typing import Any
 
@@ -13,29 +10,14 @@ import pytest
 import yaml
 
 from pbe.config import Params, load_params, repo_root
-from pipelines.stage import DATA_STAGES, STAGES, VARIANT_STAGES, code_paths
+from pipelines.stage import DATA_STAGES, MAKES_PARTS_OF, STAGES, VARIANT_STAGES
 
 ROOT = repo_root()
 # the sweep is of one variant: its keys are then those of the stages that run once per variant
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("${sweep.variant}", "${key}"))
 ENTRIES: dict[str, dict[str, Any]] = {name: entry.get("do", entry) for name, entry in DVC_YAML["stages"].items()}
-# They start, place and log the work; they do not shape a stage's bytes. What only they import is not looked at.
-ORCHESTRATION = {
-    "pbe.config",
-    "pbe.errors",
-    "pbe.track",
-    "pipelines.__main__",
-    "pipelines.environment",
-    "pipelines.capacity",
-    "pipelines.jobs",
-    "pipelines.lease",
-    "pipelines.logs",
-    "pipelines.plans",
-    "pipelines.progress",
-    "pipelines.provenance",
-    "pipelines.stage",
-    "pipelines.units",
-}
+# the files of the report's page, beside its own: it makes no parts, and is soon made again
+PAGE = {f"pipelines/{name}" for name in ("charts.py", "deviations.py", "reading.py", "report.html.j2", "summary.py")}
 
 
 @cache
@@ -43,16 +25,11 @@ def _graph() -> grimp.ImportGraph:
     return grimp.build_graph("pbe", "pipelines", cache_dir=None)
 
 
-def _imported(stage: str) -> set[str]:
-    """Modules that pipelines.<stage> imports, at its top or inside functions, directly or not; itself included."""
-    seen: set[str] = set()
-    left = [f"pipelines.{stage}"]
-    while left:
-        module = left.pop()
-        if module not in seen | ORCHESTRATION:
-            seen.add(module)
-            left += _graph().find_modules_directly_imported_by(module)
-    return seen
+def _versioned(stage: str) -> set[str]:
+    """Files of the modules with a VERSION that pipelines.<stage> imports, directly or not; its own included."""
+    imported = _graph().find_upstream_modules(f"pipelines.{stage}") | {f"pipelines.{stage}"}
+    files = {f"{module.replace('.', '/')}.py" for module in imported if module.startswith("pipelines.")}
+    return {file for file in files if re.search(r"^VERSION = \d+$", (ROOT / file).read_text(), re.MULTILINE)}
 
 
 def _code_deps(stage: str) -> set[str]:
@@ -80,12 +57,6 @@ def _settings_read(stage: str) -> set[str]:
     return {name.removesuffix("_variant") for name in names}
 
 
-def test_the_graph_sees_imports_inside_functions() -> None:
-    """Otherwise the law below would be empty for what stages import late."""
-    assert "pbe.model.backbone" in _imported("encode") and "pbe.train.worker" in _imported("train")
-    assert _graph().modules >= ORCHESTRATION
-
-
 def test_the_stages_are_those_of_the_code_and_each_calls_itself() -> None:
     assert tuple(ENTRIES) == STAGES
     for name, entry in ENTRIES.items():
@@ -95,27 +66,21 @@ def test_the_stages_are_those_of_the_code_and_each_calls_itself() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_dependencies_are_exactly_what_the_stage_imports(stage: str) -> None:
-    listed = {dep for dep in _code_deps(stage) if dep.endswith(".py")}
-    modules = {dep.removesuffix(".py").replace("/", ".") for dep in listed}
-    assert sorted(_imported(stage) - modules) == [], "imported, not listed in dvc.yaml"
-    assert sorted(modules - _imported(stage)) == [], "listed in dvc.yaml, not imported"
+def test_code_dependencies_are_the_files_whose_versions_name_what_the_stage_makes(stage: str) -> None:
+    """A raised VERSION runs every stage again whose parts it names; other code is no dependency."""
+    expected = {"pipelines/report.py", *PAGE} if stage == "report" else _versioned(stage)
+    assert _code_deps(stage) == expected and f"pipelines/{stage}.py" in expected
+    assert all((ROOT / dep).is_file() for dep in expected)
+    own, *others = (f"pipelines/{module}.py" for module in (stage, *MAKES_PARTS_OF.get(stage, ())))
+    assert set(others) == expected - {own} - PAGE
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_code_paths_are_the_listed_files_and_all_exist(stage: str) -> None:
-    paths = code_paths(ROOT, stage)
-    assert {path.relative_to(ROOT).as_posix() for path in paths} == _code_deps(stage)
-    assert all(path.is_file() for path in paths) and len(set(paths)) == len(paths)
-
-
-def test_templates_are_dependencies_of_the_stage_that_names_them() -> None:
-    templates = sorted((ROOT / "pipelines").glob("*.j2"))
-    listed = {dep for stage in STAGES for dep in _code_deps(stage) if not dep.endswith(".py")}
-    assert listed == {template.relative_to(ROOT).as_posix() for template in templates}
-    for stage in STAGES:
-        for dep in _code_deps(stage) - {dep for dep in _code_deps(stage) if dep.endswith(".py")}:
-            assert dep.rsplit("/", 1)[1] in (ROOT / "pipelines" / f"{stage}.py").read_text()
+def test_the_page_is_all_that_the_report_imports_for_itself_and_its_template() -> None:
+    others = set().union(*(_graph().find_modules_directly_imported_by(f"pipelines.{name}") for name in STAGES[:-1]))
+    mine = _graph().find_modules_directly_imported_by("pipelines.report") - others
+    assert {f"{module.replace('.', '/')}.py" for module in mine if module.startswith("pipelines.")} <= PAGE
+    templates = {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.j2")}
+    assert templates == {name for name in PAGE if name.endswith(".j2")}
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name in Params.model_fields])

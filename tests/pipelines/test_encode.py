@@ -13,7 +13,7 @@ def _manifest(*buckets: tuple[str, int], slots: int = 2) -> Manifest:
         names = [*(f"slot-{slot:04d}" for slot in range(slots)), "rejects"]
         files = [File(name, f"parts/m/b{number}/{name}.parquet", rows, 1, f"{content} {name}") for name in names]
         units.append(Record(f"b{number:04d}", tuple(files), {}))
-    return Manifest("materialize", "digest", {}, "code", tuple(units), {})
+    return Manifest("materialize", "digest", {}, 1, tuple(units), {})
 
 
 def _named(manifest: Manifest, crops: int) -> list[str]:

@@ -132,7 +132,7 @@ class Project:
             "download": raw["ingest"]["download"] | download,
         }
         raw["ingest"] |= changes
-        stage = Stage("ingest", None, Params.model_validate(raw), self.store, "c0de", self.root)
+        stage = Stage("ingest", None, Params.model_validate(raw), self.store, self.root)
         self.server.asked.clear()
         ingest.main(stage)
         return load_manifest(stage.outputs / "manifest.json"), Counter(self.server.asked)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -29,10 +30,10 @@ from ray.job_submission import JobDetails, JobStatus
 
 from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
 from pbe.errors import UserError
-from pbe.store import Store, StoreError, code_digest
-from pipelines import jobs, package
+from pbe.store import Store, StoreError
+from pipelines import edit, jobs, judging, materialize, package
 from pipelines.as_job import files_below, send_outputs
-from pipelines.stage import Stage, StageError, code_paths
+from pipelines.stage import Stage, StageError
 from pipelines.takeover import fetch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,11 +46,11 @@ PLANTED = {
     "pipelines/ingest.py": "def main(stage): ...",
     "pipelines/report.html.j2": "<html>",
     "params.yaml": "seed: 1",
-    "dvc.yaml": "stages: {}",
     "data/ingest/manifest.json": '{"stage": "ingest"}',
     "data/filter/counts.json": "{}",
     "data/train/base/manifest.json": '{"variant": "base"}',
     # none of these may travel with materialize
+    "dvc.yaml": "stages: {}",
     ".env": "TOKEN=secret",
     ".git/config": "[remote]",
     ".dvc/config.local": "secret",
@@ -88,7 +89,7 @@ def ingest_params(**changes: Any) -> Params:
 
 
 def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any) -> Stage:
-    values = {"store": Store(str(root.parent / "store")), "code": "c0de", "params": Params.model_construct()}
+    values = {"store": Store(str(root.parent / "store")), "params": Params.model_construct()}
     return Stage(name=name, variant=variant, root=root, **{**values, **changes})
 
 
@@ -104,7 +105,6 @@ def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
         "pipelines/ingest.py",
         "pipelines/report.html.j2",
         "params.yaml",
-        "dvc.yaml",
         "data/ingest/manifest.json",
         "data/filter/counts.json",
     }
@@ -142,11 +142,11 @@ def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path) -> None
     assert {"data/train/base/manifest.json", "data/train/other/manifest.json"} <= set(inputs)
 
 
-def test_the_package_holds_all_code_that_names_parts(tmp_path: Path) -> None:
-    unzipped(package.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
-    for name in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]:
-        here, there = (code_digest(code_paths(root, name), root) for root in (REPOSITORY, tmp_path))
-        assert here == there, name
+def test_the_package_holds_all_code_and_its_templates(tmp_path: Path) -> None:
+    there = unzipped(package.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
+    code = {path for folder in ("pbe", "pipelines") for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
+    code = {path for path in code if path.suffix in (".py", ".j2", ".csv")}
+    assert {path.relative_to(REPOSITORY).as_posix() for path in code} <= there
 
 
 def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,13 +179,13 @@ def job_name(stage: Stage) -> str:
     return package.job_name(stage, package.pack(stage))
 
 
-def test_the_name_follows_what_the_result_depends_on(stage: Stage) -> None:
+def test_the_name_follows_what_the_result_depends_on(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     name = job_name(stage)
     assert name == job_name(stage)
-    others = [
-        job_name(open_fake(stage.root, "materialize", code="other")),
-        job_name(open_fake(stage.root, "materialize", store=Store("/other"))),
-    ]
+    others = [job_name(open_fake(stage.root, "materialize", store=Store("/other")))]
+    with monkeypatch.context() as changed:
+        changed.setattr(materialize, "VERSION", materialize.VERSION + 1)
+        others.append(job_name(stage))
     (stage.root / "data" / "ingest" / "manifest.json").write_text('{"stage": "ingest", "other": 1}')
     others.append(job_name(stage))
     (stage.root / "params.yaml").write_text("seed: 2")
@@ -193,6 +193,23 @@ def test_the_name_follows_what_the_result_depends_on(stage: Stage) -> None:
     assert len({name, *others}) == 5
     (stage.root / "params.yaml").write_text("seed:   2  # a comment")
     assert job_name(stage) == others[-1]
+
+
+def test_two_checkouts_that_differ_in_a_comment_ask_for_the_same_job(stage: Stage) -> None:
+    """The code travels, and is no part of the name: its VERSION is."""
+    name, sent = job_name(stage), package.pack(stage).files
+    (stage.root / "pbe" / "model.py").write_text("x = 1  # one")
+    assert job_name(stage) == name and package.pack(stage).files != sent
+
+
+@pytest.mark.parametrize(("name", "module"), [("sweep", edit), ("sweep", judging), ("evaluate", judging)])
+def test_the_name_follows_the_versions_of_all_parts_that_a_stage_makes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType
+) -> None:
+    stage = open_fake(project, name, params=Params.model_construct(variants={}, baselines={}))
+    before = job_name(stage)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert job_name(stage) != before
 
 
 def test_a_link_out_of_the_project_does_not_travel(stage: Stage, tmp_path: Path) -> None:
@@ -421,7 +438,7 @@ class Cluster:
         self.jobs: dict[str, JobStatus] = {}
         self.logs: dict[str, list[str]] = {}
         self.work = work
-        self.entrypoint = ""
+        self.entrypoint, self.commit = "", "0123abc"
         self.packages: list[str] = []  # Ray's names of them, which name the folders on the nodes
 
     def list_jobs(self) -> list[JobDetails]:
@@ -441,7 +458,7 @@ class Cluster:
             yield chunk
 
     def get_job_info(self, job_id: str) -> JobDetails:
-        return details(job_id, self.jobs[job_id])
+        return details(job_id, self.jobs[job_id], runtime_env={"env_vars": {"PBE_GIT_COMMIT": self.commit}})
 
     def get_job_status(self, job_id: str) -> JobStatus:
         return self.jobs[job_id]
@@ -451,8 +468,8 @@ class Cluster:
         return True
 
 
-def details(job_id: str, status: JobStatus) -> JobDetails:
-    return JobDetails(type="SUBMISSION", submission_id=job_id, status=status, entrypoint="")
+def details(job_id: str, status: JobStatus, **more: Any) -> JobDetails:
+    return JobDetails(type="SUBMISSION", submission_id=job_id, status=status, entrypoint="", **more)
 
 
 @pytest.fixture
@@ -578,7 +595,11 @@ def test_attempts_do_not_share_a_folder(stage: Stage, cluster: Cluster) -> None:
     assert len(set(cluster.packages)) == 2
 
 
-def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("commit", ["0123abc", "4567def"])
+def test_a_running_job_is_attached_to_and_code_of_another_commit_is_said(
+    stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    monkeypatch.setenv("PBE_GIT_COMMIT", commit)
     job_id = f"{job_name(stage)}-3"
     cluster.jobs = {job_id: JobStatus.RUNNING}
 
@@ -590,7 +611,9 @@ def test_a_running_job_is_attached_to(stage: Stage, cluster: Cluster, capsys: py
     cluster.tail_job_logs = finish  # type: ignore[method-assign]
     jobs.run_remotely(stage, LOOPBACK)
     assert list(cluster.jobs) == [job_id]
-    assert f"attached again to job {job_id}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"attached again to job {job_id}" in said
+    assert ("runs the code of commit 0123abc, here is 4567def" in said) == (commit == "4567def")
 
 
 def test_who_submits_the_same_a_moment_later_follows_the_first(

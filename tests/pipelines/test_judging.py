@@ -26,7 +26,7 @@ def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
 
 
 def edits(**config: object) -> Manifest:
-    return Manifest("edit", "0", {"bench": "b", **config}, "c0de", (), {})
+    return Manifest("edit", "0", {"bench": "b", **config}, 1, (), {})
 
 
 def test_edits_of_other_settings_are_not_scored() -> None:

@@ -26,12 +26,11 @@ def stage(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Stage:
     root = tmp_path / "a project"
     for name in ("pbe", "pipelines", "infra/kuberay"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(REPOSITORY / name, root / name)
+    shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
     (root / "data" / "ingest").mkdir(parents=True)
     (root / "data" / "ingest" / "manifest.json").write_text("{}")
     params = Params.model_construct()
-    return Stage("materialize", None, params, Store(f"{s3}/{tmp_path.name}"), "c0de", root)
+    return Stage("materialize", None, params, Store(f"{s3}/{tmp_path.name}"), root)
 
 
 def test_the_manifest_runs_the_package_that_lies_in_the_storage(
@@ -59,7 +58,7 @@ def test_the_manifest_runs_the_package_that_lies_in_the_storage(
 
 
 def test_storage_of_this_machine_is_refused_before_anything_is_written(stage: Stage, tmp_path: Path) -> None:
-    here = Stage(stage.name, None, stage.params, Store(str(tmp_path / "store")), stage.code, stage.root)
+    here = Stage(stage.name, None, stage.params, Store(str(tmp_path / "store")), stage.root)
     with pytest.raises(StageError, match=r"out of reach for Kubernetes; set PBE_STORAGE=s3"):
         rayjob.main(here)
     assert not (tmp_path / "store").exists()

@@ -233,7 +233,7 @@ def _triplets(store: Store) -> Manifest:
         )
         for bucket in range(2)
     ]
-    return make_manifest("materialize", config={}, code="", units=units)
+    return make_manifest("materialize", config={}, version=1, units=units)
 
 
 def test_augmentation_shows_the_clean_reference_and_the_draws_that_encode_makes_of_it(store: Store) -> None:

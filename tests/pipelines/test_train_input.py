@@ -34,7 +34,7 @@ def test_no_rows_at_all_are_refused(encoded: Manifest) -> None:
         return replace(unit, files=tuple(replace(file, rows=0) for file in unit.files))
 
     for nothing in (
-        make_manifest("encode", config={}, code="", units=[]),
+        make_manifest("encode", config={}, version=1, units=[]),
         replace(encoded, units=tuple(emptied(unit) for unit in encoded.units)),
     ):
         with pytest.raises(StageError, match=r"data/encode/manifest\.json lists no rows; see data/filter/counts\.json"):
@@ -93,7 +93,7 @@ def test_a_part_with_other_rows_than_the_manifest_says_is_named(store: Store, en
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_expected_schema_is_the_one_the_manifest_names(store: Store, encoded: Manifest, dtype: Dtype) -> None:
     params = load_params()
-    stage = Stage("train", "full", params, store, "", Path())
+    stage = Stage("train", "full", params, store, Path())
     config = dict(encoded.config) | {"dtype": dtype, "reference_draws": 5}
     config["backbone"] = {**config["backbone"], "token_count": 50}
     latent_px = params.materialize.image_px // 4

@@ -38,7 +38,7 @@ def worker(store):
     return work
 
 store = Store(sys.argv[1])
-stage = Stage("meet", None, load_params(), store, "c0de", Path())
+stage = Stage("meet", None, load_params(), store, Path())
 units = [Unit("a", "1", None), Unit("b", "1", None)]
 each = TaskResources(cpus=2, memory_gib=0)
 records = run_units(stage, "meet", units, worker=partial(worker, store), each=each, key="meet")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pbe.store import Manifest, Store
-from tests.train.ranks import loss_curve, run_ranks, tiny_config, tiny_encoded, tiny_job, train
+from tests.train.golden import straight_curve
+from tests.train.ranks import tiny_encoded
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,4 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manife
 @pytest.fixture(scope="session")
 def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
     """Stage 0 on one rank: no sharding, no communication."""
-    folder, store, encoded = place
-    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
-    return loss_curve(store, "golden")
+    return straight_curve(*place)

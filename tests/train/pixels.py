@@ -76,7 +76,7 @@ def triplets_of(
                 "materialize", f"b{bucket:04d}-x", tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP
             )
         )
-    return make_manifest("materialize", config={}, code="", units=units)
+    return make_manifest("materialize", config={}, version=1, units=units)
 
 
 def encoded_of(
@@ -127,4 +127,4 @@ def encoded_of(
         store.write_bytes(path, codec_bytes(networks.codec))
         patch_px, channels = networks.codec.patch_px, networks.codec.channels
         config["codec"] = {"kind": "patch", "path": path, "patch_px": patch_px, "channels": channels}
-    return make_manifest("encode", config=config, code="", units=units)
+    return make_manifest("encode", config=config, version=1, units=units)

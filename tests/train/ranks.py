@@ -229,7 +229,7 @@ def tiny_encoded(
         },
         "backbone": {"kind": "efficientnet_lite0", "width": WIDTH, "tokens": "class"},
     }
-    return make_manifest("encode", config=config, code="", units=units)
+    return make_manifest("encode", config=config, version=1, units=units)
 
 
 def tiny_config(**changes: Any) -> TrainConfig:

@@ -25,7 +25,7 @@ def _run(store: Store, *steps: int, name: str = NAME, zero_stage: int = 2) -> Ru
 @pytest.fixture
 def stage(store: Store) -> Stage:
     params = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml")
-    return Stage("train", "full", params, store, "code", repo_root())
+    return Stage("train", "full", params, store, repo_root())
 
 
 def _config(stage: Stage, resume_from: str, **changes: object) -> TrainConfig:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pbe.store import Manifest, Store
+from tests.train.golden import verdict
 from tests.train.ranks import (
     KillAt,
     RankDiedError,
@@ -30,6 +31,17 @@ def test_the_curve_shows_what_training_does(place: tuple[Path, Store, Manifest],
     other = tiny_config(zero_stage=0, lr=2.1e-3)
     run_ranks(train, tiny_job(store, encoded, other, "other"), world=1, tmp=folder)
     assert np.abs(np.array(loss_curve(store, "other")) - golden).max() > 1e-4
+
+
+def test_the_curve_is_the_stored_one_or_train_has_a_new_version(golden: list[float]) -> None:
+    """A run is named by VERSION, not by the code. Float32 on any processor: equal to one in 10,000."""
+    told = verdict(golden)
+    assert not told, told
+
+
+def test_another_curve_of_the_same_version_asks_for_a_new_one(golden: list[float]) -> None:
+    assert "raise VERSION in pipelines/train.py" in verdict([loss * 1.0002 for loss in golden])
+    assert "raise VERSION" in verdict(golden[:-1])
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -42,7 +42,7 @@ def _with_a_nan(store: Store, encoded: Manifest) -> Manifest:
     tables = {slot_name(0): table, slot_name(1): encoded_rows(2, 1, 6)}
     unit = store.write_unit("encode", "b0002-nan", tables, counts={"rows": 12}, rows_per_group=2)
     units = [*encoded.units[:2], unit, encoded.units[3]]
-    return make_manifest("encode", config=encoded.config, code="", units=units)
+    return make_manifest("encode", config=encoded.config, version=1, units=units)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -7,16 +7,18 @@ IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
 # The environment is up to date when the stamp for these two files, in this folder, is there. By content, not by
 # date, so that a fresh checkout or a switched branch reinstalls only what changed.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
+# Two at a time: much of what tests do is waiting for processes to start. A file stays in one of them, with its fixtures.
+SIDE_BY_SIDE = -n 2 --dist loadfile
 # cpu or cuda, by `make bench DEVICE=cuda`. Emptied here, so that a variable of the environment has no say.
 DEVICE :=
 BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test drill bench gpu profile ui clean
+.PHONY: help env repro test test-all drill bench gpu profile ui clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## the environment alone
 
@@ -41,12 +43,15 @@ repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and repor
 	@$(IN_VENV) $(PY) -m dvc repro
 	@$(IN_VENV) $(PY) -m pipelines summary
 
-test: $(STAMP) ## lint, types, import contracts, tests
+test: $(STAMP) ## lint, types, import contracts, and the tests that take less than ten minutes in all
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	@$(IN_VENV) $(PY) -m pytest --durations=25
+	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25
+
+test-all: test ## the same, then the long tests
+	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25 -m "slow and not drill"
 
 drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill

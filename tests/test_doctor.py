@@ -193,6 +193,7 @@ def test_a_cluster_of_another_ray_and_a_storage_it_cannot_see(
     assert _found(root, "PBE_STORAGE").level == "warn"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_ranks_train_save_and_go_on_as_one(root: Path) -> None:
     finding = list(examine(root, gpu=False, ranks=2))[-1]
@@ -201,6 +202,7 @@ def test_two_ranks_train_save_and_go_on_as_one(root: Path) -> None:
     assert "ZeRO 2, fp32, 2 ranks, saved, resumed on 1" in finding.found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_drill_whose_ranks_fail_says_why(root: Path) -> None:
     from pbe.config import load_params

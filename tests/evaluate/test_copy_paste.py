@@ -91,7 +91,7 @@ def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((positive[:, None] > negative).mean() + (positive[:, None] == negative).mean() / 2)
 
 
-@pytest.mark.parametrize("side_px", [40, 64, 256])
+@pytest.mark.parametrize("side_px", [40, *(pytest.param(side_px, marks=pytest.mark.slow) for side_px in (64, 256))])
 def test_copies_score_above_all_else(references: list[np.ndarray], side_px: int) -> None:
     unlike = np.concatenate([_scores(references, kind, side_px) for kind in ("unrelated", "same photo")])
     assert np.median(unlike) < 0.12

@@ -62,6 +62,7 @@ def test_a_pickle_that_means_harm_does_nothing(tmp_path: Path, how: Any, wrap: s
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_damaged_pickle_never_ends_the_process(protocol: int) -> None:
     """numpy reads the state of a dtype in C: with "M8" for "f8" it ended the process when it was given the real one."""

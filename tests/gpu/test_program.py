@@ -77,6 +77,7 @@ def test_a_page_says_what_failed_and_what_was_missed() -> None:
     assert page(results).startswith("# Rehearsal") and not missed(results)
 
 
+@pytest.mark.slow
 def test_the_program_is_rehearsed(tmp_path: Path) -> None:
     """All parts but doctor and parity, which take minutes here: `make gpu DEVICE=cpu` runs them too."""
     parts = ["card", "ladder", "peers", "stops", "encode", "edit", "compile"]

@@ -46,6 +46,7 @@ RUN = Run(batch=256, micro_batch=8, steps=100, precision="fp32", stage=1, row_by
 # -- real ranks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel what sockets have sent")
 def test_two_real_ranks_send_what_is_reckoned(tmp_path: Path) -> None:
     """ZeRO 2 and 3 with accumulation are where DeepSpeed is furthest from the paper; the drill has all stages."""

@@ -50,6 +50,7 @@ def test_weights_are_left_out_and_their_gradients_counted_apart() -> None:
     assert live.peak_with_gradients < 41_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_fake_tensors_live_as_real_ones(precision: str) -> None:
     peaks = {}
@@ -64,6 +65,7 @@ def test_fake_tensors_live_as_real_ones(precision: str) -> None:
     assert peaks[True] < peaks[False]
 
 
+@pytest.mark.slow
 @pytest.mark.drill
 def test_activations_that_are_counted_are_resident() -> None:
     """A third of a GiB of them; infra/memory.py --measure has more cases."""

@@ -110,6 +110,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_only_the_parts_that_are_needed_come_and_pickles_only_without_safetensors(hub: Hub, tmp_path: Path) -> None:
     hub.files = FILES

@@ -1,5 +1,6 @@
 """A copy of the project in a folder of its own, with its own git, DVC, storage and MLflow database."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,9 +14,12 @@ import psutil
 from pipelines.profile import profile_text
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 600  # of one command; on an idle machine none takes half of it
+TIMEOUT_S, ATTEMPTS = 600, 3  # of one command; on an idle machine none takes half of it
 # the tests' own settings must not leak in from the developer's shell
 FOREIGN = ("RAY_ADDRESS", "PBE_STORAGE", "MLFLOW_TRACKING_URI", "DVC_ROOT")
+
+
+VARIANTS, BASELINES = ("full", "bottleneck", "untrained"), ("copy_paste", "poisson")  # of profile tiny
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,16 @@ class Project:
             raise AssertionError(f"{command} exited with {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result
 
+    def run_to_the_end(self, *command: str) -> None:
+        """As `run`, but a command that takes too long, on a machine that does much else, is given again: it resumes."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                self.run(*command)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+        self.run(*command)
+
     def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """Run `python -m COMMAND...` in the background, in a process group of its own."""
         command = (str(self.python), "-u", "-m", *command)
@@ -70,6 +84,11 @@ class Project:
         """Modification time in ns of every file of the stage's parts."""
         folder = self.folder / ".store" / "parts" / stage
         return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def metrics(project: Project) -> dict:
+    """What the evaluate stage has left."""
+    return json.loads((project.folder / "data" / "evaluate" / "metrics.json").read_text())
 
 
 def make_project(folder: Path, profile: str = "tiny", root: str = "") -> Project:
@@ -100,6 +119,12 @@ def make_project(folder: Path, profile: str = "tiny", root: str = "") -> Project
     project.git("add", "-A")
     project.git("commit", "-qm", "start")
     return project
+
+
+def copy_project(project: Project, folder: Path) -> Project:
+    """With storage, MLflow database and DVC's state. Artifacts of its MLflow runs stay with the first project's."""
+    shutil.copytree(project.folder, folder, symlinks=True)
+    return Project(folder)
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

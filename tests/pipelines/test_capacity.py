@@ -203,6 +203,7 @@ def start_head(folder: Path, port: int, version: int | None) -> "subprocess.Pope
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [None, 1, 2])
 def test_pools_without_a_node_yet_are_asked_by_their_autoscaler(version: int | None) -> None:
     with TemporaryDirectory(prefix="pbe-as-") as folder:  # short: Ray's sockets are in it

@@ -209,6 +209,7 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
     assert cluster.nodes.token not in told
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_one_error_with_its_log(laptop: Laptop) -> None:
     stub(laptop, "from pipelines.stage import StageError; raise StageError('no photo fits')")
     said = laptop.run("materialize", expect=1)
@@ -219,6 +220,7 @@ def test_a_failed_job_is_one_error_with_its_log(laptop: Laptop) -> None:
     assert not (laptop.root / "data" / "materialize").exists()
 
 
+@pytest.mark.slow
 def test_a_job_whose_driver_is_killed_is_one_error_and_the_same_command_tries_again(
     cluster: Cluster, laptop: Laptop
 ) -> None:
@@ -245,6 +247,7 @@ def driver_of(cluster: Cluster, job_id: str) -> psutil.Process:
     return next(p for p in of_nodes if p.name().startswith("python") and p.cmdline()[-2:] == ["--as-job", job_id])
 
 
+@pytest.mark.slow
 def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp_path: Path) -> None:
     go = tmp_path / "go"
     stub(
@@ -283,6 +286,7 @@ def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp
         assert whose.manifest("materialize") == {"job": job_id}
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_the_job_and_the_same_command_tries_again(cluster: Cluster, laptop: Laptop) -> None:
     stub(laptop, "print('waiting'); time.sleep(600)")
     process = laptop.start("materialize")
@@ -301,6 +305,7 @@ def test_a_second_ctrl_c_stops_the_job_and_the_same_command_tries_again(cluster:
 # -- what does not fit ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_ray_than_the_clusters_is_one_clear_error(laptop: Laptop) -> None:
     package = laptop.root / "pipelines" / "package.py"
     package.write_text(package.read_text().replace("json.dumps(versions_here())", 'json.dumps({"ray": "2.9.0"})'))
@@ -308,6 +313,7 @@ def test_another_ray_than_the_clusters_is_one_clear_error(laptop: Laptop) -> Non
     assert "here and 2.9.0 there" in said and "requirements.lock" in said
 
 
+@pytest.mark.slow
 def test_storage_of_one_node_alone_is_one_clear_error(laptop: Laptop, tmp_path: Path) -> None:
     """All nodes are on this machine; what another one does not see is played by a path that is its own folder."""
     units = laptop.root / "pipelines" / "as_job.py"
@@ -320,6 +326,7 @@ def test_storage_of_one_node_alone_is_one_clear_error(laptop: Laptop, tmp_path: 
 # -- all of it -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # 524 on two cores
 def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     cluster: Cluster, laptop: Laptop, bucket: Store, tmp_path: Path

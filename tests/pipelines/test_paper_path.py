@@ -27,6 +27,8 @@ from tests.tiny_weights import (
     write_stable_diffusion,
 )
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("skimage", reason="needs the sample extra")
 
 STEPS, LR = 12, 1e-5

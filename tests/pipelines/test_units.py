@@ -46,6 +46,7 @@ print([record.unit for record in records])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_tasks_that_fit_run_side_by_side_from_the_start(tmp_path: Path) -> None:
     """Ray Data holds a task back until it knows what the first one's output weighs; ours weigh nothing."""

@@ -44,8 +44,8 @@ def test_another_curve_of_the_same_version_asks_for_a_new_one(golden: list[float
     assert "raise VERSION" in verdict(golden[:-1])
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_straight(place: tuple[Path, Store, Manifest], golden: list[float], stage: int, world: int) -> None:
     folder, store, encoded = place
     name = f"straight-{stage}-{world}"
@@ -54,8 +54,8 @@ def test_straight(place: tuple[Path, Store, Manifest], golden: list[float], stag
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("worlds", [(2, 2), (2, 1, 2)], ids=["2-2", "2-1-2"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("worlds", [pytest.param((2, 2), marks=pytest.mark.slow), (2, 1, 2)], ids=["2-2", "2-1-2"])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3)), 2])
 def test_killed_and_resumed(
     place: tuple[Path, Store, Manifest],
     golden: list[float],

@@ -59,8 +59,8 @@ def _remove(file: Path) -> None:
     ("damage", "said"),
     [
         (_flip_a_byte, "is not what was written"),
-        (_cut_short, "has 1000 of"),
-        (_remove, "is missing"),
+        pytest.param(_cut_short, "has 1000 of", marks=pytest.mark.slow),
+        pytest.param(_remove, "is missing", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
@@ -82,6 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, Store, Manifest]) -> None:
     folder, store, encoded = place
     run = _killed(place, "all-damaged")
@@ -91,6 +92,7 @@ def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, St
         run_ranks(train, tiny_job(store, encoded, tiny_config(), "all-damaged"), world=1, tmp=folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
     place: tuple[Path, Store, Manifest], golden: list[float]
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
     np.testing.assert_allclose(loss_curve(store, "half"), golden, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_the_last_step_is_one_of_them(
     place: tuple[Path, Store, Manifest], golden: list[float]
 ) -> None:
@@ -118,6 +121,7 @@ def test_the_newest_are_kept_and_the_last_step_is_one_of_them(
     assert [found.step for found in Run(store, "kept").checkpoints()] == [24, 30]
 
 
+@pytest.mark.slow
 def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Manifest]) -> None:
     """30 steps, then 10 more in a run of its own, equal 40 at once; and ZeRO 1 on two ranks may do the rest."""
     folder, store, encoded = place
@@ -132,6 +136,7 @@ def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Mani
     np.testing.assert_allclose(loss_curve(store, "third"), loss_curve(store, "at-once"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Manifest]) -> None:
     folder, store, encoded = place
     run_ranks(train, tiny_job(store, encoded, tiny_config(), "narrow"), world=1, tmp=folder)
@@ -141,6 +146,7 @@ def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Ma
         run_ranks(train, wide, world=1, tmp=folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
     place: tuple[Path, Store, Manifest], golden: list[float]
 ) -> None:
@@ -155,6 +161,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
     np.testing.assert_allclose(loss_curve(store, "full-disk"), golden, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_through_s3_and_on_another_number_of_ranks(s3: str, tmp_path: Path, golden: list[float]) -> None:
     store = Store(f"{s3}/training")
     encoded = tiny_encoded(store)
@@ -169,6 +176,7 @@ def test_through_s3_and_on_another_number_of_ranks(s3: str, tmp_path: Path, gold
     assert json.loads(store.read_bytes("runs/remote/finished.json"))["steps"] == 30
 
 
+@pytest.mark.slow
 def test_a_log_point_that_a_kill_cuts_in_two_is_whole_again(place: tuple[Path, Store, Manifest]) -> None:
     """Points every 5 steps, checkpoints every 8: the one of step 10 begins before the checkpoint of step 8."""
     folder, store, encoded = place

@@ -1,0 +1,310 @@
+"""What happens to a finished chain when settings, code or data change, or a kill cuts it: each test in its own copy."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pbe.data import images
+from tests.pipelines.project import BASELINES, VARIANTS, Project, kill_tree, make_project, metrics
+from tests.tiny_weights import write_inception
+
+pytest.importorskip("skimage", reason="needs the sample extra")
+pytestmark = pytest.mark.slow
+
+POLL_S = 0.05
+
+
+def test_another_metric_setting_costs_no_second_look_and_no_second_edit(changeable: Project) -> None:
+    before = {stage: changeable.part_times(stage) for stage in ("bench", "edit", "look")}
+    changeable.edit_params("quality_components: 2", "quality_components: 3")
+    changeable.run("dvc", "repro", "evaluate")
+    assert before == {stage: changeable.part_times(stage) for stage in before}
+
+
+def test_methods_in_another_order_cost_no_second_look(changeable: Project) -> None:
+    before = {stage: changeable.part_times(stage) for stage in ("edit", "look", "statistics")}
+    first, second = "  copy_paste: {kind: copy_paste}\n", "  poisson: {kind: poisson}\n"
+    changeable.edit_params(first + second, second + first)
+    changeable.run("pipelines", "evaluate")
+    assert before == {stage: changeable.part_times(stage) for stage in before}
+
+
+@pytest.mark.timeout(600)  # four evaluations
+def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_do(changeable: Project) -> None:
+    """By another judge too, from one actor and in other batches: 1e-6."""
+    before = metrics(changeable)
+    folder = changeable.folder / "untouched photos"
+    folder.mkdir()
+    bench = json.loads((changeable.folder / "data/bench/manifest.json").read_text())
+    path = next(f["path"] for f in bench["units"][0]["files"] if f["dataset"] == "real")
+    for row in pq.read_table(changeable.folder / ".store" / path).to_pylist():
+        (folder / f"{row['real_id'].replace('/', '_')}.png").write_bytes(
+            images.encode_png(images.decode(row["picture"]))
+        )
+    sha256 = hashlib.sha256(write_inception(changeable.folder / "inception.pt").read_bytes()).hexdigest()
+    changes = [
+        ("  reals: null\n  reals_px: null\n", "  reals: untouched photos\n  reals_px: 64\n"),
+        ("  batch_rows: 16\n  actors: 2\n", "  batch_rows: 5\n  actors: 1\n"),
+        ("lite0}\n  reals", f"lite0}}\n    - {{kind: inception, file: inception.pt, sha256: {sha256}}}\n  reals"),
+    ]
+    for old, new in changes[::-1]:
+        changeable.edit_params(old, new)
+    shutil.rmtree(changeable.folder / ".store/parts/look")
+    changeable.run("pipelines", "evaluate")
+    after = metrics(changeable)
+    for method in (*VARIANTS, *BASELINES):
+        for metric, number in before[method]["box"]["exemplar"].items():
+            again = after[method]["box"]["exemplar"][metric]
+            for key in ("value", "low", "high"):
+                assert again[key] == pytest.approx(number[key], rel=1e-6, abs=1e-6), (method, metric)
+        assert {"fid", "kid", "qs_rank_inception"} <= set(after[method]["box"]["exemplar"])
+    assert after["card"]["reference"] == "untouched photos"
+    for name in ("zzz.png", ".DS_Store"):  # the second is none of ours
+        (folder / name).write_bytes(b"no picture")
+    result = changeable.run("pipelines", "evaluate", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("pbe: error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and "zzz.png" in errors[0] and "remove it" in errors[0]
+
+
+def test_edits_go_on_where_a_kill_left_them(changeable: Project) -> None:
+    """A part of the edits is gone: that one alone is made again, the same bytes."""
+    manifest = json.loads((changeable.folder / "data/edit/full/manifest.json").read_text())
+    part = changeable.folder / ".store/parts/edit" / manifest["units"][1]["unit"]
+    edits = (part / "edits.parquet").read_bytes()
+    before = changeable.part_times("edit")
+    shutil.rmtree(part)
+    for variant in VARIANTS:
+        changeable.run("pipelines", "edit", "--variant", variant)
+    assert (part / "edits.parquet").read_bytes() == edits
+    after = changeable.part_times("edit")
+    assert {name for name in after if after[name] != before[name]} == {
+        f"{part.name}/{name}" for name in ("edits.parquet", "record.json")
+    }
+
+
+def test_results_of_others_are_a_row_of_the_table(changeable: Project) -> None:
+    """Pictures named by bench id, here those of copy_paste: the same numbers, and clear words for what is missing."""
+    theirs = changeable.folder / "results of theirs"
+    theirs.mkdir()
+    manifest = json.loads((changeable.folder / "data/edit/copy_paste/manifest.json").read_text())
+    rows = pq.read_table(changeable.folder / ".store" / manifest["units"][0]["files"][0]["path"]).to_pylist()
+    for row in rows:
+        if (row["hole_kind"], row["reference_kind"]) == ("box", "exemplar"):
+            (theirs / f"{row['bench_id']}.png").write_bytes(row["edit"])
+    last = "  poisson: {kind: poisson}\n"
+    changeable.edit_params(last, last + "  theirs: {kind: folder, folder: results of theirs}\n")
+    changeable.run("pipelines", "baseline", "--baseline", "theirs")
+    changeable.run("pipelines", "evaluate")
+    found = metrics(changeable)
+    ours, again = found["copy_paste"]["box"]["exemplar"], found["theirs"]["box"]["exemplar"]
+    assert set(found["theirs"]) == {"protocol", "box"}
+    for metric in ("frechet_efficientnet_lite2", "qs_rank_efficientnet_lite0", "copy_paste"):
+        assert again[metric]["value"] == pytest.approx(ours[metric]["value"], rel=1e-6)
+    next(theirs.iterdir()).unlink()
+    result = changeable.run("pipelines", "baseline", "--baseline", "theirs", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("pbe: error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and "1 (" in errors[0] and "allow_missing" in errors[0]
+
+
+def test_param_switched_and_switched_back_recomputes_nothing(changeable: Project) -> None:
+    before = changeable.part_times("materialize")
+    changeable.edit_params("min_area_frac: 0.02", "min_area_frac: 0.03")
+    changeable.run("pipelines", "filter")
+    changeable.run("pipelines", "materialize")
+    added = changeable.part_times("materialize")
+    assert added.keys() > before.keys()
+    changeable.edit_params("min_area_frac: 0.03", "min_area_frac: 0.02")
+    changeable.run("dvc", "repro", "encode")
+    assert changeable.part_times("materialize") == added
+
+
+def test_a_comment_renames_no_part_and_runs_no_later_stage(changeable: Project) -> None:
+    before = {stage: changeable.part_times(stage) for stage in ("ingest", "filter", "materialize", "encode")}
+    changed = [changeable.folder / name for name in ("pipelines/ingest.py", "pbe/data/schema.py", "pbe/store.py")]
+    for path in changed:
+        path.write_text(f"{path.read_text()}# a comment\n")
+    said = changeable.run("dvc", "repro", "encode").stdout
+    assert "Running stage 'ingest'" in said and "ingest: 4 of 4 parts are already there" in said
+    assert all(f"Running stage '{stage}'" not in said for stage in ("filter", "materialize", "encode"))
+    assert before == {stage: changeable.part_times(stage) for stage in before}
+
+
+def test_a_new_version_makes_its_stages_parts_again_and_others_only_where_bytes_differ(
+    changeable: Project,
+) -> None:
+    before = {stage: changeable.part_times(stage) for stage in ("ingest", "filter", "materialize", "encode")}
+    stage = changeable.folder / "pipelines" / "filter.py"
+    text = stage.read_text()
+    stage.write_text(text.replace("\nVERSION = 1\n", "\nVERSION = 1000\n"))
+    said = changeable.run("dvc", "repro", "encode").stdout
+    assert "materialize: 4 of 4 parts are already there" in said
+    after = {stage: changeable.part_times(stage) for stage in before}
+    made = {name.split("/")[0] for name in after["filter"].keys() - before["filter"].keys()}
+    assert len(made) == 4 and all(after[stage] == before[stage] for stage in ("ingest", "materialize", "encode"))
+
+
+def test_bad_parameter_is_refused_in_one_line_before_any_work(changeable: Project) -> None:
+    changeable.edit_params("steps: 12", "stepz: 12")
+    result = changeable.run("pipelines", "ingest", check=False)
+    assert result.returncode == 1
+    assert "train.stepz = 12: unknown key" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _wait_for(found, process, what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, f"ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} within two minutes"
+        time.sleep(POLL_S)
+
+
+@pytest.mark.timeout(400)
+def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "killed")
+    project.edit_params("slots: 4", "slots: 600")
+    project.run("pipelines", "ingest")
+    project.run("pipelines", "filter")
+    parts = project.folder / ".store" / "parts" / "materialize"
+
+    photos = max((project.folder / ".store" / "parts" / "ingest").glob("*/images.parquet"), key=_size)
+    whole = photos.read_bytes()
+    photos.write_bytes(whole[:5000] + bytes(byte ^ 255 for byte in whole[5000:5020]) + whole[5020:])
+    damaged = project.run("pipelines", "materialize", check=False)  # the error is raised in a Ray task
+    assert damaged.returncode == 1 and "Traceback" not in damaged.stderr
+    errors = [line for line in damaged.stderr.splitlines() if line.startswith("pbe: error: ")]
+    assert len(errors) == 1 and str(photos) in errors[0] and "dvc repro -f -s ingest" in errors[0]
+    photos.write_bytes(whole)
+    project.edit_params("per_bucket: {cpus: 1,", "per_bucket: {cpus: 1000,")
+    asked_too_much = project.run("pipelines", "materialize", check=False).stderr
+    assert "materialize.per_bucket: 1000 CPUs, 0.5 GiB of memory does not fit on one node with" in asked_too_much
+    project.edit_params("per_bucket: {cpus: 1000,", "per_bucket: {cpus: 4,")  # one bucket after the other
+    shutil.rmtree(parts)  # the buckets that were whole are done
+
+    process = project.start("pipelines", "materialize")
+    _wait_for(lambda: "0 of 4 parts" in project.started_log(), process, "start")
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole foreground group
+    assert process.wait(timeout=60) == 130
+    assert "the same command goes on" in project.started_log()
+    assert "Traceback" not in project.started_log()
+
+    process = project.start("dvc", "repro", "materialize")
+    _wait_for(lambda: list(parts.glob("*/record.json")), process, "finished part")
+    kill_tree(process)
+    finished = {path.parent.name for path in parts.glob("*/record.json")}
+    assert 0 < len(finished) < 4
+    before = {name: when for name, when in project.part_times("materialize").items() if name.split("/")[0] in finished}
+    project.run("pipelines", "check")  # as `make repro` does
+    project.run("dvc", "repro", "materialize")
+    after = project.part_times("materialize")
+    assert len(list(parts.glob("*/record.json"))) == 4
+    assert {name: after[name] for name in before} == before
+
+
+def _last_losses(project: Project) -> list[float]:
+    """Training and validation loss of the last step."""
+    with (project.folder / "data" / "train" / "full" / "loss.csv").open(newline="") as stream:
+        last = list(csv.DictReader(stream))[-1]
+    return [float(last["loss"]), float(last["validation_loss"])]
+
+
+@pytest.mark.timeout(500)
+def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable: Project) -> None:
+    straight = _last_losses(changeable)
+    run = next((changeable.folder / ".store" / "runs").glob("full-*"))
+    for path in (run / "finished.json", run / "history.json"):
+        path.unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000012")  # as if cut off between step 8's checkpoint and step 12's
+    for workers in (2, 1):  # through Ray Train: first as it was, then on another number of ranks
+        changeable.edit_params("workers: 2", f"workers: {workers}")
+        result = changeable.run("pipelines", "train", "--variant", "full")
+        changeable.edit_params(f"workers: {workers}", "workers: 2")
+        said = result.stdout + result.stderr
+        assert "goes on from the checkpoint of step 8" + (", written by 2 ranks" if workers == 1 else "") in said
+        resumed = _last_losses(changeable)
+        assert resumed == pytest.approx(straight, rel=1e-5)
+        (run / "finished.json").unlink()
+        shutil.rmtree(run / "checkpoints" / "step-00000012")
+
+
+@pytest.mark.timeout(500)
+def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(changeable: Project) -> None:
+    broken = changeable.folder / "broken"
+    shutil.copytree(changeable.folder / "models" / "full", broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][0] = np.inf
+    save_file(tensors, weights)
+    changeable.edit_params("init: random", f"init: {json.dumps(str(broken))}")
+    result = changeable.run("pipelines", "train", "--variant", "full", check=False)
+    assert result.returncode == 1
+    assert (
+        "the loss is not finite at step 1; the state before that step is saved as step 0. 8 of 8 rows" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+    assert "goes on from the checkpoint" not in result.stdout + result.stderr  # as each of two more tries would
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)
+def test_killed_by_sigkill_in_train_goes_on(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "killed")
+    project.edit_params("steps: 12", "steps: 60")
+    project.run("dvc", "repro", "encode")
+    process = project.start("dvc", "repro", "train@full")
+    runs = project.folder / ".store" / "runs"
+    _wait_for(lambda: list(runs.glob("full-*/checkpoints/*/COMPLETE.json")), process, "checkpoint")
+    kill_tree(process)
+    result = project.run("dvc", "repro", "train@full")
+    assert "goes on from the checkpoint" in result.stdout + result.stderr
+    assert (project.folder / "models" / "full" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)
+def test_a_training_whose_lease_was_taken_over_stops(tmp_path: Path) -> None:
+    """As by another machine, while this one slept."""
+    project = make_project(tmp_path / "slept")
+    project.edit_params("steps: 12", "steps: 100000")
+    project.run("dvc", "repro", "encode")
+    process = project.start("pipelines", "train", "--variant", "full")
+    runs = project.folder / ".store" / "runs"
+    _wait_for(lambda: list(runs.glob("full-*/checkpoints/*/COMPLETE.json")), process, "checkpoint")
+    (lease,) = runs.glob("full-*/lease.json")
+    theirs = json.loads(lease.read_text()) | {"token": "theirs", "who": "the other"}
+    lease.write_text(json.dumps(theirs))
+    assert process.wait(timeout=120) == 1, project.started_log()
+    assert "is being trained right now by the other" in project.started_log()
+    assert json.loads(lease.read_text()) == theirs
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(1200)
+def test_experiments_land_in_the_main_mlflow_database(changeable: Project) -> None:
+    from mlflow import MlflowClient
+
+    changeable.git("add", "-A")
+    changeable.git("commit", "-qm", "after repro")
+    changeable.run("dvc", "exp", "run", "-S", "train.lr=0.001", "train@full")
+    changeable.run("dvc", "exp", "run", "--queue", "-S", "train.lr=0.003", "train@full")
+    changeable.run("dvc", "exp", "run", "--run-all")
+    client = MlflowClient(f"sqlite:///{changeable.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("paint-by-example")
+    assert experiment is not None
+    rates = {run.data.params.get("train.lr") for run in client.search_runs([experiment.experiment_id])}
+    assert {"0.001", "0.003"} <= rates

@@ -6,6 +6,7 @@ Deviation of the sample profile: a class embedding feeds the same token to the t
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class ConditionedUNet(nn.Module):
         self.exemplar = exemplar
         self._class_embedding = unet.config.class_embed_type == "projection"
         self._memory_format = torch.contiguous_format
+        self._autocast = False
 
     def use_kernels(self, *, sdpa: bool, channels_last: bool, activation_checkpointing: bool) -> None:
         """How the UNet computes, not what: the results differ by rounding alone."""
@@ -72,6 +74,11 @@ class ConditionedUNet(nn.Module):
             self._memory_format = torch.channels_last
         if activation_checkpointing:
             self.unet.enable_gradient_checkpointing()
+
+    def use_autocast(self) -> None:
+        """Compute `forward` in bfloat16 by autocast. Inside the network, as on a GPU DeepSpeed's engine turns off an
+        autocast that is around it."""
+        self._autocast = True
 
     @property
     def latent_channels(self) -> int:
@@ -91,13 +98,15 @@ class ConditionedUNet(nn.Module):
 
         Returns the prediction (B, C, h, w); the objective says of what.
         """
-        return self.denoise(
-            noisy_latent,
-            timestep,
-            masked_latent=masked_latent,
-            keep_mask_latent=keep_mask_latent,
-            context=self.exemplar(exemplar_tokens, drop_condition),
-        )
+        device = noisy_latent.device.type
+        with torch.autocast(device, torch.bfloat16) if self._autocast else nullcontext():
+            return self.denoise(
+                noisy_latent,
+                timestep,
+                masked_latent=masked_latent,
+                keep_mask_latent=keep_mask_latent,
+                context=self.exemplar(exemplar_tokens, drop_condition),
+            )
 
     def denoise(
         self,

@@ -142,6 +142,8 @@ def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: 
     torch.manual_seed(0)
     network = new_network(Architecture(4, 8, 16, (32, 64), (True, False), 1, 4, 8, 16, 16, 1, False))
     network.use_kernels(sdpa=cfg.kernels.sdpa, channels_last=cfg.kernels.channels_last, activation_checkpointing=False)
+    if cfg.precision == "bf16_autocast":
+        network.use_autocast()
     checkpoint, universal = folder / "checkpoint", folder / "universal"
     if resume and rank == 0:
         to_universal(checkpoint, universal)
@@ -159,15 +161,14 @@ def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: 
             first = (micro * world + rank) * cfg.micro_batch
             rows = slice(first, first + cfg.micro_batch)
             noisy, masked, keep, wanted = (draw[rows].to(device, dtype) for draw in draws)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16_autocast"):
-                prediction = engine(
-                    noisy,
-                    torch.full((cfg.micro_batch,), 500, device=device),
-                    masked_latent=masked,
-                    keep_mask_latent=keep,
-                    exemplar_tokens=tokens[rows].to(device, dtype),
-                    drop_condition=torch.zeros(cfg.micro_batch, dtype=torch.bool, device=device),
-                )
+            prediction = engine(
+                noisy,
+                torch.full((cfg.micro_batch,), 500, device=device),
+                masked_latent=masked,
+                keep_mask_latent=keep,
+                exemplar_tokens=tokens[rows].to(device, dtype),
+                drop_condition=torch.zeros(cfg.micro_batch, dtype=torch.bool, device=device),
+            )
             loss = (prediction.float() - wanted.float()).pow(2).mean()
             engine.backward(loss)
             step_engine(engine)

@@ -27,9 +27,6 @@ class Diffusion:
         """Of the network's inputs."""
         return torch.bfloat16 if self.cfg.precision in ("bf16", "bf16_pure") else torch.float32
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16_autocast")
-
 
 def row_losses(network: Any, batch: Batch, diffusion: Diffusion) -> Tensor:
     """(B,) float32: each row's loss, min-SNR weighted where that is on. `batch` is on the diffusion's device.
@@ -39,17 +36,15 @@ def row_losses(network: Any, batch: Batch, diffusion: Diffusion) -> Tensor:
     cfg, dtype = diffusion.cfg, diffusion.dtype
     hide = batch.drop_context[:, None, None, None]
     ab = diffusion.alpha_bar[batch.timestep]
-    with diffusion.autocast():
-        prediction = network(
-            add_noise(batch.x0, batch.noise, ab).to(dtype),
-            batch.timestep,
-            masked_latent=torch.where(hide, diffusion.grey_latent, batch.masked_latent).to(dtype),
-            keep_mask_latent=torch.where(hide, torch.zeros_like(batch.keep_mask_latent), batch.keep_mask_latent).to(
-                dtype
-            ),
-            exemplar_tokens=batch.exemplar_tokens.to(dtype),
-            drop_condition=batch.drop_condition,
-        )
+    keep_mask = torch.where(hide, torch.zeros_like(batch.keep_mask_latent), batch.keep_mask_latent)
+    prediction = network(
+        add_noise(batch.x0, batch.noise, ab).to(dtype),
+        batch.timestep,
+        masked_latent=torch.where(hide, diffusion.grey_latent, batch.masked_latent).to(dtype),
+        keep_mask_latent=keep_mask.to(dtype),
+        exemplar_tokens=batch.exemplar_tokens.to(dtype),
+        drop_condition=batch.drop_condition,
+    )
     loss = loss_per_row(prediction, target(cfg.objective, x0=batch.x0, noise=batch.noise, alpha_bar=ab))
     if cfg.min_snr_gamma is not None:
         loss = loss * min_snr_weight(cfg.objective, alpha_bar=ab, gamma=cfg.min_snr_gamma)
@@ -79,15 +74,14 @@ def fill_holes(
     tokens = batch.exemplar_tokens.repeat(copies, 1, 1).to(dtype)
 
     def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-        with diffusion.autocast():
-            return network(
-                noisy.to(dtype),
-                timestep,
-                masked_latent=masked,
-                keep_mask_latent=keep,
-                exemplar_tokens=tokens,
-                drop_condition=drop,
-            ).float()
+        return network(
+            noisy.to(dtype),
+            timestep,
+            masked_latent=masked,
+            keep_mask_latent=keep,
+            exemplar_tokens=tokens,
+            drop_condition=drop,
+        ).float()
 
     return sample(
         denoise,

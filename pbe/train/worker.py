@@ -215,8 +215,10 @@ def _use_kernels(model: ConditionedUNet, cfg: TrainConfig, device: torch.device)
         channels_last=kernels.channels_last,
         activation_checkpointing=kernels.activation_checkpointing,
     )
-    if cfg.precision == "bf16_autocast" and device.type == "cpu":
-        use_float32_group_norm(model)
+    if cfg.precision == "bf16_autocast":
+        model.use_autocast()
+        if device.type == "cpu":
+            use_float32_group_norm(model)
     if kernels.compile and device.type == "cuda":
         model.unet.compile()
     elif kernels.compile:

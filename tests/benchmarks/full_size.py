@@ -97,6 +97,8 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     model = new_network(arch)
     torch.set_default_dtype(torch.float32)
     model.use_kernels(sdpa=True, channels_last=False, activation_checkpointing=cfg.kernels.activation_checkpointing)
+    if cfg.precision == "bf16_autocast":
+        model.use_autocast()
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters:,} trainable parameters, {cfg.precision}, ZeRO-{cfg.zero_stage}, micro-batch {cfg.micro_batch}, "

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from pbe.config import load_params, repo_root
+from pbe.model.unet import Architecture, ConditionedUNet
 from pbe.store import Manifest, Store
 from pbe.train.engine import deepspeed_config
+from pbe.train.worker import Job
 from tests.train.ranks import (
     KillAt,
     RankDiedError,
@@ -112,3 +115,36 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
     assert deepspeed_config(unclipped, on_gpu=True)["gradient_clipping"] == 0.0
     assert deepspeed_config(unclipped, on_gpu=True)["bf16"]["bf16_optimizer_states"]
     assert deepspeed_config(cfg, on_gpu=True, universal=True)["checkpoint"] == {"load_universal": True}
+
+
+def dtypes_seen_as_on_a_gpu(job: Job) -> list[torch.dtype]:
+    """Of what the network's last convolution gives in each forward, where torch says that an autocast around the
+    engine is on, as it says of CUDA's alone."""
+    from unittest.mock import patch
+
+    from pbe.train import worker
+
+    seen: list[torch.dtype] = []
+    build, asked = worker.new_network, torch.is_autocast_enabled
+
+    def watched(arch: Architecture) -> ConditionedUNet:
+        network = build(arch)
+        network.unet.conv_out.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+        return network
+
+    def enabled(*device_type: str) -> bool:
+        return asked(*device_type) if device_type else True
+
+    with patch.object(worker, "new_network", watched), patch.object(torch, "is_autocast_enabled", enabled):
+        train(job)
+    return seen
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16_autocast", torch.bfloat16), ("fp32", torch.float32)])
+def test_deepspeed_does_not_turn_autocast_off(
+    place: tuple[Path, Store, Manifest], precision: str, dtype: torch.dtype
+) -> None:
+    folder, store, encoded = place
+    job = tiny_job(store, encoded, tiny_config(steps=2, precision=precision), f"autocast-{precision}")
+    [seen] = run_ranks(dtypes_seen_as_on_a_gpu, job, world=1, tmp=folder)
+    assert seen and set(seen) == {dtype}

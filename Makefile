@@ -8,7 +8,7 @@ IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
 # date, so that a fresh checkout or a switched branch reinstalls only what changed.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
 # Two at a time: much of what tests do is waiting for processes to start. A file stays in one of them, with its fixtures.
-SIDE_BY_SIDE = -n 2 --dist loadfile
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 # cpu or cuda, by `make bench DEVICE=cuda`. Emptied here, so that a variable of the environment has no say.
 DEVICE :=
 BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))

@@ -169,7 +169,7 @@ def _processors(params: Params) -> Iterator[Finding]:
     memory_gib = psutil.virtual_memory().available / 2**30
     yield Finding("ok" if memory_gib > 4 else "warn", "memory", f"{memory_gib:.1f} GiB free")
     for stage, wanted in wanted_cpus(params).items():
-        # local Ray is told of at least four, as shares of stages overlap (pipelines/units.py)
+        # local Ray is told of at least four, as shares of stages overlap (pipelines/runtime/parts.py)
         level: Level = "ok" if wanted <= max(cores, 4) else "fail"
         advice = "" if level == "ok" else f"it would wait for ever: lower the {stage} settings in params.yaml"
         yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, here are {cores}", advice)

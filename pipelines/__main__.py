@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from pbe.config import home_root
 from pbe.errors import UserError
-from pipelines.environment import is_dashboard, prepare_driver
-from pipelines.logs import kept_log
-from pipelines.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
+from pipelines.runtime.environment import is_dashboard, prepare_driver
+from pipelines.runtime.logs import kept_log
+from pipelines.runtime.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,23 +57,23 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(args: argparse.Namespace) -> None:
     # imported here: a stage must not pay for the others' imports (torch, ray, mlflow)
     if args.command == "check":
-        from pipelines.check import main as run_check
+        from pipelines.commands.check import main as run_check
 
         return run_check()
     if args.command == "summary":
-        from pipelines.summary import main as run_summary
+        from pipelines.reporting.summary import main as run_summary
 
         return run_summary()
     if args.command == "status":
-        from pipelines.status import main as run_status
+        from pipelines.commands.status import main as run_status
 
         return run_status()
     if args.command == "profile":
-        from pipelines.profile import main as run_profile
+        from pipelines.commands.profile import main as run_profile
 
         return run_profile(args.name, args.root)
     if args.command == "rayjob":
-        from pipelines.rayjob import main as run_rayjob
+        from pipelines.cluster.rayjob import main as run_rayjob
 
         if (args.stage in VARIANT_STAGES) != (args.variant is not None):
             needs = "needs --variant NAME" if args.variant is None else "has no variants; leave --variant out"
@@ -91,7 +91,7 @@ def _run(stage: Stage) -> None:
     if address.startswith("ray://"):
         raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
     if stage.name in CLUSTER_STAGES and is_dashboard(address):
-        from pipelines.jobs import run_remotely
+        from pipelines.cluster.submit import run_remotely
 
         run_remotely(stage, address)
     else:
@@ -103,7 +103,7 @@ def _run(stage: Stage) -> None:
 
 
 def _run_as_job(stage: Stage, job_id: str) -> None:
-    from pipelines.as_job import check_cluster, send_outputs
+    from pipelines.cluster.job_entry import check_cluster, send_outputs
 
     check_cluster(stage)
     _run_here(stage.name)(stage)

@@ -18,7 +18,7 @@ from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
 from pbe.evaluate.bench import refuse_what_it_lacks
 from pbe.evaluate.results import read_results
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage
+from pipelines.runtime.stage import Stage
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

@@ -13,7 +13,7 @@ from pbe.evaluate.cocoee import read_cocoee
 from pbe.evaluate.intervals import MIN_GROUPS
 from pbe.evaluate.judges import keep_judge, open_judge
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage, StageError, cut_config, save_counts
+from pipelines.runtime.stage import Stage, StageError, cut_config, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

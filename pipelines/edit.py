@@ -22,8 +22,8 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench import refuse_what_it_lacks
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage, load_train_manifest
-from pipelines.units import Unit, run_units, torch_device
+from pipelines.runtime.parts import Unit, run_units, torch_device
+from pipelines.runtime.stage import Stage, load_train_manifest
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

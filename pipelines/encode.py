@@ -21,9 +21,9 @@ from pbe.data.slots import slot_files
 from pbe.model.backbone import Backbone
 from pbe.model.codec import CODEC_FILE, codec_bytes, codec_from_bytes, fit_patch_codec
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
-from pipelines.progress import with_progress
-from pipelines.stage import Stage, StageError, save_counts
-from pipelines.units import Unit, run_units, torch_device
+from pipelines.runtime.parts import Unit, run_units, torch_device
+from pipelines.runtime.progress import with_progress
+from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names parts and fitted codec, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

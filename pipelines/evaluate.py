@@ -16,12 +16,12 @@ from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import edit_grid
 from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
 from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, write_json
-from pipelines.judging import Judged, judge_edits
-from pipelines.provenance import provenance_tags
-from pipelines.stage import Stage, StageError, output_folder
-from pipelines.summary import headline_metrics
+from pipelines.features import Judged, judge_edits
+from pipelines.reporting.summary import headline_metrics
+from pipelines.runtime.provenance import provenance_tags
+from pipelines.runtime.stage import Stage, StageError, output_folder
 
-# raise it when a number changes for the same edits and settings; features have their own (judging.py)
+# raise it when a number changes for the same edits and settings; features have their own (features.py)
 VERSION = 1
 GRID_COLUMNS = 14
 

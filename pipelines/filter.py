@@ -8,8 +8,8 @@ import pyarrow as pa
 from pbe.data.filter import FilterRules, filter_boxes
 from pbe.data.schema import BOXES, FILTER_REASONS, require
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
-from pipelines.progress import with_progress
-from pipelines.stage import Stage, StageError, save_counts
+from pipelines.runtime.progress import with_progress
+from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

@@ -21,9 +21,9 @@ from pbe.data.ingest import PhotoLimits, read_bucket
 from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
-from pipelines.progress import progress_bar, with_progress
-from pipelines.stage import Stage, StageError, save_counts
-from pipelines.units import Unit, run_units
+from pipelines.runtime.parts import Unit, run_units
+from pipelines.runtime.progress import progress_bar, with_progress
+from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

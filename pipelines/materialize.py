@@ -13,8 +13,8 @@ from pbe.data.materialize import Jpeg, triplet_tables
 from pbe.data.schema import BOXES, IMAGES, require
 from pbe.data.slots import TRIPLETS_PER_GROUP
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
-from pipelines.stage import Stage, StageError, cut_config, save_counts
-from pipelines.units import Unit, run_units
+from pipelines.runtime.parts import Unit, run_units
+from pipelines.runtime.stage import Stage, StageError, cut_config, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1

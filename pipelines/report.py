@@ -2,7 +2,7 @@
 
 What it says about a run is computed from the run: the wording follows params.yaml, and the list of deviations from
 the paper holds only those that the settings have. Numbers come from metrics.json as evaluate wrote them; only the
-paired differences are computed here. The page is pipelines/report.html.j2.
+paired differences are computed here. The page is pipelines/reporting/page.html.j2.
 """
 
 import base64
@@ -29,12 +29,10 @@ from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
 from pbe.data.slots import slot_files
 from pbe.evaluate.grid import fill_rows, sweep_fills
 from pbe.store import File, Manifest, Record, Store, load_manifest
-from pipelines.charts import areas_svg, classes_svg, loss_svg, sweep_svg
-from pipelines.deviations import deviations
-from pipelines.provenance import provenance_tags
-from pipelines.reading import HOW_TO_READ, bars, how_to_read, n_text
-from pipelines.stage import DATA_STAGES, Stage, StageError, output_folder
-from pipelines.summary import (
+from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg, sweep_svg
+from pipelines.reporting.deviations import deviations
+from pipelines.reporting.metric_glossary import HOW_TO_READ, bars, how_to_read, n_text
+from pipelines.reporting.summary import (
     Result,
     Scope,
     estimate_from,
@@ -44,6 +42,8 @@ from pipelines.summary import (
     read_json,
     seen_in_training,
 )
+from pipelines.runtime.provenance import provenance_tags
+from pipelines.runtime.stage import DATA_STAGES, Stage, StageError, output_folder
 
 DRAWS, DRAWS_PER_ROW = 16, 8  # augmented draws that are shown of one reference
 COLOURS = 8  # of methods, on the page
@@ -86,12 +86,12 @@ def main(stage: Stage) -> None:
     first = next(iter(next(iter(results.values())).scopes[scope].values()))
     all_areas, kept_areas, classes = _box_statistics(stage, data)
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html.j2")
+    ).get_template("page.html.j2")
     html = template.render(
         params=stage.params,
         trained=trained,

@@ -23,11 +23,11 @@ from pbe.evaluate.spread import feature_spread, pixel_spread
 from pbe.evaluate.views import edit_key, hole_of
 from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.edit import Request, fill_bench
-from pipelines.judging import Judged, judge_edits
-from pipelines.provenance import provenance_tags
-from pipelines.stage import Stage, StageError, load_train_manifest
+from pipelines.features import Judged, judge_edits
+from pipelines.runtime.provenance import provenance_tags
+from pipelines.runtime.stage import Stage, StageError, load_train_manifest
 
-# raise it when a number changes for the same edits and settings; edits (edit.py) and features (judging.py) have theirs
+# raise it when a number changes for the same edits and settings; edits (edit.py) and features (features.py) have theirs
 VERSION = 1
 GRID_COLUMNS = 14
 

@@ -23,14 +23,14 @@ from pbe.data.slots import require_same_rows
 from pbe.errors import UserError
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
-from pipelines.capacity import Demand, ray_resources, refuse_unmet
-from pipelines.lease import hold
-from pipelines.plans import write_plan
-from pipelines.progress import progress_bar
-from pipelines.provenance import provenance_tags
-from pipelines.refuse import refuse_what_cannot_train
-from pipelines.stage import Stage, StageError, load_train_manifest
-from pipelines.units import start_ray
+from pipelines.cluster.lease import hold
+from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
+from pipelines.runtime.parts import start_ray
+from pipelines.runtime.progress import progress_bar
+from pipelines.runtime.progress_records import write_plan
+from pipelines.runtime.provenance import provenance_tags
+from pipelines.runtime.stage import Stage, StageError, load_train_manifest
+from pipelines.train_preflight import refuse_what_cannot_train
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer

@@ -27,6 +27,13 @@ settings.register_profile("pbe", derandomize=True, deadline=None, database=None)
 settings.load_profile("pbe")
 
 IMAGE_PX, PATCH_PX, CHANNELS = 16, 4, 8
+LONGEST_FILES = ("test_cluster.py", "test_chain.py", "test_chain_changes.py", "test_paper_path.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: at the end one of two processes would wait for the other."""
+    place = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pipelines.environment import prepare_driver  # noqa: E402
+from pipelines.runtime.environment import prepare_driver  # noqa: E402
 
 prepare_driver()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -240,7 +240,7 @@ def ray_rates(
     """
     import ray
 
-    from pipelines.units import start_ray
+    from pipelines.runtime.parts import start_ray
 
     start_ray()
     cores = int(ray.cluster_resources()["CPU"])
@@ -262,8 +262,8 @@ def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) ->
     from functools import partial
 
     from pbe.config import TaskResources, load_params
-    from pipelines.stage import Stage
-    from pipelines.units import Unit, run_units
+    from pipelines.runtime.parts import Unit, run_units
+    from pipelines.runtime.stage import Stage
 
     units = [Unit(f"b{number}", "bench", record) for number, record in enumerate(inputs)]
     stage = Stage("bench", None, load_params(), store, Path())

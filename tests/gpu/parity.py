@@ -64,8 +64,8 @@ def train_half(device: torch.device, work: Path, run: str, steps: int) -> list[f
 
 
 def train_through_ray(device: torch.device, work: Path, name: str, stage: int) -> list[float]:
+    from pipelines.runtime.parts import start_ray
     from pipelines.train import new_trainer
-    from pipelines.units import start_ray
 
     start_ray()
     store = Store(str(work / "parity"))

@@ -157,8 +157,8 @@ def test_what_the_image_holds_is_enough_to_run_a_stage(tmp_path: Path) -> None:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     program = (
-        "import pathlib, pbe, pipelines.materialize, pipelines.jobs\n"
-        "from pipelines.stage import CLUSTER_STAGES, open_stage, versions\n"
+        "import pathlib, pbe, pipelines.materialize, pipelines.cluster.submit\n"
+        "from pipelines.runtime.stage import CLUSTER_STAGES, open_stage, versions\n"
         "assert pathlib.Path(pbe.__file__).is_relative_to(pathlib.Path.cwd())\n"
         "print(all(open_stage(name, 'full') and versions(name) for name in CLUSTER_STAGES))"
     )

@@ -21,9 +21,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
 from pbe.config import Params, load_params
-from pipelines.capacity import Bundle, Demand, fits, ray_resources
-from pipelines.package import job_env
-from pipelines.stage import CLUSTER_STAGES, open_stage
+from pipelines.cluster.working_dir import job_env
+from pipelines.runtime.capacity import Bundle, Demand, fits, ray_resources
+from pipelines.runtime.stage import CLUSTER_STAGES, open_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"

@@ -28,8 +28,8 @@ from pbe.config import Params, load_params, repo_root
 from pbe.data import images
 from pbe.data.schema import array_value
 from pbe.store import Record, Store, load_manifest, write_json
-from pipelines.stage import Stage
-from pipelines.units import Unit
+from pipelines.runtime.parts import Unit
+from pipelines.runtime.stage import Stage
 
 FILE = Path(__file__).with_name("golden_parts.json")
 # modules of pipelines/ with a VERSION, in the order they run here, and what each reads
@@ -41,9 +41,9 @@ READS = {
     "bench": ("ingest", "filter"),
     "edit": ("bench", "encode"),  # encode's codec
     "baseline": ("bench",),
-    "judging": ("bench", "edit", "baseline"),
-    "evaluate": ("judging",),
-    "sweep": ("judging",),
+    "features": ("bench", "edit", "baseline"),
+    "evaluate": ("features",),
+    "sweep": ("features",),
 }
 VARIANT, BASELINES = "full", ("copy_paste", "poisson")
 # of the standard deviation, or of 1 + a metric's value. Without SIMD instructions values differ by 0.0001, those of
@@ -89,7 +89,7 @@ def run_stages(root: Path) -> Golden:
             for key, value in _of_units(store, units("baseline", name), inexact=name == "poisson").items()
         }
         looks = [unit for unit in units("evaluate") if not unit.unit.startswith("scores-")]
-        made["judging"] = _of_units(store, looks, inexact=True)
+        made["features"] = _of_units(store, looks, inexact=True)
         metrics = json.loads((root / "data" / "evaluate" / "metrics.json").read_text())
         made["evaluate"] = _of_metrics({name: metrics[name] for name in BASELINES})
         units("sweep")
@@ -114,7 +114,7 @@ def _params() -> Params:
 def _in_this_process() -> Iterator[None]:
     """No Ray, and nothing to MLflow."""
     with contextlib.ExitStack() as stack:
-        for module in ("ingest", "materialize", "encode", "edit", "judging"):
+        for module in ("ingest", "materialize", "encode", "edit", "features"):
             stack.enter_context(mock.patch(f"pipelines.{module}.run_units", _run_units))
         for module in ("evaluate", "sweep"):
             stack.enter_context(mock.patch(f"pipelines.{module}._log"))

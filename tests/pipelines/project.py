@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.profile import profile_text
+from pipelines.commands.profile import profile_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S, ATTEMPTS = 600, 3  # of one command; on an idle machine none takes half of it
@@ -19,7 +19,7 @@ TIMEOUT_S, ATTEMPTS = 600, 3  # of one command; on an idle machine none takes ha
 FOREIGN = ("RAY_ADDRESS", "PBE_STORAGE", "MLFLOW_TRACKING_URI", "DVC_ROOT")
 
 
-VARIANTS, BASELINES = ("full", "bottleneck", "untrained"), ("copy_paste", "poisson")  # of profile tiny
+VARIANTS, BASELINES = ("full", "untrained"), ("copy_paste", "poisson")  # of profile tiny
 
 
 @dataclass(frozen=True)

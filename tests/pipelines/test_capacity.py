@@ -18,9 +18,9 @@ import ray
 from ray._private.services import get_node_ip_address
 
 from pbe.config import ActorResources, TaskResources, load_params
-from pipelines import capacity
-from pipelines.capacity import GIB, Bundle, Demand, fits, ray_resources, refuse_unmet
-from pipelines.stage import StageError
+from pipelines.runtime import capacity
+from pipelines.runtime.capacity import GIB, Bundle, Demand, fits, ray_resources, refuse_unmet
+from pipelines.runtime.stage import StageError
 from tests.pipelines.ray_nodes import free_ports
 
 HEAD: Bundle = {"CPU": 0, "memory": 4 * GIB}
@@ -96,7 +96,7 @@ def test_actors_leave_room_for_what_feeds_them(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_defaults_fit_on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As local Ray counts them: never fewer than four CPUs (pipelines/units.py)."""
+    """As local Ray counts them: never fewer than four CPUs (pipelines/runtime/parts.py)."""
     params = load_params()
     a_cluster(monkeypatch, {"CPU": 4, "memory": 4 * GIB})
     for name in ("ingest", "materialize"):
@@ -121,8 +121,8 @@ ASK = """
     import time
     import ray
     from pbe.config import ActorResources, TaskResources
-    from pipelines.capacity import Demand, autoscaler_version, refuse_unmet
-    from pipelines.stage import StageError
+    from pipelines.runtime.capacity import Demand, autoscaler_version, refuse_unmet
+    from pipelines.runtime.stage import StageError
 
     ray.init({address!r}, logging_level="error", log_to_driver=False)
     print("version", autoscaler_version())

@@ -90,7 +90,7 @@ def test_what_is_known_of_the_methods_shows_in_their_numbers(repro: Project) -> 
         assert value["poisson"]["copy_paste"] > value[trained]["copy_paste"]
     assert all(numbers["background_psnr_db"] == 60 for numbers in value.values())
     assert value["copy_paste"]["similarity_efficientnet_lite2"] > value["poisson"]["similarity_efficientnet_lite2"]
-    assert value["full"] != value["bottleneck"] != value["untrained"]
+    assert value["full"] != value["untrained"]
 
 
 def test_every_number_has_its_card(repro: Project) -> None:
@@ -107,7 +107,7 @@ def test_every_number_has_its_card(repro: Project) -> None:
         statistics, whose = statistics_from_bytes(kept, "")
         assert (statistics.n, whose.extractor, whose.resize_rule) == (12, name, judge["resize_rule"])
     assert (protocol["guidance_scale"], protocol["steps"], protocol["seeds"]) == (3.0, 3, [42])
-    assert found["bottleneck"]["protocol"]["guidance_scale"] == 1.0
+    assert found["untrained"]["protocol"]["guidance_scale"] == 1.0
     assert protocol["run"] == json.loads((repro.folder / "data/train/full/manifest.json").read_text())["run"]
     assert len(card["git_commit"]) >= 40
 
@@ -166,7 +166,7 @@ def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(r
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     names = [run.data.tags["variant"] for run in parents]
     assert set(names) >= {*VARIANTS, *BASELINES} and all(names.count(variant) == 1 for variant in VARIANTS)
-    for run in (run for run in parents if run.data.tags["variant"] in ("full", "bottleneck")):
+    for run in (run for run in parents if run.data.tags["variant"] == "full"):
         assert run.data.params["train.steps"] == "12"
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["dataset_digest"]
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 2

@@ -9,7 +9,7 @@ import pytest
 from pbe import config
 from pbe.config import ParamsError
 from pbe.data.files import SourceError
-from pipelines import check
+from pipelines.commands import check
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
         laptop,
         """
         import ray
-        from pipelines.units import start_ray
+        from pipelines.runtime.parts import start_ray
         start_ray()
         in_worker = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         seen = {
@@ -188,7 +188,7 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
     said = laptop.run("materialize")
     assert "a line of the job's log" in said.splitlines()
     seen = laptop.manifest("materialize")
-    assert {"params.yaml", "pipelines/units.py", "pbe/store.py"} <= set(seen["files"])
+    assert {"params.yaml", "pipelines/runtime/parts.py", "pbe/store.py"} <= set(seen["files"])
     assert not [name for name in seen["files"] if name.startswith((".env", ".git", "models", "tests"))]
     for env in (seen["driver"], seen["worker"]):
         assert env["AWS_SECRET_ACCESS_KEY"] == "secret-of-cluster"
@@ -211,7 +211,7 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
 
 @pytest.mark.slow
 def test_a_failed_job_is_one_error_with_its_log(laptop: Laptop) -> None:
-    stub(laptop, "from pipelines.stage import StageError; raise StageError('no photo fits')")
+    stub(laptop, "from pipelines.runtime.stage import StageError; raise StageError('no photo fits')")
     said = laptop.run("materialize", expect=1)
     error = said[said.index("pbe: error: job pbe-materialize-") :]
     assert "is FAILED" in error.splitlines()[0]

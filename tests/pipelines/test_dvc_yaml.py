@@ -10,14 +10,17 @@ import pytest
 import yaml
 
 from pbe.config import Params, load_params, repo_root
-from pipelines.stage import DATA_STAGES, MAKES_PARTS_OF, STAGES, VARIANT_STAGES
+from pipelines.runtime.stage import DATA_STAGES, MAKES_PARTS_OF, STAGES, VARIANT_STAGES
 
 ROOT = repo_root()
 # the sweep is of one variant: its keys are then those of the stages that run once per variant
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("${sweep.variant}", "${key}"))
 ENTRIES: dict[str, dict[str, Any]] = {name: entry.get("do", entry) for name, entry in DVC_YAML["stages"].items()}
 # the files of the report's page, beside its own: it makes no parts, and is soon made again
-PAGE = {f"pipelines/{name}" for name in ("charts.py", "deviations.py", "reading.py", "report.html.j2", "summary.py")}
+PAGE = {
+    f"pipelines/reporting/{name}"
+    for name in ("charts.py", "deviations.py", "metric_glossary.py", "page.html.j2", "summary.py")
+}
 
 
 @cache
@@ -79,7 +82,7 @@ def test_the_page_is_all_that_the_report_imports_for_itself_and_its_template() -
     others = set().union(*(_graph().find_modules_directly_imported_by(f"pipelines.{name}") for name in STAGES[:-1]))
     mine = _graph().find_modules_directly_imported_by("pipelines.report") - others
     assert {f"{module.replace('.', '/')}.py" for module in mine if module.startswith("pipelines.")} <= PAGE
-    templates = {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.j2")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines").rglob("*.j2")}
     assert templates == {name for name in PAGE if name.endswith(".j2")}
 
 

@@ -23,8 +23,8 @@ from pbe.data.sources import FolderSource
 from pbe.gc import used_paths
 from pbe.store import File, Manifest, Record, Store, load_manifest
 from pipelines import ingest
-from pipelines.stage import Stage, StageError
-from pipelines.units import Unit
+from pipelines.runtime.parts import Unit
+from pipelines.runtime.stage import Stage, StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())

@@ -12,8 +12,8 @@ import pytest
 
 from pbe.store import Store
 from pbe.train.checkpoints import Run
-from pipelines import lease
-from pipelines.stage import StageError
+from pipelines.cluster import lease
+from pipelines.runtime.stage import StageError
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(
 import time
 from pbe.store import Store
 from pbe.train.checkpoints import Run
-from pipelines import lease
+from pipelines.cluster import lease
 with lease.hold(Run(Store({run.store.uri!r}), {run.name!r})):
     print("held", flush=True)
     time.sleep(600)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.logs import KEPT, kept_log
+from pipelines.runtime.logs import KEPT, kept_log
 
 
 def test_both_streams_are_kept_and_still_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

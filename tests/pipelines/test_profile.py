@@ -13,7 +13,7 @@ from pbe.config import ParamsError, load_params
 from pbe.data.index import Selection, Selector
 from pbe.data.schema import SPLITS
 from pbe.model.unet import new_network
-from pipelines import profile
+from pipelines.commands import profile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROFILES = REPOSITORY / "infra" / "profiles"

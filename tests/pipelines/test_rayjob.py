@@ -13,8 +13,8 @@ import yaml
 
 from pbe.config import Params
 from pbe.store import Store
-from pipelines import rayjob
-from pipelines.stage import Stage, StageError
+from pipelines.cluster import rayjob
+from pipelines.runtime.stage import Stage, StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -22,9 +22,11 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import FILTER_REASONS, TRIPLETS
 from pbe.evaluate.intervals import Estimate
 from pbe.store import File, Manifest, Store, make_manifest
-from pipelines import deviations, reading, report, summary
-from pipelines.charts import areas_svg, classes_svg
-from pipelines.stage import StageError
+from pipelines import report
+from pipelines.reporting import deviations, summary
+from pipelines.reporting.charts import areas_svg, classes_svg
+from pipelines.reporting.metric_glossary import bars, how_to_read, verdict
+from pipelines.runtime.stage import StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())
@@ -110,30 +112,33 @@ def test_the_number_of_photos_counts() -> None:
 
 
 def test_a_metric_is_split_into_what_and_by_whom() -> None:
-    assert reading.how_to_read("exemplar_gain_efficientnet_lite0")[:2] == ("Exemplar gain", "efficientnet_lite0")
-    assert reading.how_to_read("exemplar_gain_swap_clip")[:2] == ("Exemplar gain, swapped", "clip")
-    assert reading.how_to_read("colour_gain")[:2] == ("Colour gain", "")
-    assert reading.how_to_read("clip_fid")[:2] == reading.how_to_read("fid")[:2] == ("Frechet distance", "")
-    assert reading.how_to_read("frechet_efficientnet_lite2")[:2] == ("Frechet distance", "efficientnet_lite2")
+    assert how_to_read("exemplar_gain_efficientnet_lite0")[:2] == (
+        "Exemplar gain",
+        "efficientnet_lite0",
+    )
+    assert how_to_read("exemplar_gain_swap_clip")[:2] == ("Exemplar gain, swapped", "clip")
+    assert how_to_read("colour_gain")[:2] == ("Colour gain", "")
+    assert how_to_read("clip_fid")[:2] == how_to_read("fid")[:2] == ("Frechet distance", "")
+    assert how_to_read("frechet_efficientnet_lite2")[:2] == ("Frechet distance", "efficientnet_lite2")
     for judge in ("efficientnet_lite2", "clip", "inception"):
         for metric in summary.headline_metrics(judge):
-            assert reading.how_to_read(metric)[3]
+            assert how_to_read(metric)[3]
     with pytest.raises(KeyError, match="no sentence"):
-        reading.how_to_read("new_metric")
+        how_to_read("new_metric")
 
 
 def test_verdict_follows_the_interval_not_the_value() -> None:
-    assert reading.verdict(estimate(0.1, 0.01, 0.2)) == "above 0"
-    assert reading.verdict(estimate(0.1, -0.01, 0.2)) == "may be 0"
-    assert reading.verdict(estimate(0.1, 0.0, 0.2)) == "may be 0"
-    assert reading.verdict(estimate(-0.1, -0.2, -0.01)) == "below 0"
+    assert verdict(estimate(0.1, 0.01, 0.2)) == "above 0"
+    assert verdict(estimate(0.1, -0.01, 0.2)) == "may be 0"
+    assert verdict(estimate(0.1, 0.0, 0.2)) == "may be 0"
+    assert verdict(estimate(-0.1, -0.2, -0.01)) == "below 0"
 
 
 def test_bars_share_one_line_that_holds_zero() -> None:
-    a, b = reading.bars([("a", estimate(0.1, 0.05, 0.2)), ("b", estimate(0.4, 0.3, 0.5))])
+    a, b = bars([("a", estimate(0.1, 0.05, 0.2)), ("b", estimate(0.4, 0.3, 0.5))])
     assert a.zero_pct == b.zero_pct
     assert 0 < a.zero_pct < a.low_pct < a.value_pct < a.high_pct < b.low_pct < b.high_pct < 100
-    assert [bar.value_pct for bar in reading.bars([("flat", estimate(0.0, 0.0, 0.0))])] == [50.0]
+    assert [bar.value_pct for bar in bars([("flat", estimate(0.0, 0.0, 0.0))])] == [50.0]
 
 
 def _result(name: str, **metrics: float) -> summary.Result:
@@ -260,7 +265,7 @@ def test_augmentation_shows_the_clean_reference_and_the_draws_that_encode_makes_
 
 def test_the_page_reads_only_settings_that_exist() -> None:
     """Also in the branches that no run of the tests takes: a page on unseen photos once asked for evaluate.split."""
-    source = (REPOSITORY / "pipelines" / "report.html.j2").read_text(encoding="utf-8")
+    source = (REPOSITORY / "pipelines" / "reporting" / "page.html.j2").read_text(encoding="utf-8")
     read = {
         (section.attr, key.attr)
         for key in Environment().parse(source).find_all(nodes.Getattr)

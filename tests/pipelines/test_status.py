@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pbe.store import Store
-from pipelines import status
-from pipelines.plans import read_plans, write_plan
+from pipelines.commands import status
+from pipelines.runtime.progress_records import read_plans, write_plan
 
 
 @pytest.fixture

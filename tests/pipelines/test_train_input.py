@@ -9,8 +9,8 @@ import pytest
 from pbe.config import load_params
 from pbe.data.schema import TRIPLETS, Dtype, encoded_schema
 from pbe.store import Manifest, Record, Store, StoreError, make_manifest
-from pipelines.refuse import refuse_too_few_rows, refuse_unfit_parts, stored_schema
-from pipelines.stage import Stage, StageError
+from pipelines.runtime.stage import Stage, StageError
+from pipelines.train_preflight import refuse_too_few_rows, refuse_unfit_parts, stored_schema
 from tests.train.ranks import CHANNELS, LATENT_PX, WIDTH, tiny_encoded
 
 

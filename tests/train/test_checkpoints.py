@@ -8,7 +8,7 @@ import pytest
 from pbe.config import TrainConfig, load_params, repo_root
 from pbe.store import Store
 from pbe.train.checkpoints import Checkpoint, CheckpointError, Run
-from pipelines.stage import Stage, StageError
+from pipelines.runtime.stage import Stage, StageError
 from pipelines.train import origin_of
 
 NAME = "full-0123abcd"

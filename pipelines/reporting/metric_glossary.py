@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pbe.evaluate.intervals import Estimate
-from pipelines.summary import estimate_text
+from pipelines.reporting.summary import estimate_text
 
 # Metric name -> what it is, its unit, and how to read it. Groups of the pattern are the judge.
 HOW_TO_READ: dict[str, tuple[str, str, str]] = {

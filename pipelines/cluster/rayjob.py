@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from pipelines.package import entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
-from pipelines.stage import Stage
-from pipelines.takeover import attempts_in_storage
+from pipelines.cluster.job_results import attempts_in_storage
+from pipelines.cluster.working_dir import entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
+from pipelines.runtime.stage import Stage
 
 TEMPLATE = Path("infra") / "kuberay" / "rayjob.yaml"
 NAME_CHARS = 47  # KubeRay makes the names of services and pods from it

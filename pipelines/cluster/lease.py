@@ -20,8 +20,8 @@ import psutil
 
 from pbe.store import StoreError
 from pbe.train.checkpoints import Run
-from pipelines.plans import who
-from pipelines.stage import StageError
+from pipelines.runtime.progress_records import who
+from pipelines.runtime.stage import StageError
 
 RENEW_S = 15.0
 WATCH_S = 45.0  # three renewals

@@ -17,7 +17,7 @@ STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep
 # run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
 # modules with a VERSION of their own whose parts the stage makes too
-MAKES_PARTS_OF = {"evaluate": ("judging",), "sweep": ("edit", "judging")}
+MAKES_PARTS_OF = {"evaluate": ("features",), "sweep": ("edit", "features")}
 
 
 class StageError(UserError):

@@ -1,10 +1,10 @@
 """The bridge to a cluster: a stage submits itself as a Ray job, follows its log and fetches its small files.
 
-With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (pipelines/package.py), and a job runs the same
-command there (its side is pipelines/as_job.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock
-names comes back through <storage>/jobs/<job id>/ (pipelines/takeover.py). A job is known by settings, inputs and the
-stage's VERSION, whatever code it runs: the same command attaches to it while it runs, takes its outputs over when it is
-done, even when its cluster is gone by then, and numbers a new attempt when it failed (Ray refuses a used id).
+With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (working_dir.py), and a job runs the same command
+there (its side is job_entry.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock names comes back
+through <storage>/jobs/<job id>/ (job_results.py). A job is known by settings, inputs and the stage's VERSION, whatever
+code it runs: the same command attaches to it while it runs, takes its outputs over when it is done, even when its
+cluster is gone by then, and numbers a new attempt when it failed (Ray refuses a used id).
 """
 
 import asyncio
@@ -26,10 +26,18 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pbe.config import refuse_credentials
-from pipelines.package import Package, entrypoint, job_env, job_name, leave_mark, pack, refuse_what_cannot_travel
-from pipelines.provenance import COMMIT_VARIABLE, git_commit
-from pipelines.stage import Stage, StageError
-from pipelines.takeover import attempts_in_storage, fetch, take_over_finished
+from pipelines.cluster.job_results import attempts_in_storage, fetch, take_over_finished
+from pipelines.cluster.working_dir import (
+    Package,
+    entrypoint,
+    job_env,
+    job_name,
+    leave_mark,
+    pack,
+    refuse_what_cannot_travel,
+)
+from pipelines.runtime.provenance import COMMIT_VARIABLE, git_commit
+from pipelines.runtime.stage import Stage, StageError
 
 ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
 REQUEST_S = 60  # a request that is not answered for so long has failed

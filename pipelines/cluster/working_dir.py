@@ -21,10 +21,10 @@ import yaml
 
 from pbe.config import refuse_credentials, tracking_uri
 from pbe.store import digest
-from pipelines.environment import WORKER_ENV
-from pipelines.plans import JOB_VARIABLE
-from pipelines.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_commit, lock_digest
-from pipelines.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder, versions
+from pipelines.runtime.environment import WORKER_ENV
+from pipelines.runtime.progress_records import JOB_VARIABLE
+from pipelines.runtime.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_commit, lock_digest
+from pipelines.runtime.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder, versions
 
 CODE_FOLDERS = ("pbe", "pipelines")
 CODE_SUFFIXES = (".py", ".csv", ".j2")

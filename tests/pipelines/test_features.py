@@ -9,8 +9,8 @@ import pytest
 from pbe.config import load_params
 from pbe.data import images
 from pbe.store import Manifest
-from pipelines import evaluate, judging
-from pipelines.stage import StageError
+from pipelines import evaluate, features
+from pipelines.runtime.stage import StageError
 
 
 def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
@@ -20,8 +20,8 @@ def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
         (tmp_path / folder / "photo|1.png").write_bytes(images.encode_png(np.zeros((8, 8, 3), np.uint8)))
         (tmp_path / "reals" / f"{folder}.png").symlink_to(tmp_path / folder / "photo|1.png")
     cfg = load_params().evaluate.model_copy(update={"reals": str(tmp_path / "reals"), "reals_px": 8})
-    (look,) = judging._looks_at_reals(cfg, "judge", None)  # type: ignore[arg-type]
-    views = [judging._folder_view(Path(path), cfg) for path, _, _ in look.photos]
+    (look,) = features._looks_at_reals(cfg, "judge", None)  # type: ignore[arg-type]
+    views = [features._folder_view(Path(path), cfg) for path, _, _ in look.photos]
     assert [view.key for view in views] == ["a.png", "b.png", "c.png"]
 
 

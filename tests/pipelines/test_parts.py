@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.stage import StageError
-from pipelines.units import _interrupts_wait, _refuse_no_cluster
+from pipelines.runtime.parts import _interrupts_wait, _refuse_no_cluster
+from pipelines.runtime.stage import StageError
 from tests.pipelines.project import FOREIGN, ROOT
 
 # Each unit ends only when the other has begun: one after the other they would wait for ever.
@@ -20,12 +20,12 @@ MEET = """
 import sys, time
 from functools import partial
 from pathlib import Path
-from pipelines.environment import prepare_driver
+from pipelines.runtime.environment import prepare_driver
 prepare_driver()
 from pbe.config import TaskResources, load_params
 from pbe.store import Store
-from pipelines.stage import Stage
-from pipelines.units import Unit, run_units
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.parts import Unit, run_units
 
 def worker(store):
     def work(unit):

@@ -11,7 +11,7 @@ from pbe.config import TrainConfig
 from pbe.data.schema import TRIPLETS, encoded_schema
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
-from pipelines.stage import Stage, StageError
+from pipelines.runtime.stage import Stage, StageError
 
 FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
 

@@ -30,9 +30,9 @@ from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method
 from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views, square
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
-from pipelines.provenance import provenance_tags
-from pipelines.stage import Stage, StageError
-from pipelines.units import Unit, run_units, torch_device
+from pipelines.runtime.parts import Unit, run_units, torch_device
+from pipelines.runtime.provenance import provenance_tags
+from pipelines.runtime.stage import Stage, StageError
 
 # names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
 # weights. What is computed on them has the versions of its stages

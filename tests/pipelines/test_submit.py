@@ -31,10 +31,11 @@ from ray.job_submission import JobDetails, JobStatus
 from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
 from pbe.errors import UserError
 from pbe.store import Store, StoreError
-from pipelines import edit, jobs, judging, materialize, package
-from pipelines.as_job import files_below, send_outputs
-from pipelines.stage import Stage, StageError
-from pipelines.takeover import fetch
+from pipelines import edit, features, materialize
+from pipelines.cluster import submit, working_dir
+from pipelines.cluster.job_entry import files_below, send_outputs
+from pipelines.cluster.job_results import fetch
+from pipelines.runtime.stage import Stage, StageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = "http://127.0.0.1:8265"
@@ -44,7 +45,7 @@ PLANTED = {
     "pbe/model.py": "x = 1",
     "pbe/data/sample/boxes.csv": "ImageID",
     "pipelines/ingest.py": "def main(stage): ...",
-    "pipelines/report.html.j2": "<html>",
+    "pipelines/reporting/page.html.j2": "<html>",
     "params.yaml": "seed: 1",
     "data/ingest/manifest.json": '{"stage": "ingest"}',
     "data/filter/counts.json": "{}",
@@ -97,13 +98,13 @@ def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any)
 
 
 def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
-    packed = package.pack(stage)
+    packed = working_dir.pack(stage)
     assert unzipped(packed.zipped("job-1"), tmp_path / "package") == {
         "job-id",
         "pbe/model.py",
         "pbe/data/sample/boxes.csv",
         "pipelines/ingest.py",
-        "pipelines/report.html.j2",
+        "pipelines/reporting/page.html.j2",
         "params.yaml",
         "data/ingest/manifest.json",
         "data/filter/counts.json",
@@ -113,8 +114,8 @@ def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
 
 
 def test_equal_files_make_equal_packages(stage: Stage) -> None:
-    assert package.pack(stage).zipped("job-1") == package.pack(stage).zipped("job-1")
-    assert package.pack(stage).zipped("job-1") != package.pack(stage).zipped("job-2")
+    assert working_dir.pack(stage).zipped("job-1") == working_dir.pack(stage).zipped("job-1")
+    assert working_dir.pack(stage).zipped("job-1") != working_dir.pack(stage).zipped("job-2")
 
 
 def unzipped(data: bytes, folder: Path) -> set[str]:
@@ -125,7 +126,7 @@ def unzipped(data: bytes, folder: Path) -> set[str]:
 
 
 def test_a_variant_gets_the_manifests_of_its_own_training(project: Path) -> None:
-    inputs = package.pack(open_fake(project, "edit", "base")).inputs
+    inputs = working_dir.pack(open_fake(project, "edit", "base")).inputs
     assert "data/train/base/manifest.json" in inputs
     assert "data/train/other/manifest.json" not in inputs
 
@@ -136,14 +137,14 @@ def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path) -> None
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
     params = Params.model_construct(variants={"base": None, "other": None}, baselines={"pasted": None})
-    inputs = package.pack(open_fake(project, "evaluate", params=params)).inputs
+    inputs = working_dir.pack(open_fake(project, "evaluate", params=params)).inputs
     edits = {name for name in inputs if name.startswith("data/edit/")}
     assert edits == {f"data/edit/{name}/manifest.json" for name in ("base", "other", "pasted")}
     assert {"data/train/base/manifest.json", "data/train/other/manifest.json"} <= set(inputs)
 
 
 def test_the_package_holds_all_code_and_its_templates(tmp_path: Path) -> None:
-    there = unzipped(package.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
+    there = unzipped(working_dir.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
     code = {path for folder in ("pbe", "pipelines") for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
     code = {path for path in code if path.suffix in (".py", ".j2", ".csv")}
     assert {path.relative_to(REPOSITORY).as_posix() for path in code} <= there
@@ -153,7 +154,7 @@ def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
-    env = package.job_env(stage, "job-1")
+    env = working_dir.job_env(stage, "job-1")
     assert env["PBE_STORAGE"] == stage.store.uri
     assert env["MLFLOW_TRACKING_URI"] == "http://mlflow.example:5000"
     assert "secret" not in env.values()
@@ -163,7 +164,7 @@ def test_places_travel_and_credentials_do_not(stage: Stage, monkeypatch: pytest.
 def test_the_shell_reads_the_entrypoint_as_it_was_meant(project: Path, variant: str | None) -> None:
     stage = open_fake(project, "train", variant)
     given = ["--variant", variant] if variant else []
-    command = package.entrypoint(stage, "pbe-train-1")
+    command = working_dir.entrypoint(stage, "pbe-train-1")
     assert shlex.split(command) == ["python", "-m", "pipelines", "train", *given, "--as-job", "pbe-train-1"]
 
 
@@ -176,7 +177,7 @@ def test_the_name_says_stage_and_variant(project: Path) -> None:
 
 
 def job_name(stage: Stage) -> str:
-    return package.job_name(stage, package.pack(stage))
+    return working_dir.job_name(stage, working_dir.pack(stage))
 
 
 def test_the_name_follows_what_the_result_depends_on(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +198,12 @@ def test_the_name_follows_what_the_result_depends_on(stage: Stage, monkeypatch: 
 
 def test_two_checkouts_that_differ_in_a_comment_ask_for_the_same_job(stage: Stage) -> None:
     """The code travels, and is no part of the name: its VERSION is."""
-    name, sent = job_name(stage), package.pack(stage).files
+    name, sent = job_name(stage), working_dir.pack(stage).files
     (stage.root / "pbe" / "model.py").write_text("x = 1  # one")
-    assert job_name(stage) == name and package.pack(stage).files != sent
+    assert job_name(stage) == name and working_dir.pack(stage).files != sent
 
 
-@pytest.mark.parametrize(("name", "module"), [("sweep", edit), ("sweep", judging), ("evaluate", judging)])
+@pytest.mark.parametrize(("name", "module"), [("sweep", edit), ("sweep", features), ("evaluate", features)])
 def test_the_name_follows_the_versions_of_all_parts_that_a_stage_makes(
     project: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType
 ) -> None:
@@ -216,7 +217,7 @@ def test_a_link_out_of_the_project_does_not_travel(stage: Stage, tmp_path: Path)
     (tmp_path / "key.py").write_text("secret")
     (stage.root / "pbe" / "key.py").symlink_to(tmp_path / "key.py")
     with pytest.raises(StageError, match=r"pbe/key\.py is a link"):
-        package.pack(stage)
+        working_dir.pack(stage)
 
 
 def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
@@ -246,14 +247,14 @@ def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
 def test_what_cannot_work_is_refused_before_anything_is_sent(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, address: str, storage: str, mlflow: str | None, told: str
 ) -> None:
-    monkeypatch.setattr(jobs, "_connect", lambda _: pytest.fail("connected"))
+    monkeypatch.setattr(submit, "_connect", lambda _: pytest.fail("connected"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow or "")
     store = Store("/anywhere")
     store.uri = storage  # a Store of a wrong address is refused by pyarrow before
     if storage.startswith("s3://"):
         monkeypatch.setattr(Store, "is_local", False)
     with pytest.raises(UserError) as caught:
-        jobs.run_remotely(open_fake(stage.root, "materialize", store=store), address)
+        submit.run_remotely(open_fake(stage.root, "materialize", store=store), address)
     assert told in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -262,7 +263,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
 def test_two_clusters_at_once_are_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     with pytest.raises(StageError, match="name two clusters"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypa
 
     monkeypatch.setattr(Store, "list_names", denied)
     with pytest.raises(StageError, match=r"PBE_STORAGE=.* cannot be read from here.*ACCESS_DENIED"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +298,7 @@ def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.Monkey
         }.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(StageError) as error:
-            jobs.run_remotely(open_fake(project, "materialize", store=Store("s3://bucket/prefix")), LOOPBACK)
+            submit.run_remotely(open_fake(project, "materialize", store=Store("s3://bucket/prefix")), LOOPBACK)
         server.shutdown()
     assert "PBE_STORAGE=s3://bucket/prefix cannot be read from here" in str(error.value)
     assert "expired" in str(error.value).split("?): ")[1].lower()
@@ -309,13 +310,13 @@ def test_an_address_where_nobody_listens_is_one_clear_error(stage: Stage) -> Non
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} does not answer .*without RAY_ADDRESS"):
-            jobs.run_remotely(stage, address)
+            submit.run_remotely(stage, address)
 
 
 def test_an_address_that_is_silent_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "ANSWER_S", 0.2)
+    monkeypatch.setattr(submit, "ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StageError, match="does not answer"):
-        jobs.run_remotely(stage, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        submit.run_remotely(stage, f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("key", ["images", "boxes", "image_ids"])
@@ -323,7 +324,7 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
     for inside in ("my/folder", "pbe/photos"):  # of pbe/ itself, code and the sample's lists travel
         paths = {"source": "folder", "images": "s3://shared/photos", "boxes": "/shared/boxes.csv", key: inside}
         with pytest.raises(StageError, match=f"ingest.{key} = {inside} does not travel"):
-            jobs.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
+            submit.run_remotely(open_fake(stage.root, "ingest", params=ingest_params(**paths)), LOOPBACK)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_weights_inside_the_project_are_refused(
     tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["encode"]
     params = Params.model_construct(encode=EncodeConfig.model_validate(tiny | weights))
     with pytest.raises(StageError, match=f"{key} = {told}"):
-        jobs.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
+        submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
 @pytest.mark.parametrize("name", ["evaluate", "sweep"])
@@ -368,7 +369,7 @@ def test_what_evaluation_reads_inside_the_project_is_refused(
     tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["evaluate"]
     params = Params.model_construct(evaluate=EvaluateConfig.model_validate(tiny | changes))
     with pytest.raises(StageError, match=rf"evaluate\.{key} = my/\S+ does not travel"):
-        jobs.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
+        submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
@@ -383,25 +384,25 @@ def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int,
     with HTTPServer(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(StageError, match=told):
-            jobs.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
+            submit.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
 
 
 @pytest.mark.parametrize("answer", ["[]", "null", '[{"type": 7}]', "{"])
 def test_a_server_that_answers_something_else_is_one_clear_error(stage: Stage, answer: str) -> None:
     with serving(answer) as address, pytest.raises(StageError, match=r"no Ray dashboard|cannot list") as error:
-        jobs.run_remotely(stage, address)
+        submit.run_remotely(stage, address)
     assert "\n" not in str(error.value)
 
 
 def test_a_request_that_is_never_answered_ends(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a tunnel that died: the first request is answered, the next is taken and no more."""
-    monkeypatch.setattr(jobs, "REQUEST_S", 0.3)
+    monkeypatch.setattr(submit, "REQUEST_S", 0.3)
     with (
         serving('{"ray_version": "2.60.0", "version": "4"}', hang_at="/api/jobs/") as address,
         pytest.raises(StageError, match=r"cannot list the cluster's jobs: .*timed out"),
     ):
-        jobs.run_remotely(stage, address)
+        submit.run_remotely(stage, address)
 
 
 @contextmanager
@@ -485,8 +486,8 @@ def cluster(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         return JobStatus.SUCCEEDED, ["done\n"]
 
     fake = Cluster(work)
-    monkeypatch.setattr(jobs, "_connect", lambda _: fake)
-    monkeypatch.setattr(jobs, "POLL_S", 0)
+    monkeypatch.setattr(submit, "_connect", lambda _: fake)
+    monkeypatch.setattr(submit, "POLL_S", 0)
     return fake
 
 
@@ -497,7 +498,7 @@ def manifest(stage: Stage) -> dict[str, Any]:
 def test_a_job_is_submitted_followed_and_its_outputs_come_back(
     stage: Stage, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     assert job_id.endswith("-1")
     assert manifest(stage)["job"] == job_id
@@ -508,9 +509,9 @@ def test_a_job_is_submitted_followed_and_its_outputs_come_back(
 
 
 def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (stage.outputs / "manifest.json").unlink()
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert len(cluster.jobs) == 1
     assert manifest(stage)["job"].endswith("-1")
 
@@ -527,10 +528,10 @@ def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
 def test_a_finished_job_whose_results_are_gone_runs_again(
     stage: Stage, cluster: Cluster, names: dict[str, Any]
 ) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     send_manifest(stage, job_id, names)
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
 
 
@@ -547,10 +548,10 @@ def send_manifest(stage: Stage, job_id: str, content: dict[str, Any]) -> None:
 def test_what_a_finished_job_sent_and_something_damaged_is_made_again(
     stage: Stage, cluster: Cluster, file: str, damaged: str
 ) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     stage.store.write_bytes(f"jobs/{job_id}/{file}", damaged.encode())
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
 
 
@@ -558,24 +559,24 @@ def test_a_finished_job_is_taken_over_with_parts_of_other_stages(stage: Stage, c
     """As evaluate's manifest has them: its looks are parts of their own."""
     table = pa.table({"value": [1.0]})
     record = stage.store.write_unit("look", "clip-edits-0", {"features": table}, counts={})
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     send_manifest(stage, job_id, {"job": job_id, "units": [asdict(record)]})
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert len(cluster.jobs) == 1 and manifest(stage)["job"].endswith("-1")
 
 
 def test_a_finished_job_whose_outputs_are_gone_runs_again(stage: Stage, cluster: Cluster) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     stage.store.delete_tree("jobs")
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
 
 
 def test_ingest_is_never_taken_over(stage: Stage, cluster: Cluster) -> None:
     outside = open_fake(stage.root, "ingest", params=ingest_params())
     for _ in range(2):
-        jobs.run_remotely(outside, LOOPBACK)
+        submit.run_remotely(outside, LOOPBACK)
     assert len(cluster.jobs) == 2
 
 
@@ -583,7 +584,7 @@ def test_ingest_is_never_taken_over(stage: Stage, cluster: Cluster) -> None:
 def test_after_a_failure_comes_the_next_attempt(stage: Stage, cluster: Cluster, over: JobStatus) -> None:
     name = job_name(stage)
     cluster.jobs = {f"{name}-9": over, f"{name}-10": over, f"{name}-x": over, "raysubmit_1": over}
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"] == f"{name}-11"
 
 
@@ -591,7 +592,7 @@ def test_attempts_do_not_share_a_folder(stage: Stage, cluster: Cluster) -> None:
     cluster.work = lambda _: (JobStatus.FAILED, [])
     for _ in range(2):
         with pytest.raises(StageError):
-            jobs.run_remotely(stage, LOOPBACK)
+            submit.run_remotely(stage, LOOPBACK)
     assert len(set(cluster.packages)) == 2
 
 
@@ -609,7 +610,7 @@ def test_a_running_job_is_attached_to_and_code_of_another_commit_is_said(
         yield "going on\n"
 
     cluster.tail_job_logs = finish  # type: ignore[method-assign]
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert list(cluster.jobs) == [job_id]
     said = capsys.readouterr().out
     assert f"attached again to job {job_id}" in said
@@ -625,7 +626,7 @@ def test_who_submits_the_same_a_moment_later_follows_the_first(
     def list_jobs() -> list[JobDetails]:
         asked.append(1)
         if len(asked) == 1:
-            jobs.run_remotely(stage, LOOPBACK)  # the other one
+            submit.run_remotely(stage, LOOPBACK)  # the other one
             stage.store.delete_tree("jobs")  # it has submitted, its outputs are not there yet
             cluster.tail_job_logs = finish  # type: ignore[method-assign]
         return []
@@ -636,7 +637,7 @@ def test_who_submits_the_same_a_moment_later_follows_the_first(
         yield "going on\n"
 
     monkeypatch.setattr(cluster, "list_jobs", list_jobs)
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     assert f"attached again to job {job_id}" in capsys.readouterr().out
 
@@ -645,19 +646,19 @@ def test_what_finished_is_taken_over_when_its_cluster_is_gone(
     stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster of KubeRay's RayJob ends with its job, an autoscaled one over night."""
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (stage.outputs / "manifest.json").unlink()
-    monkeypatch.setattr(jobs, "_connect", lambda _: pytest.fail("connected"))
-    jobs.run_remotely(stage, LOOPBACK)
+    monkeypatch.setattr(submit, "_connect", lambda _: pytest.fail("connected"))
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-1")
 
 
 def test_a_new_cluster_counts_on_from_what_the_storage_knows(stage: Stage, cluster: Cluster) -> None:
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     cluster.jobs = {}
     stage.store.write_bytes(f"jobs/{job_id}/outputs/manifest.json", b'{"units": [{"unit": "b0000-gone"}]}')
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert manifest(stage)["job"].endswith("-2")
 
 
@@ -665,18 +666,18 @@ def test_a_failed_job_is_an_error_with_its_id_and_the_end_of_its_log(stage: Stag
     lines = [f"line {number}\n" for number in range(100)]
     cluster.work = lambda _: (JobStatus.FAILED, [*lines, "pbe: error: boom\n"])
     with pytest.raises(StageError) as caught:
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
     text = str(caught.value)
     assert text.splitlines()[0].startswith(f"job {next(iter(cluster.jobs))} is FAILED at {LOOPBACK}")
     assert text.endswith("pbe: error: boom")
-    assert len(text.splitlines()) == 1 + jobs.LOG_LINES
+    assert len(text.splitlines()) == 1 + submit.LOG_LINES
     assert json.loads((stage.outputs / "manifest.json").read_text()) == {}  # what was there before
 
 
 def test_success_without_outputs_names_the_storage(stage: Stage, cluster: Cluster) -> None:
     cluster.work = lambda _: (JobStatus.SUCCEEDED, [])
     with pytest.raises(StageError, match=r"not in .*store.* is PBE_STORAGE the same place"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def interrupted(cluster: Cluster) -> None:
@@ -691,10 +692,10 @@ def interrupted(cluster: Cluster) -> None:
 def test_ctrl_c_detaches_and_says_how_to_come_back(
     stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "STOP_S", 0)
+    monkeypatch.setattr(submit, "STOP_S", 0)
     interrupted(cluster)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     assert cluster.jobs[job_id] == JobStatus.RUNNING
     said = capsys.readouterr().out
@@ -710,7 +711,7 @@ def test_a_submission_without_an_answer_names_the_job(
 
     monkeypatch.setattr(cluster, "submit_job", silent)
     with pytest.raises(StageError, match=r"did not answer for job \S+-1 .*it may run.*ray job stop --address"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def test_ctrl_c_while_the_job_is_sent_names_it(
@@ -724,7 +725,7 @@ def test_ctrl_c_while_the_job_is_sent_names_it(
 
     monkeypatch.setattr(cluster, "submit_job", taken)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     said = capsys.readouterr().out
     assert f"interrupted while job {job_id} was sent: it may run" in said
@@ -735,12 +736,12 @@ def test_ctrl_c_while_the_job_is_sent_names_it(
 def test_a_second_ctrl_c_stops_the_job(
     stage: Stage, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "STOP_S", 20)
+    monkeypatch.setattr(submit, "STOP_S", 20)
     interrupted(cluster)
     again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     again.start()
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     assert cluster.jobs[job_id] == JobStatus.STOPPED
     assert f"job {job_id} is STOPPED" in capsys.readouterr().out
@@ -760,10 +761,10 @@ def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(
         finally:
             raise ConnectionResetError("Cannot write to closing transport")
 
-    monkeypatch.setattr(jobs, "STOP_S", 0)
+    monkeypatch.setattr(submit, "STOP_S", 0)
     cluster.tail_job_logs = break_at_the_end  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def test_a_broken_connection_repeats_no_line_and_loses_none(
@@ -781,7 +782,7 @@ def test_a_broken_connection_repeats_no_line_and_loses_none(
         raise RuntimeError("WebSocket connection closed unexpectedly")
 
     cluster.tail_job_logs = flaky  # type: ignore[method-assign]
-    jobs.run_remotely(stage, LOOPBACK)
+    submit.run_remotely(stage, LOOPBACK)
     assert "\none\ntwo\nthree\n" in capsys.readouterr().out
 
 
@@ -791,10 +792,10 @@ def test_a_cluster_that_went_away_is_given_up_in_the_end(
     def gone(job_id: str) -> JobDetails:
         raise ConnectionError(f"no route for {job_id}")
 
-    monkeypatch.setattr(jobs, "LOST_S", 0)
+    monkeypatch.setattr(submit, "LOST_S", 0)
     monkeypatch.setattr(cluster, "get_job_info", gone)
     with pytest.raises(StageError, match=r"lost contact .*no route.* attaches to it again"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 def test_a_cluster_that_began_anew_knows_the_job_no_more(
@@ -805,7 +806,7 @@ def test_a_cluster_that_began_anew_knows_the_job_no_more(
 
     monkeypatch.setattr(cluster, "get_job_info", forgotten)
     with pytest.raises(StageError, match=r"knows no job \S+-1 any more"):
-        jobs.run_remotely(stage, LOOPBACK)
+        submit.run_remotely(stage, LOOPBACK)
 
 
 # -- what comes back -----------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from pbe.config import Params, load_params, repo_root, storage_uri, tracking_uri
 from pbe.errors import UserError
 from pbe.store import Store
 from pbe.train.checkpoints import Run
-from pipelines.environment import is_dashboard
-from pipelines.logs import LOG_FOLDER
-from pipelines.plans import Plan, read_plans
-from pipelines.stage import STAGES, VARIANT_STAGES, output_folder
-from pipelines.summary import mlflow_command
+from pipelines.reporting.summary import mlflow_command
+from pipelines.runtime.environment import is_dashboard
+from pipelines.runtime.logs import LOG_FOLDER
+from pipelines.runtime.progress_records import Plan, read_plans
+from pipelines.runtime.stage import STAGES, VARIANT_STAGES, output_folder
 
 REJECTED = "rejected_"  # the beginning of counts that say why
 
@@ -101,7 +101,7 @@ def _jobs() -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS", "")
     if not is_dashboard(address):
         return
-    from pipelines.jobs import running_jobs
+    from pipelines.cluster.submit import running_jobs
 
     try:
         jobs = running_jobs(address)

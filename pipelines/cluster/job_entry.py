@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from pbe.config import tracking_uri
 from pbe.errors import UserError
 from pbe.store import Store
-from pipelines.package import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
-from pipelines.stage import Stage, StageError
+from pipelines.cluster.working_dir import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
+from pipelines.runtime.stage import Stage, StageError
 
 NODE_ANSWER_S = 120  # its worker process has to start, and may have to unpack the package first
 
@@ -81,7 +81,7 @@ def _refuse_unshared_storage(stage: Stage) -> None:
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from pipelines.units import start_ray
+    from pipelines.runtime.parts import start_ray
 
     start_ray()
     here = ray.get_runtime_context().get_node_id()

@@ -12,7 +12,7 @@ from typing import Any
 
 from pbe.config import Params, load_params, repo_root, tracking_uri
 from pbe.evaluate.intervals import Estimate
-from pipelines.stage import StageError, output_folder
+from pipelines.runtime.stage import StageError, output_folder
 
 LISTED = 8  # methods; the report has all of them
 Scope = tuple[str, str]  # hole kind, reference kind

@@ -22,11 +22,11 @@ from ray.data import ActorPoolStrategy
 from pbe.config import ActorResources, TaskResources
 from pbe.errors import UserError
 from pbe.store import Record, record_from
-from pipelines.capacity import Bundle, Demand, ray_resources, refuse_unmet
-from pipelines.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
-from pipelines.plans import write_plan
-from pipelines.progress import progress_bar
-from pipelines.stage import Stage, StageError
+from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
+from pipelines.runtime.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
+from pipelines.runtime.progress import progress_bar
+from pipelines.runtime.progress_records import write_plan
+from pipelines.runtime.stage import Stage, StageError
 
 ANSWER_S = 10  # of a Ray head to a first connection
 

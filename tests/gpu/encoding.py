@@ -24,7 +24,7 @@ REPEATS, BATCH_ROWS = 2, 16
 def measure_encode(device: torch.device, sizes: Sizes, precision: Precision) -> Iterator[dict[str, Any]]:
     """Every row is a photo, two masked photos and `reference_draws` references, as profile openimages asks for. The
     first is the networks alone on arrays in memory, the second the whole: JPEG, augmentation, networks, Arrow."""
-    codec, backbone = new_kl_codec(sizes).to(device), new_clip_backbone(sizes).to(device)
+    codec, backbone = new_kl_codec(device, sizes), new_clip_backbone(device, sizes)
     if precision == "bf16":
         codec, backbone = codec.bfloat16(), backbone.bfloat16()
     batch_rows = min(BATCH_ROWS, sizes.encode_rows)

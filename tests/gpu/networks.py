@@ -1,4 +1,5 @@
-"""Networks of the published sizes with random weights: what they compute means nothing, what it takes does."""
+"""Networks of the published sizes with random weights, made on the device: what they compute means nothing, what it
+takes does."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,16 +13,20 @@ from pbe.model.weights import Model, ModelCard
 from tests.gpu.sizes import Sizes
 
 
-def new_kl_codec(sizes: Sizes) -> KlCodec:
-    return KlCodec(AutoencoderKL(**sizes.vae), digest="random")
+def new_kl_codec(device: torch.device, sizes: Sizes) -> KlCodec:
+    with device:
+        return KlCodec(AutoencoderKL(**sizes.vae), digest="random")
 
 
-def new_clip_backbone(sizes: Sizes) -> ClipBackbone:
-    return ClipBackbone(new_clip(CLIPVisionConfig(**sizes.clip)), digest="random")
+def new_clip_backbone(device: torch.device, sizes: Sizes) -> ClipBackbone:
+    with device:
+        return ClipBackbone(new_clip(CLIPVisionConfig(**sizes.clip)), digest="random")
 
 
-def new_model(sizes: Sizes) -> Model:
+def new_model(device: torch.device, sizes: Sizes) -> Model:
     torch.manual_seed(23)
-    backbone = new_clip_backbone(sizes)
+    backbone = new_clip_backbone(device, sizes)
+    with device:
+        network = new_network(sizes.arch).eval()
     card = ModelCard(sizes.image_px, backbone.input_px, 10, "class", scheduler_config("scaled_linear", "eps"), run={})
-    return Model(new_network(sizes.arch).eval(), new_kl_codec(sizes), backbone, card)
+    return Model(network, new_kl_codec(device, sizes), backbone, card)

@@ -16,7 +16,7 @@ LIMIT_S = 90.0
 STEPS, SWITCHED_AT = 30, 15
 # Largest relative difference of any loss of 30 steps from the CPU's float32 curve. float32 sums in another order, and
 # 30 steps of a large learning rate make it grow; bfloat16 keeps 8 bits. Stated before the first run on a GPU.
-FP32_BOUND, BF16_BOUND = 1e-3, 2e-2
+FP32_BOUND, BF16_BOUND, LEAST_BF16_DIFFERENCE = 1e-3, 2e-2, 1e-5
 
 
 def parity(device: str, here: DeviceProcess, cpu: DeviceProcess, ray: DeviceProcess, work: Path) -> Iterator[dict]:
@@ -42,7 +42,11 @@ def parity(device: str, here: DeviceProcess, cpu: DeviceProcess, ray: DeviceProc
             continue
         yield _row(name, want, FP32_BOUND, second, train_half, work, run, STEPS)
     for stage in range(4):
-        yield _row(f"Ray Train, ZeRO {stage}", want, FP32_BOUND, ray, train_through_ray, work, device, stage)
+        row = _row(f"Ray Train, ZeRO {stage}", want, FP32_BOUND, ray, train_through_ray, work, device, stage)
+        yield row
+        if "failed" in row:
+            break  # the others would take as long to fail
+    ray.close()
 
 
 def _row(name: str, want: Sequence[float], bound: float, process: DeviceProcess, function: Any, *args: Any) -> dict:
@@ -51,7 +55,9 @@ def _row(name: str, want: Sequence[float], bound: float, process: DeviceProcess,
     except CaseError as error:
         return {"case": name, "failed": str(error)}
     difference = float(np.max(np.abs(np.array(losses) - want) / np.abs(want)))
-    return {"case": name, "difference": difference, "bound": bound, "missed": not difference <= bound}
+    # a bfloat16 curve as near as float32's was not computed in bfloat16
+    least = LEAST_BF16_DIFFERENCE if bound == BF16_BOUND else 0.0
+    return {"case": name, "difference": difference, "bound": bound, "missed": not least <= difference <= bound}
 
 
 def train_straight(device: torch.device, work: Path, name: str, precision: str, stage: int) -> list[float]:
@@ -64,13 +70,18 @@ def train_half(device: torch.device, work: Path, run: str, steps: int) -> list[f
 
 
 def train_through_ray(device: torch.device, work: Path, name: str, stage: int) -> list[float]:
+    import ray
+
     from pipelines.runtime.parts import start_ray
     from pipelines.train import new_trainer
 
     start_ray()
+    if device.type == "cuda" and not ray.cluster_resources().get("GPU"):
+        raise RuntimeError("Ray sees no GPU here, though torch does")
     store = Store(str(work / "parity"))
     on_gpu = device.type == "cuda"
-    changes = {"zero_stage": stage, "per_worker": {"cpus": 1, "gpus": int(on_gpu), "memory_gib": 1}}
+    resources = {"cpus": 1, "gpus": int(on_gpu), "memory_gib": 1}
+    changes = {"zero_stage": stage, "per_worker": resources, "max_failures": 0}
     cfg = tiny_config(steps=STEPS, final_lr_frac=1.0, **changes)
     run = f"ray-{name}-{stage}"
     new_trainer(tiny_job(store, _encoded(store, work), cfg, run), attempt=0).fit()

@@ -26,15 +26,17 @@ from pbe.train.worker import train_worker
 from tests.gpu.networks import new_clip_backbone, new_kl_codec
 from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
-from tests.gpu.training import EnoughError, Windows, built_on, paper_job
+from tests.gpu.training import EnoughError, Windows, measured_on, paper_job
 
-TURNS = 6
+TURNS, TURN_STEPS = 3, 20  # so many steps that a few prefetched batches do not hide the reading
+LARGEST_MICRO_BATCH = 16  # two networks with their optimizers are on the card
 Step = Callable[[], None]
 
 
 def in_turns(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig, peer: str) -> dict[str, Any]:
     """Rows per second of both, and the median of the turns' ratios ours / theirs."""
     join_one_rank(device, work)
+    cfg = cfg.model_copy(update={"log_every": TURN_STEPS})
     rows = cfg.batch if peer == "bare" else sizes.micro_batch
     step = bare_step(device, sizes.arch, cfg) if peer == "bare" else official_step(device, sizes, rows)
     step()  # compiles, allocates
@@ -43,24 +45,24 @@ def in_turns(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig, p
     def turn() -> None:
         _wait(device)
         since = time.perf_counter()
-        for _ in range(sizes.window_steps):
+        for _ in range(TURN_STEPS):
             step()
         _wait(device)
         theirs.append(time.perf_counter() - since)
 
     windows = Windows(TURNS, between=turn)
-    with built_on(device), suppress(EnoughError):
+    with measured_on(device), suppress(EnoughError):
         train_worker(paper_job(work, sizes, cfg, f"beside-{peer}", windows), device)
-    ours = [sizes.window_steps * cfg.batch / seconds for seconds in windows.seconds[1:]]
-    other = [sizes.window_steps * rows / seconds for seconds in theirs]
-    points = windows.points[1:]
+    ours = [TURN_STEPS * cfg.batch / seconds for seconds in windows.seconds[1:]]
+    other = [TURN_STEPS * rows / seconds for seconds in theirs]
     return {
+        "our_micro_batch": cfg.micro_batch,
+        "their_micro_batch": rows if peer == "official" else cfg.micro_batch,
         "ours_rows_per_s": statistics.median(ours),
         "theirs_rows_per_s": statistics.median(other),
         "ours_over_theirs": statistics.median(a / b for a, b in zip(ours, other, strict=True)),
         "least": min(a / b for a, b in zip(ours, other, strict=True)),
         "most": max(a / b for a, b in zip(ours, other, strict=True)),
-        "data_frac": sum(point["data_s"] for point in points) / sum(point["step_s"] for point in points),
     }
 
 
@@ -86,7 +88,7 @@ def bare_step(device: torch.device, arch: Architecture, cfg: TrainConfig) -> Ste
     network = _network(device, arch, cfg, low)
     parameters = list(network.parameters())
     masters = [parameter.detach().float() for parameter in parameters] if low == torch.bfloat16 else parameters
-    optimizer = torch.optim.AdamW(masters, lr=1e-6, fused=cfg.kernels.fused_adamw)
+    optimizer = torch.optim.AdamW(masters, lr=1e-6, fused=cfg.kernels.fused_adamw or None)
     x0, timestep, conditions = _inputs(device, arch, cfg.micro_batch, low)
     alpha_bar = alphas_cumprod(scheduler_config("scaled_linear", "eps")).to(device)
 
@@ -106,8 +108,7 @@ def bare_step(device: torch.device, arch: Architecture, cfg: TrainConfig) -> Ste
                         master.grad = parameter.grad.float()
                 optimizer.step()
                 if low == torch.bfloat16:
-                    for master, parameter in zip(masters, parameters, strict=True):
-                        parameter.copy_(master)
+                    torch._foreach_copy_(parameters, masters)
             optimizer.zero_grad()
             network.zero_grad()
 
@@ -120,7 +121,7 @@ def official_step(device: torch.device, sizes: Sizes, rows: int) -> Step:
         network = new_network(sizes.arch)
     network.use_kernels(sdpa=False, channels_last=False, activation_checkpointing=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, foreach=False, fused=False)
-    codec, backbone = new_kl_codec(sizes).to(device), new_clip_backbone(sizes).to(device)
+    codec, backbone = new_kl_codec(device, sizes), new_clip_backbone(device, sizes)
     photos = torch.rand(rows, 3, sizes.image_px, sizes.image_px, device=device) * 2 - 1
     keep_mask = torch.ones(rows, 1, sizes.image_px, sizes.image_px, device=device)
     keep_mask[..., : sizes.image_px // 2, : sizes.image_px // 2] = 0
@@ -156,6 +157,8 @@ def _network(device: torch.device, arch: Architecture, cfg: TrainConfig, dtype: 
     kernels = cfg.kernels
     with device:
         network = new_network(arch).to(dtype)
+    if kernels.channels_last:
+        network.to(memory_format=torch.channels_last)
     network.use_kernels(
         sdpa=kernels.sdpa,
         channels_last=kernels.channels_last,

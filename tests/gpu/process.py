@@ -1,6 +1,7 @@
 """A process of its own for everything that touches a device. What hangs, crashes or runs out of memory there costs its
 own result alone: the process is killed, and the next call starts another."""
 
+import ctypes
 import gc
 import inspect
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 START_S, END_S = 120, 10
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LEFT_OVER_GIB = 1.0  # what a call may leave allocated on the GPU before the next one gets a fresh process
 
 
@@ -30,13 +32,18 @@ class DeviceProcess:
         self._device, self._log = device, log
         self._process: Any = None
         self._pipe: Any = None
-        self._idle = True
+        self._idle = self._ready = False
 
     def results(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Iterator[Any]:
         """What the function returns or yields, as it comes. Raises CaseError when it fails, or when one result takes
         longer than `limit_s`."""
-        if self._process is None or not self._process.is_alive():
-            self._start()
+        self.start()
+        if not self._ready:
+            if not self._pipe.poll(START_S):
+                self.close()
+                raise CaseError(f"a process did not start within {START_S} s")
+            self._pipe.recv()
+            self._ready = True
         self._pipe.send((function, args))
         self._idle = False
         while True:
@@ -53,6 +60,8 @@ class DeviceProcess:
                 continue
             self._idle = True
             if kind == "failed":
+                if self._device == "cuda":
+                    self.close()  # what it holds of the GPU would fail the next one
                 raise CaseError(value)
             if value > LEFT_OVER_GIB:  # done, and so much is still allocated
                 self.close()
@@ -74,27 +83,28 @@ class DeviceProcess:
         self._process.join()
         self._process = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin to start the process where there is none; it imports while others work."""
+        if self._process is not None and self._process.is_alive():
+            return
         context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._device, self._log))
         self._process.start()
+        self._idle = self._ready = False
         theirs.close()
-        if not self._pipe.poll(START_S):
-            self._idle = False
-            self.close()
-            raise CaseError(f"a process did not start within {START_S} s")
-        self._pipe.recv()
 
 
 def _serve(pipe: Connection, device_name: str, log: Path) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive the program that is cut
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0"}
     if device_name == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    import deepspeed  # noqa: F401 - with torch the most of what every case imports
     import torch
 
     device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pbe.config import repo_root
+
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-ROOMS = ("/pbe/", "/deepspeed/", "/diffusers/", "/transformers/")
+ROOMS = (f"{repo_root()}/pbe/", "/site-packages/deepspeed/", "/site/deepspeed/", "/diffusers/", "/transformers/")
 
 
 @contextmanager
@@ -83,7 +86,7 @@ def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         room = next((room for room in ROOMS if room in frame.filename), None)
         if room is not None:
-            return f"{room.strip('/')}/{frame.filename.rpartition(room)[2]}:{frame.lineno}"
+            return f"{Path(room).name}/{frame.filename.rpartition(room)[2]}:{frame.lineno}"
     return "elsewhere"
 
 

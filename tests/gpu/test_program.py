@@ -59,13 +59,17 @@ def test_what_fails_costs_its_own_result_alone(process: DeviceProcess) -> None:
     assert process.result(double, 6, limit_s=60)[2] != first
 
 
+SETTINGS = {"precision": "fp32", "micro_batch": 4, "accumulation": 1, "kernels": {"sdpa": True}}
+
+
 def test_a_page_says_what_failed_and_what_was_missed() -> None:
     rows: dict[str, list[dict[str, Any]]] = {
         "parity": [
             {"case": "a", "difference": 2e-3, "bound": 1e-3, "missed": True},
             {"case": "b", "failed": "stopped after 90 s"},
         ],
-        "peers": [{"case": "bare", "ours_over_theirs": 0.9, "data_frac": 0.02}],
+        "peers": [{"case": "bare", "ours_over_theirs": 0.9}],
+        "ladder": [{"case": "naive", "rows_per_s": 2.0, "data_frac": 0.02, "settings": SETTINGS}],
     }
     results = {"machine": {"device": "cuda", "card": "Some|Card"}, "seconds": 1.0, "parts": rows}
     assert failures(results) == ["parity, a: beyond its bound", "parity, b: stopped after 90 s"]

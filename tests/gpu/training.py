@@ -129,16 +129,27 @@ class Windows:
 
 
 @contextmanager
-def built_on(device: torch.device) -> Iterator[None]:
-    """Networks are made on the device: on the processor the paper's takes six seconds, and which weights it begins with
-    is not measured."""
+def measured_on(device: torch.device) -> Iterator[None]:
+    """For `train_worker`: networks are made on the device, as on the processor the paper's takes six seconds and which
+    weights it begins with is not measured; and the engine, which its hooks keep alive, is destroyed at the end."""
+    engines: list[Any] = []
 
     def new(arch: Architecture) -> ConditionedUNet:
         with device:
             return new_network(arch)
 
-    with patch.object(worker, "new_network", new):
-        yield
+    def make(*args: Any, **kwargs: Any) -> Any:
+        engines.append(make_engine(*args, **kwargs))
+        return engines[-1]
+
+    make_engine = worker.make_engine
+    with patch.object(worker, "new_network", new), patch.object(worker, "make_engine", make):
+        try:
+            yield
+        finally:
+            for engine in engines:
+                engine.destroy()
+            engines.clear()
 
 
 def measure_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig) -> dict[str, Any]:
@@ -148,7 +159,7 @@ def measure_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainC
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     windows = Windows(sizes.windows)
-    with built_on(device), suppress(EnoughError):
+    with measured_on(device), suppress(EnoughError):
         train_worker(paper_job(work, sizes, cfg, "measured", windows), device)
     assert len(windows.points) == 1 + sizes.windows, "the training ended before it was measured"
     rows = sizes.window_steps * cfg.batch
@@ -165,6 +176,6 @@ def measure_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainC
 def stops_of_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig) -> dict[str, Any]:
     """How often a step makes the CPU wait, and where."""
     join_one_rank(device, work)
-    with built_on(device):
+    with measured_on(device):
         steps = stops_of_steps(device, paper_job(work, sizes, cfg.model_copy(update={"log_every": NEVER}), "stops"))
     return {"per_step": statistics.mean(step.total() for step in steps), "places": dict(steps[-1])}

@@ -426,7 +426,7 @@ def training_rows(
     for gpus, link in cases(counts, links):
         took = step(run, gpus=gpus, links=link, compute=compute)
         low, high = took.shortest_s, took.longest_s
-        hours = [run.steps * seconds * gpus / HOUR_S for seconds in (low, high)]
+        fewest_h, most_h = (run.steps * seconds * gpus / HOUR_S for seconds in (low, high))
         rows.append(
             [
                 f"{gpus}",
@@ -437,14 +437,14 @@ def training_rows(
                 span(low, high, ".3f"),
                 span(run.batch / high, run.batch / low, ",.0f"),
                 span(run.steps * low / DAY_S, run.steps * high / DAY_S, ".2f"),
-                span(*hours, ",.0f"),
+                span(fewest_h, most_h, ",.0f"),
                 span(100 * alone_s / gpus / high, 100 * alone_s / gpus / low, ".0f") + " %",
                 f"{run.batch / low * run.row_bytes / 1e6:,.0f} MB/s",
                 took.bottleneck,
             ]
         )
         if price:
-            rows[-1].append(span(*(price * value for value in hours), ",.0f"))
+            rows[-1].append(span(price * fewest_h, price * most_h, ",.0f"))
     return rows
 
 
@@ -495,9 +495,10 @@ def all_rows(
                 Stage("", {"compute": photos_s}), gpus, prices[0]
             )
         took = step(run, gpus=gpus, links=link, compute=compute)
-        hours = [run.steps * seconds / HOUR_S for seconds in (took.shortest_s, took.longest_s)]
-        cost = f", {span(*(prices[0] * gpus * value for value in hours), ',.0f')}" if prices[0] else ""
-        column["train"] = f"{span(*hours, ',.1f')}, {took.bottleneck}{cost}"
+        low_h, high_h = (run.steps * seconds / HOUR_S for seconds in (took.shortest_s, took.longest_s))
+        price = prices[0] * gpus if prices[0] else 0  # of an hour
+        cost = f", {span(price * low_h, price * high_h, ',.0f')}" if price else ""
+        column["train"] = f"{span(low_h, high_h, ',.1f')}, {took.bottleneck}{cost}"
         columns.append(column | coding)
     return [*rows, *([name, *(column[name] for column in columns)] for name in columns[0])]
 
@@ -517,9 +518,15 @@ def published_rows(run: Run, compute: Compute, counts: Sequence[int], link: Link
     rows = [["", "GPUs", "rows/s", "rows/s and GPU", f"GPU-hours for {seen / 1e6:.1f} million rows"]]
 
     def add(name: str, gpus: int, low: float, high: float) -> None:
-        hours = [seen / rate * gpus / HOUR_S for rate in (high, low)]
+        fewest_h, most_h = (seen / rate * gpus / HOUR_S for rate in (high, low))
         rows.append(
-            [name, f"{gpus}", span(low, high, ",.0f"), span(low / gpus, high / gpus, ".1f"), span(*hours, ",.0f")]
+            [
+                name,
+                f"{gpus}",
+                span(low, high, ",.0f"),
+                span(low / gpus, high / gpus, ".1f"),
+                span(fewest_h, most_h, ",.0f"),
+            ]
         )
 
     paper_rate = PAPER_RATE * PAPER_GPUS

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pbe.model.vae import KlCodec
 from pbe.model.weights import Model
-from tests.tiny_weights import paper_model, tiny_vae
+from tests.tiny_weights import clip_of, paper_model, tiny_vae, vae_of
 
 UNET, VAE, COND = "model.diffusion_model", "first_stage_model", "cond_stage_model"
 _RESNET = {
@@ -36,8 +36,8 @@ def paint_by_example(model: Model) -> dict[str, Tensor]:
     return {
         **noise_schedule(),
         **unet_names(model.network.unet),
-        **vae_names(model.codec.vae),  # type: ignore[attr-defined]
-        **clip_names(model.backbone.network),  # type: ignore[attr-defined]
+        **vae_names(vae_of(model)),
+        **clip_names(clip_of(model)),
         **mapper_names(model.network.exemplar),
     }
 

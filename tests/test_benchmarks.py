@@ -41,7 +41,7 @@ def test_a_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = []
+    waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     device = torch.device("cuda", 0)
     assert now(device, on_processor=lambda: -1.0) > 0  # the wall clock, whatever is read on the processor

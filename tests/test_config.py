@@ -72,9 +72,9 @@ def load(tmp_path: Path) -> Load:
                 del node[key]
             else:
                 node[key] = value
-        path = tmp_path / "params.yaml"
-        path.write_text(yaml.safe_dump(raw, sort_keys=False))
-        return load_params(path)
+        file = tmp_path / "params.yaml"
+        file.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return load_params(file)
 
     return _load
 
@@ -364,7 +364,7 @@ def test_variants_override_their_keys_and_nothing_else(load: Load) -> None:
 def test_settings_cannot_be_changed_after_reading(load: Load) -> None:
     params = load({})
     with pytest.raises(ValidationError, match="frozen"):
-        params.train.lr = 1.0  # type: ignore[misc]
+        params.train.lr = 1.0
 
 
 @pytest.mark.parametrize(("workers", "micro"), [(1, 32), (1, 8), (2, 16), (2, 1)])

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,8 +60,10 @@ def _model_of(editor: Editor) -> Model:
 
 @pytest.fixture
 def edit(editor: Editor) -> Edit:
-    def _edit(photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray | None = None, **changes) -> np.ndarray:
-        settings = {"seed": 7, "guidance_scale": 3.0, "steps": STEPS, **changes}
+    def _edit(
+        photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray | None = None, **changes: Any
+    ) -> np.ndarray:
+        settings: dict[str, Any] = {"seed": 7, "guidance_scale": 3.0, "steps": STEPS, **changes}
         reference = _photo(30, 20, seed=9) if reference is None else reference
         (out,) = editor.edit(photo, hole_mask, reference, **settings)
         return out
@@ -146,9 +150,10 @@ def test_a_feathered_edge_does_not_bring_back_what_the_hole_hides(frac: float, e
 
 def test_upstreams_protocol_leaves_what_the_codec_decodes(editor: Editor, crops: np.ndarray) -> None:
     hole_masks = _hole(16, 16, (2, 1, 14, 9))[None]  # its square is the whole photo
-    settings = {"seeds": [1], "guidance_scale": 3.0, "steps": STEPS}
     ours, theirs = (
-        editor.edit_crops(crops[:1], hole_masks, [_photo(9, 9)], protocol=protocol, **settings)
+        editor.edit_crops(
+            crops[:1], hole_masks, [_photo(9, 9)], seeds=[1], guidance_scale=3.0, steps=STEPS, protocol=protocol
+        )
         for protocol in (EditProtocol(), UPSTREAM)
     )
     assert (theirs != crops[:1])[hole_masks == 0].any()
@@ -205,18 +210,18 @@ def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:
     editor = Editor(paper_model(), torch.device("cpu"))
     photos = np.stack([_photo(32, 32, seed=k) for k in range(3)])
     holes, references = np.stack([_hole(32, 32)] * 3), [_photo(30, 20, seed=k) for k in range(3)]
-    settings = {"guidance_scale": 3.0, "steps": 2}
+    mean = EditProtocol(paste_back=False)
 
-    def run(rows: list[int], **protocol: str) -> np.ndarray:
+    def run(rows: list[int], protocol: EditProtocol) -> np.ndarray:
         return editor.edit_crops(
             photos[rows], holes[rows], [references[k] for k in rows], seeds=[5 + k for k in rows],
-            protocol=EditProtocol(paste_back=False, **protocol), **settings,
+            guidance_scale=3.0, steps=2, protocol=protocol,
         )  # fmt: skip
 
-    sampled = run([0, 1, 2], masked_latent="sample")
-    np.testing.assert_allclose(run([2], masked_latent="sample")[0].astype(int), sampled[2], atol=1)
-    assert (run([0, 1, 2]) != sampled).any()
-    assert (run([0, 1, 2], mask_resize="nearest") != run([0, 1, 2])).any()
+    sampled = run([0, 1, 2], replace(mean, masked_latent="sample"))
+    np.testing.assert_allclose(run([2], replace(mean, masked_latent="sample"))[0].astype(int), sampled[2], atol=1)
+    assert (run([0, 1, 2], mean) != sampled).any()
+    assert (run([0, 1, 2], replace(mean, mask_resize="nearest")) != run([0, 1, 2], mean)).any()
 
 
 def test_the_seed_decides(edit: Edit) -> None:
@@ -246,29 +251,29 @@ def test_the_shape_of_the_reference_does_not_matter_to_a_plain_colour(edit: Edit
     np.testing.assert_array_equal(edit(photo, hole_mask, wide), edit(photo, hole_mask, tall))
 
 
-@pytest.mark.parametrize("convert", [bool, lambda m: m * 255, lambda m: -m.astype(np.int8), lambda m: m * 0.25])
+@pytest.mark.parametrize(
+    "convert",
+    [lambda m: m.astype(bool), lambda m: m * 255, lambda m: -m.astype(np.int8), lambda m: m * 0.25],
+)
 def test_non_zero_is_the_hole_in_any_type(convert: Callable[[np.ndarray], np.ndarray], edit: Edit) -> None:
     photo, hole_mask = _photo(40, 64), _hole(40, 64)
-    other = hole_mask.astype(bool) if convert is bool else convert(hole_mask)
-    np.testing.assert_array_equal(edit(photo, other), edit(photo, hole_mask))
+    np.testing.assert_array_equal(edit(photo, convert(hole_mask)), edit(photo, hole_mask))
 
 
 def test_an_item_is_the_same_alone_and_in_a_batch(editor: Editor, crops: np.ndarray) -> None:
     """To one grey level: the sums of a convolution depend on the batch in their last bits."""
     sources, references = crops[:5], [_photo(30 + 10 * k, 40, seed=20 + k) for k in range(5)]
     hole_masks = np.stack([_hole(SIZE_PX, SIZE_PX, (k, 2, k + 8, 12)) for k in range(5)])
-    settings = {"guidance_scale": 3.0, "steps": STEPS}
-    together = editor.edit_crops(sources, hole_masks, references, seeds=range(5), **settings)
+    run = partial(editor.edit_crops, guidance_scale=3.0, steps=STEPS)
+    together = run(sources, hole_masks, references, seeds=range(5))
     assert together.shape == sources.shape and together.dtype == np.uint8
     np.testing.assert_array_equal(together[hole_masks == 0], sources[hole_masks == 0])
     for k in range(5):
         item = slice(k, k + 1)
-        alone = editor.edit_crops(sources[item], hole_masks[item], references[item], seeds=[k], **settings)
+        alone = run(sources[item], hole_masks[item], references[item], seeds=[k])
         np.testing.assert_allclose(alone[0].astype(int), together[k], atol=1)
     order = [3, 0, 4, 1, 2]
-    shuffled = editor.edit_crops(
-        sources[order], hole_masks[order], [references[k] for k in order], seeds=order, **settings
-    )
+    shuffled = run(sources[order], hole_masks[order], [references[k] for k in order], seeds=order)
     np.testing.assert_allclose(shuffled.astype(int), together[order], atol=1)
 
 

@@ -26,7 +26,7 @@ from pbe.model.ldm import FIRST_CONVOLUTION
 from pbe.model.vae import load_vae
 from pbe.model.weights import Model, load_model, save_model
 from tests import ldm_layout
-from tests.tiny_weights import CONTEXT_WIDTH, REFERENCE_PX, paper_model, tiny_unet, tiny_vae
+from tests.tiny_weights import CONTEXT_WIDTH, REFERENCE_PX, clip_of, paper_model, state_of, tiny_unet, tiny_vae, vae_of
 
 Writer = Callable[[dict[str, Tensor], Path], None]
 
@@ -69,14 +69,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def _state(model: Model) -> dict[str, Tensor]:
-    parts = {"network": model.network, "codec": model.codec, "backbone": model.backbone}
-    return {f"{part}.{name}": v for part, inner in parts.items() for name, v in inner.state_dict().items()}  # type: ignore[attr-defined]
-
-
 def _same(got: Model, expected: Model, tolerance: float = 0) -> None:
     """All tensors, and what every part makes of random input."""
-    a, b = _state(got), _state(expected)
+    a, b = state_of(got), state_of(expected)
     assert a.keys() == b.keys()
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) <= tolerance
     for x, y in zip(_outputs(got), _outputs(expected), strict=True):
@@ -118,7 +113,7 @@ def test_an_official_checkpoint_computes_the_same(
     assert (model.card.image_px, model.card.reference_px, model.card.reference_pad_px) == (512, REFERENCE_PX, 10)
     assert model.card.scheduler == scheduler_config("scaled_linear", "eps")
     assert model.network.unet.config.attention_head_dim == 8
-    assert model.codec.vae.config.scaling_factor == 0.18215  # type: ignore[attr-defined]
+    assert vae_of(model).config.scaling_factor == 0.18215
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "PaintByExamplePipeline"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "out"])
 
@@ -209,7 +204,7 @@ def test_training_starts_from_what_was_imported(
     got, expected = network.state_dict(), original.network.state_dict()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     vae, clip = load_vae(tmp_path / "sd" / "vae"), load_clip(tmp_path / "pbe" / "image_encoder")
-    assert torch.equal(vae.vae.quant_conv.weight, original.codec.vae.quant_conv.weight)  # type: ignore[attr-defined]
+    assert torch.equal(vae.vae.quant_conv.weight, vae_of(original).quant_conv.weight)
     assert clip.input_px == REFERENCE_PX
 
 
@@ -251,9 +246,9 @@ def test_a_hub_folder_with_pickles_becomes_one_with_safetensors(hub: Path, tmp_p
     expected = paper_model()
     assert imported.found == {
         "unet": len(expected.network.unet.state_dict()),
-        "backbone": len(expected.backbone.network.state_dict()),  # type: ignore[attr-defined]
+        "backbone": len(clip_of(expected).state_dict()),
         "mapper": len(expected.network.exemplar.state_dict()),
-        "vae": len(expected.codec.vae.state_dict()),  # type: ignore[attr-defined]
+        "vae": len(vae_of(expected).state_dict()),
     }
     assert imported.left_out == {
         "position_ids (a counter in CLIP)": 1,
@@ -269,7 +264,7 @@ def test_a_hub_folder_with_pickles_becomes_one_with_safetensors(hub: Path, tmp_p
 
 def test_a_folder_of_this_project_may_be_imported_too(tmp_path: Path, model_folder: Path) -> None:
     imported = import_weights(model_folder, tmp_path / "out")
-    a, b = _state(load_model(tmp_path / "out")), _state(load_model(model_folder))
+    a, b = state_of(load_model(tmp_path / "out")), state_of(load_model(model_folder))
     assert all(torch.equal(a[name], b[name]) for name in b) and imported.found["backbone"] == 0
 
 

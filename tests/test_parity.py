@@ -20,7 +20,7 @@ from pbe.edit import Editor
 from pbe.encode import encode_masked, encode_references
 from pbe.model.vae import KlCodec
 from pbe.model.weights import Model
-from tests.tiny_weights import IMAGE_PX, REFERENCE_PX, lively, paper_model
+from tests.tiny_weights import IMAGE_PX, REFERENCE_PX, lively, paper_model, vae_of
 
 pytest.importorskip(
     "diffusers.pipelines.deprecated.paint_by_example", reason="this diffusers has no PaintByExamplePipeline any more"
@@ -38,7 +38,7 @@ def model() -> Model:
     """With noise on what starts at zero in the mapper and the VAE as well."""
     model = paper_model()
     lively(model.network.exemplar, 5)
-    lively(model.codec.vae, 6)  # type: ignore[attr-defined]
+    lively(vae_of(model), 6)
     return model
 
 
@@ -117,7 +117,7 @@ def test_conditions_latents_and_pictures_are_those_of_diffusers(
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_the_editor_fills_holes_as_diffusers_does(sampler: SamplerName, model: Model) -> None:
     """Where both mean the same: the posterior a point, holes of whole cells, references of the encoder's size."""
-    vae = copy.deepcopy(model.codec.vae)  # type: ignore[attr-defined]
+    vae = copy.deepcopy(vae_of(model))
     with torch.no_grad():
         vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30  # the log variance
     model = replace(model, codec=KlCodec(vae, digest="tiny"))
@@ -133,7 +133,7 @@ def test_the_editor_fills_holes_as_diffusers_does(sampler: SamplerName, model: M
         latents=torch.from_numpy(noise),
     ).images
     edited = Editor(model, torch.device("cpu")).edit_crops(
-        sources, holes, references, seeds=seeds, guidance_scale=5.0, steps=STEPS, sampler=sampler
+        sources, holes, list(references), seeds=seeds, guidance_scale=5.0, steps=STEPS, sampler=sampler
     )
     hole = holes > 0
     np.testing.assert_array_equal(edited[~hole], sources[~hole])

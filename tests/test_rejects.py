@@ -14,12 +14,14 @@ from pbe.cli import main
 from pbe.data.schema import REJECTS
 from pbe.store import Store, make_manifest, save_manifest
 
-INGEST = [
+Parts = list[list[tuple[str, str]]]  # key and reason of each row that a part drops
+INGEST: Parts = [
     [("a.jpg", "image_unreadable"), ("boxes.csv:2", "box_unparsable"), ("boxes.csv:9", "box_unparsable")],
     [],
     [("boxes.csv:4", "box_unparsable"), ("train/b.jpg", "download_failed"), ("boxes.csv:5", "box_image_rejected")],
 ]
-FILTER = [[("c#0", "area_below_min")], [("d#1", "area_below_min"), ("d#2", "area_above_max")], []]
+FILTER: Parts = [[("c#0", "area_below_min")], [("d#1", "area_below_min"), ("d#2", "area_above_max")], []]
+NOTHING: Parts = [[]]
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def root(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _run_stage(root: Path, store: Store, stage: str, parts: list[list[tuple[str, str]]], **counts: int) -> None:
+def _run_stage(root: Path, store: Store, stage: str, parts: Parts, **counts: int) -> None:
     units = []
     for number, rows in enumerate(parts):
         table = pa.Table.from_pylist(
@@ -48,7 +50,7 @@ def test_reasons_are_counted_by_stage_the_most_frequent_first_with_examples(
 ) -> None:
     _run_stage(root, store, "filter", FILTER, boxes_in=40)
     _run_stage(root, store, "ingest", INGEST, images_in=9, boxes_in=44)
-    _run_stage(root, store, "materialize", [[]], images_in=8)
+    _run_stage(root, store, "materialize", NOTHING, images_in=8)
     assert main(["rejects", "--examples", "1"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -75,7 +77,7 @@ def test_reasons_are_counted_by_stage_the_most_frequent_first_with_examples(
 def test_a_stage_whose_input_has_changed_since_is_marked(
     root: Path, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for stage, parts in (("ingest", INGEST), ("filter", FILTER), ("materialize", [[]])):
+    for stage, parts in (("ingest", INGEST), ("filter", FILTER), ("materialize", NOTHING)):
         _run_stage(root, store, stage, parts, images_in=9, boxes_in=44)
     before = {"filter": ["ingest"], "materialize": ["ingest", "filter"]}
     stages = {}

@@ -120,8 +120,17 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
 def test_bytes_are_on_the_disk_before_they_get_their_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     replace, fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+
+    def noted_fsync(handle: int) -> None:
+        order.append("fsync")
+        fsync(handle)
+
+    def noted_replace(source: str, target: str) -> None:
+        order.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
     store.write_bytes("x", b"data")
     assert order == ["fsync", "rename"]
 
@@ -182,7 +191,8 @@ def test_a_finished_unit_is_found_with_the_record_that_was_written(any_store: St
 @pytest.mark.parametrize("stop", range(3))
 def test_a_unit_that_was_cut_off_is_not_there(stop: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record is written last: after 0, 1 or 2 of the three files there is no unit; the next try completes it."""
-    write, written = Store.write_bytes, []
+    write = Store.write_bytes
+    written: list[str] = []
 
     def killed(self: Store, relative: str, data: bytes) -> None:
         if len(written) == stop:

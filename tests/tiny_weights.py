@@ -7,6 +7,7 @@ Same classes, same file names, same keys as the published ones; only smaller. Wh
 import json
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +39,10 @@ UNET = {
 }
 
 
-def lively(module: torch.nn.Module, seed: int, scale: float = 0.05) -> torch.nn.Module:
+N = TypeVar("N", bound=torch.nn.Module)
+
+
+def lively(module: N, seed: int, scale: float = 0.05) -> N:
     """Every parameter gets a say: some layers start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -102,6 +106,26 @@ def paper_model() -> Model:
         ClipBackbone(tiny_clip(), digest="tiny"),
         ModelCard(IMAGE_PX, REFERENCE_PX, 10, "class", scheduler_config("scaled_linear", "eps"), run={}),
     )
+
+
+def vae_of(model: Model) -> AutoencoderKL:
+    assert isinstance(model.codec, KlCodec)
+    return model.codec.vae
+
+
+def clip_of(model: Model) -> CLIPVisionModel:
+    assert isinstance(model.backbone, ClipBackbone)
+    return model.backbone.network
+
+
+def state_of(model: Model) -> dict[str, torch.Tensor]:
+    """Every tensor of the model."""
+    parts = {"network": model.network, "codec": model.codec, "backbone": model.backbone}
+    out: dict[str, torch.Tensor] = {}
+    for part, module in parts.items():
+        assert isinstance(module, torch.nn.Module), part
+        out |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    return out
 
 
 def write_stable_diffusion(folder: Path) -> Path:

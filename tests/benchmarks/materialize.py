@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -50,6 +51,9 @@ from pbe.data.sources import FolderSource  # noqa: E402
 from pbe.data.triplets import CutConfig, box_order  # noqa: E402
 from pbe.store import Record, Store  # noqa: E402
 from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E402
+
+if TYPE_CHECKING:
+    from pipelines.runtime.parts import Unit
 
 CUT = CutConfig(
     image_px=512,
@@ -148,6 +152,7 @@ def enlarged(data: bytes, side_px: int | None) -> bytes:
     if side_px is None:
         return data
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    assert image is not None
     scale = side_px / max(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     larger = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
@@ -181,6 +186,7 @@ def roofline(photos: Photos) -> int:
     """OpenCV alone, BGR throughout, its default JPEG settings at quality 95; returns samples."""
     for data, window, reference in photos.windows:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        assert image is not None
         for area, side_px in ((window, CUT.image_px), (reference, CUT.reference_px)):
             crop = image[area.y0 : area.y1, area.x0 : area.x1]
             small = cv2.resize(crop, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
@@ -297,18 +303,18 @@ def touch_memory(size_bytes: int) -> None:
     block.close()
 
 
-def task(store: Store) -> Callable:
+def task(store: Store) -> Callable[["Unit"], Record]:
     """What pipelines/materialize.py does with one bucket, one slot."""
     cv2.setNumThreads(1)
 
-    def work(unit: object) -> Record:
-        record = unit.payload  # type: ignore[attr-defined]
+    def work(unit: "Unit") -> Record:
+        record = unit.payload
         tables, counts = triplet_tables(
             store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, slots=1,
             jpeg=JPEG, seed=SEED,
         )  # fmt: skip
         counts["ended_us"] = time.time_ns() // 1000
-        return store.write_unit("bench", unit.name, tables, counts=counts)  # type: ignore[attr-defined]
+        return store.write_unit("bench", unit.name, tables, counts=counts)
 
     return work
 

@@ -60,6 +60,7 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
     count = 0
     for path in sorted((photos / "images").rglob("*.jpg")):
         image = cv2.imread(str(path))
+        assert image is not None, path
         scale = SIDE_PX / max(image.shape[:2])
         size = round(image.shape[1] * scale), round(image.shape[0] * scale)
         data = cv2.imencode(".jpg", cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), [1, 90])[1].tobytes()

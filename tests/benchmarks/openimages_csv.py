@@ -104,7 +104,8 @@ class Writer:
     """A CSV written block by block, as OpenImages writes it: no quotes where none are needed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.writer = path, None
+        self.path = path
+        self.writer: pacsv.CSVWriter | None = None
 
     def write(self, table: pa.Table) -> None:
         if self.writer is None:

@@ -30,6 +30,9 @@ MAX_BYTES, LIMITS = 30_000, PhotoLimits(exif="ignore", max_pixels=100_000_000)
 GOOD_PER_CASE = 100
 CELLS = {"LabelName": "/m/1", "XMin": "0.1", "XMax": "0.5", "YMin": "0.2", "YMax": "0.75"}
 
+# changes of CELLS, and the reason for which the line is rejected; None: it is kept
+Line = tuple[dict[str, str], str | None]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -40,8 +43,8 @@ class Case:
 
     name: str
     photos: list[tuple[str, bytes, str | None]] = field(default_factory=list)
-    boxes: list[tuple[dict[str, str], str | None]] = field(default_factory=list)
-    later: list[tuple[dict[str, str], str | None]] = field(default_factory=list)
+    boxes: list[Line] = field(default_factory=list)
+    later: list[Line] = field(default_factory=list)
 
 
 def _picture(number: int) -> np.ndarray:
@@ -222,7 +225,7 @@ def _header(layout: str) -> list[str]:
     return {"plain": plain, "odd": ["Note", *reversed(plain), "Source"]}[layout]
 
 
-def _write_csv(made: Input, name: str, lines: list[tuple[dict[str, str], str | None]], layout: str) -> None:
+def _write_csv(made: Input, name: str, lines: list[Line], layout: str) -> None:
     """layout: "odd" has a byte order mark, unknown columns, another order and Windows line ends."""
     header = _header(layout)
     rows = [",".join({**CELLS, **cells}.get(column, "x") for column in header) for cells, _ in lines]
@@ -245,7 +248,7 @@ def _make(root: Path, cases: list[Case], layout: str, *, backwards: bool = False
     made.photos |= dict.fromkeys(files) | {name: reason for case in cases for name, _, reason in case.photos}
 
     rng = np.random.default_rng(len(cases))
-    blocks = [[({"ImageID": image_id, "XMin": f"{rng.random() / 3:.6f}"}, None)] for image_id in good]
+    blocks: list[list[Line]] = [[({"ImageID": image_id, "XMin": f"{rng.random() / 3:.6f}"}, None)] for image_id in good]
     blocks += [case.boxes for case in cases]
     train = [line for index in rng.permutation(len(blocks)) for line in blocks[index]]
     _write_csv(made, "train.csv", train, layout)
@@ -266,7 +269,8 @@ def _ingest(root: Path, store: Store) -> tuple[list[dict[str, pa.Table]], Counte
             for table in read_annotations(tree, file):
                 yield with_names(table, names)
 
-    buckets, total, hashes = [], Counter[str](), {}
+    buckets, total = [], Counter[str]()
+    hashes: dict[str, str] = {}
     with (
         by_bucket(annotations(), ANNOTATIONS, BUCKETS) as boxes,
         by_bucket(source.photos(), PHOTOS, BUCKETS) as photos,
@@ -354,7 +358,8 @@ def _make_coco(root: Path) -> Input:
     for folder in ("photos/train2017", "boxes"):
         (root / folder).mkdir(parents=True)
     count = GOOD_PER_CASE * len(COCO_CASES)
-    listed, entries = [], []
+    listed: list[dict[str, Any]] = []
+    entries: list[tuple[dict[str, Any], str | None]] = []
     for number in range(count):
         name = f"train2017/{number:012d}.jpg"
         (root / "photos" / name).write_bytes(images.encode_jpeg(_picture(number), 90))

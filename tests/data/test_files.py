@@ -36,7 +36,7 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Put:
         folder = str(tmp_path / "my files")
         return lambda files: _put(pafs.LocalFileSystem(), folder, folder, files)
     address = f"{request.getfixturevalue('s3')}/{tmp_path.name}/my%20files"  # a space, as addresses write it
-    return lambda files: _put(*pafs.FileSystem.from_uri(address), address, files)
+    return lambda files: _put_on_s3(address, files)
 
 
 def _put(filesystem: pafs.FileSystem, root: str, address: str, files: dict[str, bytes]) -> str:
@@ -46,6 +46,11 @@ def _put(filesystem: pafs.FileSystem, root: str, address: str, files: dict[str, 
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
     return address
+
+
+def _put_on_s3(address: str, files: dict[str, bytes]) -> str:
+    filesystem, root = pafs.FileSystem.from_uri(address)
+    return _put(filesystem, root, address, files)
 
 
 def test_a_folder_is_read_by_names_relative_to_it(put: Put) -> None:
@@ -173,7 +178,7 @@ def test_the_tables_from_s3_are_those_from_the_disk(s3: str, tmp_path: Path) -> 
     files = _input()
     local = _put(pafs.LocalFileSystem(), str(tmp_path), str(tmp_path), files)
     address = f"{s3}/{tmp_path.name}"
-    remote = _put(*pafs.FileSystem.from_uri(address), address, files)
+    remote = _put_on_s3(address, files)
     one, other = _read(local), _read(remote)
     assert one[0].drop(["version"]).equals(other[0].drop(["version"]))
     assert all(len(set(listed.column("version").to_pylist())) > 1 for listed, _, _ in (one, other))
@@ -187,7 +192,7 @@ def test_the_tables_from_s3_are_those_from_the_disk(s3: str, tmp_path: Path) -> 
 
 def test_a_photo_on_s3_that_is_too_large_or_gone_is_its_own_reject(s3: str, tmp_path: Path) -> None:
     address = f"{s3}/{tmp_path.name}"
-    _put(*pafs.FileSystem.from_uri(address), address, {"a.jpg": b"x" * 50})
+    _put_on_s3(address, {"a.jpg": b"x" * 50})
     source = FolderSource(FileTree(address, "ingest.images"))
     assert source.read("a.jpg", 50) == b"x" * 50
     for name, most, reason in (("a.jpg", 49, "image_too_large"), ("gone.jpg", 49, "image_unpublished")):
@@ -204,7 +209,7 @@ def test_an_s3_server_that_goes_away_is_worth_another_try(
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     address = f"{s3}/{tmp_path.name}"  # all of moto's servers in one process hold the same buckets
-    _put(*pafs.FileSystem.from_uri(address), address, {"a.jpg": b"bytes"})
+    _put_on_s3(address, {"a.jpg": b"bytes"})
     source = FolderSource(FileTree(address, "ingest.images"))
     assert source.read("a.jpg", 100) == b"bytes"
     server.stop()

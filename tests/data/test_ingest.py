@@ -296,7 +296,12 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
     place.boxes(_line("fits"), _line("over"), _line("heavy"))
     decoded: list[bytes] = []
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data, **more: (decoded.append(data), decode(data, **more))[1])
+
+    def noted_decode(data: bytes, **more: Any) -> np.ndarray:
+        decoded.append(data)
+        return decode(data, **more)
+
+    monkeypatch.setattr(images, "decode", noted_decode)
     tables, _ = place.check()
     assert tables["images"].column("image_id").to_pylist() == ["fits"] and len(decoded) == 1
     details = {row["key"]: (row["reason"], row["detail"]) for row in tables["rejects"].to_pylist()}

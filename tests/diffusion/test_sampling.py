@@ -1,6 +1,7 @@
 """The sampling loop: told the true x_0 it returns it; guidance, projection and rows do what their names say."""
 
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -40,11 +41,15 @@ def _sample(
     beta_schedule: BetaSchedule = "squaredcos_cap_v2",
     sampler: SamplerName = "ddim",
     noise: Tensor | None = None,
-    **changes,
+    steps: int = 10,
+    guidance_scale: float = 1.0,
+    **more: Any,
 ) -> Tensor:
-    settings = {"steps": 10, "guidance_scale": 1.0, **changes}
-    made = make_sampler(scheduler_config(beta_schedule, objective), sampler)
-    return sample(denoise, _normal(0) if noise is None else noise, sampler=made, **settings)
+    made, noise = (
+        make_sampler(scheduler_config(beta_schedule, objective), sampler),
+        _normal(0) if noise is None else noise,
+    )
+    return sample(denoise, noise, sampler=made, steps=steps, guidance_scale=guidance_scale, **more)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])
@@ -117,13 +122,13 @@ def test_it_is_deterministic_and_rows_do_not_touch_each_other() -> None:
     def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
         return torch.tanh(noisy) * (1 + timestep[:, None, None, None] / 1000)
 
-    settings = {"steps": 9, "objective": "eps", "beta_schedule": "scaled_linear"}
+    run = partial(_sample, denoise, steps=9, objective="eps", beta_schedule="scaled_linear")
     noise, state = _normal(0), torch.random.get_rng_state()
     for sampler in SAMPLERS:
-        together = _sample(denoise, noise=noise, sampler=sampler, **settings)
-        assert torch.equal(together, _sample(denoise, noise=noise, sampler=sampler, **settings))
+        together = run(noise=noise, sampler=sampler)
+        assert torch.equal(together, run(noise=noise, sampler=sampler))
         assert torch.equal(torch.random.get_rng_state(), state)
-    alone = torch.cat([_sample(denoise, noise=row[None], sampler=sampler, **settings) for row in noise])
+    alone = torch.cat([run(noise=row[None], sampler=sampler) for row in noise])
     torch.testing.assert_close(alone, together)
     assert torch.equal(noise, _normal(0))  # the caller's noise stays
 

@@ -52,7 +52,7 @@ def test_every_sampler_has_the_same_betas(name: BetaSchedule, sampler: SamplerNa
 def test_squaredcos_starts_at_the_noisiest_timestep_in_even_steps(steps: int) -> None:
     """Trailing timesteps: training's last one is the sampler's first."""
     sampler = make_sampler(scheduler_config("squaredcos_cap_v2", "x0"), "ddim")
-    sampler.set_timesteps(steps)
+    sampler.set_timesteps(steps, torch.device("cpu"))
     assert sampler.timesteps.tolist() == [round(1000 - index * 1000 / steps) - 1 for index in range(steps)]
 
 
@@ -62,7 +62,7 @@ def test_scaled_linear_has_upstreams_timesteps() -> None:
     expected = list(range(981, 0, -20))
     ddim, plms = make_sampler(config, "ddim"), make_sampler(config, "pndm")
     for sampler in (ddim, plms):
-        sampler.set_timesteps(50)
+        sampler.set_timesteps(50, torch.device("cpu"))
     assert ddim.timesteps.tolist() == expected
     assert plms.timesteps.tolist() == [981, 961, 961, *expected[2:]]
 

@@ -1,5 +1,7 @@
 """The held-out bench: who is exemplar of whom, what is repeatable, and what a bench refuses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -33,7 +35,7 @@ def _boxes(photos: int = 4, labels: str = "ab") -> list[BenchBox]:
     return out
 
 
-def _mean_colour(pictures: list[np.ndarray]) -> np.ndarray:
+def _mean_colour(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([picture.mean((0, 1)) for picture in pictures])
 
 

@@ -168,7 +168,12 @@ def test_jackknife_leaves_out_whole_photos_and_covers_where_items_do_not() -> No
 def test_jackknife_keeps_or_drops_a_photo_as_one() -> None:
     groups = ["a", "b", "a", "c", "d", "b"]
     seen: list[np.ndarray] = []
-    jackknife(lambda rows: float(seen.append(rows) or 0), 6, groups=groups, resamples=30, seed=0)  # type: ignore[func-returns-value]
+
+    def note(rows: np.ndarray) -> float:
+        seen.append(rows)
+        return 0.0
+
+    jackknife(note, 6, groups=groups, resamples=30, seed=0)
     for rows in seen[1:]:
         kept = {groups[row] for row in rows}
         assert len(kept) == 2 and [row for row in range(6) if groups[row] in kept] == rows.tolist()
@@ -180,20 +185,15 @@ def test_jackknife_keeps_or_drops_a_photo_as_one() -> None:
 
 def test_over_seeds_covers_a_mean_whose_items_and_seeds_both_vary() -> None:
     """Value of seed s: mean of the items (shared) + noise of the seed; three seeds."""
+
+    def estimate_of(items: np.ndarray, noise: float, trial: int) -> Estimate:
+        return jackknife(lambda rows: float(items[rows].mean()) + noise, 60, groups=None, resamples=60, seed=trial)
+
     covered = naive = 0
     for trial in range(400):
         rng = np.random.default_rng(trial)
         items = rng.standard_normal(60)
-        estimates = [
-            jackknife(
-                lambda rows, noise=noise, items=items: float(items[rows].mean()) + noise,
-                60,
-                groups=None,
-                resamples=60,
-                seed=trial,
-            )
-            for noise in 0.3 * rng.standard_normal(3)
-        ]
+        estimates = [estimate_of(items, noise, trial) for noise in 0.3 * rng.standard_normal(3)]
         both = over_seeds(estimates)
         assert both.value == pytest.approx(np.mean([e.value for e in estimates]))
         covered += both.low <= 0 <= both.high

@@ -1,18 +1,22 @@
 """Features of pictures: one for each, finite, and an error that names the picture."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pbe.data.schema import FEATURES
+from pbe.evaluate.extractors import Way
 from pbe.evaluate.look import Looks, look
 from pbe.evaluate.views import View
 
 
 class _Judge:
-    name = "judge"
+    name = digest = resize_rule = "judge"
+    matches_resolution = paper = False
 
-    def __call__(self, images: list[np.ndarray], *, way: str, batch_rows: int) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
         return np.array([[float(image.mean()), np.nan if image.max() == 255 else 1.0] for image in images])
 
 
@@ -22,7 +26,7 @@ def _view(key: str, value: int) -> View:
 
 def test_a_picture_whose_features_are_not_finite_is_named() -> None:
     with pytest.raises(ValueError, match=r"judge gives values that are not finite for b\.png \(whole\)"):
-        look([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)  # type: ignore[arg-type]
+        look([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)
 
 
 def test_two_pictures_of_one_name_are_not_silently_one() -> None:

@@ -51,7 +51,7 @@ def _method(order: int = 0) -> Method:
     ]
     rng = np.random.default_rng(order)
     for rows in (looked, bench, pixels):
-        rng.shuffle(rows)  # type: ignore[arg-type]
+        rng.shuffle(rows)
     counts = Counts([pa.Table.from_pylist(pixels, schema=PIXELS)])
     return Method(edits, {"lite": _looks(looked)}, {"lite": _looks(bench)}, counts, PHOTOS)
 

@@ -8,7 +8,6 @@ import scipy.linalg
 
 from pbe.evaluate.frechet import (
     Card,
-    FeatureStatistics,
     StatisticsError,
     feature_statistics,
     frechet_distance,
@@ -122,4 +121,4 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
 def test_statistics_of_one_row_merge_but_have_no_covariance() -> None:
     rows = _features(3, 4, 8)
     merged = merge(merge(*(feature_statistics(row[None]) for row in rows[:2])), feature_statistics(rows[2:]))
-    np.testing.assert_allclose(FeatureStatistics.covariance.fget(merged), np.cov(rows, rowvar=False))  # type: ignore[attr-defined]
+    np.testing.assert_allclose(merged.covariance, np.cov(rows, rowvar=False))

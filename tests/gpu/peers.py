@@ -86,7 +86,7 @@ def bare_step(device: torch.device, arch: Architecture, cfg: TrainConfig) -> Ste
     """One optimizer step of a plain loop in the precision of `cfg`; bf16 with float32 masters beside the weights."""
     low = torch.bfloat16 if cfg.precision in ("bf16", "bf16_pure") else torch.float32
     network = _network(device, arch, cfg, low)
-    parameters = list(network.parameters())
+    parameters: list[Tensor] = list(network.parameters())
     masters = [parameter.detach().float() for parameter in parameters] if low == torch.bfloat16 else parameters
     optimizer = torch.optim.AdamW(masters, lr=1e-6, fused=cfg.kernels.fused_adamw or None)
     x0, timestep, conditions = _inputs(device, arch, cfg.micro_batch, low)
@@ -158,7 +158,7 @@ def _network(device: torch.device, arch: Architecture, cfg: TrainConfig, dtype: 
     with device:
         network = new_network(arch).to(dtype)
     if kernels.channels_last:
-        network.to(memory_format=torch.channels_last)
+        network.unet.to(memory_format=torch.channels_last)
     network.use_kernels(
         sdpa=kernels.sdpa,
         channels_last=kernels.channels_last,

@@ -21,6 +21,7 @@ from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, load_manifest, make_manifest, save_manifest
 from pbe.train import worker
+from pbe.train.engine import make_engine
 from pbe.train.timing import peak_memory_gib
 from pbe.train.worker import Job, train_worker
 from tests.gpu.process import join_one_rank
@@ -58,7 +59,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
     }
     for field in schema:
         if field.metadata:
-            values = rng.standard_normal((rows, *array_shape(field)), dtype=np.float32)
+            values: np.ndarray = rng.standard_normal((rows, *array_shape(field)), dtype=np.float32)
             if "_std" in field.name:
                 values = np.abs(values) * 0.1
             if "mask_latent" in field.name:
@@ -142,7 +143,6 @@ def measured_on(device: torch.device) -> Iterator[None]:
         engines.append(make_engine(*args, **kwargs))
         return engines[-1]
 
-    make_engine = worker.make_engine
     with patch.object(worker, "new_network", new), patch.object(worker, "make_engine", make):
         try:
             yield

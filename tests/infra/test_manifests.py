@@ -33,7 +33,7 @@ LAUNCHER = yaml.safe_load((INFRA / "ray-cluster-aws.yaml").read_text())
 PROFILES = {path.stem: load_params(path) for path in sorted((INFRA / "profiles").glob("*.yaml"))}
 
 KUBERNETES = "1.33"  # whose schema pods are checked against
-RAY = re.search(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)[1]
+(RAY,) = re.findall(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 RAY_OPTIONS = {option for parameter in ray_start.params for option in parameter.opts}
 HEAD_ONLY = {"--port", "--redis-shard-ports", "--include-dashboard"}  # `ray start` refuses them elsewhere
 GIB = 1 << 30
@@ -360,7 +360,9 @@ def test_the_pools_hold_what_these_profiles_run_at_once(recipe: str, profile: st
 
 def test_pools_that_are_too_small_are_found() -> None:
     params = PROFILES["openimages-8gpu"]
-    cpu, gpu, slow = {"CPU": 8}, {"CPU": 8, "GPU": 1}, {"CPU": 3, "GPU": 1}
+    cpu: Bundle = {"CPU": 8}
+    gpu: Bundle = {"CPU": 8, "GPU": 1}
+    slow: Bundle = {"CPU": 3, "GPU": 1}
     assert too_small([cpu] * 8, params, all_at_once=False) == ["encode", "edit", "evaluate", "train"]
     assert too_small([cpu, slow], params, all_at_once=False) == ["encode", "edit", "evaluate", "train"]
     assert too_small([cpu] + [gpu] * 7, params, all_at_once=True) == ["encode", "edit", "train"]

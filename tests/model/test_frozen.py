@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pbe.model.codec import codec_bytes
+from pbe.model.clip import ClipBackbone
+from pbe.model.codec import PatchCodec, codec_bytes
 from pbe.model.frozen import keep_weights, kept_folder, open_backbone, open_codec
 from pbe.model.tensors import WeightsError
 from pbe.model.vae import STEM
@@ -37,15 +38,16 @@ def test_clip_opens_again_from_the_storage(store: Store, tmp_path: Path) -> None
     path = keep_weights(store, write_clip(tmp_path / "clip"), "clip", "model", "pytorch_model")
     backbone = open_backbone(store, {"kind": "clip", "path": path})
     images = torch.randint(0, 256, (2, 3, REFERENCE_PX, REFERENCE_PX), dtype=torch.uint8)
+    assert isinstance(backbone, ClipBackbone)
     scaled = (images / 255 - backbone.pixel_mean) / backbone.pixel_std
     with torch.no_grad():
         torch.testing.assert_close(backbone(images), tiny_clip()(scaled).pooler_output, atol=1e-5, rtol=0)
 
 
-def test_a_fitted_codec_opens_by_its_file(store: Store, codec) -> None:
+def test_a_fitted_codec_opens_by_its_file(store: Store, codec: PatchCodec) -> None:
     store.write_bytes("parts/encode/codec-a/codec.safetensors", codec_bytes(codec))
     again = open_codec(store, {"kind": "patch", "path": "parts/encode/codec-a/codec.safetensors"})
-    assert torch.equal(again.basis, codec.basis)
+    assert isinstance(again, PatchCodec) and torch.equal(again.basis, codec.basis)
 
 
 def test_the_path_is_the_contents_and_a_second_copy_is_not_made(store: Store, stable_diffusion: Path) -> None:

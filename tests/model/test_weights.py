@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pbe.errors import UserError
-from pbe.model.weights import Model, ModelError, load_model, save_model
-from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, paper_model
+from pbe.model.weights import ModelError, load_model, save_model
+from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, clip_of, paper_model, state_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ENCODER = "image_encoder/model.safetensors"
@@ -50,11 +50,6 @@ def _refused(folder: Path, *words: str) -> None:
     assert all(word in message for word in words), message
 
 
-def _all_tensors(model: Model) -> dict[str, torch.Tensor]:
-    parts = {"network": model.network, "codec": model.codec, "backbone": model.backbone}
-    return {f"{part}.{name}": v for part, module in parts.items() for name, v in module.state_dict().items()}  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("kind", ["model_folder", "paper_folder"])
 def test_the_round_trip_is_exact_and_saving_again_gives_the_same_bytes(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -66,7 +61,7 @@ def test_the_round_trip_is_exact_and_saving_again_gives_the_same_bytes(
     assert _files(tmp_path / "again") == _files(folder)
     assert sorted(_files(folder)) == sorted(PAPER_FILES if kind == "paper_folder" else SAMPLE_FILES)
     if kind == "paper_folder":
-        before, after = _all_tensors(paper_model()), _all_tensors(model)
+        before, after = state_of(paper_model()), state_of(model)
         assert before.keys() == after.keys()
         assert max(float((before[name] - after[name]).abs().max()) for name in before) == 0
 
@@ -95,7 +90,7 @@ def test_a_published_folder_has_no_card_of_ours_and_opens_with_what_its_parts_sa
 
 @pytest.mark.parametrize("names", ["transformers 4", "transformers 5", "with position_ids"])
 def test_the_image_encoder_is_read_under_old_and_new_names(names: str, paper_folder: Path) -> None:
-    expected = load_model(paper_folder).backbone.network.state_dict()  # type: ignore[attr-defined]
+    expected = clip_of(load_model(paper_folder)).state_dict()
     tensors = load_file(paper_folder / ENCODER)
     assert any(name.startswith("model.vision_model.encoder.") for name in tensors)
     if names == "transformers 5":
@@ -103,7 +98,7 @@ def test_the_image_encoder_is_read_under_old_and_new_names(names: str, paper_fol
     if names == "with position_ids":
         tensors["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(tensors, paper_folder / ENCODER)
-    got = load_model(paper_folder).backbone.network.state_dict()  # type: ignore[attr-defined]
+    got = clip_of(load_model(paper_folder)).state_dict()
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
 
 
@@ -122,7 +117,7 @@ def test_diffusers_opens_the_folder_and_what_it_saves_opens_here(
         assert opened.keys() == renamed.keys() and all(torch.equal(opened[key], renamed[key]) for key in opened), part
 
     pipeline.save_pretrained(tmp_path / "saved", safe_serialization=safetensors)
-    before, after = _all_tensors(load_model(paper_folder)), _all_tensors(load_model(tmp_path / "saved"))
+    before, after = state_of(load_model(paper_folder)), state_of(load_model(tmp_path / "saved"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -131,7 +126,7 @@ def test_the_sizes_of_an_encoder_that_diffusers_saved_are_at_the_top_of_its_conf
     expected = load_model(paper_folder)
     defaults = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "projection_dim": 512}
     _edit_json(paper_folder / "image_encoder" / "config.json", model_type="clip", vision_config=defaults)
-    before, after = _all_tensors(expected), _all_tensors(load_model(paper_folder))
+    before, after = state_of(expected), state_of(load_model(paper_folder))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 

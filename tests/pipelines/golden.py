@@ -71,7 +71,7 @@ def run_stages(root: Path) -> Golden:
     made: dict[str, Any] = {}
 
     def units(name: str, *variants: str) -> list[Record]:
-        found = []
+        found: list[Record] = []
         for variant in variants or (None,):
             stage = Stage(name, variant, params, store, root)
             importlib.import_module(f"pipelines.{name}").main(stage)

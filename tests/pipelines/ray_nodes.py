@@ -137,7 +137,7 @@ def ray_nodes(env: dict[str, str], *, cpus: list[int], head_cpus: int = 0) -> It
         **env,
     }
     nodes = Nodes(folder, token, dashboard, gcs, own)
-    flags = {
+    flags: dict[str, object] = {
         "head": None,
         "num-cpus": head_cpus,
         "port": gcs,

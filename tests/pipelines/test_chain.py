@@ -68,8 +68,7 @@ def test_status_says_how_far_each_stage_is(repro: Project) -> None:
     kept = record.read_bytes()
     record.unlink()
     try:
-        said = repro.run("pipelines", "status").stdout
-        assert "3 of 4 encode parts; began " in said
+        assert "3 of 4 encode parts; began " in repro.run("pipelines", "status").stdout
     finally:
         record.write_bytes(kept)
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +168,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _wait_for(found, process, what: str) -> None:
+def _wait_for(found: Callable[[], object], process: subprocess.Popen[bytes], what: str) -> None:
     deadline = time.monotonic() + 120
     while not found():
         assert process.poll() is None, f"ended before {what}"

@@ -346,7 +346,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     assert laptop.manifest("materialize") == json.loads((local.folder / "data/materialize/manifest.json").read_text())
     for project in (laptop.project, local):
         project.edit_params("slots: 200", "slots: 4")
-    laptop.project.run("dvc", "repro", "materialize", **laptop.env)
+    laptop.project.run("dvc", "repro", "materialize", check=True, **laptop.env)
 
     # no GPU where one is asked for
     laptop.project.edit_params("gpus: 0", "gpus: 1")
@@ -373,7 +373,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     process = laptop.project.start("dvc", "repro", **laptop.env)
     wait_for(lambda: "submitted job pbe-train-full-" in laptop.said(), process, laptop, "training")
     kill_tree(process)
-    laptop.project.run("pipelines", "check", **laptop.env)  # as `make repro` does
+    laptop.project.run("pipelines", "check", check=True, **laptop.env)  # as `make repro` does
     process = laptop.project.start("dvc", "repro", **laptop.env)
     wait_for(lambda: "attached again to job pbe-train-full-" in laptop.said(), process, laptop, "attachment")
     wait_for(lambda: checkpoints(bucket), process, laptop, "checkpoint")
@@ -394,7 +394,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     assert list((laptop.root / "models" / "full").rglob("*.safetensors"))
     assert "frechet" in (laptop.root / "data" / "evaluate" / "metrics.json").read_text()
     assert (laptop.root / "reports" / "index.html").is_file()
-    assert "up to date" in laptop.project.run("dvc", "repro", **laptop.env).stdout
+    assert "up to date" in laptop.project.run("dvc", "repro", check=True, **laptop.env).stdout
 
 
 @pytest.mark.drill
@@ -416,7 +416,7 @@ def test_the_whole_sample_profile_through_the_bridge(cluster: Cluster, tmp_path:
     for name in [*params["variants"], *params["baselines"]]:
         assert name in scores
     assert (laptop.root / "reports" / "index.html").is_file()
-    assert "up to date" in laptop.project.run("dvc", "repro", **laptop.env).stdout
+    assert "up to date" in laptop.project.run("dvc", "repro", check=True, **laptop.env).stdout
     jobs = [str(job.submission_id) for job in cluster.nodes.jobs()]
     for name in params["variants"]:
         assert any(job.startswith(f"pbe-train-{name}-") and job.endswith("-1") for job in jobs)
@@ -424,7 +424,7 @@ def test_the_whole_sample_profile_through_the_bridge(cluster: Cluster, tmp_path:
 
 def rayjob(laptop: Laptop, stage: str) -> str:
     env = {**laptop.env, "MLFLOW_TRACKING_URI": "http://mlflow.example:5000"}  # this stage does not ask it
-    return laptop.project.run("pipelines", "rayjob", stage, **env).stdout
+    return laptop.project.run("pipelines", "rayjob", stage, check=True, **env).stdout
 
 
 def parts(bucket: Store, stage: str) -> list[str]:

@@ -438,7 +438,8 @@ def _as_coco_json(target: Path) -> None:
     names = yaml.safe_load((COCO256 / "object_detection" / "config.yaml").read_text())["names"]
     classes = names if isinstance(names, dict) else dict(enumerate(names))
     for split in ("train2017", "val2017"):
-        photos, boxes = [], []
+        photos: list[dict[str, Any]] = []
+        boxes: list[dict[str, Any]] = []
         for number, path in enumerate(sorted((COCO256 / "images" / split).glob("*.jpg"))):
             size = images.read_header(path.read_bytes())
             photos.append({"id": number, "file_name": path.name, "width": size.width_px, "height": size.height_px})

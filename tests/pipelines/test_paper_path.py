@@ -21,6 +21,7 @@ from tests.pipelines.project import Project, make_project
 from tests.tiny_weights import (
     tiny_unet,
     tiny_vae,
+    vae_of,
     write_clip,
     write_clip_judge,
     write_mixture,
@@ -70,7 +71,7 @@ def test_every_part_is_the_papers(paper: Project) -> None:
     model = _model(paper, "full")
     assert model.network.unet.config.in_channels == 9 and not model.network.unet.config.class_embed_type
     vae = tiny_vae().state_dict()
-    assert all((value == vae[name]).all() for name, value in model.codec.vae.state_dict().items())
+    assert all((value == vae[name]).all() for name, value in vae_of(model).state_dict().items())
 
 
 def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:

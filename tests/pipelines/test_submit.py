@@ -753,7 +753,7 @@ def test_ctrl_c_counts_when_the_connection_breaks_while_it_is_closed(
 ) -> None:
     """The error of closing then stands where the cancellation stood, and broken connections are tried again."""
 
-    async def break_at_the_end(_: str) -> AsyncIterator[str]:
+    async def break_at_the_end(job_id: str) -> AsyncIterator[str]:
         try:
             yield "working\n"
             os.kill(os.getpid(), signal.SIGINT)

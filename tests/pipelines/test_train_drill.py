@@ -3,6 +3,7 @@
 import csv
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,9 +69,9 @@ def _curve(project: Project) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(stream)]
 
 
-def _ranks(process: object) -> Iterator[psutil.Process]:
+def _ranks(process: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
     """Ray Train's worker processes below the driver."""
-    for child in psutil.Process(process.pid).children(recursive=True):  # type: ignore[attr-defined]
+    for child in psutil.Process(process.pid).children(recursive=True):
         try:
             if "RayTrainWorker" in "".join(child.cmdline()):
                 yield child
@@ -78,13 +79,13 @@ def _ranks(process: object) -> Iterator[psutil.Process]:
             continue
 
 
-def _wait_for_step(project: Project, process: object, step: float) -> None:
+def _wait_for_step(project: Project, process: subprocess.Popen[bytes], step: float) -> None:
     """Until a checkpoint at or after the last multiple of EVERY below `step` is complete, and workers are there."""
     runs = project.folder / ".store" / "runs"
     deadline = time.monotonic() + 400
     wanted = int(step) // EVERY * EVERY
     while time.monotonic() < deadline:
-        assert process.poll() is None, project.started_log()[-3000:]  # type: ignore[attr-defined]
+        assert process.poll() is None, project.started_log()[-3000:]
         done = [int(path.parent.name.split("-")[1]) for path in runs.glob("full-*/checkpoints/*/COMPLETE.json")]
         if max(done, default=0) >= wanted and any(_ranks(process)):
             return

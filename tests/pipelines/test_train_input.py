@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pbe.config import load_params
@@ -20,7 +21,7 @@ def encoded(store: Store) -> Manifest:
     return tiny_encoded(store)
 
 
-def _schema(dtype: Dtype = "float16", latent_px: int = LATENT_PX, draws: int = 2):
+def _schema(dtype: Dtype = "float16", latent_px: int = LATENT_PX, draws: int = 2) -> pa.Schema:
     return encoded_schema((CHANNELS, latent_px, latent_px), (draws, 1, WIDTH), dtype)
 
 
@@ -74,7 +75,9 @@ def test_a_part_that_is_gone_or_cut_is_named(
         (TRIPLETS, "label_name is missing, expected string"),
     ],
 )
-def test_parts_that_hold_something_else_are_named(store: Store, encoded: Manifest, schema, says: str) -> None:
+def test_parts_that_hold_something_else_are_named(
+    store: Store, encoded: Manifest, schema: pa.Schema, says: str
+) -> None:
     with pytest.raises(StageError) as caught:
         refuse_unfit_parts(store, encoded, schema)
     said = str(caught.value)

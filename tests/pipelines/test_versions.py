@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pbe.config import repo_root
 from tests.pipelines import golden
 from tests.pipelines.golden import Golden
 
@@ -51,6 +52,6 @@ def test_last_bits_of_torch_are_no_change(times: float, asks: bool) -> None:
 
 
 def test_every_module_with_a_version_is_run_but_train_which_has_a_loss_curve() -> None:
-    folder = golden.repo_root() / "pipelines"
+    folder = repo_root() / "pipelines"
     having = {path.stem for path in folder.glob("*.py") if "\nVERSION = " in path.read_text()}
     assert having == {*golden.READS, "train"}

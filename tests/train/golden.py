@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def straight_curve(folder: Path, store: Store, encoded: Manifest) -> list[float]
 
 def verdict(losses: Sequence[float]) -> str:
     """What to do about losses that are not the stored ones; empty when they are."""
-    known = json.loads(FILE.read_text()) if FILE.is_file() else {"version": 0, "losses": []}
+    known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {"version": 0, "losses": []}
     if known["version"] != VERSION:
         return "VERSION of pipelines/train.py is new: `python -m tests.train.golden` writes down its losses"
     if len(losses) == len(known["losses"]) and np.allclose(losses, known["losses"], rtol=TOLERANCE, atol=0):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import slot_name
 from pbe.diffusion.schedule import scheduler_config
 from pbe.model.codec import codec_bytes, fit_patch_codec
-from pbe.model.unet import Architecture
+from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.checkpoints import Run
@@ -78,7 +79,8 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, t
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     meeting = tmp / f"meeting-{os.urandom(4).hex()}"
-    pipes, processes = [], []
+    pipes: list[Connection] = []
+    processes = []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
         aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the server forked before
@@ -93,10 +95,11 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, t
             ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_s)
             if not ready:
                 raise RankDiedError(f"no rank said anything for {timeout_s} s")
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
+            for rank, pipe in enumerate(pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     raise RankDiedError(f"rank {rank} was killed") from None
                 if not ok:
@@ -152,15 +155,13 @@ def train(job: Job) -> None:
 def train_with_broken_weights(job: Job) -> None:
     from pbe.train import worker
 
-    build = worker.new_network
-
-    def broken(arch: Architecture) -> Any:
-        network = build(arch)
+    def broken(arch: Architecture) -> ConditionedUNet:
+        network = new_network(arch)
         network.unet.conv_out.bias.data[0] = float("inf")
         return network
 
-    worker.new_network = broken  # this process ends with the run
-    train(job)
+    with patch.object(worker, "new_network", broken):
+        train(job)
 
 
 def loss_curve(store: Store, run_name: str) -> list[float]:

@@ -1,6 +1,7 @@
 """Number formats and kernels: bfloat16 in DeepSpeed's ways stays near float32; kernels change rounding alone."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from safetensors.numpy import load_file
 
 from pbe.config import load_params, repo_root
-from pbe.model.unet import Architecture, ConditionedUNet
+from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.store import Manifest, Store
+from pbe.train import worker
 from pbe.train.engine import deepspeed_config
 from pbe.train.worker import Job
 from tests.train.ranks import (
@@ -120,15 +122,11 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
 def dtypes_seen_as_on_a_gpu(job: Job) -> list[torch.dtype]:
     """Of what the network's last convolution gives in each forward, where torch says that an autocast around the
     engine is on, as it says of CUDA's alone."""
-    from unittest.mock import patch
-
-    from pbe.train import worker
-
     seen: list[torch.dtype] = []
-    build, asked = worker.new_network, torch.is_autocast_enabled
+    asked = torch.is_autocast_enabled
 
     def watched(arch: Architecture) -> ConditionedUNet:
-        network = build(arch)
+        network = new_network(arch)
         network.unet.conv_out.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
         return network
 

@@ -7,6 +7,7 @@ compared.
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from pbe.model.unet import Architecture, new_network
 from pbe.model.vae import KlCodec
 from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run
-from pbe.train.input import OnlineEncoder, PixelInput, Share, open_input
+from pbe.train.input import OnlineEncoder, PixelInput, Share, TrainInput, open_input
 from pbe.train.loss import Diffusion, row_losses
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
 from tests.train.pixels import PHOTOS_OF_BUCKET, SEED, SLOTS, Networks, encoded_of, triplets_of
@@ -62,7 +63,9 @@ def config(**changes: object) -> TrainConfig:
     return tiny_config(**{"lanes": 4, "batch": 8, "micro_batch": 4, "validation_rows": 5, **changes})
 
 
-def opened(place: Place, cfg: TrainConfig, *, seed: int = SEED, rank: int = 0, world: int = 1, start_step: int = 0):
+def opened(
+    place: Place, cfg: TrainConfig, *, seed: int = SEED, rank: int = 0, world: int = 1, start_step: int = 0
+) -> closing[TrainInput]:
     """The training input, closed at the end of a `with`."""
     share = Share(rank, world, start_step)
     if cfg.input == "pixels":
@@ -108,7 +111,7 @@ def losses_of(place: Place, arch: Architecture, **changes: object) -> np.ndarray
     diffusion = Diffusion(cfg, torch.zeros(1, arch.latent_channels, size, size), alphas_cumprod(scheduler), CPU)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     out = []
-    for cached, online in both(place, 6, **changes):
+    for cached, online in both(place, 6, seed=SEED, **changes):
         losses = [row_losses(network, batch, diffusion).mean() for batch in (cached, online)]
         out.append([float(loss.detach()) for loss in losses])
         optimizer.zero_grad()
@@ -129,9 +132,7 @@ def test_pixels_give_the_rows_and_draws_of_the_encoded_rows(place: Place) -> Non
         for name, value in tensors(cached).items():
             other = tensors(online)[name]
             assert other.dtype == value.dtype and other.shape == value.shape, name
-            torch.testing.assert_close(
-                other, value, atol=3e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(other, value, atol=3e-5, rtol=1e-5, msg=partial("{}: {}".format, name))
         for name in ("noise", "timestep", "drop_condition", "drop_context"):
             assert torch.equal(tensors(cached)[name], tensors(online)[name])
     assert len(seen) == 32

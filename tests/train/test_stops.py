@@ -4,6 +4,7 @@ has. There is no GPU here: what would wait is counted, and the arithmetic is run
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.unet import new_network
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run
-from pbe.train.engine import deepspeed_config
+from pbe.train.engine import deepspeed_config, step_engine
 from pbe.train.loss import Diffusion, row_losses
 from tests.gpu.stops import stops_of_steps
 from tests.train.ranks import ARCH, RankDiedError, run_ranks, tiny_config, tiny_job
@@ -78,7 +79,7 @@ def test_deepspeed_is_asked_for_nothing_that_stops_the_device() -> None:
 def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:
     from pbe.train import worker
 
-    step_engine, steps = worker.step_engine, iter(range(1, 1000))
+    steps = iter(range(1, 1000))
 
     def with_one_infinite(engine: Any) -> torch.Tensor | None:
         norm = step_engine(engine)
@@ -86,8 +87,8 @@ def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:
             return None
         return torch.tensor(float("inf")) if next(steps) == bad_step else norm
 
-    worker.step_engine = with_one_infinite  # this process ends with the run
-    worker.train_worker(job, torch.device("cpu"))
+    with patch.object(worker, "step_engine", with_one_infinite):
+        worker.train_worker(job, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bad_step", [3, 4], ids=["before a save", "between saves"])

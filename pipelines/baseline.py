@@ -14,9 +14,9 @@ from pbe.config import EditConfig, FolderBaseline, repo_root
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, EDITS, require
-from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
-from pbe.evaluate.bench import refuse_what_it_lacks
-from pbe.evaluate.results import read_results
+from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.bench.heldout import refuse_what_it_lacks
+from pbe.evaluate.bench.results import read_results
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage
 

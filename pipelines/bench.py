@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from pbe.config import BenchConfig, repo_root
 from pbe.data.schema import REALS
-from pbe.evaluate.bench import BenchBox, bench_boxes, make_bench
-from pbe.evaluate.cocoee import read_cocoee
-from pbe.evaluate.intervals import MIN_GROUPS
-from pbe.evaluate.judges import keep_judge, open_judge
+from pbe.evaluate.bench.cocoee import read_cocoee
+from pbe.evaluate.bench.heldout import BenchBox, bench_boxes, make_bench
+from pbe.evaluate.features.weights import keep_judge, open_judge
+from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage, StageError, cut_config, save_counts
 

@@ -13,8 +13,11 @@ from typing import Any
 from pbe.config import ClipJudge, EvaluateConfig, repo_root
 from pbe.data import images
 from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REALS, require
-from pbe.evaluate.extractors import Extractor
-from pbe.evaluate.frechet import (
+from pbe.evaluate.features.crops import Region, View, bench_views, edit_views, real_views, square
+from pbe.evaluate.features.extractors import Extractor
+from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
+from pbe.evaluate.features.weights import Entry, keep_judge, open_judge
+from pbe.evaluate.metrics.frechet import (
     Card,
     FeatureStatistics,
     feature_statistics,
@@ -23,12 +26,9 @@ from pbe.evaluate.frechet import (
     statistics_bytes,
     statistics_from_bytes,
 )
-from pbe.evaluate.judges import Entry, keep_judge, open_judge
-from pbe.evaluate.look import Counts, Looks, count_pixels, look
-from pbe.evaluate.mixture import Mixture, load_mixture, mixture_digest
+from pbe.evaluate.metrics.mixture import Mixture, load_mixture, mixture_digest
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method
-from pbe.evaluate.views import Region, View, bench_views, edit_views, real_views, square
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.provenance import provenance_tags

@@ -16,11 +16,11 @@ from pbe.config import tracking_uri
 from pbe.data import images
 from pbe.data.contact import sheet
 from pbe.evaluate.compare import compare
+from pbe.evaluate.features.crops import edit_key, hole_of
 from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
-from pbe.evaluate.intervals import bootstrap_mean
+from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
+from pbe.evaluate.metrics.intervals import bootstrap_mean
 from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
-from pbe.evaluate.spread import feature_spread, pixel_spread
-from pbe.evaluate.views import edit_key, hole_of
 from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.edit import Request, fill_bench
 from pipelines.features import Judged, judge_edits

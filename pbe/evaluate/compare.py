@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from pbe.evaluate.look import Looks
-from pbe.evaluate.paired import Paired, common_items, paired_means, paired_sets
+from pbe.evaluate.features.tables import Looks
+from pbe.evaluate.metrics.paired import Paired, common_items, paired_means, paired_sets
 from pbe.evaluate.score import JudgeScale, ScopeScores, ScoreConfig, metric_names
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.evaluate.mixture import Mixture, MixtureError, save_mixture
+from pbe.evaluate.metrics.mixture import Mixture, MixtureError, save_mixture
 
 # what a damaged pickle may raise while it is taken apart
 _ODD = (

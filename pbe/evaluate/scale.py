@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from pbe.evaluate.frechet import FeatureStatistics, frechet_to_reference
-from pbe.evaluate.kid import kid_to_reference
-from pbe.evaluate.mixture import Mixture, log_likelihood, quality_scores
-from pbe.evaluate.quality import quality_scale
+from pbe.evaluate.metrics.frechet import FeatureStatistics, frechet_to_reference
+from pbe.evaluate.metrics.kid import kid_to_reference
+from pbe.evaluate.metrics.mixture import Mixture, log_likelihood, quality_scores
+from pbe.evaluate.metrics.quality import quality_scale
 from pbe.evaluate.score import JudgeScale
 
 

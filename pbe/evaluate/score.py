@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
-from pbe.evaluate.look import Counts, Looks
-from pbe.evaluate.similarity import Gains, colour_gain, cosine, exemplar_gain
+from pbe.evaluate.features.tables import Counts, Looks
+from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
+from pbe.evaluate.metrics.similarity import Gains, colour_gain, cosine, exemplar_gain
 
 PSNR_CEILING_DB = 60.0  # pictures that are equal have no finite PSNR
 

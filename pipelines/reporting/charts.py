@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.evaluate.intervals import Estimate
+from pbe.evaluate.metrics.intervals import Estimate
 
 SWEEP_COLUMNS = 4  # panels in a row
 INK = "#010203"  # replaced by currentColor

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pbe.evaluate.intervals import Estimate
+from pbe.evaluate.metrics.intervals import Estimate
 from pipelines.reporting.summary import estimate_text
 
 # Metric name -> what it is, its unit, and how to read it. Groups of the pattern are the judge.

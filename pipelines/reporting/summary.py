@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Params, load_params, repo_root, tracking_uri
-from pbe.evaluate.intervals import Estimate
+from pbe.evaluate.metrics.intervals import Estimate
 from pipelines.runtime.stage import StageError, output_folder
 
 LISTED = 8  # methods; the report has all of them

@@ -24,13 +24,13 @@ from pbe.data.masks import pack_mask
 from pbe.data.schema import PIXELS
 from pbe.diffusion.schedule import scheduler_config
 from pbe.edit import Editor
-from pbe.evaluate.extractors import EfficientNetExtractor
-from pbe.evaluate.frechet import feature_statistics
-from pbe.evaluate.look import Counts, Looks, count_pixels, look
-from pbe.evaluate.paired import paired_means, paired_sets
+from pbe.evaluate.features.crops import bench_views, edit_views
+from pbe.evaluate.features.extractors import EfficientNetExtractor
+from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
+from pbe.evaluate.metrics.frechet import feature_statistics
+from pbe.evaluate.metrics.paired import paired_means, paired_sets
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import Method, ScopeScores, ScoreConfig, score_method
-from pbe.evaluate.views import bench_views, edit_views
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import fit_patch_codec
 from pbe.model.unet import Architecture, new_network

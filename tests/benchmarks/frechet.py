@@ -18,7 +18,7 @@ import scipy.linalg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pbe.evaluate.frechet import feature_statistics, frechet_distance, frechet_to_reference
+from pbe.evaluate.metrics.frechet import feature_statistics, frechet_distance, frechet_to_reference
 from tests.benchmarks.device import add_device, say_processor_alone
 
 N, D = 3500, 2048

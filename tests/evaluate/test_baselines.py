@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pbe.data.images import resize
-from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
 
 SIDE_PX = 48
 Baseline = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

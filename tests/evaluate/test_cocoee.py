@@ -9,7 +9,7 @@ import pytest
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, require
-from pbe.evaluate.cocoee import SIDE_PX, CocoeeError, read_cocoee
+from pbe.evaluate.bench.cocoee import SIDE_PX, CocoeeError, read_cocoee
 
 IDS = [900100000042, 17, 581930]  # annotation ids: larger than any image id, unsorted
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pbe.data import images
-from pbe.evaluate.baselines import copy_paste, poisson
-from pbe.evaluate.copy_paste import copy_paste_score
+from pbe.evaluate.bench.baselines import copy_paste, poisson
+from pbe.evaluate.metrics.copy_paste import copy_paste_score
 
 COCO256 = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco256"
 REFERENCE_PX = 160

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.evaluate.extractors import EfficientNetExtractor, Way, load_clip_extractor, load_inception_extractor
+from pbe.evaluate.features.extractors import EfficientNetExtractor, Way, load_clip_extractor, load_inception_extractor
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD
 from pbe.model.tensors import WeightsError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from pbe.evaluate.frechet import frechet_distance
+from pbe.evaluate.metrics.frechet import frechet_distance
 
 
 def _features(n: int, d: int, seed: int) -> np.ndarray:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.frechet import frechet_distance
-from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
+from pbe.evaluate.metrics.frechet import frechet_distance
+from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
 
 
 def _photos(rng: np.random.Generator, clusters: int) -> tuple[np.ndarray, list[str]]:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate import kid as module
-from pbe.evaluate.intervals import Estimate, jackknife
-from pbe.evaluate.kid import kid
+from pbe.evaluate.metrics import kid as module
+from pbe.evaluate.metrics.intervals import Estimate, jackknife
+from pbe.evaluate.metrics.kid import kid
 
 
 def _loops(a: np.ndarray, b: np.ndarray) -> float:

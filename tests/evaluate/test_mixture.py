@@ -12,7 +12,14 @@ from sklearn.mixture import GaussianMixture
 
 from pbe.cli import main
 from pbe.evaluate.import_mixture import import_mixture, mixture_from_pickle
-from pbe.evaluate.mixture import Mixture, MixtureError, load_mixture, log_likelihood, quality_scores, save_mixture
+from pbe.evaluate.metrics.mixture import (
+    Mixture,
+    MixtureError,
+    load_mixture,
+    log_likelihood,
+    quality_scores,
+    save_mixture,
+)
 
 TYPES = ("full", "tied", "diag", "spherical")
 

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.evaluate import similarity
-from pbe.evaluate.baselines import copy_paste, hole_kept, poisson
-from pbe.evaluate.copy_paste import copy_paste_score
-from pbe.evaluate.extractors import EfficientNetExtractor
-from pbe.evaluate.frechet import frechet_distance
-from pbe.evaluate.quality import quality_ranks
+from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.features.extractors import EfficientNetExtractor
+from pbe.evaluate.metrics import similarity
+from pbe.evaluate.metrics.copy_paste import copy_paste_score
+from pbe.evaluate.metrics.frechet import frechet_distance
+from pbe.evaluate.metrics.quality import quality_ranks
 from pbe.model.backbone import EfficientNetLite
 
 SIDE_PX, EDITS, REALS = 96, 24, 40

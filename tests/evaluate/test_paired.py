@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.frechet import feature_statistics, frechet_to_reference
-from pbe.evaluate.paired import common_items, paired_means, paired_sets
+from pbe.evaluate.metrics.frechet import feature_statistics, frechet_to_reference
+from pbe.evaluate.metrics.paired import common_items, paired_means, paired_sets
 
 PHOTOS = [f"p{i // 3}" for i in range(60)]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.quality import quality_ranks
+from pbe.evaluate.metrics.quality import quality_ranks
 
 CENTRES = 4 * np.random.default_rng(99).standard_normal((3, 24))
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pbe.data import images
 from pbe.errors import UserError
-from pbe.evaluate.results import ResultsError, find_results, read_result, read_results, result_name
+from pbe.evaluate.bench.results import ResultsError, find_results, read_result, read_results, result_name
 
 IDS = ["000000012345", "a/b.jpg#0#1", "ü 7#2#0"]
 SIZES_PX = {IDS[0]: (16, 12), IDS[1]: (8, 10), IDS[2]: (16, 12)}

@@ -9,13 +9,13 @@ import pytest
 
 from pbe.data.rng import row_rng
 from pbe.data.schema import FEATURES, PIXELS
-from pbe.evaluate.frechet import feature_statistics
-from pbe.evaluate.look import Counts, Looks
-from pbe.evaluate.mixture import Mixture
+from pbe.evaluate.features.crops import edit_key
+from pbe.evaluate.features.tables import Counts, Looks
+from pbe.evaluate.metrics.frechet import feature_statistics
+from pbe.evaluate.metrics.mixture import Mixture
+from pbe.evaluate.metrics.similarity import cosine
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method, Score, ScoreConfig, metric_names, score_method
-from pbe.evaluate.similarity import cosine
-from pbe.evaluate.views import edit_key
 
 ITEMS, WIDTH, SEEDS = 24, 10, (5, 9)
 BENCH_IDS = [f"p{i // 2}#{i}" for i in range(ITEMS)]

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.evaluate.similarity import (
+from pbe.evaluate.metrics.similarity import (
     Gains,
     background_psnr,
     colour_gain,

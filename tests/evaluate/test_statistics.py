@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from pbe.evaluate.frechet import (
+from pbe.evaluate.metrics.frechet import (
     Card,
     StatisticsError,
     feature_statistics,

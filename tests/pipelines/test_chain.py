@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pbe.data import images
-from pbe.evaluate.frechet import statistics_from_bytes
+from pbe.evaluate.metrics.frechet import statistics_from_bytes
 from tests.pipelines.project import BASELINES, VARIANTS, Project, metrics
 
 pytest.importorskip("skimage", reason="needs the sample extra")

@@ -21,7 +21,7 @@ from pbe.data.masks import pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import FILTER_REASONS, TRIPLETS
-from pbe.evaluate.intervals import Estimate
+from pbe.evaluate.metrics.intervals import Estimate
 from pbe.store import File, Manifest, Store, make_manifest
 from pipelines import report
 from pipelines.reporting import deviations, summary

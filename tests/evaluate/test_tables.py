@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from pbe.data.schema import FEATURES
-from pbe.evaluate.extractors import Way
-from pbe.evaluate.look import Looks, look
-from pbe.evaluate.views import View
+from pbe.evaluate.features.crops import View
+from pbe.evaluate.features.extractors import Way
+from pbe.evaluate.features.tables import Looks, look
 
 
 class _Judge:

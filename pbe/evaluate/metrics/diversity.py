@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from pbe.evaluate.similarity import cosine
+from pbe.evaluate.metrics.similarity import cosine
 
 
 def feature_spread(regions: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ import numpy as np
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
-from pbe.evaluate.extractors import Way
-from pbe.evaluate.similarity import hole_region, match_resolution, upstream_region
+from pbe.evaluate.features.extractors import Way
+from pbe.evaluate.metrics.similarity import hole_region, match_resolution, upstream_region
 
 Region = Literal["whole", "upstream"]
 

@@ -1,6 +1,6 @@
 """Is one run better than another on the same bench? Differences on the same items, with an interval and a p-value.
 
-Sources: sign-flip and swap permutation tests (Good 2005, chapter 3); delete-d jackknife as pbe/evaluate/intervals.py.
+Sources: sign-flip and swap permutation tests (Good 2005, chapter 3); delete-d jackknife as in intervals.py.
 Items of one photo err together: whole photos are resampled, flipped and swapped.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pbe.evaluate.intervals import Estimate, bootstrap_mean, jackknife
+from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife
 
 ROUNDING = 1e-6  # of what is compared: float32 features of one picture differ by so much between batches
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.spread import feature_spread, pixel_spread
+from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
 
 S, N, D = 4, 5, 7
 

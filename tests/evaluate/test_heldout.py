@@ -11,7 +11,7 @@ from pbe.data.boxes import Box
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, REALS, require
 from pbe.data.triplets import CutConfig
-from pbe.evaluate.bench import BenchBox, BenchError, make_bench, nearest_of_other_photos, refuse_what_it_lacks
+from pbe.evaluate.bench.heldout import BenchBox, BenchError, make_bench, nearest_of_other_photos, refuse_what_it_lacks
 
 CUT = CutConfig(
     image_px=32,

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pbe.evaluate.similarity import hole_region
+from pbe.evaluate.metrics.similarity import hole_region
 
 # Longer side at which fill and reference are compared, at most: a copy shows at these, and 512 px cost no more than 64.
 FINE_PX, COARSE_PX = 64, 32

@@ -35,7 +35,7 @@ Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is
 Split = Literal["train", "validation", "test"]
 Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
 Tokens = Literal["class", "all"]
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained: pbe/model/precision.py
 Dtype = Literal["float16", "float32"]
 GuidanceScale = Annotated[float, Field(ge=1, le=50)]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]

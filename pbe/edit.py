@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 
+from pbe.config import Precision
 from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.masks import MaskResize
@@ -25,7 +26,7 @@ from pbe.diffusion.sampling import forwards_per_step, sample
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, SamplerName, default_sampler, make_sampler
 from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.model.hub import is_on_hub, weights_folder
-from pbe.model.precision import Precision, float32_products
+from pbe.model.precision import float32_products
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_STEPS = 50  # upstream

@@ -21,7 +21,7 @@ from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
 from pbe.model.unet import Architecture, new_network
 from pbe.model.weights import Model, ModelCard, ModelError, save_model
-from tests.tiny_weights import paper_model
+from tests.tiny_weights import clip_of, paper_model, vae_of
 
 SIZE_PX, STEPS = 16, 3
 Edit = Callable[..., np.ndarray]
@@ -443,3 +443,23 @@ def test_the_window_holds_the_hole_and_is_a_square_with_context_where_the_photo_
             )
             kinds["full context"] += 1
     assert min(kinds.values()) > 50, kinds
+
+
+def test_in_bfloat16_every_network_computes_in_it_and_edits_stay_near() -> None:
+    photos, holes = np.stack([_photo(32, 32)]), np.stack([_hole(32, 32)])
+    edits = {}
+    for precision in ("fp32", "tf32", "bf16"):
+        model = paper_model()
+        seen: set[torch.dtype] = set()
+        parts = (model.network.unet, vae_of(model), clip_of(model))
+        for part in parts:
+            for layer in part.modules():
+                if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                    layer.register_forward_hook(lambda _, inputs, out, seen=seen: seen.add(out.dtype))
+        editor = Editor(model, torch.device("cpu"), precision=precision)
+        edits[precision] = editor.edit_crops(
+            photos, holes, [_photo(30, 20)], seeds=[1], guidance_scale=3.0, steps=4, protocol=UPSTREAM
+        ).astype(float)
+        assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert (edits["tf32"] == edits["fp32"]).all()  # on a processor
+    assert 0 < np.abs(edits["bf16"] - edits["fp32"]).mean() < 4  # of 255

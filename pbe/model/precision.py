@@ -7,11 +7,8 @@ bf16   weights and activations in bfloat16: 7 bits of mantissa, half the memory.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
-
-Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @contextmanager

@@ -307,8 +307,10 @@ def test_a_second_ctrl_c_stops_the_job_and_the_same_command_tries_again(cluster:
 
 @pytest.mark.slow
 def test_another_ray_than_the_clusters_is_one_clear_error(laptop: Laptop) -> None:
-    package = laptop.root / "pipelines" / "package.py"
-    package.write_text(package.read_text().replace("json.dumps(versions_here())", 'json.dumps({"ray": "2.9.0"})'))
+    working_dir = laptop.root / "pipelines" / "cluster" / "working_dir.py"
+    working_dir.write_text(
+        working_dir.read_text().replace("json.dumps(versions_here())", 'json.dumps({"ray": "2.9.0"})')
+    )
     said = laptop.run("ingest", expect=1)
     assert "here and 2.9.0 there" in said and "requirements.lock" in said
 
@@ -316,8 +318,10 @@ def test_another_ray_than_the_clusters_is_one_clear_error(laptop: Laptop) -> Non
 @pytest.mark.slow
 def test_storage_of_one_node_alone_is_one_clear_error(laptop: Laptop, tmp_path: Path) -> None:
     """All nodes are on this machine; what another one does not see is played by a path that is its own folder."""
-    units = laptop.root / "pipelines" / "as_job.py"
-    units.write_text(units.read_text().replace("store = Store(uri)", f"store = Store({str(tmp_path / 'other')!r})"))
+    job_entry = laptop.root / "pipelines" / "cluster" / "job_entry.py"
+    job_entry.write_text(
+        job_entry.read_text().replace("store = Store(uri)", f"store = Store({str(tmp_path / 'other')!r})")
+    )
     said = laptop.run("ingest", expect=1)
     assert re.search(r"does not work on node \S+: it does not see what another node wrote there", said)
     assert not (laptop.root / "data" / "ingest").exists()

@@ -277,12 +277,15 @@ class Store:
         return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))
 
     def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
-        """A unit whose digest is that of its own bytes; nothing is written when the storage has it already."""
-        data = {dataset: _parquet_bytes(table, rows_per_group=128) for dataset, table in tables.items()}
-        unit = f"{label}-{digest([[dataset, hashlib.sha256(value).hexdigest()] for dataset, value in data.items()])}"
+        """A unit whose digest is that of its own rows; nothing is written when the storage has it already.
+
+        Not of its files' bytes: those name the version of pyarrow, and another would rename all that is made of them.
+        """
+        unit = f"{label}-{digest([[dataset, _content_sha256(table)] for dataset, table in tables.items()])}"
         found = self.find_unit(stage, unit)
         if found is not None:
             return found
+        data = {dataset: _parquet_bytes(table, rows_per_group=128) for dataset, table in tables.items()}
         files = [_file_of(stage, unit, dataset, tables[dataset], value) for dataset, value in data.items()]
         for file, value in zip(files, data.values(), strict=True):
             self.write_bytes(file.path, value)
@@ -382,6 +385,15 @@ def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:
         write_page_checksum=True,
     )
     return memoryview(sink.getvalue())
+
+
+def _content_sha256(table: pa.Table) -> str:
+    """Of schema and rows, by Arrow's own stream format."""
+    sink = pa.BufferOutputStream()
+    own = table.take(pa.array(range(table.num_rows), pa.int64()))  # of a slice, the stream would show where it was cut
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(own.combine_chunks(), max_chunksize=1 << 20)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
 def _json_bytes(value: Any) -> bytes:

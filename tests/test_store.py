@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -258,6 +259,28 @@ def test_a_unit_named_by_its_content_is_written_once(any_store: Store, monkeypat
     assert len(names | {record.unit}) == 4
     monkeypatch.setattr(Store, "write_bytes", lambda *_: pytest.fail("it is there already"))
     assert any_store.write_unit_by_content("index", "b0000", tables) == record
+
+
+def test_a_unit_named_by_its_content_keeps_its_name_under_another_pyarrow(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose files differ, by the version in their footers at least; and however the same rows are cut and chunked."""
+    rows: dict[str, list[Any]] = {
+        "id": [f"row{k}" for k in range(40)],
+        "flag": [k % 3 == 0 for k in range(40)],
+        "x": [*range(39), None],
+    }
+    table = pa.table(rows)
+    record = store.write_unit_by_content("index", "b0000", {"d": table})
+    longer = pa.table({name: [values[5], *values, values[7]] for name, values in rows.items()})
+    chunked = pa.concat_tables([table.slice(0, 13), table.slice(13)])
+    write = store_module._parquet_bytes
+    monkeypatch.setattr(
+        store_module, "_parquet_bytes", lambda *args, **more: memoryview(bytes(write(*args, **more)) + b"x")
+    )
+    for same in (table, chunked, longer.slice(1, 40)):
+        assert store.write_unit_by_content("index", "b0000", {"d": same}) == record
+    assert store.write_unit_by_content("index", "b0000", {"d": longer.slice(0, 40)}).unit != record.unit
 
 
 def test_a_unit_named_by_its_content_that_is_damaged_is_written_again(store: Store) -> None:

@@ -50,8 +50,9 @@ test: $(STAMP) ## lint, types, import contracts, and the tests that take less th
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25
 
+# One at a time: they start several Rays and kill processes, and Ray Train complains of any other Ray on the machine.
 test-all: test ## the same, then the long tests
-	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25 -m "slow and not drill"
+	@$(IN_VENV) $(PY) -m pytest --durations=25 -m "slow and not drill"
 
 drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pbe.config import repo_root
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-ROOMS = (f"{repo_root()}/pbe/", "/site-packages/deepspeed/", "/site/deepspeed/", "/diffusers/", "/transformers/")
+ROOMS = (f"{repo_root()}/pbe/", "/deepspeed/", "/diffusers/", "/transformers/")
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], gold
     folder, store, encoded = place
     kernels = {
         "sdpa": False,
+        "tf32": True,
         "channels_last": True,
         "compile": True,
         "fused_adamw": False,

@@ -1,4 +1,4 @@
-"""Guards against NaN and infinity that never leave the GPU idle.
+"""Guards against NaN and infinity that let the GPU work on while they look.
 
 Reading a value of the GPU makes the CPU wait until the GPU has computed it; meanwhile nothing new is queued. So a value
 that a guard needs is copied to the CPU as soon as it exists, behind the kernels that make it, and read only after more

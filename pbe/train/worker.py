@@ -133,9 +133,8 @@ def train_worker(job: Job, device: torch.device) -> None:
                 engine.backward(losses.mean())
                 laps.lap("backward_s")
                 if broken is not None:
-                    _require_finite_norm(
-                        norm, step, saver, run
-                    )  # of the step before; else its broken weights would be saved
+                    # of the step before, first: else the weights that it broke would be saved
+                    _require_finite_norm(norm, step, saver, run)
                     if broken.read():
                         saver.finish()
                         if saver.newest != step:  # as it was before this step

@@ -31,9 +31,10 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from pbe.config import TrainConfig  # noqa: E402
+from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
 from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
 from pbe.train.engine import GPU_BUCKET  # noqa: E402
+from pbe.train.settings import TrainConfig  # noqa: E402
 
 GIB = 2**30
 PARAMETERS = 923_306_500  # trainable: UNet 859,535,364, mapper, LayerNorm, projection and vector 63,771,136
@@ -55,39 +56,44 @@ def architecture(cfg: TrainConfig) -> Architecture:
         "codec": {"channels": LATENT_CHANNELS, "patch_px": IMAGE_PX // LATENT_PX},
         "backbone": {"width": TOKEN_WIDTH},
     }
-    return architecture_of(cfg, image_px=IMAGE_PX, encoded=encoded)
+    return architecture_of(cfg.unet, cfg.exemplar, image_px=IMAGE_PX, encoded=encoded)
 
 
 PAPER = Architecture(
     latent_channels=LATENT_CHANNELS,
     latent_px=LATENT_PX,
     backbone_width=TOKEN_WIDTH,
-    block_channels=(320, 640, 1280, 1280),
-    attention=(True, True, True, False),
-    layers_per_block=2,
-    attention_heads=8,
-    norm_groups=32,
-    context_width=768,
-    mapper_width=1024,
-    mapper_blocks=5,
-    class_embedding=False,
+    unet=UNetConfig(
+        block_channels=(320, 640, 1280, 1280),
+        attention=(True, True, True, False),
+        layers_per_block=2,
+        attention_heads=8,
+        norm_groups=32,
+        context_width=768,
+        class_embedding=False,
+    ),
+    exemplar=ExemplarConfig(mapper_width=1024, mapper_blocks=5),
 )
 
 
 def narrower(arch: Architecture, channels: int) -> Architecture:
     """All widths in proportion to `channels`, a multiple of 32, of the first level; depth and latents stay."""
-    first = arch.block_channels[0]
+    first = arch.unet.block_channels[0]
 
     def scaled(width: int) -> int:
         return max(64, round(width * channels / first / 64) * 64)
 
-    width = scaled(arch.mapper_width)
+    width = scaled(arch.exemplar.mapper_width)
     return replace(
         arch,
-        block_channels=tuple(value * channels // first for value in arch.block_channels),
         backbone_width=width,
-        mapper_width=width,
-        context_width=scaled(arch.context_width),
+        unet=arch.unet.model_copy(
+            update={
+                "block_channels": tuple(value * channels // first for value in arch.unet.block_channels),
+                "context_width": scaled(arch.unet.context_width),
+            }
+        ),
+        exemplar=arch.exemplar.model_copy(update={"mapper_width": width}),
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pbe.config import parse_params
+from pipelines.commands.profile import full_text
 
 GB, TB, HOUR_S, DAY_S = 1e9, 1e12, 3600.0, 86400.0
 PAPER_SIZED = ("openimages-8gpu", "openimages")  # profiles of the paper's sizes; the cited rates are of those
@@ -121,7 +122,7 @@ def main() -> None:
 
 def profiles() -> list[list[str]]:
     """Disk and days of infra/profiles/openimages*.yaml, a column each."""
-    named = {name: yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) for name in PAPER_SIZED}
+    named = {name: parse_params(full_text(PROFILES, name), name).model_dump() for name in PAPER_SIZED}
     columns = [profile_rows(params) for params in named.values()]
     return [["", *named], *([label, *(column[label] for column in columns)] for label in columns[0])]
 

@@ -105,9 +105,9 @@ def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from pbe.config import repo_root
     from pbe.export import export_model
     from pbe.model.weights import opens_in_diffusers
+    from pbe.places import repo_root
 
     model = export_model(repo_root(), args.model, args.out)
     where = "diffusers and pbe open it" if opens_in_diffusers(model) else "pbe opens it, diffusers has no class for it"
@@ -115,7 +115,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _rejects(args: argparse.Namespace) -> None:
-    from pbe.config import repo_root, storage_uri
+    from pbe.places import repo_root, storage_uri
     from pbe.rejects import count_rejects, made_from_earlier_input, stages_with_rejects, table_text, write_rejects
     from pbe.store import Store
 
@@ -129,8 +129,8 @@ def _rejects(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from pbe.config import repo_root, storage_uri
     from pbe.data import images
+    from pbe.places import repo_root, storage_uri
     from pbe.show import show_triplets
     from pbe.store import Store, load_manifest
 
@@ -143,8 +143,8 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _gc(args: argparse.Namespace) -> None:
-    from pbe.config import repo_root, storage_uri
     from pbe.gc import find_unused, remove
+    from pbe.places import repo_root, storage_uri
     from pbe.store import Store
 
     store = Store(storage_uri())
@@ -251,8 +251,8 @@ def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from pbe.config import repo_root
     from pbe.doctor import examine
+    from pbe.places import repo_root
 
     levels = []
     for finding in examine(repo_root(), gpu=args.gpu, ranks=args.ranks):

@@ -24,9 +24,11 @@ from typing import Literal
 import psutil
 
 from pbe import track
-from pbe.config import Params, TrainConfig, home_root, load_params, refuse_credentials, storage_uri, tracking_uri
+from pbe.config import Params, load_params
 from pbe.errors import UserError
+from pbe.places import home_root, refuse_credentials, storage_uri, tracking_uri
 from pbe.store import Store, load_manifest
+from pbe.train.settings import TrainConfig
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -251,7 +253,9 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
 
     try:
         encoded = load_manifest(manifest).config
-        architecture = architecture_of(params.train, image_px=params.materialize.image_px, encoded=encoded)
+        architecture = architecture_of(
+            params.train.unet, params.train.exemplar, image_px=params.materialize.image_px, encoded=encoded
+        )
     except (KeyError, TypeError):  # of an older version, which the next `dvc repro` replaces
         return None
     with torch.device("meta"):

@@ -17,16 +17,17 @@ import cv2
 import numpy as np
 import torch
 
-from pbe.config import Precision
 from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, SamplerName, default_sampler, make_sampler
+from pbe.diffusion.schedule import TRAIN_TIMESTEPS, default_sampler, make_sampler
+from pbe.diffusion.settings import SamplerName
 from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.precision import float32_products
+from pbe.model.settings import Precision
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_STEPS = 50  # upstream

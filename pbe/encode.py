@@ -16,9 +16,11 @@ from pbe.data import images
 from pbe.data.masks import HOLE_KINDS, MaskResize, keep_mask_latent, unpack_mask
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
-from pbe.data.schema import Dtype, array_bytes, encoded_schema
-from pbe.model.backbone import Backbone, Tokens
+from pbe.data.schema import array_bytes, encoded_schema
+from pbe.model.backbone import Backbone
 from pbe.model.codec import Codec
+from pbe.model.settings import Tokens
+from pbe.settings import Dtype
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,8 @@
 
 With RAY_ADDRESS=http://... the heavy stages submit themselves to that cluster and bring their manifest back;
 without it the same command runs on local Ray. Also: `status`, `check` and `summary` (what `make repro` does
-first and prints last) and `profile NAME --root DIR` (writes params.yaml from infra/profiles).
+first and prints last), `params` (every setting as it is resolved) and `profile NAME --root DIR` (writes params.yaml
+from infra/profiles).
 """
 
 import argparse
@@ -10,8 +11,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from pbe.config import home_root
 from pbe.errors import UserError
+from pbe.places import home_root
 from pipelines.runtime.environment import is_dashboard, prepare_driver
 from pipelines.runtime.logs import kept_log
 from pipelines.runtime.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
     commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
+    params_parser = commands.add_parser("params", help="every setting as it is resolved, with its unit and source")
+    params_parser.add_argument("--diff", metavar="PROFILE", help="only what differs from a profile of infra/profiles")
     profile_parser = commands.add_parser("profile", help="write params.yaml from infra/profiles")
     profile_parser.add_argument("name")
     profile_parser.add_argument("--root", default="")
@@ -68,6 +71,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         from pipelines.commands.status import main as run_status
 
         return run_status()
+    if args.command == "params":
+        from pipelines.commands.params import main as run_params
+
+        return run_params(args.diff)
     if args.command == "profile":
         from pipelines.commands.profile import main as run_profile
 

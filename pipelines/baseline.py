@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import EditConfig, FolderBaseline, repo_root
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
 from pbe.evaluate.bench.results import read_results
+from pbe.evaluate.settings import EditConfig, FolderBaseline
+from pbe.places import repo_root
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage
 

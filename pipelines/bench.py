@@ -1,19 +1,19 @@
 """bench: what is edited to be judged, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
-from pbe.config import BenchConfig, repo_root
 from pbe.data.schema import REALS
 from pbe.evaluate.bench.cocoee import read_cocoee
 from pbe.evaluate.bench.heldout import BenchBox, bench_boxes, make_bench
 from pbe.evaluate.features.weights import keep_judge, open_judge
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
+from pbe.evaluate.settings import BenchConfig
+from pbe.places import repo_root
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
-from pipelines.runtime.stage import Stage, StageError, cut_config, save_counts
+from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1
@@ -29,11 +29,11 @@ def main(stage: Stage) -> None:
 
 
 def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
-    cut, quality = stage.params.materialize, stage.params.materialize.jpeg_quality
+    cut = stage.params.materialize
     ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
     matcher = keep_judge(stage.store, cfg.matcher)
-    sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, quality, stage.params.seed, dict(matcher)]
-    geometry = asdict(cut_config(cut))
+    sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, stage.params.seed, dict(matcher)]
+    geometry = cut.model_dump(exclude={"slots", "jpeg_chroma", "per_bucket"})
     name = f"bench-{digest(['bench', VERSION, geometry, sizes, ingested.digest, filtered.digest])}"
     record = stage.store.find_unit("bench", name)
     if record is not None:
@@ -45,10 +45,9 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     try:
         bench, reals = make_bench(
             boxes,
-            cfg=cut_config(cut),
+            cfg=cut,
             crops_per_box=cfg.crops_per_box,
             max_items=cfg.max_items,
-            jpeg_quality=quality,
             features=partial(open_judge(stage.store, matcher), batch_rows=16),
             seed=stage.params.seed,
         )

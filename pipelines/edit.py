@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import EditConfig
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
+from pbe.evaluate.settings import EditConfig
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, load_train_manifest

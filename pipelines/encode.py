@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import EncodeConfig, PatchCodecConfig
 from pbe.data import images
 from pbe.data.schema import TRIPLETS, require
 from pbe.data.slots import slot_files
 from pbe.model.backbone import Backbone
 from pbe.model.codec import CODEC_FILE, codec_bytes, codec_from_bytes, fit_patch_codec
+from pbe.model.settings import EncodeConfig, PatchCodecConfig
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.progress import with_progress

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from pbe import track
-from pbe.config import tracking_uri
 from pbe.data.schema import SCORES
 from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import edit_grid
-from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
+from pbe.evaluate.score import ScopeScores, numbers_of, score_method
+from pbe.places import tracking_uri
 from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.features import Judged, judge_edits
 from pipelines.reporting.summary import headline_metrics
@@ -32,15 +32,14 @@ def main(stage: Stage) -> None:
     started = time.perf_counter()
     judged = judge_edits(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
     looked = time.perf_counter()
-    sizes = ScoreConfig(cfg.resamples, cfg.subsets, cfg.seed)
     scored: dict[str, list[ScopeScores]] = {}
     for name in methods:
         try:
-            scored[name] = score_method(judged.method(stage.store, name), judged.scales, sizes)
+            scored[name] = score_method(judged.method(stage.store, name), judged.scales, cfg.statistics)
         except ValueError as error:
             raise StageError(f"evaluate: {name}: {error}") from None
         print(f"evaluate: {name}: {sum(len(scope.scores) for scope in scored[name])} numbers", flush=True)
-    write_json(stage.outputs / "paired.json", _paired(stage, scored, judged, sizes))
+    write_json(stage.outputs / "paired.json", _paired(stage, scored, judged))
     done = time.perf_counter()
     print(f"evaluate: looking took {looked - started:.0f} s, numbers and their intervals {done - looked:.0f} s")
     _write(stage, methods, scored, judged)
@@ -76,9 +75,7 @@ def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
 # -- what is compared ----------------------------------------------------------------------------------------------
 
 
-def _paired(
-    stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: Judged, sizes: ScoreConfig
-) -> dict[str, Any]:
+def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: Judged) -> dict[str, Any]:
     """Every method against the first variant, on the same items: pixels, and what the first judge says."""
     against, judge = next(iter(stage.params.variants)), stage.params.evaluate.judges[0].kind
     first_looks = judged.seen.features(judge, against)
@@ -93,7 +90,13 @@ def _paired(
                 continue
             try:
                 found = compare(
-                    scope, looks, other, first_looks, scale=judged.scales[judge], photos=judged.photos, cfg=sizes
+                    scope,
+                    looks,
+                    other,
+                    first_looks,
+                    scale=judged.scales[judge],
+                    photos=judged.photos,
+                    cfg=stage.params.evaluate.statistics,
                 )
             except ValueError as error:
                 out["methods"][name] = {"not_compared": str(error)}

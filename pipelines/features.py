@@ -10,10 +10,9 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-from pbe.config import ClipJudge, EvaluateConfig, repo_root
 from pbe.data import images
 from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REALS, require
-from pbe.evaluate.features.crops import Region, View, bench_views, edit_views, real_views, square
+from pbe.evaluate.features.crops import View, bench_views, edit_views, real_views, square
 from pbe.evaluate.features.extractors import Extractor
 from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
 from pbe.evaluate.features.weights import Entry, keep_judge, open_judge
@@ -29,6 +28,8 @@ from pbe.evaluate.metrics.frechet import (
 from pbe.evaluate.metrics.mixture import Mixture, load_mixture, mixture_digest
 from pbe.evaluate.scale import make_scale
 from pbe.evaluate.score import JudgeScale, Method
+from pbe.evaluate.settings import ClipJudge, EvaluateConfig, Region
+from pbe.places import repo_root
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.provenance import provenance_tags
@@ -122,7 +123,7 @@ def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
             for name, judge in opened.items()
         },
         "reference": cfg.reals or "untouched crops of the bench's boxes",
-        "resampling_seed": cfg.seed,
+        "resampling_seed": cfg.statistics.seed,
         "git_commit": provenance_tags(stage.root)["git_commit"],
     }
     photos = dict(zip(*(bench.column(name).to_pylist() for name in ("bench_id", "image_id")), strict=True))
@@ -180,7 +181,7 @@ def _scale(
             upstream_region=_region(cfg, judge) == "upstream",
             components=cfg.quality_components,
             pca_dims=cfg.quality_pca_dims,
-            seed=cfg.seed,
+            seed=cfg.statistics.seed,
         )
     except ValueError as error:
         raise StageError(

@@ -5,8 +5,8 @@ Vectorised over one bucket at a time in this process: 14.6 million boxes need no
 
 import pyarrow as pa
 
-from pbe.data.filter import FilterRules, filter_boxes
-from pbe.data.schema import BOXES, FILTER_REASONS, require
+from pbe.data.filter import RULES, filter_boxes
+from pbe.data.schema import BOXES, require
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.progress import with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
@@ -17,7 +17,6 @@ VERSION = 1
 
 def main(stage: Stage) -> None:
     cfg = stage.params.filter
-    rules = FilterRules(**cfg.model_dump())
     ingested = load_manifest(stage.input("ingest"))
     records = []
     for unit in with_progress(ingested.units, "filter", total=len(ingested.units), unit="part"):
@@ -28,7 +27,7 @@ def main(stage: Stage) -> None:
         if record is None:
             boxes = require(stage.store.read_table(source), BOXES, source.path)
             sizes = stage.store.read_table(photos, columns=["image_id", "width_px", "height_px"])
-            kept, rejects = filter_boxes(boxes, sizes, rules)
+            kept, rejects = filter_boxes(boxes, sizes, cfg)
             record = stage.store.write_unit(
                 "filter", name, {"boxes": kept, "rejects": rejects}, counts=_counts(boxes, kept, rejects)
             )
@@ -39,7 +38,7 @@ def main(stage: Stage) -> None:
     save_counts(stage, counts)
     save_manifest(stage.outputs / "manifest.json", manifest)
     if not counts["boxes_kept"]:
-        removed = ", ".join(f"{name} {counts[f'rejected_{name}']}" for name in FILTER_REASONS)
+        removed = ", ".join(f"{rule.reason} {counts[f'rejected_{rule.reason}']}" for rule in RULES)
         raise StageError(
             f"filter: no box left of {counts['boxes_in']} ({removed}); loosen the rule that removed most: params.yaml, "
             "filter"
@@ -53,5 +52,5 @@ def _counts(boxes: pa.Table, kept: pa.Table, rejects: pa.Table) -> dict[str, int
         "boxes_kept": kept.num_rows,
         "boxes_rejected": rejects.num_rows,
         "images_with_kept_box": len(kept.column("image_id").unique()),
-        **{f"rejected_{reason}": reasons.count(reason) for reason in FILTER_REASONS},
+        **{f"rejected_{rule.reason}": reasons.count(rule.reason) for rule in RULES},
     }

@@ -12,14 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pbe.config import IngestConfig, repo_root
 from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names, without_lines
-from pbe.data.download import Downloader, DownloadLimits, PhotoError
+from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_bucket
 from pbe.data.ingest import PhotoLimits, read_bucket
 from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
+from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
+from pbe.places import repo_root
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units
 from pipelines.runtime.progress import progress_bar, with_progress
@@ -55,22 +56,7 @@ def open_source(cfg: IngestConfig) -> Source:
     tree = file_tree(cfg.images, root=repo_root(), key="ingest.images")
     if cfg.source == "folder":
         return FolderSource(tree)
-    limits = cfg.download
-    return OpenImagesSource(
-        tree,
-        Downloader(
-            cfg.image_base or "",
-            DownloadLimits(
-                connections=limits.connections,
-                attempts=limits.attempts,
-                connect_s=limits.connect_s,
-                idle_s=limits.idle_s,
-                whole_s=limits.whole_s,
-                backoff_s=limits.backoff_s,
-                max_bytes=cfg.max_image_bytes,
-            ),
-        ),
-    )
+    return OpenImagesSource(tree, Downloader(cfg.image_base or "", cfg.download, max_bytes=cfg.max_image_bytes))
 
 
 def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:

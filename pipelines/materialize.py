@@ -8,13 +8,13 @@ photo once, as upstream's loader does.
 from collections.abc import Callable
 from functools import partial
 
-from pbe.config import MaterializeConfig
-from pbe.data.materialize import Jpeg, triplet_tables
+from pbe.data.materialize import triplet_tables
 from pbe.data.schema import BOXES, IMAGES, require
+from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import TRIPLETS_PER_GROUP
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units
-from pipelines.runtime.stage import Stage, StageError, cut_config, save_counts
+from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1
@@ -62,9 +62,7 @@ def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit],
         tables, counts = triplet_tables(
             require(store.read_table(image_file), IMAGES, image_file.path),
             require(store.read_table(box_file), BOXES, box_file.path),
-            cfg=cut_config(cfg),
-            slots=cfg.slots,
-            jpeg=Jpeg(cfg.jpeg_quality, cfg.jpeg_chroma),
+            cfg=cfg,
             seed=seed,
         )
         return store.write_unit("materialize", unit.name, tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP)

@@ -18,17 +18,19 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pbe.config import Params, TrainConfig
+from pbe.config import Params
 from pbe.data import images
 from pbe.data.boxes import area_frac
 from pbe.data.contact import with_hole
+from pbe.data.filter import RULES, FilterConfig
 from pbe.data.masks import unpack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import FILTER_REASONS, IMAGE_REASONS
+from pbe.data.schema import IMAGE_REASONS
 from pbe.data.slots import slot_files
 from pbe.evaluate.grid import fill_rows, sweep_fills
 from pbe.store import File, Manifest, Record, Store, load_manifest
+from pbe.train.settings import TrainConfig
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg, sweep_svg
 from pipelines.reporting.deviations import deviations
 from pipelines.reporting.metric_glossary import HOW_TO_READ, bars, how_to_read, n_text
@@ -118,7 +120,7 @@ def main(stage: Stage) -> None:
         augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
         loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
         metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.judges]),
-        filtered=filter_table(data["filter"].counts, stage.params.filter.model_dump()),
+        filtered=filter_table(data["filter"].counts, stage.params.filter),
         areas_svg=Markup(areas_svg(all_areas, kept_areas)),
         classes_svg=Markup(classes_svg(classes)),
         dropped=list(dropped_photos(stage, data)),
@@ -471,23 +473,10 @@ def _credit(row: Mapping[str, Any], licence: str) -> dict[str, str]:
     }
 
 
-def filter_table(counts: Mapping[str, int], filters: Mapping[str, Any]) -> list[tuple[str, int]]:
+def filter_table(counts: Mapping[str, int], cfg: FilterConfig) -> list[tuple[str, int]]:
     """What each rule removed, in the order in which rules are asked; rules that are off are left out."""
-    on = {"area_below_min", "area_above_max"} | {
-        reason
-        for reason, setting in (
-            ("image_excluded", "exclude_images"),
-            ("class_excluded", "exclude_classes"),
-            ("class_excluded", "include_classes"),
-            ("flag_excluded", "exclude_flags"),
-            ("side_below_min", "min_side_px"),
-            ("aspect_above_max", "max_aspect"),
-            ("near_duplicate", "max_iou"),
-        )
-        if filters[setting]
-    }
-    found = {reason: counts[f"rejected_{reason}"] for reason in FILTER_REASONS}
-    return [(reason.replace("_", " "), count) for reason, count in found.items() if count or reason in on]
+    found = [(rule, counts[f"rejected_{rule.reason}"]) for rule in RULES]
+    return [(rule.reason.replace("_", " "), count) for rule, count in found if count or rule.is_on(cfg)]
 
 
 def _box_statistics(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pbe import track
-from pbe.config import tracking_uri
 from pbe.data import images
 from pbe.data.contact import sheet
 from pbe.evaluate.compare import compare
@@ -20,7 +19,8 @@ from pbe.evaluate.features.crops import edit_key, hole_of
 from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
 from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
 from pbe.evaluate.metrics.intervals import bootstrap_mean
-from pbe.evaluate.score import ScopeScores, ScoreConfig, numbers_of, score_method
+from pbe.evaluate.score import ScopeScores, numbers_of, score_method
+from pbe.places import tracking_uri
 from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.edit import Request, fill_bench
 from pipelines.features import Judged, judge_edits
@@ -75,13 +75,8 @@ def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
 
 
 def _score(stage: Stage, judged: Judged, name: str) -> ScopeScores:
-    [scope] = score_method(judged.method(stage.store, name), judged.scales, _sizes(stage))
+    [scope] = score_method(judged.method(stage.store, name), judged.scales, stage.params.evaluate.statistics)
     return scope
-
-
-def _sizes(stage: Stage) -> ScoreConfig:
-    cfg = stage.params.evaluate
-    return ScoreConfig(cfg.resamples, cfg.subsets, cfg.seed)
 
 
 def _paired(stage: Stage, judged: Judged, scopes: Mapping[str, ScopeScores]) -> dict[str, Any]:
@@ -97,7 +92,7 @@ def _paired(stage: Stage, judged: Judged, scopes: Mapping[str, ScopeScores]) -> 
             looks[against],
             scale=judged.scales[judge],
             photos=judged.photos,
-            cfg=_sizes(stage),
+            cfg=stage.params.evaluate.statistics,
         )
         for name, scope in scopes.items()
     }
@@ -107,7 +102,7 @@ def _paired(stage: Stage, judged: Judged, scopes: Mapping[str, ScopeScores]) -> 
 
 def _diversity(stage: Stage, judged: Judged, parts: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Spreads by metric, as numbers_of: by each judge over the hole's box, and in levels of 255 over its pixels."""
-    cfg, method = stage.params.evaluate, judged.method(stage.store, DIVERSITY)
+    cfg, method = stage.params.evaluate.statistics, judged.method(stage.store, DIVERSITY)
     rows = sorted(method.edits, key=lambda row: row["seed"])
     by_seed = [list(found) for _, found in groupby(rows, key=lambda row: row["seed"])]
     bench_ids = [row["bench_id"] for row in by_seed[0]]

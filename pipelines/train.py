@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pbe import track
-from pbe.config import TrainConfig, tracking_uri
 from pbe.data.slots import require_same_rows
 from pbe.errors import UserError
+from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import Run
+from pbe.train.settings import TrainConfig
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.parts import start_ray
@@ -229,7 +230,9 @@ def _train(
         store_uri=stage.store.uri,
         encoded=encoded,
         triplets=triplets,
-        arch=architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config),
+        arch=architecture_of(
+            cfg.unet, cfg.exemplar, image_px=stage.params.materialize.image_px, encoded=encoded.config
+        ),
         initial=initial,
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from pbe.config import TrainConfig
 from pbe.data.schema import TRIPLETS, encoded_schema
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
+from pbe.train.settings import TrainConfig
 from pipelines.runtime.stage import Stage, StageError
 
 FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
@@ -42,7 +42,9 @@ def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, ini
     from pbe.model.unet import architecture_of, new_network
 
     with torch.device("meta"):
-        network = new_network(architecture_of(cfg, image_px=stage.params.materialize.image_px, encoded=encoded.config))
+        network = new_network(
+            architecture_of(cfg.unet, cfg.exemplar, image_px=stage.params.materialize.image_px, encoded=encoded.config)
+        )
     load_kept(network, stage.store, initial)
 
 

@@ -118,21 +118,23 @@ def backbone(one_thread: None) -> EfficientNetLite:
 
 @pytest.fixture(scope="session")
 def arch(one_thread: None) -> Architecture:
+    from pbe.model.settings import ExemplarConfig, UNetConfig
     from pbe.model.unet import Architecture
 
     return Architecture(
         latent_channels=CHANNELS,
         latent_px=IMAGE_PX // PATCH_PX,
         backbone_width=1280,
-        block_channels=(8, 16),
-        attention=(False, True),
-        layers_per_block=1,
-        attention_heads=2,
-        norm_groups=4,
-        context_width=8,
-        mapper_width=16,
-        mapper_blocks=1,
-        class_embedding=True,
+        unet=UNetConfig(
+            block_channels=(8, 16),
+            attention=(False, True),
+            layers_per_block=1,
+            attention_heads=2,
+            norm_groups=4,
+            context_width=8,
+            class_embedding=True,
+        ),
+        exemplar=ExemplarConfig(mapper_width=16, mapper_blocks=1),
     )
 
 

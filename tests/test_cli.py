@@ -13,8 +13,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from pbe.cli import main
-from pbe.config import repo_root
 from pbe.data import images
+from pbe.places import repo_root
 
 
 @pytest.fixture

@@ -4,18 +4,21 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from pbe import config
-from pbe.config import ParamsError, load_params, repo_root, storage_uri, tracking_uri
-from pbe.errors import UserError
+from pbe.config import Params, VariantEdit, load_params
+from pbe.data.settings import DownloadConfig
+from pbe.errors import ParamsError, UserError
+from pbe.model.settings import UNetConfig
+from pbe.places import repo_root, storage_uri, tracking_uri
+from pbe.train.settings import TrainConfig
 
 COMMITTED: dict[str, Any] = yaml.safe_load((repo_root() / "params.yaml").read_text())
 # what the messages below mention, so that another profile in params.yaml changes nothing here
@@ -51,23 +54,24 @@ KNOWN: dict[str, dict[str, Any]] = {
         "exemplar": {"tokens": "class", "mapper_width": 256, "mapper_blocks": 1},
     },
 }
-Load = Callable[..., config.Params]
+Load = Callable[..., Params]
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     """load({"train.lr": 1}): a good params.yaml with these keys set; a value of `...` removes the key."""
 
-    def _load(changes: dict[str, Any]) -> config.Params:
+    def _load(changes: dict[str, Any]) -> Params:
         raw = copy.deepcopy(COMMITTED)
         for section, values in KNOWN.items():
             raw[section].update(copy.deepcopy(values))
+        raw["ingest"]["download"] = {}
         raw["variants"] = {"full": {"train": {}, "edit": {}}}
         for path, value in changes.items():
             *parents, key = path.split(".")
             node = raw
             for parent in parents:
-                node = node[parent]
+                node = node.setdefault(parent, {})
             if value is ...:
                 del node[key]
             else:
@@ -86,57 +90,49 @@ def _message(load: Load, changes: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_the_committed_file_is_read_whole() -> None:
+def test_the_committed_file_is_valid_and_short() -> None:
     params = load_params()
-    dumped = params.model_dump(mode="json")
-    for name, given in COMMITTED["variants"].items():  # what a variant leaves out is empty
-        assert dumped["variants"][name]["train"] == given.get("train", {})
-        assert dumped["variants"][name]["edit"] == {"guidance_scale": None} | given.get("edit", {})
-    assert {**dumped, "variants": None} == {**COMMITTED, "variants": None}
     for name in params.variants:
         params.train_variant(name)
+    assert len((repo_root() / "params.yaml").read_text().splitlines()) < 100
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if nested and not field.description and not name.startswith("per_"):
+            assert isinstance(field.annotation, type)
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_model() -> None:
+    """Once, whichever it is; the models of the kinds that a key may hold have neither."""
+    for key, field in _fields(Params):
+        node: Any = COMMITTED
+        for part in key.split("."):
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if field.is_required():
+            assert node != {} or key.startswith("variants"), f"{key} has no default: params.yaml must have it"
+        elif not key.startswith("variants"):
+            assert field.description, f"{key}: what it means, its unit and its source"
+            assert node == {}, f"{key} has its default in the model: leave it out of params.yaml"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
+    [  # one of each kind of error, and of each way in which a key is reached
         ({"train.lr": -1}, "params.yaml: train.lr = -1: input should be greater than 0"),
-        ({"train.lr": 1.5}, "params.yaml: train.lr = 1.5: input should be less than or equal to 1"),
-        ({"filter.min_area_frac": 2}, "params.yaml: filter.min_area_frac = 2: input should be less than or equal to 1"),
-        ({"train.steps": 60.5}, "params.yaml: train.steps = 60.5: input should be a valid integer"),
-        ({"train.steps": "many"}, "params.yaml: train.steps = 'many': input should be a valid integer"),
         ({"train.steps": True}, "params.yaml: train.steps = True: input should be a number"),
-        ({"train.lr": False}, "params.yaml: train.lr = False: input should be a number"),
-        ({"train.lr": None}, "params.yaml: train.lr = None: input should be a valid number"),
-        ({"seed": -1}, "params.yaml: seed = -1: input should be greater than or equal to 0"),
+        ({"train.lr": float("nan")}, "params.yaml: train.lr = nan: "),
+        ({"edit.seeds": [True]}, "params.yaml: edit.seeds.0 = True: input should be a number"),
         (
             {"ingest.source": "web"},
             "params.yaml: ingest.source = 'web': input should be 'sample', 'folder' or 'openimages'",
         ),
-        ({"ingest.images": None}, "params.yaml: ingest.images = None: input should be a valid string"),
-        ({"ingest.images": ""}, "params.yaml: ingest.images = '': string should have at least 1 character"),
-        ({"ingest.boxes": None}, "params.yaml: ingest.boxes = None: input should be a valid string"),
-        ({"ingest.limit": 0}, "params.yaml: ingest.limit = 0: input should be greater than or equal to 1"),
-        ({"ingest.splits": []}, "params.yaml: ingest.splits = []: tuple should have at least 1 item"),
         ({"ingest.splits": ["val"]}, "params.yaml: ingest.splits.0 = 'val': input should be 'train', 'validation' or"),
-        ({"ingest.classes": []}, "params.yaml: ingest.classes = []: tuple should have at least 1 item"),
-        ({"ingest.val_frac": 1}, "params.yaml: ingest.val_frac = 1: input should be less than 1"),
-        ({"ingest.exif": "yes"}, "params.yaml: ingest.exif = 'yes': input should be 'ignore' or 'apply'"),
-        ({"ingest.retry_rejected": "maybe"}, "params.yaml: ingest.retry_rejected = 'maybe': input should be a valid"),
-        ({"ingest.download": None}, "params.yaml: ingest.download = None: input should be a valid dictionary"),
-        ({"ingest.download.attempts": 0}, "params.yaml: ingest.download.attempts = 0: input should be greater than"),
-        ({"ingest.download.whole_s": 0}, "params.yaml: ingest.download.whole_s = 0: input should be greater than 0"),
-        ({"filter.exclude_flags": ["is_big"]}, "params.yaml: filter.exclude_flags.0 = 'is_big': input should be 'is_o"),
-        ({"filter.include_classes": []}, "params.yaml: filter.include_classes = []: tuple should have at least 1"),
-        ({"filter.max_aspect": 0.5}, "params.yaml: filter.max_aspect = 0.5: input should be greater than or equal to"),
-        ({"filter.max_iou": 0}, "params.yaml: filter.max_iou = 0: input should be greater than 0"),
-        ({"filter.min_side_px": -1}, "params.yaml: filter.min_side_px = -1: input should be greater than or equal"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
-        ({"train.unet": None}, "params.yaml: train.unet = None: input should be a valid dictionary"),
-        (
-            {"train.unet.block_channels": []},
-            "params.yaml: train.unet.block_channels = []: tuple should have at least 1",
-        ),
         (
             {"evaluate.judges": [{"kind": "dino"}]},
             "params.yaml: evaluate.judges.0.kind = 'dino': allowed are efficientnet_lite0, efficientnet_lite2, clip",
@@ -148,22 +144,13 @@ def test_the_committed_file_is_read_whole() -> None:
             "params.yaml: evaluate.judges.0.mixtur = None: unknown key; allowed here: kind, mixture, weights",
         ),
         (
-            {"evaluate.judges": [{"kind": "inception", "file": "f", "sha256": "ab"}]},
-            "params.yaml: evaluate.judges.0.sha256",
-        ),
-        (
             {"baselines": {"mine": {"kind": "other"}}},
             "params.yaml: baselines.mine.kind = 'other': allowed are hole_kept",
         ),
         ({"baselines": {"mine": {"kind": "folder"}}}, "params.yaml: baselines.mine.folder: required key is missing"),
-        ({"edit.seeds": [1, 1]}, "params.yaml: edit: seeds: [1, 1] names one twice"),
-        ({"edit.references": ["own"]}, "params.yaml: edit: references: exemplar must be among them"),
-        ({"edit.steps": 1001}, "params.yaml: edit.steps = 1001: input should be less than or equal to 1000"),
         ({"train.lr": ...}, "params.yaml: train.lr: required key is missing"),
         ({"train": ...}, "params.yaml: train: required key is missing"),
-        ({"variants": {}}, "params.yaml: variants = {}: dictionary should have at least 1 item"),
         ({"variants": {"Bad-Name": {}}}, "params.yaml: variants.Bad-Name.[key] = 'Bad-Name': string should match"),
-        ({"variants": {"full": None}}, "params.yaml: variants.full = None: input should be a valid dictionary"),
     ],
     ids=str,
 )
@@ -239,13 +226,13 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ({"baselines": {"full": {"kind": "poisson"}}}, "params.yaml: params: full is both a variant and a baseline"),
         (
             {"baselines": {"card": {"kind": "poisson"}}},
-            "params.yaml: params: card: no name for a variant",
+            "params.yaml: params: 'card' is a reserved name",
         ),
         (
             {"baselines": {"theirs": {"kind": "folder", "folder": "x"}}, "edit.holes": ["bezier", "box"]},
             "params.yaml: params: edit.holes ['bezier', 'box']: baselines.theirs is a folder of results",
         ),
-        ({"evaluate.seed": 2**32}, "params.yaml: evaluate.seed = 4294967296"),
+        ({"evaluate.statistics": {"seed": 2**32}}, "params.yaml: evaluate.statistics.seed = 4294967296"),
         ({"variants.full.train": {"workers": 3}}, "params.yaml: variants.full.train: workers 3 must divide lanes 2"),
     ],
     ids=str,
@@ -260,17 +247,11 @@ def test_settings_that_do_not_fit_one_another_are_one_line_with_their_values(
 @pytest.mark.parametrize(
     ("path", "model"),
     [
-        ("leraning_rate", config.Params),
-        ("train.lrr", config.TrainConfig),
-        ("train.unet.heads", config.UNetConfig),
-        ("ingest.image_dir", config.IngestConfig),
-        ("ingest.download.retries", config.DownloadConfig),
-        ("filter.min_area", config.FilterConfig),
-        ("materialize.slot", config.MaterializeConfig),
-        ("variants.full.train.lrr", config.TrainConfig),
-        ("variants.full.lr", config.VariantConfig),
-        ("variants.full.edit.steps", config.VariantEdit),
-        ("bench.splits", config.BenchConfig),
+        ("leraning_rate", Params),
+        ("train.lrr", TrainConfig),
+        ("ingest.download.retries", DownloadConfig),
+        ("variants.full.train.lrr", TrainConfig),
+        ("variants.full.edit.steps", VariantEdit),
     ],
 )
 def test_an_unknown_key_names_the_keys_that_its_place_allows(path: str, model: type[BaseModel], load: Load) -> None:
@@ -279,35 +260,11 @@ def test_an_unknown_key_names_the_keys_that_its_place_allows(path: str, model: t
 
 
 def test_a_variants_nested_key_is_checked_like_any_other(load: Load) -> None:
-    allowed = ", ".join(sorted(config.UNetConfig.model_fields))
+    allowed = ", ".join(sorted(UNetConfig.model_fields))
     got = _message(load, {"variants": {"full": {}, "wide": {"train": {"unet": {"heads": 1}}}}})
     assert got == f"params.yaml: variants.wide.train.unet.heads = 1: unknown key; allowed here: {allowed}"
     got = _message(load, {"variants": {"full": {}, "fast": {"train": {"lr": -1}}}})
     assert got == "params.yaml: variants.fast.train.lr = -1: input should be greater than 0"
-
-
-def _is_number(annotation: Any) -> bool:
-    """int and float, also with limits and also where null is allowed."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return any(map(_is_number, get_args(annotation)))
-    return annotation in (int, float)
-
-
-def _number_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    out = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out += _number_keys(field.annotation, f"{prefix}{name}.")
-        elif _is_number(field.annotation):
-            out.append(prefix + name)
-    return out
-
-
-@pytest.mark.parametrize("key", _number_keys(config.Params))
-def test_no_number_may_be_nan_infinite_or_a_truth_value(key: str, load: Load) -> None:
-    for value in (float("nan"), float("inf"), float("-inf"), True):
-        got = _message(load, {key: value})
-        assert got.startswith(f"params.yaml: {key} = {value}: ") and "\n" not in got
 
 
 def test_every_wrong_key_has_its_own_line(load: Load) -> None:
@@ -334,7 +291,7 @@ def test_numbers_as_the_command_line_writes_them_are_numbers(load: Load) -> None
         (b"train: {\n  lr: }: 3\n", "not valid YAML"),
         (b"seed: \xff", "not valid YAML"),
         (b"seed: 1\ningest:\n  limit: {{LIMIT}}\n", "not valid YAML: a key must be a plain word"),
-        (b"seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", "not valid YAML: key 'lr' is there twice"),
+        (b"seed: 1\ntrain:\n  lr: 1\n  lr: 2\n", "not valid YAML: duplicate key 'lr'"),
     ],
     ids=str,
 )
@@ -364,7 +321,7 @@ def test_variants_override_their_keys_and_nothing_else(load: Load) -> None:
 def test_settings_cannot_be_changed_after_reading(load: Load) -> None:
     params = load({})
     with pytest.raises(ValidationError, match="frozen"):
-        params.train.lr = 1.0
+        params.train.lr = 1.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("workers", "micro"), [(1, 32), (1, 8), (2, 16), (2, 1)])
@@ -438,7 +395,7 @@ def test_reading_the_settings_imports_nothing_heavy() -> None:
 
 
 def test_the_readmes_block_for_own_photos_is_accepted_as_it_stands(load: Load) -> None:
-    text = (config.repo_root() / "README.md").read_text()
+    text = (repo_root() / "README.md").read_text()
     block = next(part for part in text.split("```yaml\n")[1:] if "source: folder" in part).split("```")[0]
     wanted = yaml.safe_load(block)["ingest"]
     got = load({f"ingest.{key}": value for key, value in wanted.items()}).ingest

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from pbe.cli import main
-from pbe.config import repo_root
 from pbe.doctor import Finding, examine
+from pbe.places import repo_root
+from pipelines.commands.profile import full_text
+from tests.profiles import FOLDER
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PBE_STORAGE", str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    shutil.copy(repo_root() / "infra" / "profiles" / "tiny.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(full_text(FOLDER, "tiny"))
     shutil.copy(repo_root() / "requirements.lock", tmp_path)
     for name in (".git", ".dvc"):
         (tmp_path / name).mkdir()

@@ -12,9 +12,9 @@ import torch
 
 from pbe.data import images
 from pbe.data.rng import row_rng
-from pbe.diffusion.objective import Objective
 from pbe.diffusion.sampling import sample
-from pbe.diffusion.schedule import SamplerError, SamplerName, make_sampler, scheduler_config
+from pbe.diffusion.schedule import SamplerError, make_sampler, scheduler_config
+from pbe.diffusion.settings import Objective, SamplerName
 from pbe.edit import CONTEXT_FACTOR, UPSTREAM, Editor, EditProtocol, EditTask, _fitted, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite

@@ -9,10 +9,11 @@ from pbe.data import images
 from pbe.data.masks import keep_mask_latent, pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import TRIPLETS, Dtype, array_value, encoded_schema, require
+from pbe.data.schema import TRIPLETS, array_value, encoded_schema, require
 from pbe.encode import encode_masked, encode_references, encode_source, encode_triplets, to_images, to_pixels
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
+from pbe.settings import Dtype
 
 SIZE_PX, DRAWS, SEED = 16, 3, 23
 

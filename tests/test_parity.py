@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import SamplerName, make_sampler
+from pbe.diffusion.schedule import make_sampler
+from pbe.diffusion.settings import SamplerName
 from pbe.edit import Editor
 from pbe.encode import encode_masked, encode_references
 from pbe.model.vae import KlCodec

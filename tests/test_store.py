@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pbe import store as store_module
-from pbe.config import repo_root
 from pbe.errors import UserError
+from pbe.places import repo_root
 from pbe.store import (
     File,
     Record,

@@ -17,10 +17,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pbe.data.masks import HoleKind
 from pbe.data.order import RowRef, rank_rows
 from pbe.data.rng import row_rng
-from pbe.data.schema import array_value
+from pbe.data.schema import HoleKind, array_value
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
 

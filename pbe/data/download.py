@@ -8,11 +8,14 @@ import os
 import random
 import threading
 import time
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from urllib.parse import quote
 
 import urllib3
 from urllib3.util import Retry, Timeout
+
+from pbe.data.settings import DownloadConfig
 
 CHUNK_BYTES = 1 << 16
 PERMANENT = {401: "refused", 403: "refused", 404: "no such image", 410: "no such image"}
@@ -25,23 +28,6 @@ class PhotoError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class DownloadLimits:
-    """attempts: in all, at least 1. connect_s, idle_s: without a connection, without a byte. whole_s: per attempt.
-
-    backoff_s: before the second attempt; doubled before each further one, and a server's Retry-After is obeyed up to
-    `whole_s`. Half of each wait is random, so that many clients do not come back together.
-    """
-
-    connections: int
-    attempts: int
-    connect_s: float
-    idle_s: float
-    whole_s: float
-    backoff_s: float
-    max_bytes: int
 
 
 def http_base(base: str) -> str:
@@ -57,13 +43,13 @@ def http_base(base: str) -> str:
 class Downloader:
     """Fetches addresses below one base; used from many threads at once. Picklable; the pool is made at first use."""
 
-    def __init__(self, base: str, limits: DownloadLimits) -> None:
-        self.base, self.limits = http_base(base), limits
+    def __init__(self, base: str, limits: DownloadConfig, *, max_bytes: int) -> None:
+        self.base, self.limits, self.max_bytes = http_base(base), limits, max_bytes
         self._pool: urllib3.PoolManager | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["Downloader"], tuple[str, DownloadLimits]]:
-        return Downloader, (self.base, self.limits)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Downloader, max_bytes=self.max_bytes), (self.base, self.limits)
 
     def fetch(self, address: str) -> bytes:
         """The body. Raises PhotoError: image_unpublished, image_too_large or download_failed."""
@@ -104,8 +90,8 @@ class Downloader:
         parts, size = [], 0
         while part := response.read1(CHUNK_BYTES):  # what has come; a full chunk could take for ever
             size += len(part)
-            if size > self.limits.max_bytes:
-                raise PhotoError("image_too_large", f"{url}: more than {self.limits.max_bytes} bytes")
+            if size > self.max_bytes:
+                raise PhotoError("image_too_large", f"{url}: more than {self.max_bytes} bytes")
             if time.monotonic() > deadline:
                 raise _AgainError(f"not done after {self.limits.whole_s:g} s, {size} bytes had come")
             parts.append(part)

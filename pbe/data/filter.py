@@ -1,94 +1,194 @@
-"""Which boxes become triplets. Default: upstream's scripts/read_bbox.py, relative area in [0.02, 0.8], nothing else.
+"""Which boxes become triplets: the settings and the rules. Default: upstream's scripts/read_bbox.py, relative area in
+[0.02, 0.8], and the seven photos that ldm/data/open-images.py leaves out.
 
-Every other rule is off by default. A box is dropped by the first rule that it breaks, in the order of FILTER_REASONS.
+To add a rule: a setting in FilterConfig, a function, a line in RULES. The stage, its counts and the report follow.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, model_validator
 
 from pbe.data.boxes import area_frac
-from pbe.data.schema import FILTER_REASONS, REJECTS
+from pbe.data.schema import REJECTS, Flag
+from pbe.settings import Float, Frac, Int, Settings
+
+
+class FilterConfig(Settings):
+    """Limits are inclusive. Classes are named by label or by name, in any case; flags by their column."""
+
+    min_area_frac: Frac
+    max_area_frac: Frac
+    min_side_px: Int = Field(0, ge=0, description="shorter side of the box in the photo; 0: no limit, as upstream")
+    max_aspect: Annotated[Float, Field(ge=1)] | None = Field(
+        None, description="longer side / shorter side; null: no limit, as upstream"
+    )
+    include_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="list of labels or names; null: all, as upstream"
+    )
+    exclude_classes: tuple[str, ...] = Field((), description="list of labels or names; none, as upstream")
+    exclude_flags: tuple[Flag, ...] = Field(
+        (),
+        description="of is_occluded, is_truncated, is_group_of, is_depiction, is_inside; none, as upstream",
+    )
+    max_iou: Annotated[Float, Field(gt=0, le=1)] | None = Field(
+        None, description="of two boxes of a photo that overlap more, the smaller goes; null: keep, as upstream"
+    )
+    exclude_images: tuple[str, ...] = Field(
+        (
+            "1af17f3d912e9aac",
+            "1d5ef05c8da80e31",
+            "3095084b358d3f2d",
+            "3ad7415a11ac1f5e",
+            "42a30d8f8fba8b40",
+            "1366cde3b480a15c",
+            "03a53ed6ab408b9f",
+        ),
+        description="image ids. upstream ldm/data/open-images.py",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FilterConfig":
+        if self.min_area_frac >= self.max_area_frac:
+            raise ValueError(f"min_area_frac {self.min_area_frac} must be below max_area_frac {self.max_area_frac}")
+        return self
 
 
 @dataclass(frozen=True)
-class FilterRules:
-    """Limits are inclusive. Classes are named by label or by name, in any case; flags by their column."""
+class MeasuredBoxes:
+    """N boxes of a BOXES table and what rules ask of them. corners: xmin, xmax, ymin, ymax, fractions of the photo."""
 
-    min_area_frac: float
-    max_area_frac: float
-    min_side_px: int
-    max_aspect: float | None
-    include_classes: Collection[str] | None
-    exclude_classes: Collection[str]
-    exclude_flags: Collection[str]
-    max_iou: float | None
-    exclude_images: Collection[str]
+    table: pa.Table
+    corners: tuple[np.ndarray, ...]
+    area_frac: np.ndarray  # (N,)
+    width_px: np.ndarray  # (N,) in the photo, not rounded, as height_px
+    height_px: np.ndarray
 
 
-def filter_boxes(boxes: pa.Table, sizes: pa.Table, rules: FilterRules) -> tuple[pa.Table, pa.Table]:
+class Broken(NamedTuple):
+    """What one rule finds. value: the number that was compared, for the reject's detail; None: its class says more."""
+
+    rows: np.ndarray  # (N,) bool, True where the rule is broken
+    allowed: str
+    value: np.ndarray | None = None
+
+
+class Rule(NamedTuple):
+    """`broken` gets the boxes, the settings and which boxes the rules before it have left, (N,) bool."""
+
+    reason: str  # of rejects and counts
+    settings: tuple[str, ...]  # of FilterConfig; with all of them null, 0 or empty the rule is off
+    broken: Callable[[MeasuredBoxes, FilterConfig, np.ndarray], Broken]
+
+    def is_on(self, cfg: FilterConfig) -> bool:
+        return any(getattr(cfg, name) for name in self.settings)
+
+
+def image_excluded(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    return Broken(_is_among(boxes.table, ["image_id"], cfg.exclude_images), "filter.exclude_images")
+
+
+def class_excluded(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    rows = _is_among(boxes.table, ["label", "label_name"], cfg.exclude_classes)
+    if cfg.include_classes is not None:
+        rows |= ~_is_among(boxes.table, ["label", "label_name"], cfg.include_classes)
+    return Broken(rows, "filter.include_classes, exclude_classes")
+
+
+def flag_excluded(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    rows = np.zeros(boxes.table.num_rows, bool)
+    for flag in cfg.exclude_flags:
+        rows |= boxes.table.column(flag).to_numpy() == 1
+    return Broken(rows, f"without {', '.join(cfg.exclude_flags)}")
+
+
+def area_below_min(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    allowed = f"area {cfg.min_area_frac}..{cfg.max_area_frac}"
+    return Broken(boxes.area_frac < cfg.min_area_frac, allowed, boxes.area_frac)
+
+
+def area_above_max(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    allowed = f"area {cfg.min_area_frac}..{cfg.max_area_frac}"
+    return Broken(boxes.area_frac > cfg.max_area_frac, allowed, boxes.area_frac)
+
+
+def side_below_min(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    shorter_px = np.minimum(boxes.width_px, boxes.height_px)
+    return Broken(shorter_px < cfg.min_side_px, f"shorter side from {cfg.min_side_px} px", shorter_px)
+
+
+def aspect_above_max(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    longer_px, shorter_px = np.maximum(boxes.width_px, boxes.height_px), np.minimum(boxes.width_px, boxes.height_px)
+    rows = longer_px > (cfg.max_aspect or np.inf) * shorter_px
+    return Broken(rows, f"longer / shorter side up to {cfg.max_aspect}", longer_px / shorter_px)
+
+
+def near_duplicate(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    max_iou = cfg.max_iou or 1.0
+    overlap = _largest_overlap(boxes, left, max_iou)
+    return Broken(overlap > max_iou, f"IoU up to {max_iou} with a larger box", overlap)
+
+
+# A box is dropped by the first rule that it breaks.
+RULES = (
+    Rule("image_excluded", ("exclude_images",), image_excluded),
+    Rule("class_excluded", ("include_classes", "exclude_classes"), class_excluded),
+    Rule("flag_excluded", ("exclude_flags",), flag_excluded),
+    Rule("area_below_min", ("min_area_frac",), area_below_min),
+    Rule("area_above_max", ("max_area_frac",), area_above_max),
+    Rule("side_below_min", ("min_side_px",), side_below_min),
+    Rule("aspect_above_max", ("max_aspect",), aspect_above_max),
+    Rule("near_duplicate", ("max_iou",), near_duplicate),
+)
+
+
+def filter_boxes(boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig) -> tuple[pa.Table, pa.Table]:
     """Split a BOXES table into kept boxes and REJECTS, both in the order given.
 
-    sizes: image_id, width_px and height_px of every image that a box names.
+    sizes: image_id, width_px and height_px of every image that a box names. Raises ValueError when one is missing.
     """
-    corners = [boxes.column(name).to_numpy() for name in ("xmin", "xmax", "ymin", "ymax")]
-    width_px, height_px = _sides_px(boxes, sizes, *corners)
-    area = area_frac(*corners)
-    short, long = np.minimum(width_px, height_px), np.maximum(width_px, height_px)
-    broken: dict[str, tuple[np.ndarray, np.ndarray | None, str]] = {
-        # reason: (which boxes, the number that broke the rule, what is allowed)
-        "image_excluded": (_among(boxes, ["image_id"], rules.exclude_images), None, "filter.exclude_images"),
-        "class_excluded": (_class_broken(boxes, rules), None, "filter.include_classes, exclude_classes"),
-        "flag_excluded": (_flag_broken(boxes, rules), None, f"without {', '.join(rules.exclude_flags)}"),
-        "area_below_min": (area < rules.min_area_frac, area, f"area {rules.min_area_frac}..{rules.max_area_frac}"),
-        "area_above_max": (area > rules.max_area_frac, area, f"area {rules.min_area_frac}..{rules.max_area_frac}"),
-        "side_below_min": (short < rules.min_side_px, short, f"shorter side from {rules.min_side_px} px"),
-        "aspect_above_max": (
-            long > (rules.max_aspect or np.inf) * short,
-            long / short,
-            f"longer / shorter side up to {rules.max_aspect}",
-        ),
-    }
-    reason = np.full(boxes.num_rows, -1)
-    for number, name in reversed(list(enumerate(FILTER_REASONS))):
-        if name in broken:
-            reason[broken[name][0]] = number
-    if rules.max_iou is not None:
-        overlap = _largest_overlap(boxes, corners, area, reason < 0, rules.max_iou)
-        broken["near_duplicate"] = (overlap > rules.max_iou, overlap, f"IoU up to {rules.max_iou} with a larger box")
-        reason[overlap > rules.max_iou] = FILTER_REASONS.index("near_duplicate")
-    dropped = np.flatnonzero(reason >= 0)
-    keys = boxes.select(["image_id", "box_index", "label_name"]).take(dropped).to_pylist()
-    rejects = []
-    for row, key in zip(dropped, keys, strict=True):
-        name = FILTER_REASONS[reason[row]]
-        _, values, allowed = broken[name]
-        given = f"{values[row]:.4g}" if values is not None else key["label_name"]
-        rejects.append(
-            {
+    measured = _measured(boxes, sizes)
+    left = np.ones(boxes.num_rows, bool)
+    rejects: dict[int, dict[str, str]] = {}
+    for rule in RULES:
+        if not rule.is_on(cfg):
+            continue
+        broken = rule.broken(measured, cfg, left)
+        rows = np.flatnonzero(left & broken.rows)
+        left[rows] = False
+        keys = boxes.select(["image_id", "box_index", "label_name"]).take(rows).to_pylist()
+        for row, key in zip(rows, keys, strict=True):
+            given = key["label_name"] if broken.value is None else f"{broken.value[row]:.4g}"
+            rejects[int(row)] = {
                 "stage": "filter",
                 "key": f"{key['image_id']}#{key['box_index']}",
-                "reason": name,
-                "detail": f"{given}, allowed: {allowed}",
+                "reason": rule.reason,
+                "detail": f"{given}, allowed: {broken.allowed}",
             }
-        )
-    return boxes.filter(pa.array(reason < 0)), pa.Table.from_pylist(rejects, schema=REJECTS)
+    ordered = [rejects[row] for row in sorted(rejects)]
+    return boxes.filter(pa.array(left)), pa.Table.from_pylist(ordered, schema=REJECTS)
 
 
-def _sides_px(boxes: pa.Table, sizes: pa.Table, *corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Width and height of each box in pixels of its photo, not rounded."""
+def _measured(boxes: pa.Table, sizes: pa.Table) -> MeasuredBoxes:
     place = pc.index_in(boxes.column("image_id"), sizes.column("image_id").combine_chunks())
     if place.null_count:
-        raise ValueError("a box names an image that is not in its bucket's images")
-    width_px, height_px = (sizes.column(name).take(place).to_numpy() for name in ("width_px", "height_px"))
-    xmin, xmax, ymin, ymax = corners
-    return (xmax - xmin) * width_px, (ymax - ymin) * height_px
+        raise ValueError("a box names an image that is not among the images of its part")
+    photo_width_px, photo_height_px = (sizes.column(name).take(place).to_numpy() for name in ("width_px", "height_px"))
+    xmin, xmax, ymin, ymax = corners = tuple(boxes.column(name).to_numpy() for name in ("xmin", "xmax", "ymin", "ymax"))
+    return MeasuredBoxes(
+        table=boxes,
+        corners=corners,
+        area_frac=area_frac(*corners),
+        width_px=(xmax - xmin) * photo_width_px,
+        height_px=(ymax - ymin) * photo_height_px,
+    )
 
 
-def _among(boxes: pa.Table, columns: Collection[str], values: Collection[str]) -> np.ndarray:
+def _is_among(boxes: pa.Table, columns: Collection[str], values: Collection[str]) -> np.ndarray:
     """True where one of the text columns is among `values`, in any case."""
     wanted = pa.array(sorted({value.lower() for value in values}), pa.string())
     found = np.zeros(boxes.num_rows, bool)
@@ -97,45 +197,30 @@ def _among(boxes: pa.Table, columns: Collection[str], values: Collection[str]) -
     return found
 
 
-def _class_broken(boxes: pa.Table, rules: FilterRules) -> np.ndarray:
-    broken = _among(boxes, ["label", "label_name"], rules.exclude_classes)
-    if rules.include_classes is not None:
-        broken |= ~_among(boxes, ["label", "label_name"], rules.include_classes)
-    return broken
-
-
-def _flag_broken(boxes: pa.Table, rules: FilterRules) -> np.ndarray:
-    broken = np.zeros(boxes.num_rows, bool)
-    for flag in rules.exclude_flags:
-        broken |= boxes.column(flag).to_numpy() == 1
-    return broken
-
-
-def _largest_overlap(
-    boxes: pa.Table, corners: list[np.ndarray], area: np.ndarray, alive: np.ndarray, max_iou: float
-) -> np.ndarray:
+def _largest_overlap(boxes: MeasuredBoxes, left: np.ndarray, max_iou: float) -> np.ndarray:
     """(N,) largest IoU of each box with a larger one of its photo that stays; 0 for boxes that stay without one.
 
     Greedy from the largest down, ties in file order, so that of three near-equal boxes one is left.
     """
-    out = np.zeros(boxes.num_rows)
-    ids = pc.dictionary_encode(boxes.column("image_id").combine_chunks()).indices.to_numpy()
-    rows = np.flatnonzero(alive)
+    area = boxes.area_frac
+    out = np.zeros(len(area))
+    ids = pc.dictionary_encode(boxes.table.column("image_id").combine_chunks()).indices.to_numpy()
+    rows = np.flatnonzero(left)
     order = rows[np.lexsort((rows, -area[rows], ids[rows]))]
     starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
     for group in np.split(order, starts[1:]) if len(order) else []:
         kept: list[int] = []
         for row in group:
             if kept:
-                out[row] = _iou(corners, area, row, np.array(kept)).max()
+                out[row] = _iou(boxes, row, np.array(kept)).max()
             if out[row] <= max_iou:
                 kept.append(row)
     return out
 
 
-def _iou(corners: list[np.ndarray], area: np.ndarray, row: int, others: np.ndarray) -> np.ndarray:
-    xmin, xmax, ymin, ymax = corners
+def _iou(boxes: MeasuredBoxes, row: int, others: np.ndarray) -> np.ndarray:
+    xmin, xmax, ymin, ymax = boxes.corners
     width = np.minimum(xmax[row], xmax[others]) - np.maximum(xmin[row], xmin[others])
     height = np.minimum(ymax[row], ymax[others]) - np.maximum(ymin[row], ymin[others])
     both = np.clip(width, 0, None) * np.clip(height, 0, None)
-    return both / (area[row] + area[others] - both)
+    return both / (boxes.area_frac[row] + boxes.area_frac[others] - both)

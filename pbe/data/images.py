@@ -6,17 +6,16 @@ OpenCV or Pillow. Pillow reads headers, without decoding.
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
+from pbe.data.settings import Chroma
 from pbe.errors import UserError
 
 Buffer = bytes | memoryview
-Chroma = Literal["444", "420"]
 UPRIGHT = 1
 BILINEAR_SHRINK_MAX = 4
 # EXIF orientation: what makes the stored picture upright (turns are clockwise)

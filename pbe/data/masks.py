@@ -10,16 +10,16 @@ symmetric parabolas (11-17 of 18 points survive); we keep all points.
 
 import functools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
 
 from pbe.data.boxes import Box
+from pbe.data.schema import HoleKind
 
 MaskResize = Literal["bilinear", "nearest"]
-HoleKind = Literal["box", "bezier"]
-HOLE_KINDS: tuple[HoleKind, ...] = ("box", "bezier")
+HOLE_KINDS: tuple[HoleKind, ...] = get_args(HoleKind)
 _POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
 
 

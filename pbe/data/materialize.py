@@ -1,7 +1,6 @@
 """One bucket of photos and kept boxes to triplet tables, one table per slot."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -11,23 +10,16 @@ from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.rng import row_rng
 from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
+from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
-from pbe.data.triplets import CutConfig, box_order, cut, plan_triplet
+from pbe.data.triplets import box_order, cut, plan_triplet
 
 # one slot of one photo: its row without the two pictures, and the areas of the photo that become them
 _Planned = tuple[dict[str, Any], Box, Box]
 
 
-@dataclass(frozen=True)
-class Jpeg:
-    """How source and reference are stored."""
-
-    quality: int
-    chroma: image_codec.Chroma
-
-
 def triplet_tables(
-    images: pa.Table, boxes: pa.Table, *, cfg: CutConfig, slots: int, jpeg: Jpeg, seed: int
+    images: pa.Table, boxes: pa.Table, *, cfg: MaterializeConfig, seed: int
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Triplets of the train split: tables {slot name: TRIPLETS, "rejects": REJECTS} and counts.
 
@@ -44,21 +36,21 @@ def triplet_tables(
             continue
         image_id = image["image_id"]
         if image_id in boxes_of:
-            todo = _plan_photo(image, boxes_of[image_id], cfg=cfg, slots=slots, seed=seed)
+            todo = _plan_photo(image, boxes_of[image_id], cfg=cfg, seed=seed)
             planned.append((index, image["exif_orientation"], todo))
         else:
             reason = "image_without_kept_box"
             rejects.append({"stage": "materialize", "key": image_id, "reason": reason, "detail": "see filter"})
 
-    rows: list[list[dict[str, Any]]] = [[] for _ in range(slots)]
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(cfg.slots)]
     for index, exif_orientation, todo in planned:
         data = memoryview(images.column("bytes")[index].as_buffer())
         photo = image_codec.decode(data, exif_orientation=exif_orientation)
         for row, window, reference in todo:
             for name, area, size_px in (("source", window, cfg.image_px), ("reference", reference, cfg.reference_px)):
-                row[name] = image_codec.encode_jpeg(cut(photo, area, size_px), jpeg.quality, jpeg.chroma)
+                row[name] = image_codec.encode_jpeg(cut(photo, area, size_px), cfg.jpeg_quality, cfg.jpeg_chroma)
             rows[row["slot"]].append(row)
-    tables = {slot_name(slot): table_from_rows(rows[slot], TRIPLETS) for slot in range(slots)}
+    tables = {slot_name(slot): table_from_rows(rows[slot], TRIPLETS) for slot in range(cfg.slots)}
     tables["rejects"] = pa.Table.from_pylist(rejects, schema=REJECTS)
     counts = {
         "images_in": len(planned) + len(rejects),
@@ -70,13 +62,13 @@ def triplet_tables(
 
 
 def _plan_photo(
-    image: dict[str, Any], boxes: Sequence[dict[str, Any]], *, cfg: CutConfig, slots: int, seed: int
+    image: dict[str, Any], boxes: Sequence[dict[str, Any]], *, cfg: MaterializeConfig, seed: int
 ) -> list[_Planned]:
     image_id = image["image_id"]
     size = {"width_px": image["width_px"], "height_px": image["height_px"]}
     order = box_order(len(boxes), row_rng(seed, image_id, "boxes"))
     out = []
-    for slot in range(slots):
+    for slot in range(cfg.slots):
         box = boxes[int(order[slot % len(boxes)])]
         tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], **size)
         plan = plan_triplet(tight, **size, cfg=cfg, rng=row_rng(seed, image_id, slot, "triplet"))

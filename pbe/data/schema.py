@@ -11,19 +11,25 @@ Array columns of `encoded` are raw little-endian float16 (or float32); shape and
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
-Dtype = Literal["float16", "float32"]  # of stored arrays
+from pbe.settings import Dtype
+
 _STORED: dict[Dtype, str] = {"float16": "<f2", "float32": "<f4"}
 
-SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
+FLAGS: tuple[Flag, ...] = get_args(Flag)  # of a box: 1 yes, 0 no, -1 unknown (OpenImages)
+HoleKind = Literal["box", "bezier"]
 ReferenceKind = Literal["exemplar", "own", "foreign"]  # what fills a bench item's hole, see BENCH
-REFERENCE_KINDS: tuple[ReferenceKind, ...] = ("exemplar", "own", "foreign")
+REFERENCE_KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
 
-# Why a row may be dropped. A closed list: a reason that is not here is a bug.
+# Why ingest and materialize may drop a row. A closed list: a reason that is not here is a bug. Those of the filter are
+# its RULES.
 IMAGE_REASONS = (
     "image_id_invalid",  # empty, or not a plain name: it must not reach a path or an address
     "image_without_box",  # no usable line names it
@@ -43,18 +49,7 @@ INGEST_BOX_REASONS = (
     "box_in_other_split",  # an earlier line put its image into another split
     "box_image_rejected",  # the box is fine, its image was rejected
 )
-FILTER_REASONS = (
-    "image_excluded",
-    "class_excluded",
-    "flag_excluded",
-    "area_below_min",
-    "area_above_max",
-    "side_below_min",
-    "aspect_above_max",
-    "near_duplicate",
-)
-REJECT_REASONS = tuple(dict.fromkeys((*IMAGE_REASONS, *INGEST_BOX_REASONS, *FILTER_REASONS)))
-# Another try may help: `ingest.retry_rejected` drives these again.
+# Transient: `ingest.retry_rejected` retries these.
 TRANSIENT_REASONS = ("download_failed", "image_changed")
 
 
@@ -80,11 +75,7 @@ ANNOTATIONS = pa.schema(
         pa.field("xmax", pa.float64()),
         pa.field("ymin", pa.float64()),
         pa.field("ymax", pa.float64()),
-        pa.field("is_occluded", pa.int8(), nullable=False),
-        pa.field("is_truncated", pa.int8(), nullable=False),
-        pa.field("is_group_of", pa.int8(), nullable=False),
-        pa.field("is_depiction", pa.int8(), nullable=False),
-        pa.field("is_inside", pa.int8(), nullable=False),
+        *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
     ]
@@ -131,12 +122,7 @@ BOXES = pa.schema(
         pa.field("xmax", pa.float64(), nullable=False),
         pa.field("ymin", pa.float64(), nullable=False),
         pa.field("ymax", pa.float64(), nullable=False),
-        # 1 yes, 0 no, -1 unknown (OpenImages)
-        pa.field("is_occluded", pa.int8(), nullable=False),
-        pa.field("is_truncated", pa.int8(), nullable=False),
-        pa.field("is_group_of", pa.int8(), nullable=False),
-        pa.field("is_depiction", pa.int8(), nullable=False),
-        pa.field("is_inside", pa.int8(), nullable=False),
+        *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
     ]
 )
 

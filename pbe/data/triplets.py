@@ -14,21 +14,9 @@ import numpy as np
 
 from pbe.data import boxes, images, masks
 from pbe.data.boxes import Box
+from pbe.data.settings import MaterializeConfig
 
 Edges = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class CutConfig:
-    """Sizes in pixels and fractions; see params.yaml `materialize` for units and sources."""
-
-    image_px: int
-    reference_px: int
-    reference_pad_px: int
-    box_extend_frac: float
-    crop_shrink_frac: float
-    bezier_points_per_side: int
-    bezier_jitter_px: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class Plan:
     box_px: Edges
 
 
-def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: CutConfig, rng: np.random.Generator) -> Plan:
+def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig, rng: np.random.Generator) -> Plan:
     """box: tight, in pixels of a photo of the given size."""
     ext = boxes.extended(box, width_px=width_px, height_px=height_px, extend_frac=cfg.box_extend_frac, rng=rng)
     window = boxes.square_window(
@@ -68,7 +56,7 @@ def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: CutConfig, rng
     )
 
 
-def reference_area(box: Box, *, width_px: int, height_px: int, cfg: CutConfig) -> Box:
+def reference_area(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig) -> Box:
     """The part of the photo that is the reference: the tight box, padded as far as the photo goes."""
     return boxes.padded(box, cfg.reference_pad_px, width_px=width_px, height_px=height_px)
 

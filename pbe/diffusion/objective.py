@@ -13,11 +13,9 @@ weight (optional):  with snr = ab_t / (1 - ab_t) and a bound g, the loss on x_0 
 Only the first C channels of the network's input are noised; the masked latent and the keep mask are given clean.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
-Objective = Literal["x0", "eps", "v"]
+from pbe.diffusion.settings import Objective
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

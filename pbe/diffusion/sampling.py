@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pbe.diffusion.guidance import guide
-from pbe.diffusion.objective import Objective, predicted_x0, target
+from pbe.diffusion.objective import predicted_x0, target
 from pbe.diffusion.schedule import Sampler, objective_of
+from pbe.diffusion.settings import Objective
 
 # (noisy latent, timestep) -> prediction. Rows: with guidance B unconditional, then B conditional ones; without, B
 # conditional ones.

@@ -5,17 +5,15 @@ network predicts and how timesteps are spaced. Every sampler is built from that 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from pbe.diffusion.objective import Objective
+from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 from pbe.errors import UserError
 
-BetaSchedule = Literal["squaredcos_cap_v2", "scaled_linear"]
-SamplerName = Literal["pndm", "ddim", "dpm++", "unipc"]
 TRAIN_TIMESTEPS = 1000  # upstream configs/v1.yaml
 PREDICTION_TYPES: dict[Objective, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from pbe.evaluate.features.tables import Looks
 from pbe.evaluate.metrics.paired import Paired, common_items, paired_means, paired_sets
-from pbe.evaluate.score import JudgeScale, ScopeScores, ScoreConfig, metric_names
+from pbe.evaluate.score import JudgeScale, ScopeScores, metric_names
+from pbe.evaluate.settings import StatisticsConfig
 
 
 def compare(
@@ -15,7 +16,7 @@ def compare(
     *,
     scale: JudgeScale,
     photos: Mapping[str, str],
-    cfg: ScoreConfig,
+    cfg: StatisticsConfig,
 ) -> dict[str, Paired]:
     """Differences ours minus theirs on the items that both have, by metric: pixels, what the scale's judge says per
     item, and its Frechet distance; of several noise seeds the mean.

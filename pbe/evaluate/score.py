@@ -13,6 +13,7 @@ import numpy as np
 from pbe.evaluate.features.tables import Counts, Looks
 from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
 from pbe.evaluate.metrics.similarity import Gains, colour_gain, cosine, exemplar_gain
+from pbe.evaluate.settings import StatisticsConfig
 
 PSNR_CEILING_DB = 60.0  # pictures that are equal have no finite PSNR
 
@@ -59,13 +60,6 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
-    resamples: int
-    subsets: int
-    seed: int
-
-
-@dataclass(frozen=True)
 class Score:
     """One number. per_item: (N,), mean over seeds, where the number is a mean: for paired tests. judge: "" for
     pixels.
@@ -102,7 +96,7 @@ class ScopeScores:
     scores: tuple[Score, ...]
 
 
-def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: ScoreConfig) -> list[ScopeScores]:
+def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: StatisticsConfig) -> list[ScopeScores]:
     """All scopes that are scored: foreign references serve the others' gains alone.
 
     Raises ValueError, naming the scope, where there are too few items or features that cannot be compared.
@@ -161,7 +155,7 @@ class _Scope:
 
 
 def _score_scope(
-    scope: _Scope, reference_kind: str, has_foreign: bool, scales: Mapping[str, JudgeScale], cfg: ScoreConfig
+    scope: _Scope, reference_kind: str, has_foreign: bool, scales: Mapping[str, JudgeScale], cfg: StatisticsConfig
 ) -> tuple[Score, ...]:
     photos = [scope.method.photos[name] for name in scope.bench_ids]
     foreign = scope.pixels("foreign") if has_foreign else None
@@ -177,7 +171,7 @@ def numbers_of(scope: ScopeScores) -> dict[str, dict[str, Any]]:
     return {score.metric: asdict(score.estimate) | {"judge": score.judge} for score in scope.scores}
 
 
-def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str], cfg: ScoreConfig) -> list[Score]:
+def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str], cfg: StatisticsConfig) -> list[Score]:
     """photos: image id of each item; items of one photo err together. foreign: of the same holes, for the gain."""
     columns = {
         "hole_psnr_db": np.minimum(given.hole_psnr_db, PSNR_CEILING_DB).mean(0),
@@ -194,7 +188,7 @@ def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str]
 
 
 def score_features(
-    given: Edited, foreign: Edited | None, scale: JudgeScale, *, photos: Sequence[str], cfg: ScoreConfig
+    given: Edited, foreign: Edited | None, scale: JudgeScale, *, photos: Sequence[str], cfg: StatisticsConfig
 ) -> list[Score]:
     """As score_pixels, by one judge."""
     names, judge = metric_names(scale), scale.name
@@ -233,13 +227,13 @@ def metric_names(scale: JudgeScale) -> dict[str, str]:
     }
 
 
-def _mean(metric: str, judge: str, values: np.ndarray, photos: Sequence[str], cfg: ScoreConfig) -> Score:
+def _mean(metric: str, judge: str, values: np.ndarray, photos: Sequence[str], cfg: StatisticsConfig) -> Score:
     estimate = bootstrap_mean(values, groups=photos, resamples=cfg.resamples, seed=cfg.seed)
     return Score(metric, judge, estimate, values)
 
 
 def _of_sets(
-    statistic: Callable[[np.ndarray], float], sets: Sequence[np.ndarray], photos: Sequence[str], cfg: ScoreConfig
+    statistic: Callable[[np.ndarray], float], sets: Sequence[np.ndarray], photos: Sequence[str], cfg: StatisticsConfig
 ) -> Estimate:
     """A number of a whole set of features, such as a Frechet distance: by seed, then over seeds."""
 

@@ -11,17 +11,13 @@ Shapes: B images, 1280 channels, 7 x 7 = 49 cells of 32 px.
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from pbe.errors import UserError
-
-BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]
-
-
-Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
+from pbe.model.settings import BackboneName
 
 
 class Backbone(Protocol):

@@ -13,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from pbe.config import repo_root
 from pbe.model.tensors import WeightsError
+from pbe.places import repo_root
 
 # what the paper starts from
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"

@@ -15,44 +15,32 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from pbe.config import TrainConfig
 from pbe.model.exemplar import ExemplarMapper
+from pbe.model.settings import ExemplarConfig, UNetConfig
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network with random weights is built from. The paper's values: pbe/config.py, infra/profiles."""
+    """What a network with random weights is built from. The paper's values: infra/profiles/openimages.yaml."""
 
     latent_channels: int
     latent_px: int
     backbone_width: int
-    block_channels: tuple[int, ...]
-    attention: tuple[bool, ...]  # which levels have cross-attention; SD: all but the last
-    layers_per_block: int
-    attention_heads: int
-    norm_groups: int
-    context_width: int
-    mapper_width: int
-    mapper_blocks: int
-    class_embedding: bool
+    unet: UNetConfig
+    exemplar: ExemplarConfig
 
 
-def architecture_of(cfg: TrainConfig, *, image_px: int, encoded: Mapping[str, Any]) -> Architecture:
+def architecture_of(
+    unet: UNetConfig, exemplar: ExemplarConfig, *, image_px: int, encoded: Mapping[str, Any]
+) -> Architecture:
     """What params.yaml and the encode manifest's config say together."""
-    codec, unet = encoded["codec"], cfg.unet
+    codec = encoded["codec"]
     return Architecture(
         latent_channels=int(codec["channels"]),
         latent_px=image_px // int(codec["patch_px"]),
         backbone_width=int(encoded["backbone"]["width"]),
-        block_channels=unet.block_channels,
-        attention=unet.attention,
-        layers_per_block=unet.layers_per_block,
-        attention_heads=unet.attention_heads,
-        norm_groups=unet.norm_groups,
-        context_width=unet.context_width,
-        mapper_width=cfg.exemplar.mapper_width,
-        mapper_blocks=cfg.exemplar.mapper_blocks,
-        class_embedding=unet.class_embedding,
+        unet=unet,
+        exemplar=exemplar,
     )
 
 
@@ -126,26 +114,27 @@ class ConditionedUNet(nn.Module):
 
 def new_network(arch: Architecture) -> ConditionedUNet:
     """Random weights, from torch's generator."""
+    cfg = arch.unet
     unet = UNet2DConditionModel(
         sample_size=arch.latent_px,
         in_channels=2 * arch.latent_channels + 1,
         out_channels=arch.latent_channels,
-        block_out_channels=arch.block_channels,
-        layers_per_block=arch.layers_per_block,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in arch.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(arch.attention)),
-        cross_attention_dim=arch.context_width,
+        block_out_channels=cfg.block_channels,
+        layers_per_block=cfg.layers_per_block,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in cfg.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(cfg.attention)),
+        cross_attention_dim=cfg.context_width,
         # diffusers' attention_head_dim is the number of heads for this class
-        attention_head_dim=arch.attention_heads,
-        norm_num_groups=arch.norm_groups,
-        class_embed_type="projection" if arch.class_embedding else None,
-        projection_class_embeddings_input_dim=arch.context_width if arch.class_embedding else None,
+        attention_head_dim=cfg.attention_heads,
+        norm_num_groups=cfg.norm_groups,
+        class_embed_type="projection" if cfg.class_embedding else None,
+        projection_class_embeddings_input_dim=cfg.context_width if cfg.class_embedding else None,
     )
     exemplar = ExemplarMapper(
         backbone_width=arch.backbone_width,
-        mapper_width=arch.mapper_width,
-        mapper_blocks=arch.mapper_blocks,
-        context_width=arch.context_width,
+        mapper_width=arch.exemplar.mapper_width,
+        mapper_blocks=arch.exemplar.mapper_blocks,
+        context_width=cfg.context_width,
     )
     return ConditionedUNet(unet, exemplar)
 

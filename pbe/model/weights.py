@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pbe.errors import UserError
-from pbe.model.backbone import Backbone, Tokens, load_backbone
+from pbe.model.backbone import Backbone, load_backbone
 from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
 from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
 from pbe.model.exemplar import ExemplarMapper
+from pbe.model.settings import Tokens
 from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec, load_vae

@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pbe.config import TrainConfig
 from pbe.errors import UserError
+from pbe.model.settings import ExemplarConfig, UNetConfig
+from pbe.train.settings import TrainConfig
 
 ROWS_PER_RANK, STEPS, SAVED_AT = 2, 4, 2
 TOLERANCE = 1e-3  # of a loss near 1; GPUs may multiply in TF32
@@ -140,7 +141,17 @@ def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: 
     world = cfg.workers
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    network = new_network(Architecture(4, 8, 16, (32, 64), (True, False), 1, 4, 8, 16, 16, 1, False))
+    small = UNetConfig(
+        block_channels=(32, 64),
+        attention=(True, False),
+        layers_per_block=1,
+        attention_heads=4,
+        norm_groups=8,
+        context_width=16,
+        class_embedding=False,
+    )
+    exemplar = ExemplarConfig(mapper_width=16, mapper_blocks=1)
+    network = new_network(Architecture(4, 8, 16, unet=small, exemplar=exemplar))
     network.use_kernels(sdpa=cfg.kernels.sdpa, channels_last=cfg.kernels.channels_last, activation_checkpointing=False)
     if cfg.precision == "bf16_autocast":
         network.use_autocast()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbe.config import TrainConfig
 from pbe.errors import UserError
+from pbe.train.settings import TrainConfig
 
 # Gradient buckets in elements. DeepSpeed's default of 5e8 would allocate gigabytes on a small machine.
 CPU_BUCKET = 4_000_000

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pbe.config import TrainConfig
 from pbe.data import images
 from pbe.data.batches import (
     Batch,
@@ -38,10 +37,12 @@ from pbe.data.rng import row_rng
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, group_rows, require_same_rows, slot_files
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS
 from pbe.encode import encode_masked, encode_references, encode_source, to_device
-from pbe.model.backbone import Backbone, Tokens
+from pbe.model.backbone import Backbone
 from pbe.model.codec import Codec
 from pbe.model.frozen import open_backbone
+from pbe.model.settings import Tokens
 from pbe.store import File, Manifest, Store
+from pbe.train.settings import TrainConfig
 
 PREFETCHED_BATCHES = 4
 

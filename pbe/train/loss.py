@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.config import TrainConfig
 from pbe.data.batches import Batch
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
 from pbe.diffusion.sampling import forwards_per_step, sample
 from pbe.diffusion.schedule import default_sampler, make_sampler
+from pbe.train.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from pbe import track
-from pbe.config import TrainConfig
 from pbe.data.batches import Batch
 from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
@@ -37,6 +36,7 @@ from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.input import Share, open_input
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
+from pbe.train.settings import TrainConfig
 from pbe.train.timing import Laps, peak_memory_gib
 from pbe.train.validation import Validation
 

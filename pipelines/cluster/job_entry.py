@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pbe.config import tracking_uri
 from pbe.errors import UserError
+from pbe.places import tracking_uri
 from pbe.store import Store
 from pipelines.cluster.working_dir import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
 from pipelines.runtime.stage import Stage, StageError

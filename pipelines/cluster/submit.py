@@ -25,7 +25,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pbe.config import refuse_credentials
+from pbe.places import refuse_credentials
 from pipelines.cluster.job_results import attempts_in_storage, fetch, take_over_finished
 from pipelines.cluster.working_dir import (
     Package,

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pbe.config import refuse_credentials, tracking_uri
+from pbe.places import refuse_credentials, tracking_uri
 from pbe.store import digest
 from pipelines.runtime.environment import WORKER_ENV
 from pipelines.runtime.progress_records import JOB_VARIABLE

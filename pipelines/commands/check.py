@@ -8,8 +8,9 @@ import os
 import time
 from pathlib import Path
 
-from pbe.config import load_params, repo_root
+from pbe.config import load_params
 from pbe.data.files import SourceError, file_tree
+from pbe.places import repo_root
 
 TORN_AFTER_S = 2.0  # a lock that is being written is whole again long before
 

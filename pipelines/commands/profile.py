@@ -1,15 +1,27 @@
 """profile NAME [--root DIR]: params.yaml from infra/profiles/NAME.yaml, checked before it takes the old one's place.
 
-A profile of photos or weights on disk holds the placeholder @ROOT@ where their folder goes.
+A profile is an overlay: `base:` names the profile below it, and it says only what differs, in blocks between blank
+lines as params.yaml has them. What is written is one whole file, with the comments of both. A profile of photos or
+weights on disk holds the placeholder @ROOT@ where their folder goes.
 """
 
+import io
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
-from pbe.config import ParamsError, load_params, repo_root
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from pbe.config import parse_params
+from pbe.errors import ParamsError
+from pbe.places import repo_root
 
 PLACEHOLDER = "@ROOT@"
+NULL = "tag:yaml.org,2002:null"
+REPLACED_WHOLE = ("variants", "baselines")  # a profile's rows are not added to those of its base
 
 
 def main(name: str, root: str) -> None:
@@ -17,23 +29,20 @@ def main(name: str, root: str) -> None:
     stays."""
     home = repo_root()
     text = profile_text(home / "infra" / "profiles", name, root)
+    params = parse_params(text, "params.yaml")
     target = home / "params.yaml"
     beside = target.with_name("params.yaml.new")
     try:
         beside.write_text(text)
-        params = load_params(beside)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
     print(f"params.yaml: profile {name}, variants {', '.join(params.variants)}; `make repro` runs it")
 
 
-def profile_text(folder: Path, name: str, root: str) -> str:
-    """The profile with its placeholder replaced by the absolute `root`. Raises ParamsError."""
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ParamsError(f"profile '{name}' is unknown; there are: {', '.join(known)}")
-    text = (folder / f"{name}.yaml").read_text()
+def profile_text(folder: Path, name: str, root: str = "") -> str:
+    """The profile in full, with its placeholder replaced by the absolute `root`. Raises ParamsError."""
+    text = full_text(folder, name)
     if PLACEHOLDER not in text:
         if root:
             raise ParamsError(f"profile {name} needs no folder and takes no ROOT; '{root}' was given")
@@ -45,3 +54,69 @@ def profile_text(folder: Path, name: str, root: str) -> str:
         raise ParamsError(f"ROOT={root}: {absolute} is not a folder")
     # the placeholder stands in double-quoted YAML scalars, whose escapes are those of JSON
     return text.replace(PLACEHOLDER, json.dumps(str(absolute))[1:-1])
+
+
+def full_text(folder: Path, name: str, *, above: tuple[str, ...] = ()) -> str:
+    """The profile laid over its bases, with @ROOT@ as it stands. above: profiles that are laid over it. Raises
+    ParamsError."""
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ParamsError(f"profile '{name}' is unknown; there are: {', '.join(known)}")
+    text = (folder / f"{name}.yaml").read_text()
+    head, over = _blocks(text)
+    if "base" not in over:
+        return text
+    under = over.pop("base").removeprefix("base:").strip()
+    if under in (name, *above):
+        raise ParamsError(f"infra/profiles/{name}.yaml: base: {under} is laid over itself")
+    _, base = _blocks(full_text(folder, under, above=(name, *above)))
+    if unknown := sorted(over.keys() - base.keys()):
+        raise ParamsError(f"infra/profiles/{name}.yaml: {unknown[0]}: no section of its base")
+    merged = [_merged(key, block, over[key]) if key in over else block for key, block in base.items()]
+    return "\n\n".join([head, *merged]) + "\n"
+
+
+def _blocks(text: str) -> tuple[str, dict[str, str]]:
+    """The file's head comment, and its top-level keys, each with the comment lines above it."""
+    head, *blocks = re.split(r"\n\s*\n", text.strip())
+    return head, {re.findall(r"^(\w+):", block, re.MULTILINE)[0]: block for block in blocks}
+
+
+def _merged(key: str, base: str, over: str) -> str:
+    if key in REPLACED_WHOLE:
+        comments = [line for line in base.split("\n") if line.startswith("#")]
+        return over if over.startswith("#") else "\n".join([*comments, over])
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 1 << 16, True
+    yaml.brace_single_entry_mapping_in_flow_sequence = True
+    yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
+    tree = yaml.load(base)
+    _lay(yaml.load(over), tree)
+    out = io.StringIO()
+    yaml.dump(tree, out)
+    return out.getvalue().rstrip("\n")
+
+
+def _lay(over: CommentedMap, tree: CommentedMap) -> None:
+    """Set the keys of `over` in `tree`, with their comments. New keys follow the key that they follow in `over`."""
+    before: Any = None
+    for key, value in over.items():
+        old = tree.get(key)
+        if (
+            isinstance(value, CommentedMap)
+            and isinstance(old, CommentedMap)
+            and value.get("kind")
+            in (
+                None,
+                old.get("kind"),
+            )
+        ):
+            _lay(value, old)
+        elif key in tree:
+            tree[key] = value
+        else:
+            keys = list(tree)
+            tree.insert(keys.index(before) + 1 if before in keys else 0, key, value)
+        if key in over.ca.items:
+            tree.ca.items[key] = over.ca.items[key]
+        before = key

@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pbe.config import Params, load_params, repo_root, storage_uri, tracking_uri
+from pbe.config import Params, load_params
 from pbe.errors import UserError
+from pbe.places import repo_root, storage_uri, tracking_uri
 from pbe.store import Store
 from pbe.train.checkpoints import Run
 from pipelines.reporting.summary import mlflow_command

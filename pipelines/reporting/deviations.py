@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pbe.config import FilterConfig, Params, TrainConfig
+from pbe.config import Params
+from pbe.data.filter import FilterConfig
+from pbe.train.settings import TrainConfig
 
 PAPER_IMAGE_PX = 512
 PAPER_REFERENCE_PX = 224

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pbe.config import Params, load_params, repo_root, tracking_uri
+from pbe.config import Params, load_params
 from pbe.evaluate.metrics.intervals import Estimate
+from pbe.places import repo_root, tracking_uri
 from pipelines.runtime.stage import StageError, output_folder
 
 LISTED = 8  # methods; the report has all of them

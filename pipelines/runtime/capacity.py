@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 from ray.util import placement_group, remove_placement_group
 
-from pbe.config import ActorResources, TaskResources
+from pbe.settings import ActorResources, TaskResources
 from pipelines.runtime.stage import StageError
 
 GIB = 1 << 30

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import ray
 from ray.data import ActorPoolStrategy
 
-from pbe.config import ActorResources, TaskResources
 from pbe.errors import UserError
+from pbe.settings import ActorResources, TaskResources
 from pbe.store import Record, record_from
 from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.runtime.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset

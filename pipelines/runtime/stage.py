@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pbe.config import MaterializeConfig, Params, ParamsError, load_params, repo_root, storage_uri
-from pbe.data.triplets import CutConfig
-from pbe.errors import UserError
+from pbe.config import Params, load_params
+from pbe.errors import ParamsError, UserError
+from pbe.places import repo_root, storage_uri
 from pbe.store import Store, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
@@ -55,19 +55,6 @@ def output_folder(root: Path, stage: str, variant: str | None = None) -> Path:
     """Baselines lie beside the variants' edits: evaluate reads both alike."""
     folder = root / "data" / ("edit" if stage == "baseline" else stage)
     return folder / variant if variant else folder
-
-
-def cut_config(cfg: MaterializeConfig) -> CutConfig:
-    """The geometry part of the materialize settings, for everything that cuts crops."""
-    return CutConfig(
-        image_px=cfg.image_px,
-        reference_px=cfg.reference_px,
-        reference_pad_px=cfg.reference_pad_px,
-        box_extend_frac=cfg.box_extend_frac,
-        crop_shrink_frac=cfg.crop_shrink_frac,
-        bezier_points_per_side=cfg.bezier_points_per_side,
-        bezier_jitter_px=cfg.bezier_jitter_px,
-    )
 
 
 def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:

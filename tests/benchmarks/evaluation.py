@@ -30,16 +30,18 @@ from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
 from pbe.evaluate.metrics.frechet import feature_statistics
 from pbe.evaluate.metrics.paired import paired_means, paired_sets
 from pbe.evaluate.scale import make_scale
-from pbe.evaluate.score import Method, ScopeScores, ScoreConfig, score_method
+from pbe.evaluate.score import Method, ScopeScores, score_method
+from pbe.evaluate.settings import StatisticsConfig
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import fit_patch_codec
+from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import Architecture, new_network
 from pbe.model.weights import Model, ModelCard
 from tests.benchmarks.device import add_device, now, one_thread, open_device
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
 KINDS = ("exemplar", "foreign")
-SIZES = ScoreConfig(resamples=2000, subsets=200, seed=42)  # as the sample's params.yaml
+SIZES = StatisticsConfig(resamples=2000, subsets=200, seed=42)  # as the sample's params.yaml
 
 
 def picture(rng: np.random.Generator, side_px: int) -> np.ndarray:
@@ -53,15 +55,16 @@ def new_editor(crops: np.ndarray, device: torch.device) -> Editor:
         latent_channels=16,
         latent_px=IMAGE_PX // 4,
         backbone_width=1280,
-        block_channels=(48, 96, 96),
-        attention=(False, False, True),
-        layers_per_block=1,
-        attention_heads=2,
-        norm_groups=16,
-        context_width=128,
-        mapper_width=256,
-        mapper_blocks=1,
-        class_embedding=True,
+        unet=UNetConfig(
+            block_channels=(48, 96, 96),
+            attention=(False, False, True),
+            layers_per_block=1,
+            attention_heads=2,
+            norm_groups=16,
+            context_width=128,
+            class_embedding=True,
+        ),
+        exemplar=ExemplarConfig(mapper_width=256, mapper_blocks=1),
     )
     card = ModelCard(
         image_px=IMAGE_PX,

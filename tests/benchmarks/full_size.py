@@ -29,15 +29,16 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
-from pbe.config import TrainConfig, load_params  # noqa: E402
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches  # noqa: E402
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
 from pbe.model.unet import new_network  # noqa: E402
 from pbe.store import Manifest, Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402
+from pbe.train.settings import TrainConfig  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_rank, open_device  # noqa: E402
 from tests.gpu.training import encoded_noise  # noqa: E402
+from tests.profiles import profile  # noqa: E402
 
 ROWS, ROWS_PER_GROUP = 8, 2
 
@@ -60,7 +61,7 @@ def main() -> int:
     device = open_device(args.device)
     give_memory_back()
     batch = args.micro_batch * args.accumulation
-    train = load_params(ROOT / "infra" / "profiles" / "openimages.yaml").train
+    train = profile("openimages").train
     cfg = changed(
         train,
         precision=args.precision,

@@ -30,7 +30,11 @@ from infra.scaling import PARAMETERS, table  # noqa: E402
 from tests.benchmarks.device import add_device, open_device  # noqa: E402
 from tests.train.ranks import ARCH, run_ranks, tiny_config  # noqa: E402
 
-NETWORK = replace(ARCH, block_channels=(32, 64), context_width=32, mapper_width=64)
+NETWORK = replace(
+    ARCH,
+    unet=ARCH.unet.model_copy(update={"block_channels": (32, 64), "context_width": 32}),
+    exemplar=ARCH.exemplar.model_copy(update={"mapper_width": 64}),
+)
 WARM_STEPS, STEPS = 2, 3  # stage 3 learns the order of parameters in the first
 TINY_BUCKET, WHOLE_BUCKET = 20_000, 4_000_000
 BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux' struct tcp_info

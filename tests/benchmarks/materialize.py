@@ -41,22 +41,25 @@ from pbe.data import images as image_codec  # noqa: E402
 from pbe.data.annotations import box_files, read_annotations  # noqa: E402
 from pbe.data.boxes import Box, extended, padded, pixel_box, square_window  # noqa: E402
 from pbe.data.files import FileTree  # noqa: E402
-from pbe.data.filter import FilterRules, filter_boxes  # noqa: E402
+from pbe.data.filter import FilterConfig, filter_boxes  # noqa: E402
 from pbe.data.index import by_bucket  # noqa: E402
 from pbe.data.ingest import PhotoLimits, read_bucket  # noqa: E402
-from pbe.data.materialize import Jpeg, triplet_tables  # noqa: E402
+from pbe.data.materialize import triplet_tables  # noqa: E402
 from pbe.data.rng import row_rng  # noqa: E402
 from pbe.data.schema import ANNOTATIONS, PHOTOS  # noqa: E402
+from pbe.data.settings import MaterializeConfig  # noqa: E402
 from pbe.data.sources import FolderSource  # noqa: E402
-from pbe.data.triplets import CutConfig, box_order  # noqa: E402
+from pbe.data.triplets import box_order  # noqa: E402
 from pbe.store import Record, Store  # noqa: E402
 from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E402
 
 if TYPE_CHECKING:
     from pipelines.runtime.parts import Unit
 
-CUT = CutConfig(
+CUT = MaterializeConfig(
     image_px=512,
+    slots=1,
+    jpeg_chroma="420",
     reference_px=224,
     reference_pad_px=10,
     box_extend_frac=0.4,
@@ -64,12 +67,8 @@ CUT = CutConfig(
     bezier_points_per_side=18,
     bezier_jitter_px=5,
 )
-JPEG = Jpeg(quality=95, chroma="420")
 SEED = 23
-UPSTREAM = FilterRules(
-    min_area_frac=0.02, max_area_frac=0.8, min_side_px=0, max_aspect=None, include_classes=None, exclude_classes=(),
-    exclude_flags=(), max_iou=None, exclude_images=(),
-)  # fmt: skip
+UPSTREAM = FilterConfig(min_area_frac=0.02, max_area_frac=0.8)
 
 
 @dataclass(frozen=True)
@@ -190,12 +189,12 @@ def roofline(photos: Photos) -> int:
         for area, side_px in ((window, CUT.image_px), (reference, CUT.reference_px)):
             crop = image[area.y0 : area.y1, area.x0 : area.x1]
             small = cv2.resize(crop, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
-            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, JPEG.quality])
+            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, CUT.jpeg_quality])
     return len(photos.windows)
 
 
 def ours(photos: Photos) -> int:
-    _, counts = triplet_tables(photos.images, photos.boxes, cfg=CUT, slots=1, jpeg=JPEG, seed=SEED)
+    _, counts = triplet_tables(photos.images, photos.boxes, cfg=CUT, seed=SEED)
     return counts["triplets"]
 
 
@@ -230,7 +229,7 @@ def more_rates(photos: Photos, repeats: int) -> str:
             hashlib.sha256(data).hexdigest()
 
     def slots_8() -> None:
-        triplet_tables(photos.images, photos.boxes, cfg=CUT, slots=8, jpeg=JPEG, seed=SEED)
+        triplet_tables(photos.images, photos.boxes, cfg=CUT.model_copy(update={"slots": 8}), seed=SEED)
 
     rows = photos.images.num_rows
     return f"8 slots {8 * rows / seconds(slots_8):.0f} triplets/s, ingest checks {rows / seconds(check):.0f} photos/s"
@@ -267,7 +266,8 @@ def ray_rates(
 def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) -> float:
     from functools import partial
 
-    from pbe.config import TaskResources, load_params
+    from pbe.config import load_params
+    from pbe.settings import TaskResources
     from pipelines.runtime.parts import Unit, run_units
     from pipelines.runtime.stage import Stage
 
@@ -310,8 +310,7 @@ def task(store: Store) -> Callable[["Unit"], Record]:
     def work(unit: "Unit") -> Record:
         record = unit.payload
         tables, counts = triplet_tables(
-            store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, slots=1,
-            jpeg=JPEG, seed=SEED,
+            store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, seed=SEED,
         )  # fmt: skip
         counts["ended_us"] = time.time_ns() // 1000
         return store.write_unit("bench", unit.name, tables, counts=counts)

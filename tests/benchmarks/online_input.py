@@ -18,17 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pbe.config import Params, TrainConfig, load_params
+from pbe.config import Params, load_params
 from pbe.data import images
-from pbe.data.schema import Dtype
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import fit_patch_codec
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.settings import Dtype
 from pbe.store import Manifest, Store
 from pbe.train.input import Share, TrainInput, open_input
 from pbe.train.loss import Diffusion, row_losses
+from pbe.train.settings import TrainConfig
 from tests.benchmarks.device import add_device, now, one_thread, open_device
 from tests.tiny_weights import lively
 from tests.train.pixels import SEED, SLOTS, Networks, encoded_of, triplets_of
@@ -141,15 +142,8 @@ def _network(params: Params, networks: Networks) -> ConditionedUNet:
         latent_channels=networks.codec.channels,
         latent_px=params.materialize.image_px // networks.codec.patch_px,
         backbone_width=networks.backbone.width,
-        block_channels=unet.block_channels,
-        attention=unet.attention,
-        layers_per_block=unet.layers_per_block,
-        attention_heads=unet.attention_heads,
-        norm_groups=unet.norm_groups,
-        context_width=unet.context_width,
-        mapper_width=cfg.exemplar.mapper_width,
-        mapper_blocks=cfg.exemplar.mapper_blocks,
-        class_embedding=unet.class_embedding,
+        unet=unet,
+        exemplar=cfg.exemplar,
     )
     torch.manual_seed(SEED)
     network = new_network(arch)

@@ -121,9 +121,10 @@ class Writer:
 
 def index(folder: Path, buckets: int) -> int:
     """Cut by bucket and write, as pipelines/ingest.py does; buckets 0: import only."""
-    from pbe.config import IngestConfig, load_params
-    from pbe.data.download import Downloader, DownloadLimits
+    from pbe.config import load_params
+    from pbe.data.download import Downloader
     from pbe.data.files import FileTree
+    from pbe.data.settings import DownloadConfig, IngestConfig
     from pbe.data.sources import OpenImagesSource
     from pbe.store import Store
     from pipelines.ingest import write_index
@@ -134,8 +135,8 @@ def index(folder: Path, buckets: int) -> int:
         changes = {"source": "openimages", "boxes": str(boxes), "images": str(info), "buckets": buckets}
         changes["image_base"] = "http://127.0.0.1:9"
         cfg = IngestConfig.model_validate(load_params().ingest.model_dump() | changes)
-        limits = DownloadLimits(1, 1, 1.0, 1.0, 1.0, 0.0, 1)
-        source = OpenImagesSource(FileTree(str(info), "images"), Downloader("http://127.0.0.1:9", limits))
+        limits = DownloadConfig(connections=1, attempts=1, connect_s=1, idle_s=1, whole_s=1, backoff_s=0)
+        source = OpenImagesSource(FileTree(str(info), "images"), Downloader("http://127.0.0.1:9", limits, max_bytes=1))
         left_out, records = write_index(Store(str(folder / "store")), source, cfg)
         rows = sum(record.file("annotations").rows for record in records)
         known = sum(record.file("photos").rows for record in records)

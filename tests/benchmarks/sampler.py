@@ -31,6 +31,7 @@ from torch import Tensor  # noqa: E402
 
 from pbe.diffusion.sampling import sample  # noqa: E402
 from pbe.diffusion.schedule import make_sampler  # noqa: E402
+from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
 from pbe.model.unet import Architecture, new_network  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_thread, open_device  # noqa: E402
 from tests.tiny_weights import CLIP_LAYERS, CLIP_WIDTH, CONTEXT_WIDTH, REFERENCE_PX, paper_model  # noqa: E402
@@ -39,15 +40,16 @@ ARCH = Architecture(
     latent_channels=4,
     latent_px=16,
     backbone_width=CLIP_WIDTH,
-    block_channels=(64, 128, 320),
-    attention=(True, True, False),
-    layers_per_block=2,
-    attention_heads=8,
-    norm_groups=32,
-    context_width=CONTEXT_WIDTH,
-    mapper_width=CLIP_WIDTH,
-    mapper_blocks=(CLIP_LAYERS + 1) // 5,
-    class_embedding=False,
+    unet=UNetConfig(
+        block_channels=(64, 128, 320),
+        attention=(True, True, False),
+        layers_per_block=2,
+        attention_heads=8,
+        norm_groups=32,
+        context_width=CONTEXT_WIDTH,
+        class_embedding=False,
+    ),
+    exemplar=ExemplarConfig(mapper_width=CLIP_WIDTH, mapper_blocks=(CLIP_LAYERS + 1) // 5),
 )
 IMAGE_PX, SCALE = 8 * ARCH.latent_px, 5.0
 

@@ -29,20 +29,21 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pbe.config import TrainConfig, load_params  # noqa: E402
 from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
 from pbe.store import Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
+from pbe.train.settings import TrainConfig  # noqa: E402
 from pbe.train.worker import train_worker  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_rank, one_thread, open_device  # noqa: E402
 from tests.benchmarks.online_input import measure  # noqa: E402
+from tests.profiles import profile  # noqa: E402
 from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_job  # noqa: E402
 
 LATENT_PX = 16
 
 
 def config(steps: int) -> TrainConfig:
-    sample = load_params(ROOT / "infra" / "profiles" / "sample.yaml").train
+    sample = profile("sample").train
     changes = {
         "steps": steps,
         "workers": 1,
@@ -59,7 +60,7 @@ def config(steps: int) -> TrainConfig:
 
 def architecture(cfg: TrainConfig) -> Architecture:
     encoded = {"codec": {"channels": 16, "patch_px": PATCH_PX}, "backbone": {"width": WIDTH}}
-    return architecture_of(cfg, image_px=LATENT_PX * PATCH_PX, encoded=encoded)
+    return architecture_of(cfg.unet, cfg.exemplar, image_px=LATENT_PX * PATCH_PX, encoded=encoded)
 
 
 def random_inputs(

@@ -10,11 +10,10 @@ from pickle import dumps, loads
 
 import pytest
 
-from pbe.data.download import Downloader, DownloadLimits, PhotoError, http_base
+from pbe.data.download import Downloader, PhotoError, http_base
+from pbe.data.settings import DownloadConfig
 
-LIMITS = DownloadLimits(
-    connections=4, attempts=3, connect_s=2, idle_s=0.4, whole_s=0.8, backoff_s=0.01, max_bytes=10_000
-)
+LIMITS = DownloadConfig(connections=4, attempts=3, connect_s=2, idle_s=0.4, whole_s=0.8, backoff_s=0.01)
 BODY = b"\xff\xd8\xff" + b"x" * 5000
 
 
@@ -108,7 +107,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def downloader(server: Server) -> Downloader:
     server.asked.clear()
-    return Downloader(server.base, LIMITS)
+    return Downloader(server.base, LIMITS, max_bytes=10_000)
 
 
 @pytest.mark.parametrize("name", ["fine.jpg", "with space.jpg", "ünïcode+%.jpg"])
@@ -157,7 +156,7 @@ def test_no_server_at_all_is_a_passing_failure() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         with pytest.raises(PhotoError) as caught:
-            Downloader(f"http://127.0.0.1:{held.getsockname()[1]}", LIMITS).fetch("a.jpg")
+            Downloader(f"http://127.0.0.1:{held.getsockname()[1]}", LIMITS, max_bytes=10_000).fetch("a.jpg")
     assert caught.value.reason == "download_failed"
 
 

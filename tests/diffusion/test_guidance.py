@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pbe.diffusion.guidance import guide
-from pbe.diffusion.objective import Objective, predicted_x0
+from pbe.diffusion.objective import predicted_x0
+from pbe.diffusion.settings import Objective
 
 UNCOND, COND = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([2.0, 2.0, 1.0])
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pbe.diffusion.objective import Objective, target
+from pbe.diffusion.objective import target
 from pbe.diffusion.sampling import Denoiser, sample
-from pbe.diffusion.schedule import BetaSchedule, SamplerName, alphas_cumprod, make_sampler, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod, make_sampler, scheduler_config
+from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
 SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)

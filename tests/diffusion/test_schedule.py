@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.diffusion.objective import Objective
 from pbe.diffusion.schedule import (
     TRAIN_TIMESTEPS,
-    BetaSchedule,
     SamplerError,
-    SamplerName,
     alphas_cumprod,
     make_sampler,
     objective_of,
     scheduler_config,
 )
+from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
 SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)

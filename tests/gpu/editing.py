@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pbe.config import Precision
 from pbe.edit import UPSTREAM, Editor
 from pbe.model.precision import float32_products
+from pbe.model.settings import Precision
 from tests.gpu.networks import new_model
 from tests.gpu.sizes import Sizes
 from tests.gpu.stops import stops

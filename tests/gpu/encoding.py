@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pbe.config import Precision
 from pbe.data import images
 from pbe.data.masks import HOLE_KINDS, pack_mask
 from pbe.data.reference import make_augmenter
 from pbe.data.schema import TRIPLETS
 from pbe.encode import encode_masked, encode_references, encode_source, encode_triplets
 from pbe.model.precision import float32_products
+from pbe.model.settings import Precision
 from tests.gpu.networks import new_clip_backbone, new_kl_codec
 from tests.gpu.sizes import Sizes
 

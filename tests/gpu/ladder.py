@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infra.memory import GIB, activation_bytes, states
-from pbe.config import TrainConfig
 from pbe.model.unet import Architecture, new_network
+from pbe.train.settings import TrainConfig
 from tests.gpu.process import CaseError, DeviceProcess
 from tests.gpu.sizes import Sizes
 from tests.gpu.training import measure_training, paper_config

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.config import TrainConfig
 from pbe.diffusion.objective import add_noise
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.precision import float32_products
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.train.settings import TrainConfig
 from pbe.train.worker import train_worker
 from tests.gpu.networks import new_clip_backbone, new_kl_codec
 from tests.gpu.process import join_one_rank

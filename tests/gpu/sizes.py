@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.memory import PAPER
+from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import Architecture
 
 
@@ -67,14 +68,16 @@ TINY_SIZES = replace(
         PAPER,
         latent_px=8,
         backbone_width=64,
-        block_channels=(32, 64),
-        attention=(True, False),
-        layers_per_block=1,
-        attention_heads=4,
-        norm_groups=8,
-        context_width=24,
-        mapper_width=64,
-        mapper_blocks=2,  # as diffusers has for nine layers of CLIP
+        unet=UNetConfig(
+            block_channels=(32, 64),
+            attention=(True, False),
+            layers_per_block=1,
+            attention_heads=4,
+            norm_groups=8,
+            context_width=24,
+            class_embedding=False,
+        ),
+        exemplar=ExemplarConfig(mapper_width=64, mapper_blocks=2),  # as diffusers has for nine layers of CLIP
     ),
     image_px=64,
     encoded_rows=64,

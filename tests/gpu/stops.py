@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pbe.config import repo_root
+from pbe.places import repo_root
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
 ROOMS = (f"{repo_root()}/pbe/", "/deepspeed/", "/diffusers/", "/transformers/")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pbe.config import repo_root
+from pbe.places import repo_root
 from tests.gpu.process import CaseError, DeviceProcess
 from tests.gpu.report import failures, missed, page
 

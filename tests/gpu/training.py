@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pbe.config import TrainConfig, load_params, repo_root
 from pbe.data.schema import array_bytes, array_shape, encoded_schema, require
 from pbe.data.slots import slot_name
 from pbe.diffusion.schedule import scheduler_config
@@ -22,11 +21,13 @@ from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, load_manifest, make_manifest, save_manifest
 from pbe.train import worker
 from pbe.train.engine import make_engine
+from pbe.train.settings import TrainConfig
 from pbe.train.timing import peak_memory_gib
 from pbe.train.worker import Job, train_worker
 from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
 from tests.gpu.stops import stops_of_steps
+from tests.profiles import profile
 
 NEVER, DRAWS = 10**6, 2
 
@@ -79,7 +80,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
 def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:
     """The openimages profile on one rank with one micro-batch a step, unless `changes` say otherwise. `kernels` are
     merged."""
-    base = load_params(repo_root() / "infra" / "profiles" / "openimages.yaml").train.model_dump()
+    base = profile("openimages").train.model_dump()
     kernels = base["kernels"] | changes.pop("kernels", {})
     micro_batch = changes.pop("micro_batch", sizes.micro_batch)
     base |= {"workers": 1, "lanes": 1, "micro_batch": micro_batch, "batch": micro_batch, "kernels": kernels}

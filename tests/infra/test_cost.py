@@ -35,7 +35,8 @@ from infra.scaling import (
     encoded_bytes,
     row_bytes,
 )
-from pbe.config import TrainConfig, load_params
+from pbe.config import load_params
+from pbe.train.settings import TrainConfig
 from tests.benchmarks.link_bytes import TINY_BUCKET, Case, cases, measured, sent_bytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.config import repo_root
+from pbe.places import repo_root
 
 ROOT = repo_root()
 COCO256 = ROOT.parent / "shared" / "data" / "coco256"

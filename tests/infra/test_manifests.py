@@ -20,17 +20,18 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start as ray_start
 
-from pbe.config import Params, load_params
+from pbe.config import Params
 from pipelines.cluster.working_dir import job_env
 from pipelines.runtime.capacity import Bundle, Demand, fits, ray_resources
 from pipelines.runtime.stage import CLUSTER_STAGES, open_stage
+from tests.profiles import NAMES, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 CLUSTER = yaml.safe_load((INFRA / "kuberay" / "raycluster.yaml").read_text())
 JOB = yaml.safe_load((INFRA / "kuberay" / "rayjob.yaml").read_text())
 LAUNCHER = yaml.safe_load((INFRA / "ray-cluster-aws.yaml").read_text())
-PROFILES = {path.stem: load_params(path) for path in sorted((INFRA / "profiles").glob("*.yaml"))}
+PROFILES = {name: profile(name) for name in NAMES}
 
 KUBERNETES = "1.33"  # whose schema pods are checked against
 (RAY,) = re.findall(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.model.backbone import BackboneError, BackboneName, EfficientNetLite, load_backbone
+from pbe.model.backbone import BackboneError, EfficientNetLite, load_backbone
+from pbe.model.settings import BackboneName
 
 NAMES: tuple[BackboneName, ...] = ("efficientnet_lite0", "efficientnet_lite2")
 

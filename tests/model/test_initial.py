@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pbe.model.initial import load_initial
+from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.tensors import WeightsError
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from tests.tiny_weights import CLIP_WIDTH, CONTEXT_WIDTH, paper_model, tiny_unet, write_paint_by_example
@@ -17,15 +19,16 @@ ARCH = Architecture(
     latent_channels=4,
     latent_px=4,
     backbone_width=CLIP_WIDTH,
-    block_channels=(32, 64),
-    attention=(True, False),
-    layers_per_block=1,
-    attention_heads=8,
-    norm_groups=32,
-    context_width=CONTEXT_WIDTH,
-    mapper_width=CLIP_WIDTH,
-    mapper_blocks=2,
-    class_embedding=False,
+    unet=UNetConfig(
+        block_channels=(32, 64),
+        attention=(True, False),
+        layers_per_block=1,
+        attention_heads=8,
+        norm_groups=32,
+        context_width=CONTEXT_WIDTH,
+        class_embedding=False,
+    ),
+    exemplar=ExemplarConfig(mapper_width=CLIP_WIDTH, mapper_blocks=2),
 )
 
 
@@ -116,6 +119,6 @@ def test_other_weights_are_refused_in_one_line(
 
 def test_a_mapper_of_another_size_is_refused(tmp_path: Path) -> None:
     folder = write_paint_by_example(tmp_path / "model")
-    other = new_network(Architecture(**{**vars(ARCH), "mapper_blocks": 1}))
+    other = new_network(replace(ARCH, exemplar=ARCH.exemplar.model_copy(update={"mapper_blocks": 1})))
     with pytest.raises(WeightsError, match=r"train\.exemplar must have its sizes"):
         load_initial(other, folder / "unet", folder / "image_encoder")

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import Architecture, ConditionedUNet, Float32GroupNorm, new_network, use_float32_group_norm
+
+
+def _with(arch: Architecture, **changes: Any) -> Architecture:
+    """`arch` with other settings of its UNet."""
+    return replace(arch, unet=arch.unet.model_copy(update=changes))
 
 
 def _inputs(arch: Architecture, rows: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def test_the_network_sees_noisy_latent_then_masked_latent_then_keep_mask(
 )
 @pytest.mark.parametrize("class_embedding", [True, False])
 def test_every_input_matters_to_its_own_row_alone(name: str, class_embedding: bool, arch: Architecture) -> None:
-    model = _build(replace(arch, class_embedding=class_embedding))
+    model = _build(_with(arch, class_embedding=class_embedding))
     inputs = _inputs(arch)
     before = model(**inputs)
     changed = inputs[name].clone()
@@ -90,17 +96,19 @@ def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architect
 
 @pytest.mark.parametrize("attention", [(True, True, False), (False, False, True), (False,) * 3, (True,) * 3])
 def test_attention_is_where_it_is_asked_for(attention: tuple[bool, ...], arch: Architecture) -> None:
-    unet = new_network(replace(arch, block_channels=(8, 8, 8), attention=attention)).unet
+    unet = new_network(_with(arch, block_channels=(8, 8, 8), attention=attention)).unet
     down = [hasattr(block, "attentions") for block in unet.down_blocks]
     assert down == list(attention)
     assert [hasattr(block, "attentions") for block in unet.up_blocks] == down[::-1]
 
 
 def test_the_width_of_the_condition_fits_and_class_embedding_is_a_switch(arch: Architecture) -> None:
-    with_class, without = (new_network(replace(arch, class_embedding=value)) for value in (True, False))
+    with_class, without = (new_network(_with(arch, class_embedding=value)) for value in (True, False))
     extra = set(with_class.state_dict()) - set(without.state_dict())
     assert extra and all("class_embedding" in name for name in extra)
-    assert with_class.unet.config.cross_attention_dim == arch.context_width == without.unet.config.cross_attention_dim
+    assert (
+        with_class.unet.config.cross_attention_dim == arch.unet.context_width == without.unet.config.cross_attention_dim
+    )
 
 
 @torch.no_grad()
@@ -134,15 +142,16 @@ def test_the_papers_network_has_upstreams_parameter_count() -> None:
         latent_channels=4,
         latent_px=64,
         backbone_width=1024,
-        block_channels=(320, 640, 1280, 1280),
-        attention=(True, True, True, False),
-        layers_per_block=2,
-        attention_heads=8,
-        norm_groups=32,
-        context_width=768,
-        mapper_width=1024,
-        mapper_blocks=5,
-        class_embedding=False,
+        unet=UNetConfig(
+            block_channels=(320, 640, 1280, 1280),
+            attention=(True, True, True, False),
+            layers_per_block=2,
+            attention_heads=8,
+            norm_groups=32,
+            context_width=768,
+            class_embedding=False,
+        ),
+        exemplar=ExemplarConfig(mapper_width=1024, mapper_blocks=5),
     )
     with torch.device("meta"):
         model = new_network(paper)

@@ -24,12 +24,13 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import Params, load_params, repo_root
+from pbe.config import Params
 from pbe.data import images
 from pbe.data.schema import array_value
 from pbe.store import Record, Store, load_manifest, write_json
 from pipelines.runtime.parts import Unit
 from pipelines.runtime.stage import Stage
+from tests.profiles import profile
 
 FILE = Path(__file__).with_name("golden_parts.json")
 # modules of pipelines/ with a VERSION, in the order they run here, and what each reads
@@ -100,7 +101,7 @@ def run_stages(root: Path) -> Golden:
 
 def _params() -> Params:
     """Of profile tiny, with fewer networks and pictures."""
-    params = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml")
+    params = profile("tiny")
     return params.model_copy(
         update={
             "variants": {VARIANT: params.variants[VARIANT]},
@@ -139,7 +140,7 @@ def _write_model(root: Path, store: Store, params: Params) -> None:
 
     encoded, cut = load_manifest(root / "data" / "encode" / "manifest.json"), params.materialize
     cfg = params.train_variant(VARIANT)
-    network = new_network(architecture_of(cfg, image_px=cut.image_px, encoded=encoded.config)).eval()
+    network = new_network(architecture_of(cfg.unet, cfg.exemplar, image_px=cut.image_px, encoded=encoded.config)).eval()
     network.load_state_dict(
         {name: torch.from_numpy(_weights(name, tuple(value.shape))) for name, value in network.state_dict().items()}
     )

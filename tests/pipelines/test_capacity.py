@@ -17,7 +17,8 @@ import pytest
 import ray
 from ray._private.services import get_node_ip_address
 
-from pbe.config import ActorResources, TaskResources, load_params
+from pbe.config import load_params
+from pbe.settings import ActorResources, TaskResources
 from pipelines.runtime import capacity
 from pipelines.runtime.capacity import GIB, Bundle, Demand, fits, ray_resources, refuse_unmet
 from pipelines.runtime.stage import StageError

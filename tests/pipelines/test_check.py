@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from pbe import config
-from pbe.config import ParamsError
 from pbe.data.files import SourceError
+from pbe.errors import ParamsError
+from pbe.places import repo_root
 from pipelines.commands import check
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with the sample settings, its photos and boxes, and DVC's folder."""
-    home = config.repo_root()
+    home = repo_root()
     for name in ("params.yaml", "pbe/data/sample/photos.csv", "pbe/data/sample/boxes_openimages.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((home / name).read_bytes())
@@ -71,7 +72,7 @@ def test_what_dvc_would_stumble_over_is_named_with_its_key(root: Path, what: str
 
 def test_settings_are_refused_in_our_words(root: Path) -> None:
     _replace(root, "  images: pbe/data/sample/photos.csv", "  images: ~/photos.csv")
-    with pytest.raises(ParamsError, match=r"images: ~/photos\.csv: write the path in full"):
+    with pytest.raises(ParamsError, match=r"images: ~/photos\.csv: use an absolute path"):
         check.main()
     (root / "params.yaml").write_text("variants: [full]\n")
     with pytest.raises(ParamsError, match=r"^params\.yaml: "):

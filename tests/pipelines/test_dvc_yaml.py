@@ -9,7 +9,8 @@ import grimp
 import pytest
 import yaml
 
-from pbe.config import Params, load_params, repo_root
+from pbe.config import Params, load_params
+from pbe.places import repo_root
 from pipelines.runtime.stage import DATA_STAGES, MAKES_PARTS_OF, STAGES, VARIANT_STAGES
 
 ROOT = repo_root()

@@ -14,20 +14,22 @@ import numpy as np
 import pytest
 import yaml
 
-from pbe.config import Params, TaskResources
+from pbe.config import Params
 from pbe.data import images
 from pbe.data.download import PhotoError
 from pbe.data.files import SourceError
 from pbe.data.rng import bucket_of
 from pbe.data.sources import FolderSource
 from pbe.gc import used_paths
+from pbe.settings import TaskResources
 from pbe.store import File, Manifest, Record, Store, load_manifest
 from pipelines import ingest
 from pipelines.runtime.parts import Unit
 from pipelines.runtime.stage import Stage, StageError
+from tests.profiles import profile_mapping
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())
+TINY = profile_mapping("tiny")
 HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax"
 COUNT = 24
 IDS = [f"{number:016x}" for number in range(COUNT)]

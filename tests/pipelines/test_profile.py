@@ -1,4 +1,4 @@
-"""Profiles: every one is valid, the placeholder becomes the absolute folder, and mistakes leave params.yaml alone."""
+"""Profiles: laid over their base they are whole and valid, with comments; mistakes leave params.yaml alone."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,18 +6,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-import yaml
 
 from infra.memory import PAPER, architecture
-from pbe.config import ParamsError, load_params
+from pbe.config import load_params
 from pbe.data.index import Selection, Selector
 from pbe.data.schema import SPLITS
+from pbe.errors import ParamsError
 from pbe.model.unet import new_network
-from pipelines.commands import profile
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PROFILES = REPOSITORY / "infra" / "profiles"
-NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+from pbe.places import repo_root
+from pipelines.commands import params as params_command
+from pipelines.commands import profile as command
+from tests.profiles import FOLDER, NAMES, profile
 
 
 @pytest.fixture
@@ -25,30 +24,92 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the profiles and a params.yaml, in place of the repository."""
     folder = tmp_path / "infra" / "profiles"
     folder.mkdir(parents=True)
-    for path in PROFILES.glob("*.yaml"):
+    for path in FOLDER.glob("*.yaml"):
         (folder / path.name).write_bytes(path.read_bytes())
     (tmp_path / "params.yaml").write_text("seed: 1\n")
-    monkeypatch.setattr(profile, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(command, "repo_root", lambda: tmp_path)
     return tmp_path
 
 
+def _write(checkout: Path, name: str, text: str) -> None:
+    (checkout / "infra" / "profiles" / f"{name}.yaml").write_text(text)
+
+
 def test_the_sample_profile_is_params_yaml() -> None:
-    assert (PROFILES / "sample.yaml").read_bytes() == (REPOSITORY / "params.yaml").read_bytes(), (
+    assert (FOLDER / "sample.yaml").read_bytes() == (repo_root() / "params.yaml").read_bytes(), (
         "params.yaml as committed is the sample profile: cp params.yaml infra/profiles/sample.yaml"
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_profile_is_valid(name: str, checkout: Path) -> None:
-    needs_root = profile.PLACEHOLDER in (PROFILES / f"{name}.yaml").read_text()
-    profile.main(name, str(checkout) if needs_root else "")
+def test_every_profile_becomes_a_whole_valid_file(name: str, checkout: Path) -> None:
+    needs_root = command.PLACEHOLDER in command.full_text(FOLDER, name)
+    command.main(name, str(checkout) if needs_root else "")
+    written = (checkout / "params.yaml").read_text()
     assert "full" in load_params(checkout / "params.yaml").variants
-    assert profile.PLACEHOLDER not in (checkout / "params.yaml").read_text()
+    assert command.PLACEHOLDER not in written and "\nbase:" not in written
+    for key in ("${ingest.images}", "${ingest.boxes}", "${sweep.variant}"):  # dvc.yaml reads them from the file
+        section, _, setting = key[2:-1].partition(".")
+        assert f"\n{section}:" in written and f"\n  {setting}: " in written
+
+
+BASE = """\
+# The base.
+
+train:
+  # which way
+  codec: {kind: a, size: 1}      # the kind
+  lr: 1                         # per step
+  unet: {width: 3}              # wide
+
+variants:
+  full: {}                      # all
+  less: {}
+
+baselines: {x: {kind: poisson}}
+"""
+OVERLAY = """\
+# Laid over it.
+
+base: under
+
+train:
+  lr: 2                         # per epoch
+  steps: null                   # new
+  codec: {kind: b, weights: "@ROOT@/w"}
+  unet: {depth: 2}
+
+variants:
+  full: {}
+"""
+WHOLE = """\
+# Laid over it.
+
+train:
+  # which way
+  codec: {kind: b, weights: "@ROOT@/w"} # the kind
+  lr: 2                         # per epoch
+  steps: null                   # new
+  unet: {depth: 2, width: 3}    # wide
+
+variants:
+  full: {}
+
+baselines: {x: {kind: poisson}}
+"""
+
+
+def test_an_overlay_keeps_the_comments_of_its_base_merges_mappings_and_replaces_kinds_and_variants(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "under.yaml").write_text(BASE)
+    (tmp_path / "over.yaml").write_text(OVERLAY)
+    assert command.full_text(tmp_path, "over") == WHOLE
 
 
 def test_the_mini_profile_takes_500_photos_of_one_csv_half_of_them_for_the_bench() -> None:
     """From the validation CSV alone, whose photos val_frac deals to train and validation: none would be trained on."""
-    cfg = load_params(PROFILES / "openimages-mini.yaml")
+    cfg = profile("openimages-mini")
     chosen = Selection(cfg.ingest.splits, cfg.ingest.limit, cfg.ingest.classes, None, cfg.ingest.val_frac)
     ids = [f"{number:016x}" for number in range(5_000) for _ in range(3)]  # three boxes each
     lines = pa.table(
@@ -64,12 +125,6 @@ def test_the_mini_profile_takes_500_photos_of_one_csv_half_of_them_for_the_bench
     assert Counter(split for split, _ in photos) == {"train": 250, "validation": 250}
     assert len({image_id for _, image_id in photos}) == 500 and taken.num_rows == 1_500
     assert cfg.bench.split == "validation"
-
-
-def test_the_mini_profile_trains_and_edits_as_coco_does() -> None:
-    mini, coco = (yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) for name in ("openimages-mini", "coco"))
-    assert {stage for stage in coco if mini[stage] != coco[stage]} == {"ingest", "materialize"}
-    assert {key for key in coco["materialize"] if mini["materialize"][key] != coco["materialize"][key]} == {"slots"}
 
 
 # (setting, value, where upstream has it)
@@ -97,7 +152,7 @@ UPSTREAM = [
 
 @pytest.mark.parametrize("name", ["openimages", "openimages-8gpu"])
 def test_the_papers_profiles_have_upstreams_values(name: str) -> None:
-    params = load_params(PROFILES / f"{name}.yaml")
+    params = profile(name)
     for key, value, where in UPSTREAM:
         got: object = params
         for part in key.split("."):
@@ -110,41 +165,18 @@ def test_the_papers_profiles_have_upstreams_values(name: str) -> None:
 
 def test_the_papers_profiles_build_the_papers_network() -> None:
     """Parameter counts of upstream's configs/v1.yaml."""
-    train = load_params(PROFILES / "openimages.yaml").train
-    assert architecture(train) == PAPER
+    assert architecture(profile("openimages").train) == PAPER
     with torch.device("meta"):
         network = new_network(PAPER)
     assert sum(p.numel() for p in network.unet.parameters()) == 859_535_364
     assert sum(p.numel() for p in network.parameters()) == 923_306_500
 
 
-def test_one_node_trains_as_64_gpus_do_but_for_how_it_is_run() -> None:
-    """So their results can be compared."""
-    big, small = (yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) for name in ("openimages", "openimages-8gpu"))
-    differ = {
-        f"{stage}.{key}"
-        for stage in big.keys() - {"seed"}
-        for key in big[stage]
-        if big[stage][key] != small[stage][key]
-    }
-    assert differ == {
-        "encode.actors",
-        "train.workers",
-        "train.per_worker",
-        "train.micro_batch",
-        "train.zero_stage",
-        "train.precision",
-        "edit.actors",
-        "evaluate.actors",
-    }
-    assert big.keys() == small.keys() and big["seed"] == small["seed"]
-
-
 def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = checkout / 'my "photos": # 1 \\ of 2'
     photos.mkdir()
     monkeypatch.chdir(checkout)
-    profile.main("coco", photos.name)
+    command.main("coco", photos.name)
     params = load_params(checkout / "params.yaml")
     assert (params.ingest.images, params.ingest.boxes) == (f"{photos}/images", str(photos))
     assert params.bench.split == "validation"
@@ -158,19 +190,38 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
         ("coco", "", "make profile P=coco ROOT="),
         ("coco", "/nowhere/at/all", "is not a folder"),
         ("sample", "/", "takes no ROOT"),
+        ("batch", "", r"params\.yaml: train: lanes 2 must divide batch 7"),
+        ("typo", "", r"infra/profiles/typo\.yaml: trian: no section of its base"),
+        ("lost", "", r"profile 'nowhere' is unknown"),
+        ("circle", "", r"infra/profiles/circle\.yaml: base: circle is laid over itself"),
     ],
 )
 def test_a_mistake_is_named_and_changes_nothing(name: str, root: str, message: str, checkout: Path) -> None:
+    if root or name != "imagenet":
+        _write(checkout, "batch", "# x\n\nbase: tiny\n\ntrain:\n  batch: 7\n")
+        _write(checkout, "typo", "# x\n\nbase: tiny\n\ntrian:\n  batch: 8\n")
+        _write(checkout, "lost", "# x\n\nbase: nowhere\n")
+        _write(checkout, "circle", "# x\n\nbase: circle\n")
     with pytest.raises(ParamsError, match=message):
-        profile.main(name, root)
-    assert (checkout / "params.yaml").read_text() == "seed: 1\n"
-
-
-def test_an_invalid_profile_does_not_replace_params(checkout: Path) -> None:
-    raw = yaml.safe_load((PROFILES / "tiny.yaml").read_text())
-    raw["train"]["batch"] = 7
-    (checkout / "infra" / "profiles" / "bad.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ParamsError, match="lanes 2 must divide batch 7"):
-        profile.main("bad", "")
+        command.main(name, root)
     assert sorted(path.name for path in checkout.iterdir()) == ["infra", "params.yaml"]
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
+
+
+def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_profile(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    params_command.main()
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["train.lr"].split(None, 1) == [
+        "0.0014",
+        "# AdamW. upstream 1e-5 (fine-tuning); ours trains from scratch",
+    ]
+    assert lines["train.adam_eps"].split(None, 1) == ["1.0e-08", "# (default) upstream (torch default)"]
+    assert lines["encode.codec"].startswith("{kind: patch, patch_px: 4") and "AutoencoderKL" in lines["encode.codec"]
+    assert lines["variants.untrained"] == "{train: {steps: 0}}"
+    params_command.main("tiny")
+    out = capsys.readouterr().out
+    assert "train.steps: 640; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
+    params_command.main("sample")
+    assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

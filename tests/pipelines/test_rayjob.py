@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pbe.config import Params
 from pbe.store import Store
 from pipelines.cluster import rayjob
 from pipelines.runtime.stage import Stage, StageError
+from tests.profiles import profile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,7 @@ def stage(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Stage:
     shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
     (root / "data" / "ingest").mkdir(parents=True)
     (root / "data" / "ingest" / "manifest.json").write_text("{}")
-    params = Params.model_construct()
+    params = profile("tiny")
     return Stage("materialize", None, params, Store(f"{s3}/{tmp_path.name}"), root)
 
 

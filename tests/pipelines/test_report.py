@@ -11,16 +11,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
-import yaml
 from jinja2 import Environment, nodes
 from pydantic import BaseModel
 
 from pbe.config import Params
 from pbe.data import images
+from pbe.data.filter import RULES, FilterConfig
 from pbe.data.masks import pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import FILTER_REASONS, TRIPLETS
+from pbe.data.schema import TRIPLETS
 from pbe.evaluate.metrics.intervals import Estimate
 from pbe.store import File, Manifest, Store, make_manifest
 from pipelines import report
@@ -28,9 +28,10 @@ from pipelines.reporting import deviations, summary
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg
 from pipelines.reporting.metric_glossary import bars, how_to_read, verdict
 from pipelines.runtime.stage import StageError
+from tests.profiles import profile_mapping
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY: dict[str, Any] = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())
+TINY = profile_mapping("tiny")
 
 
 def params(*changes: tuple[str, object]) -> Params:
@@ -180,10 +181,11 @@ def test_numbers_of_one_estimate_have_the_same_digits() -> None:
 
 
 def test_the_filter_table_has_the_rules_that_are_on_and_those_that_removed_something_in_their_order() -> None:
-    counts = {f"rejected_{reason}": 0 for reason in FILTER_REASONS} | {"rejected_area_below_min": 7}
-    off = params().filter.model_dump() | {"exclude_images": ()}
+    counts = {f"rejected_{rule.reason}": 0 for rule in RULES} | {"rejected_area_below_min": 7}
+    off = FilterConfig(min_area_frac=0.02, max_area_frac=0.8, exclude_images=())
     assert report.filter_table(counts, off) == [("area below min", 7), ("area above max", 0)]
     assert report.filter_table({**counts, "rejected_near_duplicate": 2}, off)[-1] == ("near duplicate", 2)
+    settings: dict[str, Any]
     for settings, reason in (
         ({"exclude_images": ("a",)}, "image excluded"),
         ({"exclude_classes": ("Cat",)}, "class excluded"),
@@ -193,9 +195,9 @@ def test_the_filter_table_has_the_rules_that_are_on_and_those_that_removed_somet
         ({"max_aspect": 2.0}, "aspect above max"),
         ({"max_iou": 0.9}, "near duplicate"),
     ):
-        found = [name for name, _ in report.filter_table(counts, {**off, **settings})]
+        found = [name for name, _ in report.filter_table(counts, off.model_copy(update=settings))]
         assert set(found) == {"area below min", "area above max", reason}
-        assert found == [name for name in (r.replace("_", " ") for r in FILTER_REASONS) if name in found]
+        assert found == [name for name in (rule.reason.replace("_", " ") for rule in RULES) if name in found]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------

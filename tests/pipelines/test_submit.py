@@ -24,18 +24,21 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import requests
-import yaml
 from ray._private.runtime_env.packaging import get_uri_for_package
 from ray.job_submission import JobDetails, JobStatus
 
-from pbe.config import EncodeConfig, EvaluateConfig, IngestConfig, Params
+from pbe.config import Params, VariantConfig
+from pbe.data.settings import IngestConfig
 from pbe.errors import UserError
+from pbe.evaluate.settings import EvaluateConfig
+from pbe.model.settings import EncodeConfig
 from pbe.store import Store, StoreError
 from pipelines import edit, features, materialize
 from pipelines.cluster import submit, working_dir
 from pipelines.cluster.job_entry import files_below, send_outputs
 from pipelines.cluster.job_results import fetch
 from pipelines.runtime.stage import Stage, StageError
+from tests.profiles import profile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = "http://127.0.0.1:8265"
@@ -85,12 +88,13 @@ def stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 def ingest_params(**changes: Any) -> Params:
     """Only ingest's, of the tiny profile, with changes."""
-    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["ingest"]
-    return Params.model_construct(ingest=IngestConfig.model_validate(tiny | changes))
+    tiny = profile("tiny")
+    ingest = IngestConfig.model_validate(tiny.ingest.model_dump() | changes)
+    return tiny.model_copy(update={"ingest": ingest})
 
 
 def open_fake(root: Path, name: str, variant: str | None = None, **changes: Any) -> Stage:
-    values = {"store": Store(str(root.parent / "store")), "params": Params.model_construct()}
+    values = {"store": Store(str(root.parent / "store")), "params": profile("tiny")}
     return Stage(name=name, variant=variant, root=root, **{**values, **changes})
 
 
@@ -136,7 +140,9 @@ def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path) -> None
         folder = project / "data" / "edit" / name
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-    params = Params.model_construct(variants={"base": None, "other": None}, baselines={"pasted": None})
+    params = profile("tiny").model_copy(
+        update={"variants": {"base": VariantConfig(), "other": VariantConfig()}, "baselines": {"pasted": None}}
+    )
     inputs = working_dir.pack(open_fake(project, "evaluate", params=params)).inputs
     edits = {name for name in inputs if name.startswith("data/edit/")}
     assert edits == {f"data/edit/{name}/manifest.json" for name in ("base", "other", "pasted")}
@@ -207,7 +213,7 @@ def test_two_checkouts_that_differ_in_a_comment_ask_for_the_same_job(stage: Stag
 def test_the_name_follows_the_versions_of_all_parts_that_a_stage_makes(
     project: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType
 ) -> None:
-    stage = open_fake(project, name, params=Params.model_construct(variants={}, baselines={}))
+    stage = open_fake(project, name, params=profile("tiny").model_copy(update={"variants": {}, "baselines": {}}))
     before = job_name(stage)
     monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
     assert job_name(stage) != before
@@ -347,8 +353,9 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
 def test_weights_inside_the_project_are_refused(
     stage: Stage, name: str, key: str, weights: dict[str, Any], told: str
 ) -> None:
-    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["encode"]
-    params = Params.model_construct(encode=EncodeConfig.model_validate(tiny | weights))
+    tiny = profile("tiny")
+    encode = EncodeConfig.model_validate(tiny.encode.model_dump() | weights)
+    params = tiny.model_copy(update={"encode": encode})
     with pytest.raises(StageError, match=f"{key} = {told}"):
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
@@ -366,8 +373,9 @@ def test_weights_inside_the_project_are_refused(
 def test_what_evaluation_reads_inside_the_project_is_refused(
     stage: Stage, name: str, key: str, changes: dict[str, Any]
 ) -> None:
-    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["evaluate"]
-    params = Params.model_construct(evaluate=EvaluateConfig.model_validate(tiny | changes))
+    tiny = profile("tiny")
+    evaluate = EvaluateConfig.model_validate(tiny.evaluate.model_dump() | changes)
+    params = tiny.model_copy(update={"evaluate": evaluate})
     with pytest.raises(StageError, match=rf"evaluate\.{key} = my/\S+ does not travel"):
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pbe.config import load_params
-from pbe.data.schema import TRIPLETS, Dtype, encoded_schema
+from pbe.data.schema import TRIPLETS, encoded_schema
+from pbe.settings import Dtype
 from pbe.store import Manifest, Record, Store, StoreError, make_manifest
 from pipelines.runtime.stage import Stage, StageError
 from pipelines.train_preflight import refuse_too_few_rows, refuse_unfit_parts, stored_schema

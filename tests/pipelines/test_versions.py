@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pbe.config import repo_root
+from pbe.places import repo_root
 from tests.pipelines import golden
 from tests.pipelines.golden import Golden
 

@@ -7,14 +7,16 @@ import pyarrow as pa
 import torch
 
 from pbe.data import images
-from pbe.data.materialize import Jpeg, triplet_tables
+from pbe.data.materialize import triplet_tables
 from pbe.data.reference import make_augmenter
-from pbe.data.schema import BOXES, IMAGES, Dtype
+from pbe.data.schema import BOXES, IMAGES
+from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import TRIPLETS_PER_GROUP
-from pbe.data.triplets import CutConfig
 from pbe.encode import CPU, encode_triplets
-from pbe.model.backbone import Backbone, Tokens
+from pbe.model.backbone import Backbone
 from pbe.model.codec import Codec, PatchCodec, codec_bytes
+from pbe.model.settings import Tokens
+from pbe.settings import Dtype
 from pbe.store import Manifest, Store, make_manifest
 
 SEED, SLOTS, DRAWS, ROWS_PER_GROUP = 23, 2, 2, 1
@@ -57,8 +59,9 @@ def triplets_of(
         tables, counts = triplet_tables(
             pa.Table.from_pylist(photos, IMAGES),
             pa.Table.from_pylist(boxes, BOXES),
-            cfg=CutConfig(
+            cfg=MaterializeConfig(
                 image_px=image_px,
+                slots=SLOTS,
                 reference_px=reference_px,
                 reference_pad_px=2,
                 box_extend_frac=0.4,
@@ -66,8 +69,6 @@ def triplets_of(
                 bezier_points_per_side=18,
                 bezier_jitter_px=2,
             ),
-            slots=SLOTS,
-            jpeg=Jpeg(95, "444"),
             seed=SEED,
         )
         assert counts["images_kept"] == count

@@ -19,31 +19,34 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from pbe.config import TrainConfig, load_params, repo_root
 from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import slot_name
 from pbe.diffusion.schedule import scheduler_config
 from pbe.model.codec import codec_bytes, fit_patch_codec
+from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.checkpoints import Run
+from pbe.train.settings import TrainConfig
 from pbe.train.worker import Job, train_worker
+from tests.profiles import profile
 
 LATENT_PX, CHANNELS, PATCH_PX, WIDTH = 4, 4, 4, 1280
 ARCH = Architecture(
     latent_channels=CHANNELS,
     latent_px=LATENT_PX,
     backbone_width=WIDTH,
-    block_channels=(8, 16),
-    attention=(False, True),
-    layers_per_block=1,
-    attention_heads=2,
-    norm_groups=4,
-    context_width=8,
-    mapper_width=16,
-    mapper_blocks=1,
-    class_embedding=True,
+    unet=UNetConfig(
+        block_channels=(8, 16),
+        attention=(False, True),
+        layers_per_block=1,
+        attention_heads=2,
+        norm_groups=4,
+        context_width=8,
+        class_embedding=True,
+    ),
+    exemplar=ExemplarConfig(mapper_width=16, mapper_blocks=1),
 )
 _PRELOAD = ["torch", "diffusers", "deepspeed", "mlflow", "pyarrow.parquet", "pbe.train.worker", "tests.train.ranks"]
 
@@ -235,7 +238,7 @@ def tiny_encoded(
 
 def tiny_config(**changes: Any) -> TrainConfig:
     """30 steps of 8 rows in fp32; validation and checkpoints rare unless `changes` say otherwise."""
-    base = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml").train.model_dump()
+    base = profile("tiny").train.model_dump()
     base |= {
         "steps": 30,
         "batch": 8,

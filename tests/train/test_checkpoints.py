@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pbe.config import TrainConfig, load_params, repo_root
+from pbe.places import repo_root
 from pbe.store import Store
 from pbe.train.checkpoints import Checkpoint, CheckpointError, Run
+from pbe.train.settings import TrainConfig
 from pipelines.runtime.stage import Stage, StageError
 from pipelines.train import origin_of
+from tests.profiles import profile
 
 NAME = "full-0123abcd"
 
@@ -24,7 +26,7 @@ def _run(store: Store, *steps: int, name: str = NAME, zero_stage: int = 2) -> Ru
 
 @pytest.fixture
 def stage(store: Store) -> Stage:
-    params = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml")
+    params = profile("tiny")
     return Stage("train", "full", params, store, repo_root())
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from pbe.config import load_params, repo_root
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.store import Manifest, Store
 from pbe.train import worker
 from pbe.train.engine import deepspeed_config
 from pbe.train.worker import Job
+from tests.profiles import profile
 from tests.train.ranks import (
     KillAt,
     RankDiedError,
@@ -104,7 +104,7 @@ def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], gold
 
 
 def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
-    cfg = load_params(repo_root() / "infra" / "profiles" / "tiny.yaml").train
+    cfg = profile("tiny").train
     told = deepspeed_config(cfg, on_gpu=False)
     assert told["train_batch_size"] == 8
     assert told["gradient_accumulation_steps"] == 2 == cfg.batch // (cfg.workers * cfg.micro_batch)

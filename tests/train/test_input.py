@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pbe.config import TrainConfig
 from pbe.data.batches import Batch, RowReader
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, require_same_rows, slot_files
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
@@ -28,6 +27,7 @@ from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run
 from pbe.train.input import OnlineEncoder, PixelInput, Share, TrainInput, open_input
 from pbe.train.loss import Diffusion, row_losses
+from pbe.train.settings import TrainConfig
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
 from tests.train.pixels import PHOTOS_OF_BUCKET, SEED, SLOTS, Networks, encoded_of, triplets_of
 from tests.train.ranks import ARCH, loss_curve, run_ranks, tiny_config, tiny_job, train

@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Ma
     folder, store, encoded = place
     run_ranks(train, tiny_job(store, encoded, tiny_config(), "narrow"), world=1, tmp=folder)
     job = tiny_job(store, encoded, tiny_config(steps=40), "wide", origin=("narrow", 30))
-    wide = replace(job, arch=replace(job.arch, context_width=16))
+    wide = replace(job, arch=replace(job.arch, unet=job.arch.unet.model_copy(update={"context_width": 16})))
     with pytest.raises(RankDiedError, match=r"EngineError: .*this checkpoint does not fit the settings"):
         run_ranks(train, wide, world=1, tmp=folder)
 

@@ -24,7 +24,8 @@ from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.rng import bucket_of, row_rng
 from pbe.data.schema import BENCH, REALS
-from pbe.data.triplets import CutConfig, cut, plan_triplet, reference_area
+from pbe.data.settings import MaterializeConfig
+from pbe.data.triplets import cut, plan_triplet, reference_area
 from pbe.errors import UserError
 
 Features = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -66,10 +67,9 @@ def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchB
 def make_bench(
     boxes: Sequence[BenchBox],
     *,
-    cfg: CutConfig,
+    cfg: MaterializeConfig,
     crops_per_box: int,
     max_items: int,
-    jpeg_quality: int,
     features: Features,
     seed: int,
 ) -> tuple[pa.Table, pa.Table]:
@@ -107,11 +107,11 @@ def make_bench(
                 "source": image_codec.encode_png(cut(box.pixels, plan.window, cfg.image_px)),
                 "box_hole_mask": pack_mask(plan.box_hole_mask),
                 "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
-                "exemplar": image_codec.encode_jpeg(references[exemplar], jpeg_quality),
+                "exemplar": image_codec.encode_jpeg(references[exemplar], cfg.jpeg_quality),
                 "exemplar_image_id": boxes[exemplar].image_id,
                 "exemplar_same_class": boxes[exemplar].label_name == box.label_name,
-                "own": image_codec.encode_jpeg(references[index], jpeg_quality),
-                "foreign": image_codec.encode_jpeg(references[foreign], jpeg_quality),
+                "own": image_codec.encode_jpeg(references[index], cfg.jpeg_quality),
+                "foreign": image_codec.encode_jpeg(references[foreign], cfg.jpeg_quality),
             }
         )
         window = plan_triplet(
@@ -149,7 +149,7 @@ def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: S
             raise BenchError(f"{setting}: this bench has none (COCOEE has box holes and exemplars); leave it out")
 
 
-def _reference(box: BenchBox, cfg: CutConfig) -> np.ndarray:
+def _reference(box: BenchBox, cfg: MaterializeConfig) -> np.ndarray:
     return cut(box.pixels, reference_area(box.box, **_size(box.pixels), cfg=cfg), cfg.reference_px)
 
 

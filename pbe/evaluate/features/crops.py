@@ -12,7 +12,7 @@ upstream has it, does not.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.evaluate.features.extractors import Way
 from pbe.evaluate.metrics.similarity import hole_region, match_resolution, upstream_region
-
-Region = Literal["whole", "upstream"]
+from pbe.evaluate.settings import Region
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from pbe.config import ClipJudge, EfficientNetJudge, InceptionJudge, repo_root
 from pbe.errors import UserError
 from pbe.evaluate.features.extractors import (
     EfficientNetExtractor,
@@ -20,11 +19,13 @@ from pbe.evaluate.features.extractors import (
     load_clip_extractor,
     load_inception_extractor,
 )
+from pbe.evaluate.settings import ClipJudge, EfficientNetJudge, InceptionJudge
 from pbe.model.backbone import load_backbone, weights_digest
 from pbe.model.clip import STEMS
 from pbe.model.frozen import keep_weights, kept_folder
 from pbe.model.hub import weights_folder
 from pbe.model.tensors import WeightsError
+from pbe.places import repo_root
 from pbe.store import Store
 
 Entry = Mapping[str, Any]

@@ -1,0 +1,105 @@
+"""Settings of ingest and materialize; those of filter stand in pbe/data/filter.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pbe.data.schema import SPLITS, Split
+from pbe.places import refuse_credentials
+from pbe.settings import Float, Frac, Int, PositiveInt, Settings, TaskResources
+
+Chroma = Literal["444", "420"]
+
+
+class DownloadConfig(Settings):
+    """Half of each wait is random, so that many clients do not come back together."""
+
+    connections: Int = Field(16, ge=1, le=256, description="at once, per bucket. Ours")
+    attempts: Int = Field(5, ge=1, le=20, description="in all. Ours")
+    connect_s: Float = Field(10, gt=0, description="seconds to a connection. Ours")
+    idle_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
+    whole_s: Float = Field(120, gt=0, description="seconds for one attempt; bounds a server's Retry-After too. Ours")
+    backoff_s: Float = Field(
+        0.5, ge=0, description="seconds before the second attempt, doubled before each further one. Ours"
+    )
+
+
+class IngestConfig(Settings):
+    source: Literal["sample", "folder", "openimages"]
+    images: str = Field(min_length=1)
+    boxes: str = Field(min_length=1)
+    image_base: str | None = Field(
+        None, description="source openimages: where the images are, s3://open-images-dataset (unsigned) or a mirror"
+    )
+    splits: tuple[Split, ...] = Field(
+        SPLITS, min_length=1, description="which to take; a box file's split is in its name"
+    )
+    limit: PositiveInt | None = Field(None, description="photos per split, the first in file order; null: all")
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="list of labels or names; boxes of other classes are not read; null: all"
+    )
+    image_ids: str | None = Field(None, description="file of image ids, one a line; others are not read; null: all")
+    val_frac: Float = Field(ge=0, lt=1)
+    exif: Literal["ignore", "apply"]
+    max_image_bytes: PositiveInt = Field(64 << 20, description="bytes; a larger file is rejected. Ours")
+    # Pillow, which reads the headers, warns from 89,478,485 on
+    max_image_pixels: Int = Field(
+        89_000_000, ge=1, le=89_478_485, description="pixels; a larger picture is rejected before it is decoded. Ours"
+    )
+    buckets: Int = Field(ge=1, le=65536)
+    per_bucket: TaskResources = Field(
+        TaskResources(cpus=0.5, memory_gib=0.5),
+        description="what Ray reserves for a task; reading waits more than it computes. Ours",
+    )
+    max_reject_frac: Frac = Field(0.05, description="fail above this share of rejected images or boxes. Ours")
+    retry_rejected: bool = Field(
+        False, description="true: retry the photos that failed for a transient reason, and only those"
+    )
+    download: DownloadConfig = DownloadConfig()
+
+    @model_validator(mode="after")
+    def _fits_its_source(self) -> "IngestConfig":
+        if (self.source == "openimages") != (self.image_base is not None):
+            raise ValueError(
+                "image_base: source 'openimages' needs the address of the images, s3://open-images-dataset or a mirror"
+                if self.source == "openimages"
+                else f"image_base: must be null with source '{self.source}'; its photos are at ingest.images"
+            )
+        if self.image_base and not self.image_base.startswith(("s3://", "https://", "http://")):
+            raise ValueError(f"image_base: {self.image_base} must begin with s3://, https:// or http://")
+        if self.image_base:
+            refuse_credentials("ingest.image_base", self.image_base)
+        for key, location in (("images", self.images), ("boxes", self.boxes)):
+            if "://" in location:
+                refuse_credentials(f"ingest.{key}", location)
+            if location.startswith("~"):
+                raise ValueError(f"{key}: {location}: use an absolute path; DVC, which watches it, does not expand ~")
+        if self.images == self.boxes:
+            raise ValueError(
+                "images and boxes must differ (DVC watches both): name the box file itself, or a folder for each"
+            )
+        return self
+
+
+class MaterializeConfig(Settings):
+    image_px: Int = Field(ge=8, le=2048, multiple_of=8)
+    slots: Int = Field(ge=1, le=4096)
+    reference_px: Int = Field(ge=16, le=1024)
+    reference_pad_px: Int = Field(10, ge=0, description="px of the photo around the box. upstream open-images.py")
+    box_extend_frac: Frac = Field(
+        0.4, description="each side grows by up to this share of the room beside it. upstream open-images.py"
+    )
+    crop_shrink_frac: Frac = Field(
+        0.6, description="the square shrinks by up to this share of its free margin. upstream open-images.py"
+    )
+    bezier_points_per_side: Int = Field(18, ge=2, le=200, description="upstream code; the paper's text says 20")
+    bezier_jitter_px: Int = Field(
+        5, ge=0, le=100, description="px, uniform in [-5, 5]. upstream code; the paper's text says 1-5"
+    )
+    jpeg_chroma: Chroma = Field(
+        "444", description="444: small crops keep their colours | 420: a fifth smaller, for 512 px. Ours"
+    )
+    jpeg_quality: Int = Field(95, ge=1, le=100, description="0-100. Ours: upstream crops from the original")
+    per_bucket: TaskResources = Field(
+        TaskResources(cpus=1, memory_gib=0.5), description="what Ray reserves for a task. Ours"
+    )

@@ -1,0 +1,166 @@
+"""Settings of what is edited, scored and swept: bench, edit, baselines, evaluate, sweep."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pbe.data.schema import HoleKind, ReferenceKind, Split
+from pbe.diffusion.settings import SamplerName
+from pbe.model.settings import BackboneName, Precision
+from pbe.settings import ActorResources, Float, Int, PositiveInt, Settings, Weights, refuse_duplicates
+
+Protocol = Literal["ours", "upstream"]
+Region = Literal["whole", "upstream"]
+GuidanceScale = Annotated[Float, Field(ge=1, le=50)]
+NoiseSeed = Annotated[Int, Field(ge=0, lt=2**62)]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+
+
+class EfficientNetJudge(Settings):
+    """From a pip package."""
+
+    kind: BackboneName
+
+
+class ClipJudge(Settings):
+    """CLIP: clip_fid, clip_score and, with a mixture, qs."""
+
+    kind: Literal["clip"]
+    weights: Weights
+    mixture: str | None  # what `pbe import-mixture` wrote
+
+
+class InceptionJudge(Settings):
+    """Inception as a TorchScript file: fid."""
+
+    kind: Literal["inception"]
+    file: str = Field(min_length=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+MatcherConfig = Annotated[EfficientNetJudge | ClipJudge, Field(discriminator="kind")]
+JudgeConfig = Annotated[EfficientNetJudge | ClipJudge | InceptionJudge, Field(discriminator="kind")]
+
+
+class BenchConfig(Settings):
+    source: Literal["heldout", "cocoee"]
+    cocoee: str | None = Field(None, description="source cocoee: the folder test_bench of the unpacked archive")
+    split: Split
+    crops_per_box: PositiveInt = Field(1, description="bench items per kept box. Ours")
+    max_items: PositiveInt
+    matcher: MatcherConfig
+
+    @model_validator(mode="after")
+    def _has_its_folder(self) -> "BenchConfig":
+        if self.source == "cocoee" and not self.cocoee:
+            raise ValueError("cocoee: source 'cocoee' needs the folder of the unpacked archive")
+        return self
+
+
+class EditConfig(Settings):
+    protocol: Protocol = Field(
+        "ours",
+        description="ours: pixels outside the hole stay | upstream: the whole square is what the codec decodes",
+    )
+    sampler: SamplerName | None = Field(
+        None,
+        description="null: as the model names it (DDIM for x0, PLMS for Stable Diffusion) | ddim | pndm (PLMS) | dpm++ "
+        "| unipc",
+    )
+    guidance_scale: GuidanceScale
+    steps: Int = Field(ge=1, le=1000)
+    precision: Precision = Field(
+        "fp32", description="of the networks on a GPU: fp32 | tf32 | bf16. upstream: float16 by autocast"
+    )
+    compile: bool = Field(
+        False, description="torch.compile of the UNet: minutes at the start of every actor; left out on CPU"
+    )
+    seeds: tuple[NoiseSeed, ...] = Field(min_length=1)
+    holes: tuple[HoleKind, ...] = Field(min_length=1)
+    references: tuple[ReferenceKind, ...] = Field(min_length=1)
+    batch_rows: PositiveInt = Field(16, description="edits per sampler call. Ours")
+    items_per_unit: PositiveInt = Field(10, description="bench items per Ray task. Ours")
+    actors: PositiveInt
+    per_actor: ActorResources
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "EditConfig":
+        for key in ("seeds", "holes", "references"):
+            refuse_duplicates(key, getattr(self, key))
+        if "exemplar" not in self.references:
+            raise ValueError("references: exemplar must be among them, every score is of it")
+        return self
+
+
+class StatisticsConfig(Settings):
+    """Of the intervals and p-values."""
+
+    resamples: Int = Field(2000, ge=100, le=1_000_000, description="of the bootstrap. Ours")
+    subsets: Int = Field(200, ge=20, le=100_000, description="of the delete-half jackknife. Ours")
+    # scikit-learn takes no larger one
+    seed: Int = Field(42, ge=0, lt=2**32, description="of resampling and of the mixture. Ours")
+
+
+class EvaluateConfig(Settings):
+    judges: tuple[JudgeConfig, ...] = Field(min_length=1)
+    reals: str | None = Field(
+        None,
+        description="folder of photos that Frechet, KID and QS rank compare with; null: untouched crops of the bench's "
+        "boxes",
+    )
+    reals_px: Annotated[Int, Field(ge=8, le=2048)] | None = Field(
+        None, description="side of the square cut from each of them. Paper: 512, of COCO test2017"
+    )
+    clip_region: Region = Field(
+        "whole", description="of clip_score. whole: all of the hole's box | upstream: without its last row and column"
+    )
+    quality_components: PositiveInt = Field(5, description="Gaussian mixture of qs_rank. GIQA: 5, upstream: 20")
+    quality_pca_dims: PositiveInt = Field(16, description="features are reduced to this first. Ours")
+    statistics: StatisticsConfig = StatisticsConfig()
+    batch_rows: PositiveInt = Field(16, description="pictures per extractor call. Ours")
+    actors: PositiveInt
+    per_actor: ActorResources
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "EvaluateConfig":
+        refuse_duplicates("judges", tuple(judge.kind for judge in self.judges))
+        if (self.reals is None) != (self.reals_px is None):
+            raise ValueError(
+                "reals and reals_px go together: a folder of photos and the side of the square cut from each"
+            )
+        return self
+
+
+class DiversityConfig(Settings):
+    items: Int = Field(ge=2)
+    seeds: tuple[NoiseSeed, ...] = Field(min_length=2)
+
+
+class SweepConfig(Settings):
+    variant: VariantName
+    scales: tuple[GuidanceScale, ...] = Field(min_length=1)
+    items: Int = Field(ge=2)
+    diversity: DiversityConfig
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "SweepConfig":
+        refuse_duplicates("scales", self.scales)
+        refuse_duplicates("diversity.seeds", self.diversity.seeds)
+        return self
+
+
+class FilledBaseline(Settings):
+    """A fill that needs no model."""
+
+    kind: Literal["hole_kept", "copy_paste", "poisson"]
+
+
+class FolderBaseline(Settings):
+    """Somebody else's results: one picture per bench item, named by its id."""
+
+    kind: Literal["folder"]
+    folder: str = Field(min_length=1)
+    allow_missing: bool = Field(False, description="true: score the items that the folder has")
+
+
+BaselineConfig = Annotated[FilledBaseline | FolderBaseline, Field(discriminator="kind")]

@@ -1,0 +1,106 @@
+"""Settings of the frozen networks (the encode stage) and of the trained one's shape."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pbe.settings import ActorResources, Dtype, Int, PositiveInt, Settings, Weights
+
+Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained: pbe/model/precision.py
+Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
+BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]  # from pip packages
+
+
+class PatchCodecConfig(Settings):
+    """The closed-form codec, fitted on the run's own crops."""
+
+    kind: Literal["patch"]
+    patch_px: Int = Field(ge=1, le=32)
+    channels: PositiveInt
+    fit_crops: PositiveInt
+
+    @model_validator(mode="after")
+    def _keeps_at_most_all(self) -> "PatchCodecConfig":
+        if self.channels > 3 * self.patch_px**2:
+            raise ValueError(f"channels {self.channels} exceeds 3 * patch_px^2 = {3 * self.patch_px**2}")
+        return self
+
+
+class PretrainedCodecConfig(Settings):
+    """AutoencoderKL as Stable Diffusion has it, or the codec of a model folder."""
+
+    kind: Literal["pretrained"]
+    weights: Weights
+
+
+class EfficientNetConfig(Settings):
+    kind: Literal["efficientnet_lite0"]
+    tokens: Tokens
+
+
+class ClipConfig(Settings):
+    kind: Literal["clip"]
+    weights: Weights
+    tokens: Tokens
+
+
+class EncodeConfig(Settings):
+    codec: Annotated[PatchCodecConfig | PretrainedCodecConfig, Field(discriminator="kind")]
+    backbone: Annotated[EfficientNetConfig | ClipConfig, Field(discriminator="kind")]
+    reference_draws: Int = Field(
+        2,
+        ge=1,
+        le=256,
+        description="draw 0 clean, the rest augmented; one fresh draw per slot here. Upstream: fresh each epoch",
+    )
+    precision: Precision = Field(
+        "fp32",
+        description="of the frozen networks on a GPU: fp32 as upstream | tf32 | bf16, of AutoencoderKL and CLIP alone",
+    )
+    dtype: Dtype = Field(
+        "float16", description="of the stored arrays. float32: twice the space, to compare with train.input: pixels"
+    )
+    rows_per_group: PositiveInt = Field(
+        1, description="Parquet row group; row groups are dealt to train.lanes, so at least one each. Ours"
+    )
+    batch_rows: PositiveInt = Field(16, description="images per backbone call. Ours")
+    actors: PositiveInt
+    per_actor: ActorResources
+
+
+class UNetConfig(Settings):
+    block_channels: tuple[PositiveInt, ...] = Field(
+        (48, 96, 96), min_length=1, description="Paper: 320, 640, 1280, 1280"
+    )
+    attention: tuple[bool, ...] = Field(
+        (False, False, True), description="which levels have cross-attention. Paper: all but the last"
+    )
+    layers_per_block: PositiveInt = Field(1, description="Paper: 2")
+    attention_heads: PositiveInt = Field(2, description="Paper: 8")
+    norm_groups: PositiveInt = Field(16, description="GroupNorm groups. Paper: 32")
+    context_width: PositiveInt = Field(128, description="width of the exemplar token. Paper: 768")
+    class_embedding: bool = Field(True, description="the token also goes to the time embedding. Ours; paper: no")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "UNetConfig":
+        if len(self.attention) != len(self.block_channels):
+            raise ValueError(f"attention: {len(self.attention)} levels, block_channels has {len(self.block_channels)}")
+        for channels in self.block_channels:
+            if channels % self.norm_groups or channels % self.attention_heads:
+                raise ValueError(
+                    f"block_channels: {channels} must be divisible by norm_groups ({self.norm_groups}) "
+                    f"and attention_heads ({self.attention_heads})"
+                )
+        return self
+
+
+class ExemplarConfig(Settings):
+    """From the backbone's features to the exemplar token."""
+
+    tokens: Tokens = Field(
+        "class", description="which are read. class: the bottleneck (paper) | all: the naive baseline"
+    )
+    mapper_width: PositiveInt = Field(
+        256, description="of its blocks; narrower than the backbone: standardised and projected first. Paper: 1024"
+    )
+    mapper_blocks: Int = Field(1, ge=0, le=48, description="transformer blocks. Paper: 5")

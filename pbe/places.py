@@ -1,0 +1,66 @@
+"""Where things are: the repository, the storage, the tracking server. Per-user values come from the environment
+(PBE_STORAGE, MLFLOW_TRACKING_URI); relative paths resolve against the repository root."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from pbe.errors import ParamsError
+
+
+def repo_root() -> Path:
+    """The folder of params.yaml: the one above this package."""
+    return Path(__file__).resolve().parent.parent
+
+
+def home_root() -> Path:
+    """Where relative defaults (.store, mlflow.db) live: the parent repository in DVC's queued experiments.
+
+    DVC sets DVC_ROOT to the main repository when it runs a stage in a temporary workspace.
+    """
+    return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
+
+
+# in the query of a URL; not sslkey and the like, which are paths
+SECRET_KEYS = re.compile(r"(?i)passw|\bpwd\b|secret|token|\bsig\b|signature|access_?key|api_?key")
+
+
+def refuse_credentials(name: str, uri: str) -> None:
+    """Raises ParamsError, without repeating them, for a password or a token in a URL: it would be printed, stored and
+    sent. `name` is the key or variable that holds it."""
+    try:
+        where = urlsplit(uri)
+    except ValueError as error:
+        raise ParamsError(f"{name} is not a valid URL: {error}") from None
+    # a password may hold / and #, which end what urlsplit takes for the host; Arrow reads KEY:secret@bucket
+    after = uri.partition("://")[2]
+    password = re.match(r"[^/:@]*:(?!\d{1,5}(/|$))[^@]*@", after) or (where.scheme == "s3" and ":" in where.netloc)
+    token = "@" in where.netloc and where.scheme in ("http", "https")  # in the user's place
+    asked = parse_qsl(where.query) if where.scheme else []
+    if password or token or any(SECRET_KEYS.search(key) or SECRET_KEYS.search(value) for key, value in asked):
+        raise ParamsError(
+            f"{name} holds a password or a token, which logs, tags and the cluster would show to all; leave it out and "
+            "set AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD or RAY_AUTH_TOKEN, also on the nodes"
+        )
+
+
+def storage_uri() -> str:
+    """PBE_STORAGE: an absolute local path or s3://bucket/prefix; default `.store` in the repository."""
+    value = os.environ.get("PBE_STORAGE") or ".store"
+    refuse_credentials("PBE_STORAGE", value)
+    if value.startswith("s3://") and value.strip("/") != "s3:":
+        return value.rstrip("/")
+    if "://" in value:
+        raise ParamsError(f"PBE_STORAGE={value}: use a local path or s3://bucket/prefix")
+    try:
+        return str((home_root() / Path(value).expanduser()).resolve())
+    except RuntimeError as error:  # ~name of nobody
+        raise ParamsError(f"PBE_STORAGE={value}: {error}") from None
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or an absolute SQLite path in the repository (workers change directory)."""
+    value = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
+    refuse_credentials("MLFLOW_TRACKING_URI", value)
+    return value

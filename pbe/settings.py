@@ -1,0 +1,60 @@
+"""What all models of settings share. The settings of a stage stand beside what they set: in `pbe/data/filter.py`, and
+in `settings.py` of `pbe/data`, `pbe/model`, `pbe/train` and `pbe/evaluate`. `pbe/config.py` reads
+params.yaml into them.
+
+A field without a default must be in params.yaml, with its unit and source as a comment. A field that few people set has
+its default, unit and source here; `python -m pipelines params` shows both kinds.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _reject_bool(value: Any) -> Any:
+    """YAML's `yes` and `true` are no numbers; pydantic would take them for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_reject_bool)]
+Float = Annotated[float, BeforeValidator(_reject_bool)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+Frac = Annotated[Float, Field(ge=0, le=1)]
+Prob = Annotated[Float, Field(ge=0, le=1)]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+Dtype = Literal["float16", "float32"]  # of stored arrays
+Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
+
+
+class Settings(BaseModel):
+    """Frozen; unknown keys, infinities and NaN are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TaskResources(Settings):
+    """What Ray reserves for one task, which runs where this much is free. A promise between tasks, not a limit."""
+
+    cpus: Float = Field(gt=0)
+    memory_gib: Float = Field(ge=0)  # 0: none reserved
+
+
+class ActorResources(TaskResources):
+    """The same for one actor or training worker; with a GPU it computes there, without on the CPU."""
+
+    gpus: Float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _whole_or_a_share(self) -> "ActorResources":
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus: {self.gpus} must be a share of one GPU, or a whole number")
+        return self
+
+
+def refuse_duplicates(key: str, values: tuple[Any, ...]) -> None:
+    """Raises ValueError, for validators."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"{key}: {list(values)} contains duplicates")

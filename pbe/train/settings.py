@@ -1,0 +1,107 @@
+"""Settings of training."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pbe.diffusion.settings import BetaSchedule, Objective
+from pbe.model.settings import ExemplarConfig, UNetConfig
+from pbe.settings import ActorResources, Float, Frac, Int, PositiveInt, Prob, Seed, Settings, Weights
+
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class KernelsConfig(Settings):
+    """How the same mathematics runs; no part of a run's digest, and no result differs but for rounding."""
+
+    sdpa: bool = Field(
+        True, description="torch's fused attention: no matrix of all pairs of cells. upstream: written out"
+    )
+    tf32: bool = Field(
+        False, description="float32 products with 10 bits of mantissa, on Ampere and newer. upstream: V100, without"
+    )
+    channels_last: bool = Field(False, description="convolutions on NHWC; helps on GPUs with bf16")
+    compile: bool = Field(False, description="torch.compile of the UNet; left out on CPU")
+    fused_adamw: bool = Field(True, description="one kernel per AdamW step")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, a third more time. upstream: true"
+    )
+
+
+class TrainConfig(Settings):
+    input: Literal["encoded", "pixels"] = Field(
+        "encoded",
+        description="encoded: as the encode stage stored it | pixels: encoders run at every step, references always "
+        "fresh (paper)",
+    )
+    init: Weights  # or: random, sd
+    resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None = Field(
+        None,
+        description="null | a run of the storage, RUN or RUN@STEP: resumes from its checkpoint, under changed settings",
+    )
+    seed: Seed | None = Field(
+        None,
+        description="of first weights, order and noise of training. null: the seed above, which also draws the data",
+    )
+    steps: Int = Field(ge=0)  # 0: the untrained model
+    batch: PositiveInt
+    lanes: PositiveInt = Field(
+        2, description="fixed streams of rows; workers must divide them, they must divide batch. Ours"
+    )
+    workers: PositiveInt
+    per_worker: ActorResources
+    micro_batch: PositiveInt
+    lr: Float = Field(gt=0, le=1)
+    warmup_steps: Int = Field(ge=0)
+    final_lr_frac: Frac
+    weight_decay: Float = Field(0.01, ge=0, description="upstream (torch default)")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="upstream (torch default)")
+    adam_eps: Float = Field(1e-8, gt=0, description="upstream (torch default)")
+    grad_clip: Annotated[Float, Field(gt=0)] | None = Field(
+        1.0, description="max gradient norm; null: none, as upstream. Ours"
+    )
+    zero_stage: Int = Field(ge=0, le=3)
+    precision: Literal["fp32", "bf16_autocast", "bf16", "bf16_pure"]
+    objective: Objective
+    min_snr_gamma: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="bound of the loss weight by signal to noise, e.g. 5; null: none, as upstream"
+    )
+    beta_schedule: BetaSchedule
+    bezier_prob: Prob
+    condition_dropout_prob: Prob
+    context_dropout_prob: Prob
+    reference_augmentation: bool
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt = Field(2, description="newest complete ones kept. Ours")
+    log_every: PositiveInt = Field(10, description="steps per point of the loss curve. Ours")
+    validate_every: PositiveInt
+    validation_rows: PositiveInt = Field(64, description="fixed rows, timesteps and noise of the validation loss. Ours")
+    grid_rows: Int = Field(6, ge=0, le=64, description="fixed edits shown in MLflow; 0: none. Ours")
+    max_failures: Int = Field(2, ge=0, description="restarts of the worker group after a lost worker. Ours")
+    kernels: KernelsConfig = KernelsConfig()
+    unet: UNetConfig = UNetConfig()
+    exemplar: ExemplarConfig = ExemplarConfig()
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainConfig":
+        if self.lanes % self.workers:
+            raise ValueError(f"workers {self.workers} must divide lanes {self.lanes}")
+        if self.batch % self.lanes:
+            raise ValueError(f"lanes {self.lanes} must divide batch {self.batch}")
+        if (self.batch // self.workers) % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} must divide the rows per worker, batch / workers = "
+                f"{self.batch // self.workers}"
+            )
+        if self.per_worker.gpus not in (0, 1):
+            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank drives one GPU at most")
+        if self.precision == "bf16_pure" and self.zero_stage == 0:
+            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed has it nowhere else")
+        if self.kernels.compile and self.zero_stage == 3:
+            raise ValueError("kernels.compile does not go with zero_stage 3, which gathers weights as modules run")
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step on one worker: batch / (workers * micro_batch)."""
+        return self.batch // (self.workers * self.micro_batch)

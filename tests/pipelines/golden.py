@@ -1,7 +1,8 @@
 """What every stage makes of profile tiny, in short, and what it made when golden_parts.json was written.
 
-`python -m tests.pipelines.golden` writes that file again; tests/pipelines/test_versions.py compares. The stages run in
-this process, without Ray, DVC and MLflow, with a model whose weights are drawn here.
+`python -m tests.pipelines.golden` writes that file, and the defaults of settings, again;
+tests/pipelines/test_versions.py compares. The stages run in this process, without Ray, DVC and MLflow, with a model
+whose weights are drawn here.
 
 Tables are hashed by their content (schema and values): the bytes of a Parquet file name the version of pyarrow too.
 Where torch or Poisson blending computes a value, its last bits differ between processors: of such values a few numbers
@@ -23,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from pbe.config import Params
 from pbe.data import images
@@ -33,6 +35,7 @@ from pipelines.runtime.stage import Stage
 from tests.profiles import profile
 
 FILE = Path(__file__).with_name("golden_parts.json")
+DEFAULTS_FILE = Path(__file__).with_name("golden_defaults.json")
 # modules of pipelines/ with a VERSION, in the order they run here, and what each reads
 READS = {
     "ingest": (),
@@ -46,6 +49,11 @@ READS = {
     "evaluate": ("features",),
     "sweep": ("features",),
 }
+# settings that decide how a stage runs, not what it makes
+HOW_IT_RUNS = (
+    "per_", "download", "kernels", "batch_rows", "compile", "max_reject_frac", "retry_rejected", "keep_checkpoints",
+    "max_failures",
+)  # fmt: skip
 VARIANT, BASELINES = "full", ("copy_paste", "poisson")
 # of the standard deviation, or of 1 + a metric's value. Without SIMD instructions values differ by 0.0001, those of
 # copy_paste, which searches for the best place, by 0.0025; a guidance scale of 3.03 in place of 3 makes 0.0013
@@ -270,6 +278,45 @@ def verdict(found: Golden, golden: Golden, module: str) -> str:
     return ""
 
 
+# -- defaults --------------------------------------------------------------------------------------------------------
+
+
+def defaults() -> Golden:
+    """By stage: its VERSION, and the defaults of settings that decide what it makes and that params.yaml need not
+    name."""
+    out: Golden = {}
+    for stage, field in Params.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            out[stage] = {"version": version_of(stage), "defaults": dict(_defaults_of(field.annotation, ""))}
+    return out
+
+
+def _defaults_of(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel) and not name.startswith(HOW_IT_RUNS):
+            yield from _defaults_of(type(field.default), f"{prefix}{name}.")
+        elif not field.is_required() and not (prefix + name).startswith(HOW_IT_RUNS):
+            yield prefix + name, field.default
+
+
+def defaults_verdict(found: Golden, golden: Golden, stage: str) -> str:
+    """What to do about a changed default; empty when there is none."""
+    now, before = json.loads(json.dumps(found[stage])), golden.get(stage, {})
+    if now == before:
+        return ""
+    changed = [
+        key
+        for key in {**now["defaults"], **before.get("defaults", {})}
+        if now["defaults"].get(key) != before.get("defaults", {}).get(key)
+    ]
+    if changed and now["version"] == before.get("version"):
+        return (
+            f"{stage}: another default of {', '.join(changed)}: DVC, which reads params.yaml alone, would not run the "
+            f"stage; raise VERSION of pipelines/{stage}.py, then `python -m tests.pipelines.golden`"
+        )
+    return "`python -m tests.pipelines.golden` writes down the defaults of the new VERSION"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.pipelines.golden", description=__doc__)
     parser.add_argument("--settings", action="store_true", help="settings of profile tiny have changed, not the code")
@@ -278,9 +325,12 @@ def main() -> None:
         found = run_stages(Path(folder))
     golden = read_golden() if FILE.is_file() else {}
     problems = [told for module in READS if "raise VERSION" in (told := verdict(found, golden, module))]
+    known = json.loads(DEFAULTS_FILE.read_text()) if DEFAULTS_FILE.is_file() else {}
+    problems += [told for stage in known if "raise VERSION" in (told := defaults_verdict(defaults(), known, stage))]
     if problems and not args.settings:
         sys.exit("\n".join(problems))
     FILE.write_text(_one_line_each(found))
+    DEFAULTS_FILE.write_text(json.dumps(defaults(), indent=1) + "\n")
 
 
 def _one_line_each(golden: Golden) -> str:

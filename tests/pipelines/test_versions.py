@@ -6,6 +6,7 @@ metrics) differs in its last bits from one processor to the next: some numbers o
 """
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_last_bits_of_torch_are_no_change(times: float, asks: bool) -> None:
     known = golden.read_golden()
     numbers = [number * times for number in known["edit"]["made"]["edit"]]
     assert ("raise VERSION" in golden.verdict(_changed(known, "edit", "edit", numbers), known, "edit")) == asks
+
+
+def test_a_default_that_changes_asks_for_a_new_version() -> None:
+    """params.yaml, which DVC watches, need not name it."""
+    known = json.loads(golden.DEFAULTS_FILE.read_text())
+    found = golden.defaults()
+    assert [told for stage in found if (told := golden.defaults_verdict(found, known, stage))] == []
+    found["train"]["defaults"]["weight_decay"] = 0.02
+    assert "another default of weight_decay" in golden.defaults_verdict(found, known, "train")
+    found["train"]["version"] += 1
+    assert "raise VERSION" not in golden.defaults_verdict(found, known, "train")
 
 
 def test_every_module_with_a_version_is_run_but_train_which_has_a_loss_curve() -> None:

@@ -25,7 +25,7 @@ import psutil
 
 from pbe import track
 from pbe.config import Params, load_params
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 from pbe.places import home_root, refuse_credentials, storage_uri, tracking_uri
 from pbe.store import Store, load_manifest
 from pbe.train.settings import TrainConfig
@@ -62,7 +62,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
             params.train_variant(variant)
         yield Finding("ok", "params.yaml", f"variants {', '.join(params.variants)}")
     except UserError as error:
-        yield Finding("fail", "params.yaml", _one_line(error), "Nothing that depends on it is checked")
+        yield Finding("fail", "params.yaml", one_line(error), "Nothing that depends on it is checked")
     yield from _guarded("storage", _storage)
     yield from _guarded("MLflow", _tracking)
     if params is not None:
@@ -80,11 +80,7 @@ def _guarded(check: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from look()
     except (UserError, OSError) as error:
-        yield Finding("fail", check, _one_line(error))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+        yield Finding("fail", check, one_line(error))
 
 
 def _versions(root: Path) -> Iterator[Finding]:
@@ -211,7 +207,7 @@ def _cluster(address: str) -> Iterator[Finding]:
         yield Finding("fail", "RAY_ADDRESS", f"{address}: answers {error.code} {error.reason}", advice)
         return
     except (urllib.error.URLError, OSError, ValueError) as error:
-        yield Finding("fail", "RAY_ADDRESS", f"{address}: no Ray head answers ({_one_line(error)})")
+        yield Finding("fail", "RAY_ADDRESS", f"{address}: no Ray head answers ({one_line(error)})")
         return
     theirs, ours = str(there.get("ray_version")), importlib.metadata.version("ray")
     if theirs == ours:
@@ -305,7 +301,7 @@ def _gpus() -> Iterator[Finding]:
         torch.cuda.synchronize()
         yield Finding("ok", "sdpa", "bfloat16 attention, forward and backward")
     except RuntimeError as error:
-        yield Finding("fail", "sdpa", _one_line(error), "Set train.kernels.sdpa to false")
+        yield Finding("fail", "sdpa", one_line(error), "Set train.kernels.sdpa to false")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
     yield Finding("ok" if nccl else "fail", "nccl", nccl or "this torch has none")
 
@@ -336,7 +332,7 @@ def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Findin
     try:
         drill = run_drill(cfg, world=world, on_gpu=gpu, timeout_s=DRILL_S)
     except DrillError as error:
-        yield Finding("fail", f"training drill ({where})", _one_line(error))
+        yield Finding("fail", f"training drill ({where})", one_line(error))
         return
     took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in drill.seconds.items())
     found = (

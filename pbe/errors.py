@@ -9,6 +9,6 @@ class ParamsError(UserError, ValueError):
     """A key of params.yaml, or a variable of the environment, is unknown, missing or out of range."""
 
 
-def one_line(error: object, limit: int = 300) -> str:
+def one_line(error: object, limit: int = 400) -> str:
     """An error's text in one line of at most `limit` characters, for a message that quotes it."""
     return " ".join(str(error).split())[:limit]

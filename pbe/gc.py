@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 from pbe.store import Store
 
 # what pbe makes; other folders in a shared storage are not ours to judge
@@ -140,7 +140,7 @@ def _locked_manifests(root: Path) -> set[str]:
             stages = (yaml.safe_load(text) or {}).get("stages") or {}
             hashes |= {md5 for stage in stages.values() for md5 in _manifest_outs(stage)}
         except (yaml.YAMLError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise GcError(f"{name}: not a lock file of DVC ({reason}), so nothing is removed; mend it") from None
     return hashes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 
 EXPERIMENT = "paint-by-example"
 
@@ -74,7 +74,7 @@ def _reach(client: Any, tracking_uri: str) -> None:
     try:
         client.get_experiment_by_name(EXPERIMENT)
     except MlflowException as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: no MLflow answers there: {reason}") from None
 
 
@@ -179,7 +179,7 @@ def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) ->
     try:
         version = client.create_model_version(name, source=source, run_id=run_id).version
     except MlflowException as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         return f"the export is in {source}; MLflow does not take that as a registered model ({reason})"
     return f"registered in MLflow as {name} version {version}"
 

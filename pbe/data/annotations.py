@@ -21,6 +21,7 @@ import pyarrow.csv as pacsv
 
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import ANNOTATIONS, SPLITS
+from pbe.errors import one_line
 
 BLOCK_BYTES = 8 << 20  # of CSV text parsed at a time
 FLAG_COLUMNS = {
@@ -89,7 +90,7 @@ def class_names(tree: FileTree) -> dict[str, str]:
                 text = tree.read(name).decode("utf-8-sig")
                 names.update({row[0]: row[1] for row in csv.reader(io.StringIO(text)) if len(row) >= 2})
             except (UnicodeDecodeError, csv.Error) as error:
-                raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+                raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
     return names
 
 
@@ -185,7 +186,7 @@ def csv_header(tree: FileTree, name: str) -> list[str]:
             cell.strip() for cell in next(csv.reader([first.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")]), [])
         ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
     if not header:
         what = "its first line is empty, the header belongs there" if first else "the file is empty"
         raise SourceError(f"{tree.path_of(name)}: {what}")
@@ -208,7 +209,7 @@ def csv_batches(
         for batch in _csv_batches(tree, name, columns, odd, quoted):
             yield batch if quoted else _without_quotes(batch)
     except pa.ArrowInvalid as error:
-        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {_one_line(error)}") from None
+        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
 
 
 def _without_quotes(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -405,7 +406,7 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     try:
         yield pa.table(table, schema=ANNOTATIONS)
     except UnicodeEncodeError as error:
-        raise SourceError(f"{where}: a text in it is no valid Unicode: {_one_line(error)}") from None
+        raise SourceError(f"{where}: a text in it is no valid Unicode: {one_line(error)}") from None
 
 
 def _by_id(entries: Sequence[dict[str, Any]], what: str, name: str, where: str) -> dict[Any, dict[str, Any]]:
@@ -425,7 +426,7 @@ def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
     try:
         coco = json.loads(tree.read(name))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{tree.path_of(name)}: not a JSON file: {_one_line(error)}") from None
+        raise SourceError(f"{tree.path_of(name)}: not a JSON file: {one_line(error)}") from None
     if not isinstance(coco, dict):
         raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: a mapping is expected")
     return coco
@@ -469,7 +470,3 @@ def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any
         detail = f"x {xmin}..{xmax}, y {ymin}..{ymax}; fractions 0 <= min < max <= 1 are allowed"
         return row | {"reason": "box_outside_image", "detail": detail}
     return row | {"reason": None, "detail": None}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

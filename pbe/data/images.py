@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from pbe.data.settings import Chroma
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 
 Buffer = bytes | memoryview
 UPRIGHT = 1
@@ -98,7 +98,7 @@ def read_alpha(data: Buffer) -> np.ndarray | None:
                 return None
             alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
     except Exception as error:
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ImageError(one_line(error) or type(error).__name__) from None
     return None if alpha.min() == 255 else alpha
 
 
@@ -121,7 +121,7 @@ def _decode_tolerantly(data: Buffer) -> np.ndarray:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(_what_it_is(data) or " ".join(str(error).split()) or type(error).__name__) from None
+        raise ImageError(_what_it_is(data) or one_line(error) or type(error).__name__) from None
 
 
 def _decode_other(data: Buffer) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 from pbe.places import tracking_uri
 from pbe.store import Store
 from pipelines.cluster.working_dir import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
@@ -117,7 +117,7 @@ def _probe(uri: str, driver: str, node: str) -> str:
             return "it does not see what another node wrote there; use s3://bucket/prefix, or a folder that all share"
         store.write_bytes(f"{NODES}/{node}", b"")
     except (UserError, OSError) as error:
-        return " ".join(str(error).split())[:300]
+        return one_line(error)
     return ""
 
 

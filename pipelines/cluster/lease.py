@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from pbe.errors import one_line
 from pbe.store import StoreError
 from pbe.train.checkpoints import Run
 from pipelines.runtime.progress_records import who
@@ -144,5 +145,5 @@ class _Renewal(threading.Thread):
                     continue
                 _write(self._run_held, self._token, renewed)
             except (StoreError, OSError) as error:  # training does not end for it; others may take it for its end
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error, 200)
                 print(f"train: the lease of run {self._run_held.name} was not renewed: {reason}", flush=True)

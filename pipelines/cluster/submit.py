@@ -25,6 +25,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from pbe.errors import one_line
 from pbe.places import refuse_credentials
 from pipelines.cluster.job_results import attempts_in_storage, fetch, take_over_finished
 from pipelines.cluster.working_dir import (
@@ -124,7 +125,7 @@ def _reach_storage(stage: Stage) -> None:
     except OSError as error:
         raise StageError(
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it (are "
-            f"the credentials in AWS_* there, and not expired?): {_one_line(error)}"
+            f"the credentials in AWS_* there, and not expired?): {one_line(error)}"
         ) from None
 
 
@@ -160,7 +161,7 @@ def _connect(address: str) -> JobSubmissionClient:
             f"RAY_ADDRESS={address} wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
     except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
-        raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {_one_line(error)}") from None
+        raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {one_line(error)}") from None
 
 
 def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple[int, JobStatus | None]:
@@ -203,11 +204,11 @@ def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id:
                 return False
             if isinstance(error, OSError):  # no answer, which may have been lost on its way
                 raise StageError(
-                    f"the cluster did not answer for job {job_id} ({_one_line(error)}): it may run; the same command "
+                    f"the cluster did not answer for job {job_id} ({one_line(error)}): it may run; the same command "
                     f"attaches to it, or sends it again. To stop it: ray job stop --address {address} {job_id}"
                 ) from None
             raise StageError(
-                f"the cluster did not take job {job_id} (the same command may work now): {_one_line(error)}"
+                f"the cluster did not take job {job_id} (the same command may work now): {one_line(error)}"
             ) from None
     print(f"{stage.name}: submitted job {job_id} to {address} ({len(data) / 1e3:,.0f} kB)", flush=True)
     return True
@@ -251,7 +252,7 @@ def _as_stage_error(what: str) -> Iterator[None]:
     try:
         yield
     except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
-        raise StageError(f"{what}: {_one_line(error)}") from None
+        raise StageError(f"{what}: {one_line(error)}") from None
 
 
 @dataclass
@@ -305,7 +306,7 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
                 ) from None
             if time.monotonic() - last_answer > LOST_S:
                 raise StageError(
-                    f"lost contact with {address} ({_one_line(error)}); job {job_id} may go on there, and "
+                    f"lost contact with {address} ({one_line(error)}); job {job_id} may go on there, and "
                     "the same command attaches to it again"
                 ) from None
         else:
@@ -317,7 +318,3 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines()[-LOG_LINES:])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

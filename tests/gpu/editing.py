@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pbe.edit import UPSTREAM, Editor
+from pbe.errors import one_line
 from pbe.model.precision import float32_products
 from pbe.model.settings import Precision
 from tests.gpu.networks import new_model
@@ -110,7 +111,7 @@ def _diffusers_rows(
 
         yield from _rows(device, sizes, f"diffusers, {precision}", run)
     except Exception as error:  # theirs; ours are still to be measured
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         yield {"case": f"diffusers, {precision}", "failed": f"{type(error).__name__}: {said}"}
 
 

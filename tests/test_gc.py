@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pbe import config
+from pbe import places
 from pbe.cli import main
 from pbe.gc import find_unused, remove, used_paths
 from pbe.store import Store, make_manifest, save_manifest, write_json
@@ -106,7 +106,7 @@ def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy of it; everything in its storage was written two days ago."""
     shutil.copytree(template, tmp_path / "copy", symlinks=True)
     root = tmp_path / "copy" / "project"
-    monkeypatch.setattr(config, "repo_root", lambda: root)
+    monkeypatch.setattr(places, "repo_root", lambda: root)
     monkeypatch.setenv("PBE_STORAGE", str(tmp_path / "copy" / "store"))
     _age(_store(root), "", 2 * DAY_S)
     return root
@@ -199,7 +199,7 @@ def test_a_project_below_the_root_of_its_git_keeps_what_its_history_names(
     for generation in ("old", "new"):
         _commit(root, store, generation)
     _age(store, "", 2 * DAY_S)
-    monkeypatch.setattr(config, "repo_root", lambda: root)
+    monkeypatch.setattr(places, "repo_root", lambda: root)
     monkeypatch.setenv("PBE_STORAGE", store.uri)
     assert main(["gc", "--yes"]) == 0
     assert _present(store) == USED

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pbe import config
+from pbe import places
 from pbe.cli import main
 from pbe.data.schema import REJECTS
 from pbe.store import Store, make_manifest, save_manifest
@@ -27,7 +27,7 @@ NOTHING: Parts = [[]]
 @pytest.fixture
 def root(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder with a storage of its own."""
-    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(places, "repo_root", lambda: tmp_path)
     monkeypatch.setenv("PBE_STORAGE", store.uri)
     return tmp_path
 

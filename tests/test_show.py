@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pbe import config
+from pbe import places
 from pbe.cli import main
 from pbe.data import images
 from pbe.data.contact import HOLE_GREY, TILE_PX
@@ -59,7 +59,7 @@ def _materialize(root: Path, store: Store, photos: list[list[str]]) -> None:
 @pytest.fixture
 def root(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder where materialize has run."""
-    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(places, "repo_root", lambda: tmp_path)
     monkeypatch.setenv("PBE_STORAGE", store.uri)
     _materialize(tmp_path, store, PHOTOS)
     return tmp_path

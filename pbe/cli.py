@@ -185,7 +185,7 @@ def _edit(args: argparse.Namespace) -> None:
 
     from pbe.data import images
     from pbe.data.contact import edits_sheet
-    from pbe.edit import BATCH_ROWS, DEFAULT_SCALE, DEFAULT_STEPS, DIFFUSERS, OURS, UPSTREAM, Editor
+    from pbe.edit import BATCH_ROWS, DEFAULT_SAMPLING, DIFFUSERS, OURS, UPSTREAM, Editor
 
     one_file = args.n == 1 or args.grid
     if one_file:
@@ -196,21 +196,24 @@ def _edit(args: argparse.Namespace) -> None:
     if args.reference_box is not None:
         reference = reference[_slices(args.reference_box, reference, f"--reference-box of {args.reference}")]
     hole_mask = _hole_mask(args, photo)
-    steps = DEFAULT_STEPS if args.steps is None else args.steps
+    sampling = replace(
+        DEFAULT_SAMPLING,
+        guidance_scale=DEFAULT_SAMPLING.guidance_scale if args.scale is None else args.scale,
+        steps=DEFAULT_SAMPLING.steps if args.steps is None else args.steps,
+        sampler=args.sampler,
+    )
     editor = Editor.load(args.model, precision=args.precision)
     protocol = {"ours": OURS, "upstream": UPSTREAM, "diffusers": DIFFUSERS}[args.protocol]
     if args.reference_fit is not None:
         protocol = replace(protocol, reference_fit=args.reference_fit)
-    with tqdm(total=steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=sampling.steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
         edits = editor.edit(
             photo,
             hole_mask,
             reference,
             seed=args.seed,
             n=args.n,
-            guidance_scale=DEFAULT_SCALE if args.scale is None else args.scale,
-            steps=steps,
-            sampler=args.sampler,
+            sampling=sampling,
             size_px=args.size,
             protocol=protocol,
             on_step=bar.update,

@@ -115,6 +115,7 @@ def _worker(store: Store, cfg: EditConfig, export: str, bench_file: File) -> Cal
 
 def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig) -> list[dict[str, Any]]:
     """EDITS rows of tasks (bench row, hole kind, reference kind, seed)."""
+    from pbe.diffusion.sampling import Sampling
     from pbe.edit import OURS, UPSTREAM
 
     sources = np.stack([images.decode(row["source"]) for row, *_ in tasks])
@@ -125,9 +126,7 @@ def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig) -> list[
         np.stack(holes),
         [images.decode(row[reference]) for row, _, reference, _ in tasks],
         seeds=[int(row_rng(seed, row["bench_id"], "edit").integers(2**62)) for row, _, _, seed in tasks],
-        guidance_scale=cfg.guidance_scale,
-        steps=cfg.steps,
-        sampler=cfg.sampler,
+        sampling=Sampling(cfg.guidance_scale, cfg.steps, cfg.sampler),
         protocol=OURS if cfg.protocol == "ours" else UPSTREAM,
     )
     return [

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pbe.config import Precision
+from pbe.diffusion.sampling import Sampling
 from pbe.edit import UPSTREAM, Editor
 from pbe.model.precision import float32_products
 from tests.gpu.networks import new_model
@@ -72,8 +73,7 @@ class Inputs:
             self._reference,
             seed=1,
             n=count,
-            guidance_scale=SCALE,
-            steps=steps,
+            sampling=Sampling(SCALE, steps),
             protocol=UPSTREAM,
             on_step=on_step,
         )

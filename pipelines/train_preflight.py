@@ -121,7 +121,7 @@ def stored_schema(stage: Stage, encoded: Manifest) -> pa.Schema:
 
 
 def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
-    """Each lane needs a row group of every slot (pbe/data/order.py)."""
+    """Each lane needs a row group of every slot (pbe/train/data/order.py)."""
     rows_per_group = int(encoded.config["rows_per_group"])
     groups = min(sum(len(group_rows(file, rows_per_group)) for file in files) for files in slot_files(encoded))
     if groups < lanes:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pbe.config import TrainConfig
-from pbe.data.batches import Batch
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
+from pbe.train.data.batch import Batch
 
 
 @dataclass(frozen=True)

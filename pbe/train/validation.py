@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pbe.data.batches import Batch
 from pbe.data.contact import sheet
 from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import to_images
 from pbe.model.codec import Codec
 from pbe.model.weights import ModelCard
+from pbe.train.data.batch import Batch
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 

@@ -135,7 +135,10 @@ def _show(args: argparse.Namespace) -> None:
     from pbe.store import Store, load_manifest
 
     _must_be_writable_png(args.out)
-    manifest = load_manifest(repo_root() / "data" / "materialize" / "manifest.json")
+    path = repo_root() / "data" / "materialize" / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; run `dvc repro materialize` first")
+    manifest = load_manifest(path)
     sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
     args.out.write_bytes(images.encode_png(sheet))
     print("\n".join(names))

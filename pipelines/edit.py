@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pbe.config import EditConfig
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
@@ -119,8 +119,7 @@ def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig) -> list[
     from pbe.edit import OURS, UPSTREAM
 
     sources = np.stack([images.decode(row["source"]) for row, *_ in tasks])
-    side_px = sources.shape[1]
-    holes = [unpack_mask(row[f"{hole}_hole_mask"], width_px=side_px, height_px=side_px) for row, hole, _, _ in tasks]
+    holes = [hole_of(row, hole, source) for (row, hole, _, _), source in zip(tasks, sources, strict=True)]
     edits = editor.edit_crops(
         sources,
         np.stack(holes),

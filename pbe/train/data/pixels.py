@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.slots import TRIPLETS_PER_GROUP, require_same_rows, slot_files
@@ -77,15 +77,10 @@ class PixelRows:
     def _decoded(self, table: pa.Table, draw: Draw) -> PixelRow:
         [row] = table.to_pylist()
         source, reference = images.decode(row["source"]), images.decode(row["reference"])
-        height_px, width_px = source.shape[:2]
-        patch_px = self._codec.patch_px
-        drawn = draw(
-            latent_shape=(self._codec.channels, height_px // patch_px, width_px // patch_px),
-            stored_references=self._stored_references,
-        )
+        height, width = (side_px // self._codec.patch_px for side_px in source.shape[:2])
+        drawn = draw(latent_shape=(self._codec.channels, height, width), stored_references=self._stored_references)
         if drawn.augment_reference:
             visit = 1 + drawn.epoch // len(self.files)  # draw 0 is the clean one
             rng = row_rng(self._data_seed, row["image_id"], row["slot"], "reference", visit)
             reference = augment_reference(reference, augmenter=self._augmenter, rng=rng)
-        hole_mask = unpack_mask(row[f"{drawn.hole_kind}_hole_mask"], width_px=width_px, height_px=height_px)
-        return PixelRow(drawn, source, hole_mask, reference)
+        return PixelRow(drawn, source, hole_of(row, drawn.hole_kind, source), reference)

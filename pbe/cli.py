@@ -135,7 +135,10 @@ def _show(args: argparse.Namespace) -> None:
     from pbe.store import Store, load_manifest
 
     _must_be_writable_png(args.out)
-    manifest = load_manifest(repo_root() / "data" / "materialize" / "manifest.json")
+    path = repo_root() / "data" / "materialize" / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; run `dvc repro materialize` first")
+    manifest = load_manifest(path)
     sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
     args.out.write_bytes(images.encode_png(sheet))
     print("\n".join(names))
@@ -185,7 +188,7 @@ def _edit(args: argparse.Namespace) -> None:
 
     from pbe.data import images
     from pbe.data.contact import edits_sheet
-    from pbe.edit import BATCH_ROWS, DEFAULT_SCALE, DEFAULT_STEPS, DIFFUSERS, OURS, UPSTREAM, Editor
+    from pbe.edit import BATCH_ROWS, DEFAULT_SAMPLING, DIFFUSERS, OURS, UPSTREAM, Editor
 
     one_file = args.n == 1 or args.grid
     if one_file:
@@ -196,21 +199,24 @@ def _edit(args: argparse.Namespace) -> None:
     if args.reference_box is not None:
         reference = reference[_slices(args.reference_box, reference, f"--reference-box of {args.reference}")]
     hole_mask = _hole_mask(args, photo)
-    steps = DEFAULT_STEPS if args.steps is None else args.steps
+    sampling = replace(
+        DEFAULT_SAMPLING,
+        guidance_scale=DEFAULT_SAMPLING.guidance_scale if args.scale is None else args.scale,
+        steps=DEFAULT_SAMPLING.steps if args.steps is None else args.steps,
+        sampler=args.sampler,
+    )
     editor = Editor.load(args.model, precision=args.precision)
     protocol = {"ours": OURS, "upstream": UPSTREAM, "diffusers": DIFFUSERS}[args.protocol]
     if args.reference_fit is not None:
         protocol = replace(protocol, reference_fit=args.reference_fit)
-    with tqdm(total=steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=sampling.steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
         edits = editor.edit(
             photo,
             hole_mask,
             reference,
             seed=args.seed,
             n=args.n,
-            guidance_scale=DEFAULT_SCALE if args.scale is None else args.scale,
-            steps=steps,
-            sampler=args.sampler,
+            sampling=sampling,
             size_px=args.size,
             protocol=protocol,
             on_step=bar.update,

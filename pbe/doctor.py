@@ -318,7 +318,7 @@ def _nvidia_smi() -> str:
 def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     import torch
 
-    from pbe.train.drill import DrillError, run_drill
+    from pbe.drill import DrillError, run_drill
 
     if gpu and not torch.cuda.is_available():
         yield Finding("warn", "training drill", "not run: there is no GPU; `pbe doctor --ranks 2` runs it on the CPU")

@@ -21,17 +21,14 @@ from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
-from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, default_sampler, make_sampler
-from pbe.diffusion.settings import SamplerName
+from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.precision import float32_products
 from pbe.model.settings import Precision
 from pbe.model.weights import Model, ModelError, load_model
 
-DEFAULT_STEPS = 50  # upstream
-DEFAULT_SCALE = 5.0  # upstream's published commands; the sample profile is evaluated at 3
+DEFAULT_SAMPLING = Sampling()
 CONTEXT_FACTOR = 1.6  # side of the edited square over the hole's longer side, when the photo has room
 BATCH_ROWS = 8  # edits per forward
 PAD_GREY = 128
@@ -119,9 +116,7 @@ class Editor:
         *,
         seed: int,
         n: int = 1,
-        guidance_scale: float = DEFAULT_SCALE,
-        steps: int = DEFAULT_STEPS,
-        sampler: SamplerName | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
         size_px: int | None = None,
         protocol: EditProtocol = OURS,
         on_step: OnStep | None = None,
@@ -134,9 +129,7 @@ class Editor:
             raise ValueError(f"n = {n}: at least one edit")
         return self.edit_batch(
             [EditTask(photo, hole_mask, reference, seed + k) for k in range(n)],
-            guidance_scale=guidance_scale,
-            steps=steps,
-            sampler=sampler,
+            sampling=sampling,
             size_px=size_px,
             protocol=protocol,
             on_step=on_step,
@@ -146,19 +139,17 @@ class Editor:
         self,
         tasks: Sequence[EditTask],
         *,
-        guidance_scale: float = DEFAULT_SCALE,
-        steps: int = DEFAULT_STEPS,
-        sampler: SamplerName | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
         size_px: int | None = None,
         protocol: EditProtocol = OURS,
         on_step: OnStep | None = None,
     ) -> list[np.ndarray]:
         """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
 
-        With `protocol.paste_back` an edit equals its photo outside the hole. sampler: None for the one that the model
-        names. size_px: side at which the network works; None for the model's own. on_step: called after every forward,
-        `steps` times for every BATCH_ROWS tasks. Raises ValueError for a hole that is empty or the whole photo, or for
-        shapes that do not fit.
+        With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
+        None for the model's own. on_step: called after every forward, `sampling.steps` times for every BATCH_ROWS
+        tasks. Raises ValueError for a hole that is empty or the whole photo, or for shapes that do not fit, and
+        SamplerError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._refuse_odd_size(side)
@@ -173,9 +164,7 @@ class Editor:
                 np.stack([cut.hole_mask for cut in cuts]),
                 [task.reference for task in batch],
                 seeds=[task.seed for task in batch],
-                guidance_scale=guidance_scale,
-                steps=steps,
-                sampler=sampler,
+                sampling=sampling,
                 protocol=protocol,
                 on_step=on_step,
             )
@@ -189,9 +178,7 @@ class Editor:
         references: Sequence[np.ndarray],
         *,
         seeds: Sequence[int],
-        guidance_scale: float,
-        steps: int,
-        sampler: SamplerName | None = None,
+        sampling: Sampling,
         protocol: EditProtocol = OURS,
     ) -> np.ndarray:
         """A batch at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
@@ -207,9 +194,7 @@ class Editor:
             hole_masks,
             references,
             seeds=seeds,
-            guidance_scale=guidance_scale,
-            steps=steps,
-            sampler=sampler,
+            sampling=sampling,
             protocol=protocol,
             on_step=None,
         )
@@ -222,17 +207,11 @@ class Editor:
         references: Sequence[np.ndarray],
         *,
         seeds: Sequence[int],
-        guidance_scale: float,
-        steps: int,
-        sampler: SamplerName | None,
+        sampling: Sampling,
         protocol: EditProtocol,
         on_step: OnStep | None,
     ) -> np.ndarray:
         """What the codec decodes, (B, S, S, 3) uint8. Waits for the device once, at its end."""
-        if not 1 <= steps <= TRAIN_TIMESTEPS or not np.isfinite(guidance_scale):
-            raise ValueError(
-                f"steps {steps}, guidance scale {guidance_scale}: 1 to {TRAIN_TIMESTEPS} steps, a finite scale"
-            )
         with float32_products(tf32=self._precision == "tf32"):
             side = self.card.reference_px
             fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
@@ -244,22 +223,21 @@ class Editor:
             masked_latent = masked.mean
             if protocol.masked_latent == "sample":
                 masked_latent = masked.mean + masked.std * self._noise(seeds, "masked photo", shape)
-            copies, dtype = forwards_per_step(guidance_scale), self._network.unet.dtype
-            drop = torch.arange(copies * len(sources), device=self._device) < (copies - 1) * len(sources)
+            dtype = self._network.unet.dtype
+            given = Condition.of_rows(masked_latent, keep, tokens, sampling=sampling, dtype=dtype)
             with torch.no_grad():
-                context = self._network.exemplar(tokens.to(dtype).repeat(copies, 1, 1), drop)
-            masked_latent, keep_mask = (
-                masked_latent.to(dtype).repeat(copies, 1, 1, 1),
-                keep.to(dtype).repeat(copies, 1, 1, 1),
-            )
+                context = self._network.exemplar(given.exemplar_tokens, given.drop_condition)
             latent = sample(
                 lambda noisy, timestep: self._network.denoise(
-                    noisy.to(dtype), timestep, masked_latent=masked_latent, keep_mask_latent=keep_mask, context=context
+                    noisy.to(dtype),
+                    timestep,
+                    masked_latent=given.masked_latent,
+                    keep_mask_latent=given.keep_mask_latent,
+                    context=context,
                 ).float(),
                 self._noise(seeds, "edit", shape),
-                sampler=make_sampler(self.card.scheduler, sampler or default_sampler(self.card.scheduler)),
-                steps=steps,
-                guidance_scale=guidance_scale,
+                scheduler=self.card.scheduler,
+                sampling=sampling,
                 project=self._codec.project,
                 on_step=on_step,
             )

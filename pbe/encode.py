@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pbe.data import images
-from pbe.data.masks import HOLE_KINDS, MaskResize, keep_mask_latent, unpack_mask
+from pbe.data.masks import HOLE_KINDS, MaskResize, hole_of, keep_mask_latent
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
 from pbe.data.schema import array_bytes, encoded_schema
@@ -162,11 +162,8 @@ def _latent_columns(
         batch = rows[start : start + batch_rows]
         sources = np.stack([images.decode(row["source"]) for row in batch])
         _extend(columns, "source", encode_source(codec, sources, device=device))
-        height_px, width_px = sources.shape[1:3]
         for kind in HOLE_KINDS:
-            holes = np.stack(
-                [unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px) for row in batch]
-            )
+            holes = np.stack([hole_of(row, kind, source) for row, source in zip(batch, sources, strict=True)])
             masked, keep = encode_masked(codec, sources, holes, device=device)
             _extend(columns, f"{kind}_masked", masked)
             columns[f"{kind}_hole_mask_latent"] += list(1.0 - keep.cpu().numpy())

@@ -35,7 +35,33 @@ COPY_BYTES = 8 << 20
 
 
 class StoreError(UserError):
-    """A part is missing or damaged; the message says which and what to do."""
+    """The storage lacks a file or takes no more; the message names the file."""
+
+
+class PartError(StoreError):
+    """A unit's file is missing or damaged. It says so, not who makes it again: `kind` tells that to who knows."""
+
+    def __init__(self, uri: str, kind: str, damage: str | None) -> None:
+        """kind: the folder of parts/ that the unit is in. damage: what reading it met; None when it is gone."""
+        super().__init__(uri, kind, damage)
+        self.uri, self.kind, self.damage = uri, kind, damage
+
+    def __str__(self) -> str:
+        if self.damage is None:
+            return f"{self.uri}: this part is gone"
+        return f"{self.uri}: this part cannot be read ({self.damage}); if it is damaged, delete its folder"
+
+
+class ManifestError(StoreError):
+    """A manifest is missing or damaged."""
+
+    def __init__(self, path: Path, damage: str | None) -> None:
+        """damage: what is wrong with it; None when it is not there."""
+        super().__init__(path, damage)
+        self.path, self.damage = path, damage
+
+    def __str__(self) -> str:
+        return f"{self.path}: " + ("not there" if self.damage is None else f"not a manifest ({self.damage})")
 
 
 def digest(value: Any) -> str:
@@ -53,6 +79,11 @@ class File:
     rows: int
     bytes: int
     sha256: str
+
+    @property
+    def kind(self) -> str:
+        """The folder of parts/ that it is in."""
+        return PurePosixPath(self.path).parts[1]
 
 
 @dataclass(frozen=True)
@@ -296,7 +327,7 @@ class Store:
         return record
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
-        """One file of a unit as a table. Raises StoreError when it is missing or damaged."""
+        """One file of a unit as a table. Raises PartError when it is missing or damaged."""
         with self._readable(file):
             return pq.read_table(
                 self.path(file.path),
@@ -309,7 +340,7 @@ class Store:
     def open_parquet(self, file: File, footer: bytes | None = None) -> pq.ParquetFile:
         """An open file for row-group reads; `footer`, of `read_footer`, is then not read again.
 
-        Raises StoreError when it is missing or no Parquet file.
+        Raises PartError when it is missing or no Parquet file.
         """
         with self._readable(file):
             stream = self._fs.open_input_file(self.path(file.path))
@@ -317,7 +348,7 @@ class Store:
             return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
 
     def read_footer(self, file: File) -> bytes:
-        """The footer as stored, for `open_parquet`. Raises StoreError as that does."""
+        """The footer as stored, for `open_parquet`. Raises PartError as that does."""
         with self._readable(file), self._fs.open_input_file(self.path(file.path)) as stream:
             return _footer(stream)
 
@@ -326,12 +357,9 @@ class Store:
         try:
             yield
         except FileNotFoundError:
-            raise StoreError(f"{self.full_uri(file.path)}: this part is gone; {_again(file)}") from None
+            raise PartError(self.full_uri(file.path), file.kind, None) from None
         except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(
-                f"{self.full_uri(file.path)}: this part cannot be read ({error}); if it is damaged, delete its folder, "
-                f"then {_again(file)}"
-            ) from None
+            raise PartError(self.full_uri(file.path), file.kind, str(error)) from None
 
 
 def _footer(stream: pa.NativeFile) -> bytes:
@@ -358,13 +386,6 @@ def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
-
-
-def _again(file: File) -> str:
-    """How to get a part back: DVC, which watches manifests, does not see that it is gone."""
-    kind = file.path.split("/")[1]
-    stages = {"index": "ingest", "look": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}
-    return f"`dvc repro -f -s {stages.get(kind, kind)}` makes it again"
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:
@@ -423,20 +444,12 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Raises StoreError when the stage that writes it has not run, or its file is damaged."""
+    """Raises ManifestError when it is missing or damaged."""
     try:
         raw = json.loads(path.read_text())
         units = tuple(record_from(unit) for unit in raw["units"])
         return Manifest(raw["stage"], raw["digest"], raw["config"], raw["version"], units, raw["counts"])
     except FileNotFoundError:
-        raise StoreError(f"{path}: not there; run `dvc repro {_target(path)}` first") from None
+        raise ManifestError(path, None) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path}: not a manifest ({type(error).__name__} {error}); `dvc repro -f -s {_target(path)}` writes it"
-        ) from None
-
-
-def _target(manifest: Path) -> str:
-    """What `dvc repro` calls the stage that writes it: data/<stage>/ or data/<stage>/<variant>/."""
-    folder = manifest.parent
-    return folder.name if folder.parent.name in ("data", "") else f"{folder.parent.name}@{folder.name}"
+        raise ManifestError(path, f"{type(error).__name__} {error}") from None

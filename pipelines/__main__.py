@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pbe.errors import UserError
 from pbe.places import home_root
+from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import is_dashboard, prepare_driver
 from pipelines.runtime.logs import kept_log
 from pipelines.runtime.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _dispatch(args)
     except UserError as error:
-        print(f"pbe: error: {error}", file=sys.stderr)
+        print(f"pbe: error: {with_cure(error)}", file=sys.stderr)
         return 1
     except OSError as error:  # a file or folder of the user that cannot be read or written
         print(f"pbe: error: {' '.join(str(error).split())}", file=sys.stderr)

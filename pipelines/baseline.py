@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
@@ -53,7 +53,7 @@ def _fills(bench: pa.Table, cfg: EditConfig, kind: str) -> pa.Table:
     for row in bench.to_pylist():
         source = images.decode(row["source"])
         for hole, reference in product(cfg.holes, cfg.references):
-            edit = _fill(kind, source, _hole(row, hole, source), images.decode(row[reference]))
+            edit = _fill(kind, source, hole_of(row, hole, source), images.decode(row[reference]))
             out.append(_edit_row(row["bench_id"], hole, reference, edit))
     return pa.Table.from_pylist(out, schema=EDITS)
 
@@ -77,10 +77,6 @@ def _results(bench: pa.Table, folder: Path, allow_missing: bool) -> pa.Table:
         if row["bench_id"] in found
     ]
     return pa.Table.from_pylist(out, schema=EDITS)
-
-
-def _hole(row: dict[str, Any], kind: str, source: np.ndarray) -> np.ndarray:
-    return unpack_mask(row[f"{kind}_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
 
 
 def _edit_row(bench_id: str, hole: str, reference: str, edit: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
@@ -115,19 +115,17 @@ def _worker(store: Store, cfg: EditConfig, export: str, bench_file: File) -> Cal
 
 def _edited(editor: Any, tasks: list[tuple[Any, ...]], cfg: EditConfig) -> list[dict[str, Any]]:
     """EDITS rows of tasks (bench row, hole kind, reference kind, seed)."""
+    from pbe.diffusion.sampling import Sampling
     from pbe.edit import OURS, UPSTREAM
 
     sources = np.stack([images.decode(row["source"]) for row, *_ in tasks])
-    side_px = sources.shape[1]
-    holes = [unpack_mask(row[f"{hole}_hole_mask"], width_px=side_px, height_px=side_px) for row, hole, _, _ in tasks]
+    holes = [hole_of(row, hole, source) for (row, hole, _, _), source in zip(tasks, sources, strict=True)]
     edits = editor.edit_crops(
         sources,
         np.stack(holes),
         [images.decode(row[reference]) for row, _, reference, _ in tasks],
         seeds=[int(row_rng(seed, row["bench_id"], "edit").integers(2**62)) for row, _, _, seed in tasks],
-        guidance_scale=cfg.guidance_scale,
-        steps=cfg.steps,
-        sampler=cfg.sampler,
+        sampling=Sampling(cfg.guidance_scale, cfg.steps, cfg.sampler),
         protocol=OURS if cfg.protocol == "ours" else UPSTREAM,
     )
     return [

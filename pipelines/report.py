@@ -23,7 +23,7 @@ from pbe.data import images
 from pbe.data.boxes import area_frac
 from pbe.data.contact import with_hole
 from pbe.data.filter import RULES, FilterConfig
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import IMAGE_REASONS
@@ -360,9 +360,7 @@ def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
 
     def hole(row: dict[str, Any], kind: str) -> np.ndarray:
         source = images.decode(row["source"])
-        return with_hole(
-            source, unpack_mask(row[f"{kind}_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
-        )
+        return with_hole(source, hole_of(row, kind, source))
 
     pictures: list[tuple[str, Callable[[dict[str, Any]], np.ndarray]]] = [
         ("box hole", lambda row: hole(row, "box")),

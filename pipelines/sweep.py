@@ -14,8 +14,9 @@ import numpy as np
 from pbe import track
 from pbe.data import images
 from pbe.data.contact import sheet
+from pbe.data.masks import hole_of
 from pbe.evaluate.compare import compare
-from pbe.evaluate.features.crops import edit_key, hole_of
+from pbe.evaluate.features.crops import edit_key
 from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
 from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
 from pbe.evaluate.metrics.intervals import bootstrap_mean

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pbe import track
-from pbe.data.slots import require_same_rows
+from pbe.data.slots import InputError, require_same_rows
 from pbe.errors import UserError
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
@@ -26,6 +26,7 @@ from pbe.train.checkpoints import Run
 from pbe.train.settings import TrainConfig
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
+from pipelines.runtime.cures import with_cure
 from pipelines.runtime.parts import start_ray
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
@@ -63,7 +64,10 @@ def main(stage: Stage) -> None:
     encoded = load_manifest(stage.input("encode"))
     triplets = load_manifest(stage.input("materialize")) if cfg.input == "pixels" else None
     if triplets is not None:
-        require_same_rows(encoded, triplets)
+        try:
+            require_same_rows(encoded, triplets)
+        except InputError as error:
+            raise StageError(f"train.input = pixels: {error}; run `dvc repro encode` first") from None
     initial = _initial_weights(stage, cfg, encoded)
     # of the first weights their content counts, not where they were found
     settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init", "seed"})
@@ -306,7 +310,7 @@ def _train_loop(config: dict[str, bytes]) -> None:
         # Every rank has come to this and would come to it again: it ends here, without Ray's tracebacks and tries.
         run.write_json("stopped.json", {"reason": str(error)})
     except UserError as error:
-        run.write_json("stopped.json", {"reason": str(error)})
+        run.write_json("stopped.json", {"reason": with_cure(error)})
         raise  # Ray tries again: a storage may come back
 
 

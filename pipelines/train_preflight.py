@@ -11,6 +11,7 @@ from pbe.data.schema import TRIPLETS, encoded_schema
 from pbe.data.slots import group_rows, slot_files
 from pbe.store import File, Manifest, Store
 from pbe.train.settings import TrainConfig
+from pipelines.runtime.cures import made_again
 from pipelines.runtime.stage import Stage, StageError
 
 FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
@@ -80,7 +81,7 @@ def refuse_unfit_parts(store: Store, manifest: Manifest, schema: pa.Schema) -> N
     def check(file: File) -> None:
         with store.open_parquet(file) as parquet:
             found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-        again = f"delete its folder, then `dvc repro -f -s {manifest.stage}` makes it again"
+        again = f"delete its folder, then {made_again(manifest.stage)}"
         if rows != file.rows:
             raise StageError(
                 f"{store.full_uri(file.path)}: has {rows} rows, data/{manifest.stage}/manifest.json says {file.rows}; "
@@ -123,7 +124,7 @@ def stored_schema(stage: Stage, encoded: Manifest) -> pa.Schema:
 
 
 def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
-    """Each lane needs a row group of every slot (pbe/data/order.py)."""
+    """Each lane needs a row group of every slot (pbe/train/data/order.py)."""
     rows_per_group = int(encoded.config["rows_per_group"])
     groups = min(sum(len(group_rows(file, rows_per_group)) for file in files) for files in slot_files(encoded))
     if groups < lanes:

@@ -46,14 +46,15 @@ def _pixels(path: str) -> np.ndarray:
 
 
 def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    from pbe.edit import DEFAULT_SCALE, Editor
+    from pbe.diffusion.sampling import Sampling
+    from pbe.edit import Editor
 
     assert _run(args) == 0
     assert capsys.readouterr() == (f"wrote {args['out']}\n", "")
     assert Path(args["out"]).read_bytes().startswith(b"\x89PNG")
     photo, hole_mask = _pixels(args["photo"]), _pixels(args["mask"])[..., 0] > 0
     (expected,) = Editor.load(Path(args["model"])).edit(
-        photo, hole_mask, _pixels(args["reference"]), seed=42, guidance_scale=DEFAULT_SCALE, steps=2
+        photo, hole_mask, _pixels(args["reference"]), seed=42, sampling=Sampling(steps=2)
     )
     out = _pixels(args["out"])
     np.testing.assert_array_equal(out, expected)

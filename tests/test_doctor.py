@@ -208,7 +208,7 @@ def test_two_ranks_train_save_and_go_on_as_one(root: Path) -> None:
 @pytest.mark.timeout(240)
 def test_a_drill_whose_ranks_fail_says_why(root: Path) -> None:
     from pbe.config import load_params
-    from pbe.train.drill import DrillError, run_drill
+    from pbe.drill import DrillError, run_drill
 
     cfg = load_params(root / "params.yaml").train
     with pytest.raises(DrillError, match="the ranks said nothing for 0 s"):

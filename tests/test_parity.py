@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.data.rng import row_rng
-from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import make_sampler
+from pbe.diffusion.sampling import Sampling, sample
 from pbe.diffusion.settings import SamplerName
 from pbe.edit import Editor
 from pbe.encode import encode_masked, encode_references
@@ -64,7 +63,7 @@ def _condition(model: Model, sources: np.ndarray, holes: np.ndarray, references:
     generator = torch.Generator().manual_seed(POSTERIOR_SEED)
     drawn = masked.mean + masked.std * torch.randn(masked.mean.shape, generator=generator)
     keep = 1 - torch.from_numpy(holes[:, None, ::CELL_PX, ::CELL_PX]).float()
-    copies = forwards_per_step(scale)
+    copies = Sampling(scale).forwards_per_step
     drop = torch.arange(copies * ROWS) < (copies - 1) * ROWS
     with torch.no_grad():
         context = model.network.exemplar(encode_references(model.backbone, references).repeat(copies, 1, 1), drop)
@@ -104,9 +103,8 @@ def test_conditions_latents_and_pictures_are_those_of_diffusers(
         return sample(
             lambda noisy, timestep: model.network.denoise(noisy, timestep, **vars(condition)),
             noise,
-            sampler=make_sampler(model.card.scheduler, sampler),
-            steps=STEPS,
-            guidance_scale=scale,
+            scheduler=model.card.scheduler,
+            sampling=Sampling(scale, STEPS, sampler),
         )
 
     torch.testing.assert_close(latents(theirs), expected, atol=1e-6, rtol=0)  # one loop, equal to the last bit here
@@ -134,7 +132,7 @@ def test_the_editor_fills_holes_as_diffusers_does(sampler: SamplerName, model: M
         latents=torch.from_numpy(noise),
     ).images
     edited = Editor(model, torch.device("cpu")).edit_crops(
-        sources, holes, list(references), seeds=seeds, guidance_scale=5.0, steps=STEPS, sampler=sampler
+        sources, holes, list(references), seeds=seeds, sampling=Sampling(5.0, STEPS, sampler)
     )
     hole = holes > 0
     np.testing.assert_array_equal(edited[~hole], sources[~hole])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 
 TILE_PX = 96
 HOLE_GREY = 128
@@ -38,11 +38,7 @@ def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     sources = [images.decode(row["source"]) for row in rows]
 
     def holed(kind: str) -> list[np.ndarray]:
-        masks = (
-            unpack_mask(row[f"{kind}_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
-            for row, source in zip(rows, sources, strict=True)
-        )
-        return [with_hole(source, mask) for source, mask in zip(sources, masks, strict=True)]
+        return [with_hole(source, hole_of(row, kind, source)) for row, source in zip(rows, sources, strict=True)]
 
     return sheet([sources, holed("box"), holed("bezier"), [images.decode(row["reference"]) for row in rows]])
 

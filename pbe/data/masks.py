@@ -10,7 +10,8 @@ symmetric parabolas (11-17 of 18 points survive); we keep all points.
 
 import functools
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -76,6 +77,12 @@ def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:
     """Inverse of pack_mask: (height, width) uint8 of 0/1."""
     rows = np.frombuffer(data, np.uint8).reshape(height_px, -1)
     return np.unpackbits(rows, axis=1, count=width_px)
+
+
+def hole_of(row: Mapping[str, Any], kind: str, picture: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 of 0/1, 1 = hole: the mask of a row of TRIPLETS or BENCH, of the size of `picture` (H, W, 3)."""
+    height_px, width_px = picture.shape[:2]
+    return unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px)
 
 
 def keep_mask_latent(hole_mask: np.ndarray, cell_px: int, *, resize: MaskResize = "bilinear") -> np.ndarray:

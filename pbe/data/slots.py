@@ -38,6 +38,5 @@ def require_same_rows(encoded: Manifest, triplets: Manifest) -> None:
     rows = [[[file.rows for file in slot] for slot in slot_files(manifest)] for manifest in (encoded, triplets)]
     if made_from != triplets.digest or rows[0] != rows[1]:
         raise InputError(
-            f"train.input = pixels: data/encode/manifest.json was made from triplets {made_from}, but "
-            f"data/materialize/manifest.json lists {triplets.digest}; run `dvc repro encode` first"
+            f"the encoded rows were made from triplets {made_from}, but these are triplets {triplets.digest}"
         )

@@ -7,7 +7,7 @@ import numpy as np
 
 from pbe.data import images
 from pbe.data.contact import sheet, with_hole
-from pbe.evaluate.features.crops import hole_of
+from pbe.data.masks import hole_of
 
 DIVERSITY = "diversity"  # a name beside the guidance scales of a sweep
 

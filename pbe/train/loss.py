@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.data.batches import Batch
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, target
-from pbe.diffusion.sampling import forwards_per_step, sample
-from pbe.diffusion.schedule import default_sampler, make_sampler
+from pbe.train.data.batch import Batch
 from pbe.train.settings import TrainConfig
 
 
@@ -49,45 +47,3 @@ def row_losses(network: Any, batch: Batch, diffusion: Diffusion) -> Tensor:
     if cfg.min_snr_gamma is not None:
         loss = loss * min_snr_weight(cfg.objective, alpha_bar=ab, gamma=cfg.min_snr_gamma)
     return loss
-
-
-@torch.no_grad()
-def fill_holes(
-    network: Any,
-    batch: Batch,
-    diffusion: Diffusion,
-    *,
-    scheduler: dict[str, Any],
-    steps: int,
-    guidance_scale: float,
-    project: Any,
-) -> Tensor:
-    """(B, C, h, w) float32 latents: what the network makes of the batch's holes, from the batch's own noise.
-
-    Under ZeRO 3 every rank must take part, as weights are gathered layer by layer.
-    """
-    dtype, copies = diffusion.dtype, forwards_per_step(guidance_scale)
-    rows = len(batch.x0)
-    drop = torch.arange(copies * rows, device=diffusion.device) < (copies - 1) * rows
-    masked = batch.masked_latent.repeat(copies, 1, 1, 1).to(dtype)
-    keep = batch.keep_mask_latent.repeat(copies, 1, 1, 1).to(dtype)
-    tokens = batch.exemplar_tokens.repeat(copies, 1, 1).to(dtype)
-
-    def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-        return network(
-            noisy.to(dtype),
-            timestep,
-            masked_latent=masked,
-            keep_mask_latent=keep,
-            exemplar_tokens=tokens,
-            drop_condition=drop,
-        ).float()
-
-    return sample(
-        denoise,
-        batch.noise,
-        sampler=make_sampler(scheduler, default_sampler(scheduler)),
-        steps=steps,
-        guidance_scale=guidance_scale,
-        project=project,
-    )

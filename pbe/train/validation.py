@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from pbe.data.batches import Batch
 from pbe.data.contact import sheet
+from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import to_images
 from pbe.model.codec import Codec
 from pbe.model.weights import ModelCard
-from pbe.train.loss import Diffusion, fill_holes, row_losses
+from pbe.train.data.batch import Batch
+from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 
-GRID_STEPS, GRID_GUIDANCE = 20, 3.0  # few steps: the grid is for the eye, not for metrics
+GRID_SAMPLING = Sampling(guidance_scale=3.0, steps=20)  # few steps: the grid is for the eye, not for metrics
 
 
 class Validation:
@@ -54,17 +56,31 @@ class Validation:
         if self._shown is None:
             return None
         batch, codec = self._on_device(self._shown), self._codec.to(self._diffusion.device)
-        filled = fill_holes(
-            network,
-            batch,
-            self._diffusion,
-            scheduler=self._card.scheduler,
-            steps=GRID_STEPS,
-            guidance_scale=GRID_GUIDANCE,
-            project=codec.project,
-        )
+        filled = self._filled(network, batch, codec)
         pictures = [to_images(codec.decode(latent)) for latent in (batch.x0, batch.masked_latent, filled)]
         return sheet([list(row) for row in pictures])
+
+    def _filled(self, network: Any, batch: Batch, codec: Codec) -> Tensor:
+        """(B, C, h, w) float32 latents: what the network makes of the batch's holes, from the batch's own noise."""
+        dtype = self._diffusion.dtype
+        given = Condition.of_rows(
+            batch.masked_latent, batch.keep_mask_latent, batch.exemplar_tokens, sampling=GRID_SAMPLING, dtype=dtype
+        )
+
+        def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
+            # the engine itself, not its module: under ZeRO 3 it gathers the weights
+            return network(
+                noisy.to(dtype),
+                timestep,
+                masked_latent=given.masked_latent,
+                keep_mask_latent=given.keep_mask_latent,
+                exemplar_tokens=given.exemplar_tokens,
+                drop_condition=given.drop_condition,
+            ).float()
+
+        return sample(
+            denoise, batch.noise, scheduler=self._card.scheduler, sampling=GRID_SAMPLING, project=codec.project
+        )
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch.to(self._diffusion.device)

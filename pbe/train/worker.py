@@ -1,8 +1,8 @@
 """The training loop of one rank: build, resume, loop, log, save, finish. Ray Train runs it on every worker.
 
-Reads rows through pbe/train/input.py in the order of pbe/data/order.py. Same rows, same noise and same dropout on
-any number of workers. The loss is pbe/train/loss.py; deviations from the paper (objective, context dropout, class
-embedding, cosine learning rate) are switches in params.yaml.
+Reads rows through pbe/train/data/input.py in the order of pbe/train/data/order.py. Same rows, same noise and same
+dropout on any number of workers. The loss is pbe/train/loss.py; deviations from the paper (objective, context dropout,
+class embedding, cosine learning rate) are switches in params.yaml.
 """
 
 import json
@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from pbe import track
-from pbe.data.batches import Batch
 from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
@@ -31,9 +30,11 @@ from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run, Saver, newest_whole
+from pbe.train.data.batch import Batch
+from pbe.train.data.input import open_input
+from pbe.train.data.order import Share
 from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
 from pbe.train.finite import OnHost, count_non_finite
-from pbe.train.input import Share, open_input
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 from pbe.train.settings import TrainConfig

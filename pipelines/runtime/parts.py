@@ -23,6 +23,7 @@ from pbe.errors import UserError
 from pbe.settings import ActorResources, TaskResources
 from pbe.store import Record, record_from
 from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
+from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
@@ -200,7 +201,7 @@ def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Re
             try:
                 self._work, self._error = worker(), ""
             except UserError as error:  # raised here, Ray would start the actor again and again
-                self._error = str(error)
+                self._error = with_cure(error)
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             if self._error:
@@ -215,4 +216,4 @@ def _result(make: Callable[[], Callable[[Unit], Record]], units: Sequence[Unit],
     try:
         return {"id": index, "record": json.dumps(asdict(make()(units[index]))), "error": ""}
     except UserError as error:
-        return {"id": index, "record": "", "error": str(error)}
+        return {"id": index, "record": "", "error": with_cure(error)}

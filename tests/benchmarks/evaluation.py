@@ -22,6 +22,7 @@ import torch
 from pbe.data import images
 from pbe.data.masks import pack_mask
 from pbe.data.schema import PIXELS
+from pbe.diffusion.sampling import Sampling
 from pbe.diffusion.schedule import scheduler_config
 from pbe.edit import Editor
 from pbe.evaluate.features.crops import bench_views, edit_views
@@ -100,9 +101,7 @@ def fill(editor: Editor, bench: list[dict[str, Any]], seed: int) -> list[dict[st
                 np.stack([row["hole"] for row in rows]),
                 [images.decode(row[kind]) for row in rows],
                 seeds=[seed + start + index for index in range(len(rows))],
-                guidance_scale=3.0,
-                steps=20,
-                sampler=None,
+                sampling=Sampling(guidance_scale=3.0, steps=20),
             )
             for row, edit in zip(rows, edits, strict=True):
                 key = {"bench_id": row["bench_id"], "hole_kind": "box", "reference_kind": kind, "seed": seed}

@@ -20,7 +20,6 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +28,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
-from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches  # noqa: E402
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config  # noqa: E402
 from pbe.model.unet import new_network  # noqa: E402
-from pbe.store import Manifest, Store  # noqa: E402
+from pbe.store import Store  # noqa: E402
+from pbe.train.data.encoded import EncodedRows  # noqa: E402
+from pbe.train.data.input import TrainInput  # noqa: E402
+from pbe.train.data.order import Share  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402
 from pbe.train.settings import TrainConfig  # noqa: E402
@@ -118,12 +119,14 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
     grey_latent = torch.zeros(1, arch.latent_channels, arch.latent_px, arch.latent_px)  # no row hides its photo
     diffusion = Diffusion(cfg, grey_latent.to(device), alpha_bar.to(device), device)
-    batches = Prefetched(batches_of(store, encoded, cfg), depth=2)
+    rows = EncodedRows(encoded, tokens="class", device=device)
+    share = Share(rank=0, world=1, start_step=0)
+    batches = TrainInput(store, rows, cfg=cfg, seed=23, share=share)
     for step in range(steps):
         clock, losses, lap = now(device), [], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for _ in range(cfg.accumulation_steps):
             since = now(device)
-            loss = row_losses(engine, batches.next().to(device), diffusion).mean()
+            loss = row_losses(engine, batches.next(), diffusion).mean()
             since = spent(lap, "forward", since, device)
             engine.backward(loss)
             since = spent(lap, "backward", since, device)
@@ -145,30 +148,6 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     print(
         f"parameters={parameters} peak_gib={peak:.2f} bytes_per_parameter={(peak - empty_gib) * GIB / parameters:.2f} "
         f"step_s={seconds:.1f} loss={losses[-1]:.4f}"
-    )
-
-
-def batches_of(store: Store, encoded: Manifest, cfg: TrainConfig) -> Iterator[Batch]:
-    draw = DrawConfig(
-        seed=23,
-        timesteps=TRAIN_TIMESTEPS,
-        bezier_prob=cfg.bezier_prob,
-        condition_dropout_prob=cfg.condition_dropout_prob,
-        context_dropout_prob=cfg.context_dropout_prob,
-        reference_augmentation=cfg.reference_augmentation,
-        class_token_only=True,
-    )
-    return rank_batches(
-        store,
-        encoded,
-        cfg=draw,
-        batch=cfg.batch,
-        micro_batch=cfg.micro_batch,
-        lanes=cfg.lanes,
-        rank=0,
-        world=1,
-        rows_per_group=ROWS_PER_GROUP,
-        start_step=0,
     )
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,7 +28,8 @@ from pbe.model.codec import fit_patch_codec
 from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.settings import Dtype
 from pbe.store import Manifest, Store
-from pbe.train.input import Share, TrainInput, open_input
+from pbe.train.data.input import TrainInput, open_input
+from pbe.train.data.order import Share
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.benchmarks.device import add_device, now, one_thread, open_device
@@ -78,7 +80,7 @@ def _measure(
         for dtype in ("float32", "float16")
     }
 
-    def opened(of: Manifest, source: str) -> closing[TrainInput]:
+    def opened(of: Manifest, source: str) -> closing[TrainInput[Any]]:
         return closing(
             open_input(
                 store,
@@ -127,7 +129,7 @@ def _micro_batch(params: Params) -> int:
     return min(8, params.train.micro_batch)
 
 
-def _step(network: ConditionedUNet, source: TrainInput, diffusion: Diffusion) -> float:
+def _step(network: ConditionedUNet, source: TrainInput[Any], diffusion: Diffusion) -> float:
     network.zero_grad()
     loss = row_losses(network, source.next(), diffusion).mean()
     loss.backward()

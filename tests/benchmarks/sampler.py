@@ -29,8 +29,7 @@ from diffusers import PNDMScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pbe.diffusion.sampling import sample  # noqa: E402
-from pbe.diffusion.schedule import make_sampler  # noqa: E402
+from pbe.diffusion.sampling import Sampling, sample  # noqa: E402
 from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
 from pbe.model.unet import Architecture, new_network  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_thread, open_device  # noqa: E402
@@ -94,9 +93,8 @@ def main() -> int:
         return sample(
             lambda noisy, timestep: model.network.denoise(noisy, timestep, **vars(seen[0])),
             noise,
-            sampler=make_sampler(model.card.scheduler, "pndm"),
-            steps=steps,
-            guidance_scale=SCALE,
+            scheduler=model.card.scheduler,
+            sampling=Sampling(SCALE, steps, "pndm"),
         )
 
     def seconds_per_step(run: Callable[[int], Tensor], steps: int) -> tuple[float, Tensor]:

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pbe.diffusion.objective import target
-from pbe.diffusion.sampling import Denoiser, sample
-from pbe.diffusion.schedule import alphas_cumprod, make_sampler, scheduler_config
+from pbe.diffusion.objective import predicted_x0, target
+from pbe.diffusion.sampling import Condition, Denoiser, Sampling, guide, sample
+from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
 SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SHAPE = (3, 2, 4, 4)
+UNCOND, COND = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([2.0, 2.0, 1.0])
 
 
 def _normal(seed: int) -> Tensor:
@@ -46,11 +47,8 @@ def _sample(
     guidance_scale: float = 1.0,
     **more: Any,
 ) -> Tensor:
-    made, noise = (
-        make_sampler(scheduler_config(beta_schedule, objective), sampler),
-        _normal(0) if noise is None else noise,
-    )
-    return sample(denoise, noise, sampler=made, steps=steps, guidance_scale=guidance_scale, **more)
+    scheduler, noise = scheduler_config(beta_schedule, objective), _normal(0) if noise is None else noise
+    return sample(denoise, noise, scheduler=scheduler, sampling=Sampling(guidance_scale, steps, sampler), **more)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])
@@ -143,14 +141,59 @@ def test_without_gradients(schedule: BetaSchedule) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_reads_a_value_of_the_device(sampler: SamplerName) -> None:
     """On a GPU each read would wait for the forward before it. A meta tensor has no values: reading one raises."""
-    made = make_sampler(scheduler_config("scaled_linear", "eps"), sampler)
     noise = torch.empty(SHAPE, device="meta")
     out = sample(
         lambda noisy, timestep: noisy * timestep[:, None, None, None],
         noise,
-        sampler=made,
-        steps=10,
-        guidance_scale=3.0,
+        scheduler=scheduler_config("scaled_linear", "eps"),
+        sampling=Sampling(guidance_scale=3.0, steps=10, sampler=sampler),
         project=lambda latent: latent.clamp(-1, 1),
     )
     assert out.device.type == "meta" and out.shape == SHAPE
+
+
+# -- guidance and settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"), [(0.0, [1, 2, -3]), (1.0, [2, 2, 1]), (3.0, [4, 2, 9]), (5.0, [6, 2, 17])]
+)
+def test_guidance_by_hand(scale: float, expected: list[float]) -> None:
+    assert guide(UNCOND, COND, scale).tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
+def test_equal_predictions_need_no_scale(scale: float) -> None:
+    assert torch.equal(guide(COND, COND, scale), COND)
+
+
+@pytest.mark.parametrize("objective", ["x0", "eps", "v"])
+def test_guiding_x0_is_guiding_the_prediction(objective: Objective) -> None:
+    """We guide x_0, upstream guides eps: the same, because x_0 is affine in the prediction."""
+    generator = torch.Generator().manual_seed(0)
+    noisy, uncond, cond = (torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    alpha_bar = torch.tensor([0.9, 0.5, 0.1, 0.01], dtype=torch.float64)
+
+    def x0(prediction: torch.Tensor) -> torch.Tensor:
+        return predicted_x0(objective, prediction=prediction, noisy=noisy, alpha_bar=alpha_bar)
+
+    torch.testing.assert_close(guide(x0(uncond), x0(cond), 5.0), x0(guide(uncond, cond, 5.0)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"steps": -1}, {"steps": 1001}, {"guidance_scale": float("nan")}], ids=str
+)
+def test_settings_without_a_meaning_are_refused(changes: dict[str, Any]) -> None:
+    """PNDM would take more steps than there are timesteps, and go through some timesteps twice."""
+    (value,) = changes.values()
+    with pytest.raises(ValueError, match=str(value)):
+        Sampling(**changes)
+
+
+@pytest.mark.parametrize(("scale", "drop"), [(1.0, [False] * 2), (3.0, [True] * 2 + [False] * 2)])
+def test_with_guidance_the_unconditional_rows_come_first(scale: float, drop: list[bool]) -> None:
+    latent, keep, tokens = torch.randn(2, 4, 3, 3), torch.rand(2, 1, 3, 3), torch.randn(2, 5, 7)
+    given = Condition.of_rows(latent, keep, tokens, sampling=Sampling(scale), dtype=torch.bfloat16)
+    assert given.drop_condition.tolist() == drop
+    for value, rows in ((given.masked_latent, latent), (given.keep_mask_latent, keep), (given.exemplar_tokens, tokens)):
+        assert len(value) == len(drop) and all(torch.equal(part, rows.bfloat16()) for part in value.split(2))

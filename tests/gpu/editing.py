@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pbe.diffusion.sampling import Sampling
 from pbe.edit import UPSTREAM, Editor
 from pbe.errors import one_line
 from pbe.model.precision import float32_products
@@ -73,8 +74,7 @@ class Inputs:
             self._reference,
             seed=1,
             n=count,
-            guidance_scale=SCALE,
-            steps=steps,
+            sampling=Sampling(SCALE, steps),
             protocol=UPSTREAM,
             on_step=on_step,
         )

@@ -11,6 +11,7 @@ from pbe.config import load_params
 from pbe.data.schema import TRIPLETS, encoded_schema
 from pbe.settings import Dtype
 from pbe.store import Manifest, Record, Store, StoreError, make_manifest
+from pipelines.runtime.cures import with_cure
 from pipelines.runtime.stage import Stage, StageError
 from pipelines.train_preflight import refuse_too_few_rows, refuse_unfit_parts, stored_schema
 from tests.train.ranks import CHANNELS, LATENT_PX, WIDTH, tiny_encoded
@@ -64,7 +65,7 @@ def test_a_part_that_is_gone_or_cut_is_named(
     spoil(Path(store.path(file.path)))
     with pytest.raises(StoreError, match=says) as caught:
         refuse_unfit_parts(store, encoded, _schema())
-    assert file.path in str(caught.value) and "dvc repro -f -s encode" in str(caught.value)
+    assert file.path in str(caught.value) and "dvc repro -f -s encode" in with_cure(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from pbe.data.batches import Batch, RowReader
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, require_same_rows, slot_files
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.backbone import EfficientNetLite
@@ -25,7 +25,11 @@ from pbe.model.unet import Architecture, new_network
 from pbe.model.vae import KlCodec
 from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run
-from pbe.train.input import OnlineEncoder, PixelInput, Share, TrainInput, open_input
+from pbe.train.data.batch import Batch
+from pbe.train.data.input import TrainInput, open_input
+from pbe.train.data.order import Share
+from pbe.train.data.pixels import PixelRows
+from pbe.train.data.reader import RowReader
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
@@ -65,14 +69,20 @@ def config(**changes: object) -> TrainConfig:
 
 def opened(
     place: Place, cfg: TrainConfig, *, seed: int = SEED, rank: int = 0, world: int = 1, start_step: int = 0
-) -> closing[TrainInput]:
+) -> closing[TrainInput[Any]]:
     """The training input, closed at the end of a `with`."""
     share = Share(rank, world, start_step)
     if cfg.input == "pixels":
-        encoder = OnlineEncoder(place.networks.codec, place.networks.backbone, cfg.exemplar.tokens, CPU)
-        return closing(
-            PixelInput(place.store, place.encoded, place.triplets, cfg=cfg, seed=seed, share=share, encoder=encoder)
+        networks = place.networks
+        rows = PixelRows(
+            place.encoded,
+            place.triplets,
+            codec=networks.codec,
+            backbone=networks.backbone,
+            tokens=cfg.exemplar.tokens,
+            device=CPU,
         )
+        return closing(TrainInput(place.store, rows, cfg=cfg, seed=seed, share=share))
     return closing(
         open_input(
             place.store,
@@ -270,7 +280,7 @@ def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(
             read.append(key)
             return super()._read_group(key)
 
-    monkeypatch.setattr("pbe.train.input.RowReader", Counting)
+    monkeypatch.setattr("pbe.train.data.input.RowReader", Counting)
     settings = dict(place.encoded.config) | {"rows_per_group": TRIPLETS_PER_GROUP}
     with opened(replace(place, encoded=replace(place.encoded, config=settings)), config(input="pixels")) as online:
         for _ in range(24):
@@ -287,10 +297,10 @@ def test_other_triplets_are_refused(place: Place) -> None:
     require_same_rows(place.encoded, place.triplets)
     for encoded, triplets in (
         (place.encoded, replace(place.triplets, digest="other")),
-        (replace(place.encoded, config={}), place.triplets),
+        (replace(place.encoded, config={**place.encoded.config, "triplets": None}), place.triplets),
         (replace(place.encoded, units=place.encoded.units[1:]), place.triplets),
     ):
-        with pytest.raises(InputError, match="run `dvc repro encode` first"):
+        with pytest.raises(InputError, match="these are triplets"):
             require_same_rows(encoded, triplets)
         with (
             pytest.raises(InputError, match="made from triplets"),

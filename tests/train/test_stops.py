@@ -9,11 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pbe.data.batches import Batch
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
 from pbe.model.unet import new_network
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run
+from pbe.train.data.batch import Batch
 from pbe.train.engine import deepspeed_config, step_engine
 from pbe.train.loss import Diffusion, row_losses
 from tests.gpu.stops import stops_of_steps

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
+from pbe.data.masks import hole_of
 from pbe.evaluate.features.extractors import Way
 from pbe.evaluate.metrics.similarity import hole_region, match_resolution, upstream_region
 from pbe.evaluate.settings import Region
@@ -38,12 +38,6 @@ class View:
 def edit_key(row: Mapping[str, Any]) -> str:
     """Of a row of EDITS or PIXELS."""
     return f"{row['bench_id']}|{row['hole_kind']}|{row['reference_kind']}|{row['seed']}"
-
-
-def hole_of(bench_row: Mapping[str, Any], hole_kind: str, picture: np.ndarray) -> np.ndarray:
-    """(S, S) of 0/1, of a row of BENCH whose pictures have the size of `picture`."""
-    height_px, width_px = picture.shape[:2]
-    return unpack_mask(bench_row[f"{hole_kind}_hole_mask"], width_px=width_px, height_px=height_px)
 
 
 def bench_views(

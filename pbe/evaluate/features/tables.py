@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.data import images
+from pbe.data.masks import hole_of
 from pbe.data.schema import FEATURES, PIXELS
-from pbe.evaluate.features.crops import View, edit_key, hole_of
+from pbe.evaluate.features.crops import View, edit_key
 from pbe.evaluate.features.extractors import Extractor, Way
 from pbe.evaluate.metrics.copy_paste import copy_paste_score
 from pbe.evaluate.metrics.similarity import background_psnr, hole_psnr, mean_colour

@@ -6,10 +6,22 @@ serves the lanes congruent to r modulo the world size. So the rows of batch b ar
 and no row is lost when lanes are uneven.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pbe.data.rng import row_rng
+from pbe.store import File
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the rows one rank reads, from which optimizer step on."""
+
+    rank: int
+    world: int
+    start_step: int
 
 
 @dataclass(frozen=True)
@@ -75,17 +87,37 @@ def rank_rows(
     *,
     batch: int,
     lanes: int,
-    rank: int,
-    world: int,
     seed: int,
-    start_step: int,
+    share: Share,
 ) -> Iterator[list[RowRef]]:
-    """One rank's rows of each optimizer step, endlessly from step `start_step` on: lane after lane, batch / lanes rows
-    of every lane that it serves. `batch` is the global batch."""
+    """One rank's rows of each optimizer step, endlessly from step `share.start_step` on: lane after lane, batch / lanes
+    rows of every lane that it serves. `batch` is the global batch."""
     per_lane = batch // lanes
     streams = [
-        lane_stream(group_rows_of_slot, lane=lane, lanes=lanes, seed=seed, skip=start_step * per_lane)
-        for lane in range(rank, lanes, world)
+        lane_stream(group_rows_of_slot, lane=lane, lanes=lanes, seed=seed, skip=share.start_step * per_lane)
+        for lane in range(share.rank, lanes, share.world)
     ]
     while True:
         yield [next(stream) for stream in streams for _ in range(per_lane)]
+
+
+def rows_to_keep(*, batch: int, lanes: int, world: int, rows_per_group: int) -> int:
+    """Rows of one rank's step, and of the groups that its lanes have begun and will come back to."""
+    return (batch + 2 * lanes * rows_per_group) // world
+
+
+def validation_places(files: Sequence[File], rows: int, *, rows_per_group: int) -> list[tuple[int, int]]:
+    """(file, row) of `rows` rows, or of all if there are fewer, in order: whole row groups spread evenly over a slot,
+    so that few groups are read however large the slot is."""
+    starts = [(index, row) for index, file in enumerate(files) for row in range(0, file.rows, rows_per_group)]
+    groups = min(-(-rows // rows_per_group), len(starts))
+    while True:  # groups at the ends of files are short
+        chosen = np.linspace(0, len(starts) - 1, groups).round().astype(int)
+        places = [
+            (file, row)
+            for file, start in (starts[index] for index in chosen)
+            for row in range(start, min(start + rows_per_group, files[file].rows))
+        ]
+        if len(places) >= rows or groups == len(starts):
+            return places[:rows]
+        groups += 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pbe.data.order import RowRef, lane_epoch, lane_groups, lane_stream
+from pbe.train.data.order import RowRef, lane_epoch, lane_groups, lane_stream
 
 # slots of files of row groups: the row count of each group
 GROUPS = st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=4)

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 
@@ -14,32 +14,30 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pbe.data.batches import (
-    Batch,
-    DrawConfig,
-    Prefetched,
-    RowReader,
-    collate,
-    draw_row,
-    rank_batches,
-    validation_rows,
-)
-from pbe.data.order import RowRef
-from pbe.data.schema import array_bytes, array_shape, encoded_schema
+from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schema
 from pbe.data.slots import group_rows, slot_files, slot_name
 from pbe.store import Manifest, Store, make_manifest
+from pbe.train.data.batch import Batch, joined
+from pbe.train.data.draws import draw
+from pbe.train.data.encoded import EncodedRows
+from pbe.train.data.input import micro_batches, validation_batches
+from pbe.train.data.order import Share
+from pbe.train.data.prefetch import Prefetched
+from pbe.train.data.reader import RowReader
+from pbe.train.settings import TrainConfig
+from tests.train.ranks import tiny_config
 
 LATENT, TOKENS = (2, 3, 3), (3, 1, 4)
 ROWS_OF_BUCKET, SLOTS, ROWS_PER_GROUP = (5, 0, 4, 1), 2, 2
-CFG = DrawConfig(
-    seed=23,
-    timesteps=1000,
-    bezier_prob=0.5,
-    condition_dropout_prob=0.2,
-    context_dropout_prob=0.1,
-    reference_augmentation=True,
-    class_token_only=True,
-)
+SEED, CPU = 23, torch.device("cpu")
+
+
+def config(**changes: object) -> TrainConfig:
+    shares = {"bezier_prob": 0.5, "condition_dropout_prob": 0.2, "context_dropout_prob": 0.1}
+    return tiny_config(**{"batch": 8, "micro_batch": 4, "lanes": 4, "workers": 1, **shares, **changes})
+
+
+CFG = config()
 
 
 def _table(bucket: int, slot: int, count: int, latent: tuple[int, int, int] = LATENT) -> pa.Table:
@@ -70,25 +68,16 @@ def encoded(store: Store) -> Manifest:
         )
         for bucket, count in enumerate(ROWS_OF_BUCKET)
     ]
-    return make_manifest("encode", config={}, version=1, units=units)
+    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=units)
 
 
 def _steps(
     store: Store, encoded: Manifest, count: int, *, world: int = 1, rank: int = 0, micro: int = 4, start: int = 0
 ) -> list[list[Batch]]:
     """`count` optimizer steps of one rank: lists of micro-batches. Global batch 8, four lanes."""
-    batches = rank_batches(
-        store,
-        encoded,
-        cfg=CFG,
-        batch=8,
-        micro_batch=micro,
-        lanes=4,
-        rank=rank,
-        world=world,
-        rows_per_group=ROWS_PER_GROUP,
-        start_step=start,
-    )
+    source = EncodedRows(encoded, tokens="class", device=CPU)
+    cfg, share = config(micro_batch=micro, workers=world), Share(rank, world, start)
+    batches = micro_batches(store, source, cfg=cfg, seed=SEED, share=share)
     return [list(islice(batches, 8 // (world * micro))) for _ in range(count)]
 
 
@@ -101,22 +90,31 @@ def _row_bytes(batches: list[Batch]) -> list[tuple[bytes, ...]]:
     ]
 
 
-def _row(image_id: str = "a", slot: int = 0, std: float = 0.5) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    row = {"image_id": np.array(image_id), "slot": np.array(slot), "box_index": np.array(0)}
-    for field in encoded_schema(LATENT, TOKENS):
+def _row(std: float = 0.5, token_shape: tuple[int, int, int] = TOKENS) -> pa.Table:
+    """One row, in float32."""
+    rng, schema = np.random.default_rng(1), encoded_schema(LATENT, token_shape, "float32")
+    columns: dict[str, list] = {"image_id": ["a"], "slot": [0], "box_index": [0]}
+    for field in schema:
         if field.metadata:
-            row[field.name] = rng.standard_normal(array_shape(field)).astype(np.float32)
-            if field.name.endswith("_std"):
-                row[field.name][:] = std
-    return row
+            value = rng.standard_normal(array_shape(field))
+            columns[field.name] = [array_bytes(field, np.full_like(value, std) if "_std" in field.name else value)]
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def _examples(count: int, cfg: DrawConfig = CFG, std: float = 0.5) -> dict[str, np.ndarray]:
-    """Draws of one row in `count` epochs, stacked by name."""
-    row = _row(std=std)
-    drawn = [draw_row(row, epoch=epoch, cfg=cfg) for epoch in range(count)]
-    return {name: np.stack([example[name] for example in drawn]) for name in drawn[0]}
+def _arrays(row: pa.Table) -> dict[str, np.ndarray]:
+    return {field.name: array_value(field, row.column(field.name)[0].as_py()) for field in row.schema if field.metadata}
+
+
+def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -> dict[str, np.ndarray]:
+    """One row's examples in `count` epochs, stacked by name."""
+    source = EncodedRows(_no_units(), tokens=cfg.exemplar.tokens, device=CPU)
+    draws = [partial(draw, "a", 0, epoch=epoch, cfg=cfg, seed=SEED) for epoch in range(count)]
+    batch = source.prepare([(_row() if row is None else row, drawn) for drawn in draws])
+    return {field.name: np.asarray(getattr(batch, field.name)) for field in fields(Batch)}
+
+
+def _no_units() -> Manifest:
+    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=[])
 
 
 # -- order and resume ---------------------------------------------------------------------------------------------
@@ -171,24 +169,16 @@ def test_a_batch_has_the_declared_shapes_and_types(store: Store, encoded: Manife
 def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encoded: Manifest, cache_bytes: int) -> None:
     files = slot_files(encoded)
     tables = {(s, f): store.read_table(file) for s, slot in enumerate(files) for f, file in enumerate(slot)}
-    refs = [
-        RowRef(0, slot, file, row // ROWS_PER_GROUP, row % ROWS_PER_GROUP)
-        for (slot, file), table in tables.items()
-        for row in range(table.num_rows)
-    ]
-    assert len(refs) == sum(ROWS_OF_BUCKET) * SLOTS
+    places = [(slot, file, row) for (slot, file), table in tables.items() for row in range(table.num_rows)]
+    assert len(places) == sum(ROWS_OF_BUCKET) * SLOTS
     reader, rng = RowReader(store, files, cache_bytes), np.random.default_rng(0)
-    for index in rng.permutation(np.repeat(np.arange(len(refs)), 2)):
-        ref = refs[index]
-        table = tables[ref.slot, ref.file]
-        expected = table.slice(ref.group * ROWS_PER_GROUP + ref.row, 1).to_pylist()[0]
-        row = reader.read(ref)
-        assert set(row) == set(expected) and row["image_id"] == expected["image_id"] and row["slot"] == ref.slot
-        for field in table.schema:
-            assert reader._held_bytes <= max(cache_bytes, max(group.nbytes for group in reader._groups.values()))
-            if field.metadata:
-                assert row[field.name].dtype == np.float32 and row[field.name].shape == array_shape(field)
-                assert array_bytes(field, row[field.name]) == expected[field.name]  # float16 to float32 is exact
+    for index in rng.permutation(np.repeat(np.arange(len(places)), 2)):
+        slot, file, row = places[index]
+        assert reader.read(slot=slot, file=file, row=row).equals(tables[slot, file].slice(row, 1))
+        assert reader.groups.held_bytes <= max(
+            cache_bytes, max(group.nbytes for group in reader.groups.values.values())
+        )
+        assert reader.groups.held_bytes == sum(group.nbytes for group in reader.groups.values.values())
 
 
 def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:
@@ -204,8 +194,9 @@ def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -
 
 
 def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
-    def noise(seed: int = 23, epoch: int = 0, **identity: int | str) -> bytes:
-        return draw_row(_row(**identity), epoch=epoch, cfg=replace(CFG, seed=seed))["noise"].tobytes()  # type: ignore[arg-type]
+    def noise(image_id: str = "a", slot: int = 0, epoch: int = 0, seed: int = SEED) -> bytes:
+        made = draw(image_id, slot, epoch=epoch, latent_shape=LATENT, stored_references=3, cfg=CFG, seed=seed)
+        return made.noise.tobytes()
 
     assert noise() == noise()
     assert len({noise(), noise(seed=24), noise(epoch=1), noise(slot=1), noise(image_id="b")}) == 5
@@ -213,7 +204,7 @@ def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
 
 @pytest.mark.parametrize("prob", [0.0, 0.1, 0.2, 1.0])
 def test_dropout_has_its_share_and_the_two_kinds_are_independent(prob: float) -> None:
-    drawn = _examples(3000, replace(CFG, condition_dropout_prob=prob, context_dropout_prob=0.3))
+    drawn = _examples(3000, config(condition_dropout_prob=prob, context_dropout_prob=0.3))
     condition, context = drawn["drop_condition"], drawn["drop_context"]
     if prob in (0.0, 1.0):
         assert (condition == bool(prob)).all()
@@ -225,7 +216,8 @@ def test_dropout_has_its_share_and_the_two_kinds_are_independent(prob: float) ->
 
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float) -> None:
-    row, drawn = _row(std=0.0), _examples(1000, replace(CFG, bezier_prob=prob), std=0.0)
+    row = _arrays(_row(std=0.0))
+    drawn = _examples(1000, config(bezier_prob=prob), _row(std=0.0))
     bezier = np.array([np.array_equal(latent, row["bezier_masked_mean"]) for latent in drawn["masked_latent"]])
     assert bezier.mean() == pytest.approx(prob, abs=0.07 if prob == 0.5 else 0)
     for is_bezier, latent, keep in zip(bezier, drawn["masked_latent"], drawn["keep_mask_latent"], strict=True):
@@ -235,7 +227,7 @@ def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float
 
 
 def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_noise() -> None:
-    row, drawn = _row(), _examples(4000, replace(CFG, bezier_prob=0.0))
+    row, drawn = _arrays(_row()), _examples(4000, config(bezier_prob=0.0))
     parts = {
         "x0": (drawn["x0"] - row["source_mean"]) / 0.5,
         "masked": (drawn["masked_latent"] - row["box_masked_mean"]) / 0.5,
@@ -245,19 +237,21 @@ def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_nois
     np.testing.assert_allclose(flat.mean(1), 0, atol=0.02)
     np.testing.assert_allclose(flat.std(1), 1, atol=0.02)
     np.testing.assert_allclose(np.corrcoef(flat), np.eye(3), atol=0.02)
-    assert np.array_equal(_examples(3, std=0.0)["x0"], np.stack([row["source_mean"]] * 3))  # std 0: the mean itself
+    assert np.array_equal(
+        _examples(3, row=_row(std=0.0))["x0"], np.stack([row["source_mean"]] * 3)
+    )  # std 0: the mean itself
 
 
 def test_timesteps_are_uniform() -> None:
-    times = _examples(4000, replace(CFG, timesteps=10))["timestep"]
+    times = _examples(4000)["timestep"]
     assert times.dtype == np.int64
-    counts = np.bincount(times, minlength=10)
+    counts = np.bincount(times // 100, minlength=10)
     assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees, p = 0.001
 
 
 def test_without_augmentation_the_clean_reference_is_read_and_with_it_never() -> None:
-    tokens = _row()["exemplar_tokens"]
-    clean = _examples(300, replace(CFG, reference_augmentation=False))["exemplar_tokens"]
+    tokens = _arrays(_row())["exemplar_tokens"]
+    clean = _examples(300, config(reference_augmentation=False))["exemplar_tokens"]
     assert (clean == tokens[0]).all()
     augmented = _examples(600)["exemplar_tokens"]
     first, second = ((augmented == tokens[draw]).all((1, 2)) for draw in (1, 2))
@@ -265,44 +259,49 @@ def test_without_augmentation_the_clean_reference_is_read_and_with_it_never() ->
 
 
 def test_a_single_draw_is_the_clean_one_even_with_augmentation() -> None:
-    row = _row()
-    row["exemplar_tokens"] = row["exemplar_tokens"][:1]
-    np.testing.assert_array_equal(draw_row(row, epoch=0, cfg=CFG)["exemplar_tokens"], row["exemplar_tokens"][0])
+    row = _row(token_shape=(1, *TOKENS[1:]))
+    np.testing.assert_array_equal(_examples(1, row=row)["exemplar_tokens"], _arrays(row)["exemplar_tokens"])
+
+
+def test_the_class_token_is_the_first_of_those_stored() -> None:
+    row, exemplar = _row(token_shape=(3, 5, 4)), CFG.exemplar.model_dump()
+    one, every = (
+        _examples(1, config(exemplar=exemplar | {"tokens": tokens}), row)["exemplar_tokens"]
+        for tokens in ("class", "all")
+    )
+    assert one.shape == (1, 1, 4) and every.shape == (1, 5, 4)
+    np.testing.assert_array_equal(every[:, :1], one)
 
 
 # -- prefetch -----------------------------------------------------------------------------------------------------
-
-
-def _batch(number: int) -> Batch:
-    return collate([{**draw_row(_row(), epoch=0, cfg=CFG), "timestep": np.array(number, np.int64)}])
 
 
 def test_prefetching_keeps_the_order_and_stays_within_its_depth() -> None:
     made: list[int] = []
     ahead = threading.Event()
 
-    def items() -> Iterator[Batch]:
+    def items() -> Iterator[int]:
         for number in range(20):
             made.append(number)
             if len(made) == 4:
                 ahead.set()
-            yield _batch(number)
+            yield number
 
     prefetched = Prefetched(items(), depth=3)
     assert ahead.wait(10)  # three in the queue, the fourth waits for room
     assert len(made) == 4
-    assert [int(prefetched.next().timestep) for _ in range(20)] == list(range(20))
+    assert [prefetched.next() for _ in range(20)] == list(range(20))
     prefetched.close()
 
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("bad row"), KeyboardInterrupt()])
 def test_an_error_surfaces_in_the_consumer_after_the_items_before_it(error: BaseException) -> None:
-    def items() -> Iterator[Batch]:
-        yield _batch(1)
+    def items() -> Iterator[int]:
+        yield 1
         raise error
 
     prefetched = Prefetched(items(), depth=4)
-    assert int(prefetched.next().timestep) == 1
+    assert prefetched.next() == 1
     with pytest.raises(type(error)) as caught:
         prefetched.next()
     assert caught.value is error
@@ -310,7 +309,7 @@ def test_an_error_surfaces_in_the_consumer_after_the_items_before_it(error: Base
 
 
 def test_the_end_of_the_items_is_an_error_not_a_wait() -> None:
-    prefetched, outcome = Prefetched(iter([_batch(1)]), depth=2), []
+    prefetched, outcome = Prefetched(iter([1]), depth=2), []
 
     def consume() -> None:
         prefetched.next()
@@ -327,10 +326,9 @@ def test_the_end_of_the_items_is_an_error_not_a_wait() -> None:
 
 
 def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
-    def forever() -> Iterator[Batch]:
-        batch = _batch(0)
+    def forever() -> Iterator[int]:
         while True:
-            yield batch
+            yield 0
 
     before = set(threading.enumerate())
     prefetched = Prefetched(forever(), depth=1)
@@ -338,24 +336,6 @@ def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
     prefetched.next()
     prefetched.close()
     assert not thread.is_alive()
-
-
-def test_the_class_token_is_the_first_of_those_stored() -> None:
-    row = _arrays_of_one_row(tokens=5)
-    one = draw_row(row, epoch=0, cfg=CFG)["exemplar_tokens"]
-    every = draw_row(row, epoch=0, cfg=replace(CFG, class_token_only=False))["exemplar_tokens"]
-    assert one.shape == (1, 4) and every.shape == (5, 4)
-    np.testing.assert_array_equal(every[:1], one)
-
-
-def _arrays_of_one_row(tokens: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    row = {name: rng.standard_normal(LATENT).astype(np.float32) for name in ("source_mean", "source_std")}
-    for kind in ("box", "bezier"):
-        row |= {f"{kind}_masked_{what}": rng.standard_normal(LATENT).astype(np.float32) for what in ("mean", "std")}
-        row[f"{kind}_hole_mask_latent"] = rng.random((1, *LATENT[1:]), np.float32)
-    tokens_of_draws = rng.standard_normal((3, tokens, 4)).astype(np.float32)
-    return row | {"exemplar_tokens": tokens_of_draws, "image_id": np.array("a"), "slot": np.array(0)}
 
 
 # -- what an epoch costs ------------------------------------------------------------------------------------------
@@ -419,7 +399,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
         )
         for bucket in range(4)
     ]
-    return store, make_manifest("encode", config={}, version=1, units=units)
+    return store, make_manifest("encode", config={"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units)
 
 
 def _epoch(
@@ -429,20 +409,15 @@ def _epoch(
     counting = _CountingFiles(store._fs)
     reader = partial(RowReader, cache_bytes=cache_bytes)
     monkeypatch.setattr(store, "_fs", counting)
-    monkeypatch.setattr("pbe.data.batches.RowReader", reader)
+    monkeypatch.setattr("pbe.train.data.input.RowReader", reader)
     batches: list[set[str]] = [set() for _ in range(4)]
     for rank in range(world):
-        stream = rank_batches(
+        stream = micro_batches(
             store,
-            encoded,
-            cfg=CFG,
-            batch=16,
-            micro_batch=2,
-            lanes=8,
-            rank=rank,
-            world=world,
-            rows_per_group=BIG_ROWS_PER_GROUP,
-            start_step=0,
+            EncodedRows(encoded, tokens="class", device=CPU),
+            cfg=config(batch=16, micro_batch=2, lanes=8, workers=world),
+            seed=SEED,
+            share=Share(rank, world, 0),
         )
         for names in batches:
             for batch in islice(stream, 16 // (world * 2)):
@@ -471,36 +446,47 @@ def test_the_reader_forgets_footers_beyond_its_bound(store: Store, encoded: Mani
     reader = RowReader(store, files, 0, footer_bytes=1)
     for slot in (0, 1):
         for file in (0, 2):
-            assert str(reader.read(RowRef(0, slot, file, 0, 0))["image_id"]) == f"image{file}_0"
-            assert list(reader._footers) == [(slot, file)]
-            assert reader._held_footer_bytes == len(reader._footers[slot, file].data)
+            assert reader.read(slot=slot, file=file, row=0).column("image_id").to_pylist() == [f"image{file}_0"]
+            assert list(reader.footers.values) == [(slot, file)]
+            assert reader.footers.held_bytes == len(reader.footers.values[slot, file].data)
+
+
+def test_groups_of_the_newest_rows_stay_whatever_they_weigh(store: Store, encoded: Manifest) -> None:
+    """Files 0 and 2 of slot 0, groups of two rows."""
+    reader = RowReader(store, slot_files(encoded), 0, keep_rows=4)
+    for file, row in ((0, 0), (0, 2), (2, 0), (0, 2)):
+        reader.read(slot=0, file=file, row=row)
+    assert list(reader.groups.values) == [(0, 2, 0), (0, 0, 1)]
 
 
 # -- validation rows ---------------------------------------------------------------------------------------------------
 
 
-def _validation(store: Store, encoded: Manifest, rows: int) -> list[dict[str, np.ndarray]]:
-    return validation_rows(store, encoded, cfg=CFG, rows=rows, rows_per_group=ROWS_PER_GROUP)
+def _validation(store: Store, encoded: Manifest, rows: int) -> Batch:
+    source, cfg = EncodedRows(encoded, tokens="class", device=CPU), config(validation_rows=rows)
+    return joined(list(validation_batches(store, source, cfg=cfg, seed=SEED)))
 
 
 def test_validation_rows_are_whole_groups_spread_over_the_slot(store: Store, encoded: Manifest) -> None:
-    names = [str(row["rows"]).split()[0] for row in _validation(store, encoded, 4)]
+    names = [row.split()[0] for row in _validation(store, encoded, 4).rows]
     # groups of two rows: the first, one from the middle and the last; the latter two have one row
     assert names == ["image0_0", "image0_1", "image0_4", "image3_0"]
-    assert [str(row["rows"]).split()[0] for row in _validation(store, encoded, 4)] == names
+    assert [row.split()[0] for row in _validation(store, encoded, 4).rows] == names
 
 
 def test_validation_rows_are_all_rows_where_there_are_no_more(store: Store, encoded: Manifest) -> None:
-    names = {str(row["rows"]) for row in _validation(store, encoded, 1000)}
-    assert len(names) == sum(ROWS_OF_BUCKET)
+    assert len(set(_validation(store, encoded, 1000).rows)) == sum(ROWS_OF_BUCKET)
 
 
 def test_validation_draws_spread_timesteps_alternate_holes_and_drop_nothing(store: Store, encoded: Manifest) -> None:
     rows = _validation(store, encoded, 10)
-    assert [int(row["timestep"]) for row in rows] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
-    assert not any(row["drop_condition"] or row["drop_context"] for row in rows)
+    assert rows.timestep.tolist() == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert not (rows.drop_condition | rows.drop_context).any()
     stored = store.read_table(slot_files(encoded)[0][0])
-    keep = 1 - np.frombuffer(stored.column("box_hole_mask_latent")[0].as_py(), "<f2").reshape(1, *LATENT[1:])
-    np.testing.assert_array_equal(rows[0]["keep_mask_latent"].reshape(keep.shape), keep)
-    clean = np.frombuffer(stored.column("exemplar_tokens")[0].as_py(), "<f2").reshape(TOKENS)[0]
-    np.testing.assert_array_equal(rows[0]["exemplar_tokens"], clean.astype(np.float32))
+    for number, kind in enumerate(("box", "bezier")):
+        hole = array_value(
+            stored.schema.field(f"{kind}_hole_mask_latent"), stored.column(f"{kind}_hole_mask_latent")[number].as_py()
+        )
+        np.testing.assert_array_equal(rows.keep_mask_latent[number], 1 - hole)
+    clean = array_value(stored.schema.field("exemplar_tokens"), stored.column("exemplar_tokens")[0].as_py())[0]
+    np.testing.assert_array_equal(rows.exemplar_tokens[0], clean)

@@ -1,0 +1,78 @@
+"""A batch of training rows, put together from what is known of them and from their draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.encode import Posterior, to_device
+from pbe.train.data.draws import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, float32 unless noted. B rows, C latent channels, h x w latent pixels."""
+
+    x0: Tensor  # (B, C, h, w) a sample of the source's posterior
+    masked_latent: Tensor  # (B, C, h, w)
+    keep_mask_latent: Tensor  # (B, 1, h, w) in [0, 1], 1 = known
+    exemplar_tokens: Tensor  # (B, T, width)
+    noise: Tensor  # (B, C, h, w)
+    timestep: Tensor  # (B,) int64
+    drop_condition: Tensor  # (B,) bool: use the unconditional vector
+    drop_context: Tensor  # (B,) bool: hide the whole photo (sample profile)
+    rows: tuple[str, ...]  # who they are, for messages
+
+    def to(self, device: torch.device) -> "Batch":
+        """Without waiting for a GPU when the batch is pinned."""
+        wait = device.type == "cpu"  # a copy from a GPU that is not waited for has no values yet
+        tensors = {
+            name: value.to(device, non_blocking=not wait) for name, value in vars(self).items() if name != "rows"
+        }
+        return Batch(**tensors, rows=self.rows)
+
+    def pinned(self) -> "Batch":
+        """In page-locked memory: a copy to a GPU from any other stops that GPU's stream first."""
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if name != "rows"}
+        return Batch(**tensors, rows=self.rows)
+
+    def take(self, indices: Sequence[int]) -> "Batch":
+        """The rows at `indices`, in that order."""
+        tensors = {name: value[list(indices)] for name, value in vars(self).items() if name != "rows"}
+        return Batch(**tensors, rows=tuple(self.rows[index] for index in indices))
+
+
+def make_batch(
+    draws: Sequence[Draws],
+    *,
+    source: Posterior,
+    masked: Posterior,
+    keep_mask_latent: Tensor,
+    exemplar_tokens: Tensor,
+) -> Batch:
+    """The rows with samples of their posteriors, on the device that these are on."""
+
+    def stacked(values: list[Any]) -> Tensor:
+        return to_device(torch.from_numpy(np.stack(values)), source.mean.device)
+
+    return Batch(
+        x0=source.mean + source.std * stacked([drawn.source_normal for drawn in draws]),
+        masked_latent=masked.mean + masked.std * stacked([drawn.masked_normal for drawn in draws]),
+        keep_mask_latent=keep_mask_latent,
+        exemplar_tokens=exemplar_tokens,
+        noise=stacked([drawn.noise for drawn in draws]),
+        timestep=stacked([np.int64(drawn.timestep) for drawn in draws]),
+        drop_condition=stacked([np.bool_(drawn.drop_condition) for drawn in draws]),
+        drop_context=stacked([np.bool_(drawn.drop_context) for drawn in draws]),
+        rows=tuple(drawn.row for drawn in draws),
+    )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all, in order."""
+    names = [f.name for f in fields(Batch) if f.name != "rows"]
+    tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return Batch(**tensors, rows=tuple(row for batch in batches for row in batch.rows))

@@ -1,0 +1,96 @@
+"""What chance decides about one row at one visit: a pure function of (seed, image_id, slot, epoch).
+
+So a step's loss does not depend on the number of workers beyond float summation.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from pbe.data.rng import row_rng
+from pbe.data.schema import HoleKind
+from pbe.diffusion.schedule import TRAIN_TIMESTEPS
+from pbe.train.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Draws:
+    """C latent channels, h x w latent pixels."""
+
+    row: str  # whose they are, for messages
+    epoch: int
+    hole_kind: HoleKind
+    augment_reference: bool
+    stored_reference: int  # index of one of the stored references, of which 0 is the clean one
+    drop_condition: bool
+    drop_context: bool
+    timestep: int
+    noise: np.ndarray  # (C, h, w) float32, as the two below
+    source_normal: np.ndarray  # of the source's posterior
+    masked_normal: np.ndarray
+
+
+class Draw(Protocol):
+    """`draw` or `validation_draw` of one row, which lacks what only the row's source knows."""
+
+    def __call__(self, *, latent_shape: tuple[int, ...], stored_references: int) -> Draws: ...
+
+
+def draw(
+    image_id: str,
+    slot: int,
+    *,
+    epoch: int,
+    latent_shape: tuple[int, ...],
+    stored_references: int,
+    cfg: TrainConfig,
+    seed: int,
+) -> Draws:
+    """All is drawn always and in one order, so that ablations share the rest.
+
+    latent_shape: (C, h, w). stored_references: how many the encode stage drew, the clean one included.
+    """
+    rng = row_rng(seed, image_id, slot, "train", epoch)
+    hole_kind: HoleKind = "bezier" if rng.random() < cfg.bezier_prob else "box"
+    augmented = int(rng.integers(1, stored_references)) if stored_references > 1 else 0
+    return Draws(
+        row=f"{image_id} slot {slot} epoch {epoch}",
+        epoch=epoch,
+        hole_kind=hole_kind,
+        augment_reference=cfg.reference_augmentation,
+        stored_reference=augmented if cfg.reference_augmentation else 0,
+        drop_condition=bool(rng.random() < cfg.condition_dropout_prob),
+        drop_context=bool(rng.random() < cfg.context_dropout_prob),
+        timestep=int(rng.integers(0, TRAIN_TIMESTEPS)),
+        noise=rng.standard_normal(latent_shape, dtype=np.float32),
+        source_normal=rng.standard_normal(latent_shape, dtype=np.float32),
+        masked_normal=rng.standard_normal(latent_shape, dtype=np.float32),
+    )
+
+
+def validation_draw(
+    image_id: str,
+    slot: int,
+    *,
+    number: int,
+    count: int,
+    latent_shape: tuple[int, ...],
+    stored_references: int,
+    cfg: TrainConfig,
+    seed: int,
+) -> Draws:
+    """Of row `number` of `count`: timesteps are spread evenly over all, hole kinds alternate, the reference is the
+    clean one, nothing is dropped."""
+    drawn = draw(
+        image_id, slot, epoch=0, latent_shape=latent_shape, stored_references=stored_references, cfg=cfg, seed=seed
+    )
+    return replace(
+        drawn,
+        hole_kind="bezier" if number % 2 else "box",
+        augment_reference=False,
+        stored_reference=0,
+        drop_condition=False,
+        drop_context=False,
+        timestep=int((number + 0.5) * TRAIN_TIMESTEPS / count),
+    )

@@ -1,0 +1,137 @@
+"""What a training step reads: micro-batches of one rank, and the validation rows.
+
+Two sources give the same rows in the same order with the same draws: `EncodedRows` reads what the encode stage stored,
+`PixelRows` encodes the triplets in every step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import pyarrow as pa
+import torch
+
+from pbe.data.slots import InputError, group_rows
+from pbe.model.codec import Codec
+from pbe.model.frozen import open_backbone
+from pbe.store import File, Manifest, Store
+from pbe.train.data.batch import Batch, joined
+from pbe.train.data.draws import Draw, Draws, draw, validation_draw
+from pbe.train.data.encoded import EncodedRows
+from pbe.train.data.order import Share, rank_rows, rows_to_keep, validation_places
+from pbe.train.data.pixels import PixelRows
+from pbe.train.data.prefetch import Prefetched
+from pbe.train.data.reader import RowReader
+from pbe.train.settings import TrainConfig
+
+PREFETCHED_BATCHES = 4
+P = TypeVar("P")
+
+
+class RowSource(Protocol[P]):
+    """Makes batches of stored rows, in two steps: P is what the first hands to the second."""
+
+    files: list[list[File]]  # by slot, then by bucket
+    rows_per_group: int  # encode's, by which lanes are cut
+    stored_per_group: int  # rows of these files' own row groups
+
+    def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> P:
+        """In the prefetch thread. Each table is one row."""
+        ...
+
+    def finish(self, prepared: P) -> Batch:
+        """In the training thread; on its device."""
+        ...
+
+
+def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> Iterator[P]:
+    """Prepared micro-batches of one rank, endlessly from one optimizer step on.
+
+    Each step takes batch / lanes rows of every lane; this rank serves its lanes one after another. Raises ValueError
+    for a lane without rows, StoreError.
+    """
+    per_group = source.rows_per_group
+    group_rows_of_slot = [[group_rows(file, per_group) for file in slot] for slot in source.files]
+    order = rank_rows(group_rows_of_slot, batch=cfg.batch, lanes=cfg.lanes, seed=seed, share=share)
+    largest_group = max(per_group, source.stored_per_group)
+    keep_rows = rows_to_keep(batch=cfg.batch, lanes=cfg.lanes, world=share.world, rows_per_group=largest_group)
+    reader = RowReader(store, source.files, keep_rows=keep_rows)
+    for refs in order:
+        for start in range(0, len(refs), cfg.micro_batch):
+            yield source.prepare(
+                [
+                    _with_draw(
+                        reader.read(slot=ref.slot, file=ref.file, row=ref.group * per_group + ref.row),
+                        partial(draw, epoch=ref.epoch, cfg=cfg, seed=seed),
+                    )
+                    for ref in refs[start : start + cfg.micro_batch]
+                ]
+            )
+
+
+def validation_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int) -> Iterator[P]:
+    """Prepared micro-batches of `train.validation_rows` rows of slot 0, the same at every call and on every rank."""
+    files = source.files[0]
+    places = validation_places(files, cfg.validation_rows, rows_per_group=source.rows_per_group)
+    reader = RowReader(store, [files], cache_bytes=0)  # in order, so one group at a time is enough
+    for start in range(0, len(places), cfg.micro_batch):
+        yield source.prepare(
+            [
+                _with_draw(
+                    reader.read(slot=0, file=file, row=row),
+                    partial(validation_draw, number=number, count=len(places), cfg=cfg, seed=seed),
+                )
+                for number, (file, row) in enumerate(places[start : start + cfg.micro_batch], start)
+            ]
+        )
+
+
+def _with_draw(row: pa.Table, draw_of: Callable[..., Draws]) -> tuple[pa.Table, Draw]:
+    return row, partial(draw_of, row.column("image_id")[0].as_py(), row.column("slot")[0].as_py())
+
+
+class TrainInput(Generic[P]):
+    """Micro-batches of one rank, float32 and on the training device; a thread prepares the next ones."""
+
+    def __init__(self, store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> None:
+        """As `micro_batches`."""
+        self._source = source
+        prepared = micro_batches(store, source, cfg=cfg, seed=seed, share=share)
+        self._prepared = Prefetched(prepared, depth=PREFETCHED_BATCHES)
+        self._validation = partial(validation_batches, store, source, cfg=cfg, seed=seed)
+
+    def next(self) -> Batch:
+        return self._source.finish(self._prepared.next())
+
+    def validation(self) -> Batch:
+        """The validation rows in one batch, on the CPU."""
+        return joined([self._source.finish(prepared).to(torch.device("cpu")) for prepared in self._validation()])
+
+    def close(self) -> None:
+        self._prepared.close()
+
+
+def open_input(
+    store: Store,
+    encoded: Manifest,
+    triplets: Manifest | None,
+    *,
+    cfg: TrainConfig,
+    seed: int,
+    share: Share,
+    codec: Codec,
+    device: torch.device,
+) -> TrainInput[Any]:
+    """By `train.input`. triplets: None for encoded rows. codec: what the rows were encoded with; moved to `device`.
+
+    Raises InputError, BackboneError, StoreError, WeightsError.
+    """
+    tokens = cfg.exemplar.tokens
+    if cfg.input == "encoded":
+        source: RowSource[Any] = EncodedRows(encoded, tokens=tokens, device=device)
+    elif triplets is None:
+        raise InputError("train.input = pixels needs the manifest of the triplets")
+    else:
+        backbone = open_backbone(store, encoded.config["backbone"]).to(device)
+        source = PixelRows(encoded, triplets, codec=codec.to(device), backbone=backbone, tokens=tokens, device=device)
+    return TrainInput(store, source, cfg=cfg, seed=seed, share=share)

@@ -1,0 +1,92 @@
+"""Reads single rows of a manifest's files, which are cut into row groups."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pbe.store import File, Store
+
+CACHE_BYTES = 256 << 20  # row groups that one rank keeps
+FOOTER_BYTES = 64 << 20  # footers, of 10 to 50 kB each
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class RowReader:
+    """Keeps recent row groups and footers, in bounded memory.
+
+    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come
+    back to a group until it is done. A small data set is then read once in all, a large one once per visit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        files: Sequence[Sequence[File]],
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        keep_rows: int = 1,
+        footer_bytes: int = FOOTER_BYTES,
+    ) -> None:
+        """files: by slot, then by bucket."""
+        self._store = store
+        self._files = files
+        self.groups = Recent(self._read_group, lambda group: (group.nbytes, group.num_rows), cache_bytes, keep_rows)
+        self.footers = Recent(self._read_footer, lambda footer: (len(footer.data), 1), footer_bytes, 1)
+
+    def read(self, *, slot: int, file: int, row: int) -> pa.Table:
+        """Row number `row` of a file, alone in a table. Raises StoreError for a file that is missing or damaged."""
+        group, inner = divmod(row, self.footers.get((slot, file)).rows_per_group)
+        return self.groups.get((slot, file, group)).slice(inner, 1)
+
+    def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
+        slot, file, group = key
+        parquet = self._store.open_parquet(self._files[slot][file], self.footers.get((slot, file)).data)
+        try:
+            return parquet.read_row_group(group)
+        finally:
+            parquet.close(force=True)
+
+    def _read_footer(self, key: tuple[int, int]) -> "Footer":
+        slot, file = key
+        data = self._store.read_footer(self._files[slot][file])
+        # all groups but the last are equal: `Store.write_unit` cuts them
+        return Footer(data, pq.read_metadata(pa.BufferReader(data)).row_group(0).num_rows)
+
+
+@dataclass(frozen=True)
+class Footer:
+    data: bytes  # as stored: parsed, it takes 14 times the memory
+    rows_per_group: int
+
+
+class Recent(Generic[K, V]):
+    """The most recently used values: at most `max_bytes`, but always the newest that have `keep_rows` rows together."""
+
+    def __init__(
+        self, load: Callable[[K], V], size: Callable[[V], tuple[int, int]], max_bytes: int, keep_rows: int
+    ) -> None:
+        """size: bytes and rows of a value."""
+        self._load, self._size, self._max_bytes, self._keep_rows = load, size, max_bytes, keep_rows
+        self.values: OrderedDict[K, V] = OrderedDict()
+        self.held_bytes = self._held_rows = 0
+
+    def get(self, key: K) -> V:
+        if key in self.values:
+            self.values.move_to_end(key)
+            return self.values[key]
+        value = self._load(key)
+        self.values[key] = value
+        size_bytes, rows = self._size(value)
+        self.held_bytes, self._held_rows = self.held_bytes + size_bytes, self._held_rows + rows
+        while self.held_bytes > self._max_bytes:
+            size_bytes, rows = self._size(next(iter(self.values.values())))
+            if self._held_rows - rows < self._keep_rows:
+                break
+            self.values.popitem(last=False)
+            self.held_bytes, self._held_rows = self.held_bytes - size_bytes, self._held_rows - rows
+        return value

@@ -86,9 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (UserError, ValueError, OSError) as error:
-        print(f"pbe: error: {error}", file=sys.stderr)
+        print(f"pbe: error: {_with_cure(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _with_cure(error: Exception) -> str:
+    from pbe.store import PartError
+
+    if isinstance(error, PartError):  # the commands here read parts of data stages, whose kind is the stage
+        return f"{error}; `dvc repro -f -s {error.kind}` makes it again"
+    return str(error)
 
 
 def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:

@@ -147,6 +147,15 @@ def test_what_goes_wrong_is_one_line(
     assert out == "" and err.startswith("pbe: error: ") and err.count("\n") == 1 and words in err
 
 
+def test_a_part_that_is_gone_is_named_with_the_command_that_makes_it_again(
+    root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in Path(store.path("parts/materialize")).rglob("*.parquet"):
+        part.unlink()
+    assert _show(root)[0] == 1
+    assert "this part is gone; `dvc repro -f -s materialize` makes it again" in capsys.readouterr().err
+
+
 def test_without_triplets_it_says_so(root: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     _materialize(root, store, [[], []])
     assert _show(root)[0] == 1

@@ -32,13 +32,6 @@ def test_a_number_and_its_text_are_different_identities() -> None:
     assert len({_first(1, 2, "x"), _first(1, "2", "x"), _first(12, "x"), _first(1, "x", 2), _first(1, "2x")}) == 5
 
 
-def test_neighbouring_rows_are_independent() -> None:
-    draws = np.array([row_rng(7, "image", index).standard_normal(50) for index in range(400)])
-    assert abs(draws.mean()) < 0.03 and abs(draws.std() - 1) < 0.03
-    assert np.abs(np.corrcoef(draws.T) - np.eye(50)).max() < 0.25
-    assert np.abs((draws[1:] * draws[:-1]).mean()) < 0.03
-
-
 def test_buckets_are_in_range_and_even() -> None:
     names = [f"{index:016x}" for index in range(8000)]
     assert {bucket_of(name, 1) for name in names[:50]} == {0}

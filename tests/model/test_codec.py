@@ -134,7 +134,7 @@ def test_crops_of_one_colour_give_finite_latents() -> None:
     assert torch.isfinite(latents).all() and np.isfinite(explained)
 
 
-@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+@pytest.mark.parametrize("cut", [0, 100, -1])
 def test_a_damaged_file_is_one_error_with_its_place(codec: PatchCodec, cut: int) -> None:
     with pytest.raises(CodecError, match=r"^parts/codec: not a whole codec"):
         codec_from_bytes(codec_bytes(codec)[:cut], "parts/codec")

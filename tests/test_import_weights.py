@@ -161,8 +161,9 @@ def test_another_noise_schedule_is_refused(tensors: dict[str, Tensor], tmp_path:
 # -- Stable Diffusion, one file --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd.ckpt", "sd.safetensors"])
-@pytest.mark.parametrize("widened", [False, True], ids=["4 channels", "upstream's 9"])
+@pytest.mark.parametrize(
+    ("name", "widened"), [("sd.ckpt", False), ("sd.safetensors", True)], ids=["4 channels", "upstream's 9"]
+)
 def test_stable_diffusion_becomes_unet_and_vae_without_text_encoder_and_ema(
     widened: bool, name: str, stable_diffusion: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -276,21 +277,10 @@ def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypa
 
 
 def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Expired(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
-            self.send_response(400)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Expired) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    answer = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+    with serving(answer, status=400) as address:
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ENDPOINT_URL": address,
             "AWS_ACCESS_KEY_ID": "me",
             "AWS_SECRET_ACCESS_KEY": "hunter2",
             "AWS_SESSION_TOKEN": "old",
@@ -299,7 +289,6 @@ def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.Monkey
             monkeypatch.setenv(name, value)
         with pytest.raises(StageError) as error:
             submit.run_remotely(open_fake(project, "materialize", store=Store("s3://bucket/prefix")), LOOPBACK)
-        server.shutdown()
     assert "PBE_STORAGE=s3://bucket/prefix cannot be read from here" in str(error.value)
     assert "expired" in str(error.value).split("?): ")[1].lower()
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
@@ -328,67 +317,46 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "weights", "told"),
+    ("name", "key", "changes"),
     [
+        ("encode", "encode.codec.weights", {"codec": {"kind": "pretrained", "weights": "my/sd"}}),
+        ("encode", "encode.backbone.weights", {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}}),
+        ("evaluate", "evaluate.reals", {"reals": "my/photos", "reals_px": 64}),
         (
-            "encode",
-            "encode.codec.weights",
-            {"codec": {"kind": "pretrained", "weights": "my/sd"}},
-            "my/sd does not travel",
+            "sweep",
+            "evaluate.judges.0.weights",
+            {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]},
         ),
         (
-            "encode",
-            "encode.backbone.weights",
-            {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}},
-            "my/clip does not travel",
+            "evaluate",
+            "evaluate.judges.0.mixture",
+            {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]},
+        ),
+        (
+            "evaluate",
+            "evaluate.judges.0.file",
+            {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]},
         ),
     ],
 )
-def test_weights_inside_the_project_are_refused(
-    stage: Stage, name: str, key: str, weights: dict[str, Any], told: str
-) -> None:
-    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["encode"]
-    params = Params.model_construct(encode=EncodeConfig.model_validate(tiny | weights))
-    with pytest.raises(StageError, match=f"{key} = {told}"):
-        submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
-
-
-@pytest.mark.parametrize("name", ["evaluate", "sweep"])
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("reals", {"reals": "my/photos", "reals_px": 64}),
-        ("judges.0.weights", {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]}),
-        ("judges.0.mixture", {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]}),
-        ("judges.0.file", {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]}),
-    ],
-)
-def test_what_evaluation_reads_inside_the_project_is_refused(
+def test_weights_and_photos_inside_the_project_are_refused(
     stage: Stage, name: str, key: str, changes: dict[str, Any]
 ) -> None:
-    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())["evaluate"]
-    params = Params.model_construct(evaluate=EvaluateConfig.model_validate(tiny | changes))
-    with pytest.raises(StageError, match=rf"evaluate\.{key} = my/\S+ does not travel"):
+    section = key.split(".")[0]
+    tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())[section]
+    model = {"encode": EncodeConfig, "evaluate": EvaluateConfig}[section]
+    params = Params.model_construct(**{section: model.model_validate(tiny | changes)})
+    with pytest.raises(StageError, match=rf"{re.escape(key)} = my/\S+ does not travel"):
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
 def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int, told: str) -> None:
-    class Refusal(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(status)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(StageError, match=told):
-            submit.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+    with serving("", status=status) as address, pytest.raises(StageError, match=told):
+        submit.run_remotely(stage, address)
 
 
-@pytest.mark.parametrize("answer", ["[]", "null", '[{"type": 7}]', "{"])
+@pytest.mark.parametrize("answer", ["[]", '[{"type": 7}]', "{"])
 def test_a_server_that_answers_something_else_is_one_clear_error(stage: Stage, answer: str) -> None:
     with serving(answer) as address, pytest.raises(StageError, match=r"no Ray dashboard|cannot list") as error:
         submit.run_remotely(stage, address)
@@ -406,7 +374,7 @@ def test_a_request_that_is_never_answered_ends(stage: Stage, monkeypatch: pytest
 
 
 @contextmanager
-def serving(answer: str, hang_at: str = "") -> Iterator[str]:
+def serving(answer: str, *, status: int = 200, hang_at: str = "") -> Iterator[str]:
     """A web server's address. `hang_at`: the path that it takes no end to answer."""
     over = threading.Event()
 
@@ -414,7 +382,7 @@ def serving(answer: str, hang_at: str = "") -> Iterator[str]:
         def do_GET(self) -> None:
             if hang_at and self.path.startswith(hang_at):
                 over.wait()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer.encode())
@@ -521,7 +489,6 @@ def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
     [
         {"units": [{"unit": "b0000-gone"}]},
         {"config": {"codec": "parts/encode/codec-gone/codec.safetensors"}},
-        {"config": {"bench": {"path": "parts/evaluate/bench-gone/bench.parquet"}}},
         {"run": "full-gone", "export": {"unet.safetensors": "0"}},
     ],
 )
@@ -543,8 +510,10 @@ def send_manifest(stage: Stage, job_id: str, content: dict[str, Any]) -> None:
     stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps(marker).encode())
 
 
-@pytest.mark.parametrize("file", ["outputs/manifest.json", "outputs.json"])
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"files": {}}', '{"files": []}', '{"files": {"x": 1}}'])
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [("outputs/manifest.json", "{}"), ("outputs.json", "{"), ("outputs.json", "[]"), ("outputs.json", '{"files": []}')],
+)
 def test_what_a_finished_job_sent_and_something_damaged_is_made_again(
     stage: Stage, cluster: Cluster, file: str, damaged: str
 ) -> None:

@@ -111,17 +111,6 @@ def test_the_extended_box_holds_the_box_stays_inside_and_is_bounded() -> None:
         assert all(grown <= bound for grown, bound in zip(_margins(ext, box), bounds, strict=True))
 
 
-def test_each_side_takes_every_value_up_to_its_bound_by_itself() -> None:
-    """Rooms 5, 10, 5, 10 px at 0.4: whole pixels 0..2 and 0..4 with equal shares, sides independent."""
-    rng = np.random.default_rng(4)
-    box, size = Box(5, 10, 15, 30), dict(width_px=20, height_px=40)
-    grown = np.array([_margins(extended(box, extend_frac=0.4, rng=rng, **size), box) for _ in range(4000)])
-    for side, bound in enumerate((2, 4, 2, 4)):
-        shares = np.bincount(grown[:, side]) / len(grown)
-        np.testing.assert_allclose(shares, np.full(bound + 1, 1 / (bound + 1)), atol=0.03)
-    assert np.abs(np.corrcoef(grown.T) - np.eye(4)).max() < 0.06
-
-
 def test_the_draws_are_left_top_right_bottom() -> None:
     """Data made long ago must come out the same: the order of the draws is part of the contract."""
     box, rng, again = Box(30, 40, 60, 55), np.random.default_rng(5), np.random.default_rng(5)

@@ -47,15 +47,6 @@ def test_rows_are_the_images_in_order(backbone: EfficientNetLite) -> None:
     np.testing.assert_allclose(backwards[::-1], features, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 99])
-def test_the_batch_size_does_not_matter(backbone: EfficientNetLite, batch_rows: int) -> None:
-    np.testing.assert_allclose(
-        EfficientNetExtractor(backbone)(_images(), batch_rows=batch_rows),
-        EfficientNetExtractor(backbone)(_images(), batch_rows=2),
-        atol=1e-4,
-    )
-
-
 @pytest.mark.parametrize(
     ("size", "interpolation"),
     [

@@ -141,15 +141,6 @@ def test_background_psnr_counts_all_but_the_hole() -> None:
     assert background_psnr(edit, photo, hole_mask) == pytest.approx(10 * np.log10(255**2 / (100 / 180)))
 
 
-def test_hole_and_background_split_the_error_between_them() -> None:
-    edit, photo, hole_mask = _image(), _image()[::-1], np.zeros((12, 16), np.uint8)
-    hole_mask[3:9, 4:5] = 1
-    error = {True: 255**2 / 10 ** (hole_psnr(edit, photo, hole_mask) / 10)}
-    error[False] = 255**2 / 10 ** (background_psnr(edit, photo, hole_mask) / 10)
-    whole = np.mean((edit.astype(float) - photo) ** 2)
-    assert (6 * error[True] + 186 * error[False]) / 192 == pytest.approx(whole)
-
-
 def test_bad_masks_and_images_are_refused() -> None:
     image, empty, other = _image(), np.zeros((12, 16), np.uint8), np.ones((16, 12), np.uint8)
     for hole_mask, message in ((empty, "empty"), (other, "does not match")):

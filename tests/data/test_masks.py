@@ -62,6 +62,11 @@ def test_the_ring_equals_the_formula_by_hand(side: str, index: int, expected: tu
     np.testing.assert_allclose(ring[start + index], expected, atol=1e-9)
 
 
+def test_more_points_lie_closer_together_and_end_at_the_same_t() -> None:
+    twenty = _ring(TIGHT, TIGHT, points=20)
+    assert twenty.shape == (80, 2) and twenty[19, 0] == pytest.approx(190)
+
+
 def test_the_ring_is_clockwise_and_stays_inside_the_extended_box() -> None:
     for box, ext, _, _ in _random_boxes(500, 2, seed=2):
         x, y = _ring(box, ext).T

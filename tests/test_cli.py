@@ -61,12 +61,13 @@ def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.
     assert (out != photo)[hole_mask].any() and not (out != photo)[~hole_mask].any()
 
 
-def test_seed_scale_and_steps_reach_the_editor(args: dict[str, str]) -> None:
+def test_every_option_reaches_the_editor(args: dict[str, str]) -> None:
+    options = [{"steps": "1"}, {"scale": "3"}, {"seed": "1"}, {"size": "32"}, {"reference-fit": "pad"}]
     results = []
-    for changes in ({"steps": "1"}, {"seed": "42", "scale": "3"}, {"seed": "1"}, {"scale": "30"}):
+    for changes in ({}, *options, {"protocol": "upstream"}):
         assert _run({**args, **changes}) == 0
         results.append(_pixels(args["out"]).tobytes())
-    assert len(set(results)) == 4
+    assert len(set(results)) == 7
 
 
 def test_soft_edges_of_the_mask_split_in_the_middle(args: dict[str, str]) -> None:
@@ -123,14 +124,6 @@ def test_transparent_parts_of_a_reference_are_white_whatever_colour_they_hide(mo
         assert _run(args) == 0
         results.append(_pixels(args["out"]).tobytes())
     assert results[0] == results[1]
-
-
-def test_size_fit_and_protocol_reach_the_editor(args: dict[str, str]) -> None:
-    results = []
-    for changes in ({}, {"size": "32"}, {"reference-fit": "pad"}, {"protocol": "upstream"}):
-        assert _run({**args, **changes}) == 0
-        results.append(_pixels(args["out"]).tobytes())
-    assert len(set(results)) == 4
 
 
 def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[str, str], tmp_path: Path) -> None:
@@ -218,7 +211,7 @@ def test_n_edits_are_a_folder_of_seeds_or_one_grid(
     assert "3 edits need a folder, or --grid" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("box", ["0,0,41,10", "5,5,5,9", "-1,0,3,3", "0,20,10,25"])
+@pytest.mark.parametrize("box", ["0,0,41,10", "5,5,5,9", "-1,0,3,3"])
 def test_a_box_outside_the_photo_is_one_line(
     box: str, args: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,17 +225,10 @@ def test_a_box_outside_the_photo_is_one_line(
     ("argv", "code", "words"),
     [
         ([], 2, "command"),
-        (["paint"], 2, "invalid choice: 'paint'"),
         (["edit", "photo.png"], 2, "--reference, --model, --out"),
         (["edit", "a", "--mask", "b", "--box", "1,2,3,4"], 2, "not allowed with argument --mask"),
         (["edit", "a", "--box", "1,2,3"], 2, "four whole numbers are needed"),
-        (["edit", "--seed", "x"], 2, "invalid int value: 'x'"),
-        (["show", "boxes", "--out", "a.png"], 2, "invalid choice: 'boxes'"),
-        (["show", "triplets"], 2, "--out"),
-        (["gc", "--older-than-h", "soon"], 2, "invalid float value: 'soon'"),
-        (["rejects", "--examples", "all"], 2, "invalid int value: 'all'"),
         (["--help"], 0, "exemplar-based"),
-        (["gc", "--older-than-h", "-1"], 2, "-1: 0 or more is allowed"),
         (["gc", "--older-than-h", "nan"], 2, "nan: 0 or more is allowed"),
         (["show", "triplets", "--rows", "0"], 2, "0: 1 or more is allowed"),
         (["edit", "--seed", "-3"], 2, "-3: 0 or more is allowed"),
@@ -265,9 +251,3 @@ def test_the_console_script_leads_here_and_help_needs_no_torch() -> None:
     assert getattr(import_module(module), name) is main
     code = "import sys; import pbe.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(), check=False).returncode == 0
-
-
-def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "pbe.cli", "nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repo_root())
-    assert done.returncode == 2 and "invalid choice: 'nonsense'" in done.stderr

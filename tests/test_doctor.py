@@ -5,6 +5,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -105,25 +106,11 @@ def test_an_mlflow_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPa
 def test_a_cluster_that_wants_a_token(
     root: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, level: str
 ) -> None:
-    class Head(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            allowed = self.headers.get("Authorization") == "Bearer right"
-            body = json.dumps({"ray_version": version("ray")}).encode()
-            self.send_response(200 if allowed else 401)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Head) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+    with _head(version("ray"), token="right") as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
         if token:
             monkeypatch.setenv("RAY_AUTH_TOKEN", token)
         finding = _found(root, "RAY_ADDRESS")
-        server.shutdown()
     assert finding.level == level
     assert token or "RAY_AUTH_TOKEN" in finding.advice
 
@@ -159,24 +146,24 @@ def test_weights_that_are_not_there(root: Path) -> None:
     assert _found(root, "train.init").level == "ok"
 
 
-class _Head(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"version": "4", "ray_version": "1.0.0"}')
+@contextmanager
+def _head(ray_version: str, token: str | None = None) -> Iterator[str]:
+    """Address of the dashboard's version endpoint of a Ray; with a token, it answers those who send it."""
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = token is None or self.headers.get("Authorization") == f"Bearer {token}"
+            self.send_response(200 if allowed else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps({"version": "4", "ray_version": ray_version}).encode())
 
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
 
-@pytest.fixture
-def old_head() -> Iterator[str]:
-    """The dashboard's version endpoint of a Ray that is not ours."""
-    server = HTTPServer(("127.0.0.1", 0), _Head)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with HTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize(("address", "said"), [("http://127.0.0.1:9", "no Ray head answers"), ("ray://x:1", "http://")])
@@ -186,13 +173,12 @@ def test_a_cluster_that_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch
     assert finding.level == "fail" and said in str(finding)
 
 
-def test_a_cluster_of_another_ray_and_a_storage_it_cannot_see(
-    root: Path, monkeypatch: pytest.MonkeyPatch, old_head: str
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", old_head)
-    assert "Ray 1.0.0, here 2." in _found(root, "RAY_ADDRESS").found
-    assert _found(root, "RAY_ADDRESS").level == "fail"
-    assert _found(root, "PBE_STORAGE").level == "warn"
+def test_a_cluster_of_another_ray_and_a_storage_it_cannot_see(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _head("1.0.0") as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert "Ray 1.0.0, here 2." in _found(root, "RAY_ADDRESS").found
+        assert _found(root, "RAY_ADDRESS").level == "fail"
+        assert _found(root, "PBE_STORAGE").level == "warn"
 
 
 @pytest.mark.slow

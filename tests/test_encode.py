@@ -124,14 +124,6 @@ def test_without_a_hole_the_masked_photo_is_the_photo(codec: PatchCodec, crops: 
     assert torch.equal(masked.mean, source.mean) and torch.equal(masked.std, source.std) and (keep == 1).all()
 
 
-def test_references_become_one_pooled_token_in_their_own_order(backbone: EfficientNetLite) -> None:
-    references = np.stack([_reference(index) for index in range(3)])
-    tokens = encode_references(backbone, references)
-    assert tokens.shape == (3, 1, backbone.width) and not tokens.requires_grad
-    planar = torch.from_numpy(references.transpose(0, 3, 1, 2).copy())
-    torch.testing.assert_close(tokens[:, 0], backbone(planar), atol=1e-5, rtol=0)
-
-
 def test_all_tokens_are_the_pooled_one_and_every_cell(
     triplets: pa.Table, encoded: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
 ) -> None:

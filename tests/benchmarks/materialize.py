@@ -90,7 +90,7 @@ def main() -> int:
     args = parser.parse_args()
     say_processor_alone(args.device, "photos are decoded, cut and encoded by OpenCV and libjpeg")
     if not args.photos.is_dir():
-        print(f"skipped: no photos at {args.photos}; name a folder with --photos")
+        print(f"skipped: needs the photos and boxes of coco256 at {args.photos}; name such a folder with --photos")
         return 0
     cv2.setNumThreads(1)
     repeats = 2 if args.quick else 7

@@ -39,7 +39,7 @@ def main() -> int:
     args = parser.parse_args()
     say_processor_alone(args.device, "ingest, filter and materialize have no network")
     if not args.photos.is_dir():
-        print(f"skipped: no photos at {args.photos}; name a folder with --photos")
+        print(f"skipped: needs the photos and boxes of coco256 at {args.photos}; name such a folder with --photos")
         return 0
     peaks = []
     for times in (1, args.times):

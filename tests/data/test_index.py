@@ -46,16 +46,6 @@ def test_every_row_lands_in_its_bucket_in_the_order_it_came(monkeypatch: pytest.
         assert lines == sorted(lines)
 
 
-def test_how_the_input_is_cut_into_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _table([f"i{n}" for n in np.random.default_rng(1).integers(0, 50, 300)])
-    with by_bucket([whole], ANNOTATIONS, 5) as tables:
-        expected = [table.to_pylist() for table in tables]
-    monkeypatch.setattr(index, "SPILL_BYTES", 4000)
-    blocks = [whole.slice(start, 13) for start in range(0, 300, 13)]
-    with by_bucket(blocks, ANNOTATIONS, 5) as tables:
-        assert [table.to_pylist() for table in tables] == expected
-
-
 def test_empty_input_gives_empty_buckets() -> None:
     with by_bucket([_table([])], ANNOTATIONS, 3) as tables:
         assert [table.num_rows for table in tables] == [0, 0, 0]
@@ -68,16 +58,6 @@ def test_the_limit_takes_the_first_photos_of_each_split_with_all_their_rows_acro
     kept = [selector(block).column("image_id").to_pylist() for block in blocks]
     assert kept == [["a", "b", "a"], ["b", "a"], ["e", "f"]]
     assert selector.left_out == 3
-
-
-def test_splits_ids_and_classes_select() -> None:
-    table = _table(["a", "b", "c"], labels=["/m/1", "/m/2", "/m/1"])
-    assert Selector(Selection(("validation",), None, None, None, 0.0), None)(table).num_rows == 0
-    ids = Selector(Selection(SPLITS, None, None, {"b", "z"}, 0.0), None)(table)
-    assert ids.column("image_id").to_pylist() == ["b"]
-    selector = Selector(Selection(SPLITS, None, ("Cat",), None, 0.0), {"/m/1"})
-    assert selector(table).column("image_id").to_pylist() == ["a", "c"] and selector.left_out == 1
-    assert Selector(ALL, None)(table).equals(table)
 
 
 def test_val_frac_splits_by_the_photo_not_by_the_line_or_the_file() -> None:

@@ -62,12 +62,7 @@ def test_the_ring_equals_the_formula_by_hand(side: str, index: int, expected: tu
     np.testing.assert_allclose(ring[start + index], expected, atol=1e-9)
 
 
-def test_eighteen_points_lie_at_t_of_0_05_to_0_90() -> None:
-    """Without extension a side is straight and its control is its middle, so x = x0 + t w along the top."""
-    ring = _ring(TIGHT, TIGHT)
-    t = 0.05 * np.arange(1, 19)
-    np.testing.assert_allclose(ring[:18], np.stack([100 + 100 * t, np.full(18, 100.0)], axis=1), atol=1e-9)
-    np.testing.assert_allclose(ring[36:54], np.stack([200 - 100 * t, np.full(18, 200.0)], axis=1), atol=1e-9)
+def test_more_points_lie_closer_together_and_end_at_the_same_t() -> None:
     twenty = _ring(TIGHT, TIGHT, points=20)
     assert twenty.shape == (80, 2) and twenty[19, 0] == pytest.approx(190)
 
@@ -102,15 +97,6 @@ def test_the_bezier_hole_covers_the_tight_box_but_for_its_corners() -> None:
         outside = hole_mask.copy()
         outside[max(ext.y0 - 1, 0) : ext.y1 + 1, max(ext.x0 - 1, 0) : ext.x1 + 1] = 0  # rounding: one pixel
         assert not outside.any()
-
-
-def test_the_jittered_hole_still_covers_most_of_the_tight_box() -> None:
-    covers = []
-    for seed, (box, ext, width_px, height_px) in enumerate(_random_boxes(300, 60, seed=4)):
-        ring = _ring(box, ext, jitter_px=5, seed=seed)
-        hole_mask = bezier_hole(ring, width_px=width_px, height_px=height_px)
-        covers.append(hole_mask[box.y0 : box.y1, box.x0 : box.x1].mean())
-    assert min(covers) > 0.85 and np.mean(covers) > 0.95
 
 
 def test_points_outside_the_photo_are_clipped() -> None:
@@ -148,11 +134,3 @@ def test_the_keep_mask_is_torchs_bilinear_resize_without_antialias_exactly(cell_
         got = keep_mask_latent(hole_mask, cell_px)
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, expected[0].numpy())
-
-
-def test_the_keep_mask_is_the_mean_of_the_central_pixels_and_one_where_known() -> None:
-    hole_mask = np.zeros((8, 16), np.uint8)
-    hole_mask[3, 3] = 1  # one of the four central pixels of the left cell
-    hole_mask[0:3, 8:] = 1  # none of the right cell's
-    np.testing.assert_array_equal(keep_mask_latent(hole_mask, 8), [[[0.75, 1.0]]])
-    assert not keep_mask_latent(np.ones((8, 8), np.uint8), 4).any()

@@ -30,14 +30,14 @@ ALL = {"images": IMAGES, "boxes": BOXES, "rejects": REJECTS, "triplets": TRIPLET
 ALL["encoded"] = encoded_schema((16, 8, 8), (2, 1, 1280))
 
 
-@pytest.mark.parametrize("schema", ALL.values(), ids=ALL)
-def test_an_exact_table_passes_and_is_returned(schema: pa.Schema) -> None:
-    table = schema.empty_table()
-    assert require(table, schema, "here") is table
+def test_an_exact_table_passes_and_is_returned() -> None:
+    for schema in ALL.values():
+        table = schema.empty_table()
+        assert require(table, schema, "here") is table
 
 
-@pytest.mark.parametrize("schema", ALL.values(), ids=ALL)
-def test_any_other_table_is_refused_with_its_place_and_column(schema: pa.Schema) -> None:
+def test_any_other_table_is_refused_with_its_place_and_column() -> None:
+    schema = IMAGES
     table, first = schema.empty_table(), schema[0]
     wrong_type = schema.set(0, pa.field(first.name, pa.date32(), nullable=first.nullable)).empty_table()
     for wrong, words in (
@@ -62,13 +62,6 @@ def test_an_array_field_holds_values_of_its_type_and_shape(shape: tuple[int, ...
     read = array_value(field, array_bytes(field, values))
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, values.astype(dtype).astype(np.float32))
-
-
-def test_arrays_are_float16_unless_said_otherwise() -> None:
-    assert array_field("x", (3,)) == array_field("x", (3,), "float16")
-    assert encoded_schema((16, 8, 8), (2, 1, 1280)) == encoded_schema((16, 8, 8), (2, 1, 1280), "float16")
-    types = {field.metadata[b"dtype"] for field in encoded_schema((1, 2, 2), (1, 1, 3), "float32") if field.metadata}
-    assert types == {b"<f4"}
 
 
 def test_any_other_field_holds_no_array() -> None:

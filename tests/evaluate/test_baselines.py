@@ -51,21 +51,21 @@ def _photo(seed: int, side_px: int = SIDE_PX) -> np.ndarray:
     return np.clip(cv2.resize(coarse, (side_px, side_px)) + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("baseline", [_nothing, *WITH_REFERENCE])
-def test_outside_is_untouched_and_the_hidden_content_is_not_seen(baseline: Baseline, hole: str) -> None:
-    source, reference, inside = _photo(0), _photo(1, 30), HOLES[hole] != 0
-    before = source.copy(), reference.copy()
-    edit = baseline(source, HOLES[hole], reference)
-    assert edit.shape == source.shape and edit.dtype == np.uint8
-    np.testing.assert_array_equal(edit[~inside], source[~inside])
-    np.testing.assert_array_equal(source, before[0])
-    np.testing.assert_array_equal(reference, before[1])
+def test_outside_is_untouched_and_the_hidden_content_is_not_seen(baseline: Baseline) -> None:
+    source, reference = _photo(0), _photo(1, 30)
+    for name, hole_mask in HOLES.items():
+        inside = hole_mask != 0
+        edit = baseline(source, hole_mask, reference)
+        assert edit.shape == source.shape and edit.dtype == np.uint8
+        np.testing.assert_array_equal(edit[~inside], source[~inside], err_msg=name)
 
-    other = source.copy()
-    other[inside] = 255 - other[inside]
-    np.testing.assert_array_equal(baseline(other, HOLES[hole], reference), edit)
-    np.testing.assert_array_equal(baseline(source, HOLES[hole] * np.uint8(255), reference), edit)
+        other = source.copy()
+        other[inside] = 255 - other[inside]
+        np.testing.assert_array_equal(baseline(other, hole_mask, reference), edit, err_msg=name)
+        np.testing.assert_array_equal(baseline(source, hole_mask * np.uint8(255), reference), edit, err_msg=name)
+    np.testing.assert_array_equal(source, _photo(0))
+    np.testing.assert_array_equal(reference, _photo(1, 30))
 
 
 def test_the_kept_hole_is_mid_grey() -> None:
@@ -85,7 +85,7 @@ def test_copy_paste_is_the_resized_reference_through_the_hole() -> None:
     np.testing.assert_array_equal(edit[ellipse], patch[ellipse[y0:y1, x0:x1]])
 
 
-@pytest.mark.parametrize("hole", ["middle", "one pixel", "two pixels", "one row", "corner", "whole width", "ellipse"])
+@pytest.mark.parametrize("hole", ["one pixel", "one row", "corner", "whole width", "ellipse"])
 def test_poisson_of_a_flat_reference_is_the_membrane(hole: str) -> None:
     """No gradients: the harmonic function of the border. A ramp is one, where the hole does not end at the edge."""
     y, x = np.mgrid[:SIDE_PX, :SIDE_PX]

@@ -76,11 +76,9 @@ def test_files_that_are_missing_are_counted_and_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (np.array([1, 1, 2]), "expected different whole numbers"),
-        (np.array([1.5, 2, 3]), "expected different whole numbers"),
         (np.array([[1, 2, 3]]), "expected different whole numbers"),
         (np.array([1, 2]), "2 ids, COCOEE has 3"),
         (np.array([-1, 2, 3]), "expected different whole numbers"),
-        (b"", "not an array of ids"),
         (b"\x93NUMPY broken", "not an array of ids"),
     ],
 )

@@ -119,7 +119,7 @@ def _coco_boxes(count: int) -> list[tuple[str, str, np.ndarray]]:
     return out
 
 
-@pytest.mark.skipif(not COCO256.is_dir(), reason="coco256 lies beside the repository on some machines only")
+@pytest.mark.skipif(not COCO256.is_dir(), reason=f"needs the photos of coco256 at {COCO256}")
 def test_copies_score_above_true_content_of_the_same_class() -> None:
     boxes = _coco_boxes(60)
     copies, others = [], []

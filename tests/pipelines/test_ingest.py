@@ -463,7 +463,7 @@ def _as_coco_json(target: Path) -> None:
 def test_coco256_from_a_folder_loses_nothing_in_either_format(project: Project, tmp_path: Path, boxes_as: str) -> None:
     """Its README: 256 photos, 2 of them without a box, 1827 boxes, 772 of which pass the area rule."""
     if not COCO256.is_dir():
-        pytest.skip(f"{COCO256} is not there")
+        pytest.skip(f"needs the photos and boxes of coco256 at {COCO256}")
     boxes = COCO256
     if boxes_as == "json":
         boxes = tmp_path / "json"

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from pbe.data.filter import RULES, FilterConfig
 from pbe.data.masks import pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import TRIPLETS
+from pbe.data.schema import REJECTS, TRIPLETS
 from pbe.evaluate.metrics.intervals import Estimate
-from pbe.store import File, Manifest, Store, make_manifest
+from pbe.store import Manifest, Store, make_manifest
 from pipelines import report
 from pipelines.reporting import deviations, summary
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg
 from pipelines.reporting.metric_glossary import bars, how_to_read, verdict
-from pipelines.runtime.stage import StageError
+from pipelines.runtime.stage import Stage, StageError
 from tests.profiles import profile_mapping
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -211,17 +210,6 @@ def test_evenly_spaced_items_repeat_nothing_and_reach_both_ends(count: int, tota
         assert (found[0], found[-1]) == (0, total - 1)
 
 
-def test_row_of_walks_over_empty_files() -> None:
-    files = [File("slot-0000", name, rows, 0, "") for name, rows in (("a", 2), ("b", 0), ("c", 3))]
-    assert [(file.path, at) for file, at in (report._row_of(files, index) for index in range(5))] == [
-        ("a", 0),
-        ("a", 1),
-        ("c", 0),
-        ("c", 1),
-        ("c", 2),
-    ]
-
-
 def _triplets(store: Store) -> Manifest:
     """Two slots of two buckets, the first bucket empty; each reference is another picture."""
     rows = []
@@ -284,58 +272,48 @@ def test_the_page_reads_only_settings_that_exist() -> None:
     assert [f"{name}.{key}" for name, key in read if name in models and key not in models[name].model_fields] == []
 
 
-def test_pictures_and_curve_fetch_nothing() -> None:
-    assert report.picture_uri(np.zeros((300, 200, 3), np.uint8)).startswith("data:image/jpeg;base64,")
+def test_charts_name_what_they_show_and_draw_what_is_empty() -> None:
+    """Well-formed also with names that hold < and &, and the same at every run: the page is hashed by DVC."""
     history = [{"step": float(step), "loss": 1 / step} for step in range(1, 40)]
-    svg = loss_svg({"full": history, "other": history[:1]})
-    assert svg == loss_svg({"full": history, "other": history[:1]})
-    assert svg.startswith("<svg")
-    assert "var(--v0)" in svg
-    assert "var(--v1)" in svg
-    assert "currentColor" in svg
-    assert "#0102" not in svg
-
-
-def test_charts_of_boxes_are_the_same_at_every_run_and_use_the_pages_colours() -> None:
-    rng = np.random.default_rng(0)
-    areas = np.concatenate([rng.random(300) ** 3, [0.0, 1e-9, 1.0]])
-    for draw in (
-        lambda: areas_svg(areas, areas[areas > 0.02]),
-        lambda: areas_svg(areas, areas[:0]),
-        lambda: areas_svg(areas[:0], areas[:0]),
-        lambda: classes_svg([("Cat", 30, 20), ("Bat & <Ball>", 4, 0), ("Dog", 4, 4)]),
-        lambda: classes_svg([("Cat", 1, 0)]),
+    areas = np.concatenate([np.random.default_rng(0).random(300) ** 3, [0.0, 1e-9, 1.0]])
+    for draw, names in (
+        (lambda: loss_svg({"full": history, "other": history[:1]}), {"full", "other"}),
+        (lambda: areas_svg(areas, areas[areas > 0.02]), set()),
+        (lambda: areas_svg(areas[:0], areas[:0]), set()),
+        (lambda: classes_svg([("Cat", 30, 20), ("Bat & <Ball>", 4, 0)]), {"Cat", "Bat & <Ball>", "read", "kept"}),
     ):
         svg = draw()
-        assert svg == draw() and svg.startswith("<svg")
-        assert "currentColor" in svg and "#0102" not in svg and "#0400" not in svg
-        ElementTree.fromstring(svg)  # also with names that hold < and &
-    assert {"var(--v0)", "var(--v1)"} <= set(re.findall(r"var\(--v[0-9]\)", areas_svg(areas, areas)))
+        assert svg == draw()
+        assert names <= set(_texts(svg))
+    tops = {text: at for text, at in _texts(classes_svg([("Cat", 30, 20), ("Dog", 4, 0)])).items() if at is not None}
+    assert tops["Cat"] < tops["Dog"]  # the most frequent above
 
 
-def test_the_chart_of_classes_names_them_from_the_most_frequent_down() -> None:
-    svg = classes_svg([("Cat", 30, 20), ("Bat & <Ball>", 4, 0)])
-    texts = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"Cat", "Bat & <Ball>", "read", "kept"} <= set(texts)
-    heights = {
-        element.text: float(element.attrib["y"])
-        for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
-        if "y" in element.attrib
+def _texts(svg: str) -> dict[str, float | None]:
+    """What the chart says, and how far down."""
+    found = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    return {text.text or "": float(text.attrib["y"]) if "y" in text.attrib else None for text in found}
+
+
+def test_a_dropped_photo_says_why(store: Store) -> None:
+    large = ("area_above_max", "relative area 0.91, allowed 0.02..0.8")
+    rows = {
+        "ingest": [("x.jpg", "image_unreadable", "x.jpg: empty"), ("boxes.csv:2", "box_unparsable", "not a photo")],
+        "filter": [("cat#0", *large), ("bat#0", "area_below_min", "-"), ("bat#1", *large), ("bat#2", *large)],
+        "materialize": [(key, "image_without_kept_box", "see filter") for key in ("cat", "bat")],
     }
-    assert heights["Cat"] < heights["Bat & <Ball>"]
-
-
-def test_a_dropped_photo_says_why() -> None:
-    row = {"key": "cat", "reason": "image_without_kept_box", "detail": "see filter"}
-    large = {"key": "cat#0", "reason": "area_above_max", "detail": "relative area 0.91, allowed 0.02..0.8"}
-    small = {**large, "reason": "area_below_min"}
-    assert report._reason(row, [large]) == "the filter dropped its only box: relative area 0.91, allowed 0.02..0.8"
-    assert report._reason(row, [small, large, small]) == (
-        "the filter dropped all 3 boxes: 1 area above max, 2 area below min"
-    )
-    assert report._reason({**row, "reason": "image_unreadable", "detail": "x.jpg: empty"}, []) == (
-        "image unreadable: x.jpg: empty"
-    )
+    data = {}
+    for stage, found in rows.items():
+        names = ("key", "reason", "detail")
+        dropped = [{"stage": stage, **dict(zip(names, row, strict=True))} for row in found]
+        tables = {"rejects": pa.Table.from_pylist(dropped, schema=REJECTS)}
+        unit = store.write_unit(stage, "b0000-test", tables, counts={})
+        data[stage] = make_manifest(stage, config={}, version=1, units=[unit])
+    assert list(report.dropped_photos(Stage("report", None, params(), store, REPOSITORY), data)) == [
+        ("x.jpg", "image unreadable: x.jpg: empty"),
+        ("cat", "the filter dropped its only box: relative area 0.91, allowed 0.02..0.8"),
+        ("bat", "the filter dropped all 3 boxes: 2 area above max, 1 area below min"),
+    ]
 
 
 # -- summary -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -282,21 +283,10 @@ def test_storage_that_this_machine_cannot_read_is_refused(stage: Stage, monkeypa
 
 
 def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Expired(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
-            self.send_response(400)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Expired) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    answer = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+    with serving(answer, status=400) as address:
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ENDPOINT_URL": address,
             "AWS_ACCESS_KEY_ID": "me",
             "AWS_SECRET_ACCESS_KEY": "hunter2",
             "AWS_SESSION_TOKEN": "old",
@@ -305,7 +295,6 @@ def test_expired_credentials_are_named(project: Path, monkeypatch: pytest.Monkey
             monkeypatch.setenv(name, value)
         with pytest.raises(StageError) as error:
             submit.run_remotely(open_fake(project, "materialize", store=Store("s3://bucket/prefix")), LOOPBACK)
-        server.shutdown()
     assert "PBE_STORAGE=s3://bucket/prefix cannot be read from here" in str(error.value)
     assert "expired" in str(error.value).split("?): ")[1].lower()
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
@@ -334,69 +323,47 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "weights", "told"),
+    ("name", "key", "changes"),
     [
+        ("encode", "encode.codec.weights", {"codec": {"kind": "pretrained", "weights": "my/sd"}}),
+        ("encode", "encode.backbone.weights", {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}}),
+        ("evaluate", "evaluate.reals", {"reals": "my/photos", "reals_px": 64}),
         (
-            "encode",
-            "encode.codec.weights",
-            {"codec": {"kind": "pretrained", "weights": "my/sd"}},
-            "my/sd does not travel",
+            "sweep",
+            "evaluate.judges.0.weights",
+            {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]},
         ),
         (
-            "encode",
-            "encode.backbone.weights",
-            {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}},
-            "my/clip does not travel",
+            "evaluate",
+            "evaluate.judges.0.mixture",
+            {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]},
+        ),
+        (
+            "evaluate",
+            "evaluate.judges.0.file",
+            {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]},
         ),
     ],
 )
-def test_weights_inside_the_project_are_refused(
-    stage: Stage, name: str, key: str, weights: dict[str, Any], told: str
-) -> None:
-    tiny = profile("tiny")
-    encode = EncodeConfig.model_validate(tiny.encode.model_dump() | weights)
-    params = tiny.model_copy(update={"encode": encode})
-    with pytest.raises(StageError, match=f"{key} = {told}"):
-        submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
-
-
-@pytest.mark.parametrize("name", ["evaluate", "sweep"])
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("reals", {"reals": "my/photos", "reals_px": 64}),
-        ("judges.0.weights", {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]}),
-        ("judges.0.mixture", {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]}),
-        ("judges.0.file", {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]}),
-    ],
-)
-def test_what_evaluation_reads_inside_the_project_is_refused(
+def test_weights_and_photos_inside_the_project_are_refused(
     stage: Stage, name: str, key: str, changes: dict[str, Any]
 ) -> None:
+    section = key.split(".")[0]
     tiny = profile("tiny")
-    evaluate = EvaluateConfig.model_validate(tiny.evaluate.model_dump() | changes)
-    params = tiny.model_copy(update={"evaluate": evaluate})
-    with pytest.raises(StageError, match=rf"evaluate\.{key} = my/\S+ does not travel"):
+    settings: EncodeConfig | EvaluateConfig = getattr(tiny, section)
+    changed = type(settings).model_validate(settings.model_dump() | changes)
+    params = tiny.model_copy(update={section: changed})
+    with pytest.raises(StageError, match=rf"{re.escape(key)} = my/\S+ does not travel"):
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
 @pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
 def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int, told: str) -> None:
-    class Refusal(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(status)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(StageError, match=told):
-            submit.run_remotely(stage, f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+    with serving("", status=status) as address, pytest.raises(StageError, match=told):
+        submit.run_remotely(stage, address)
 
 
-@pytest.mark.parametrize("answer", ["[]", "null", '[{"type": 7}]', "{"])
+@pytest.mark.parametrize("answer", ["[]", '[{"type": 7}]', "{"])
 def test_a_server_that_answers_something_else_is_one_clear_error(stage: Stage, answer: str) -> None:
     with serving(answer) as address, pytest.raises(StageError, match=r"no Ray dashboard|cannot list") as error:
         submit.run_remotely(stage, address)
@@ -414,7 +381,7 @@ def test_a_request_that_is_never_answered_ends(stage: Stage, monkeypatch: pytest
 
 
 @contextmanager
-def serving(answer: str, hang_at: str = "") -> Iterator[str]:
+def serving(answer: str, *, status: int = 200, hang_at: str = "") -> Iterator[str]:
     """A web server's address. `hang_at`: the path that it takes no end to answer."""
     over = threading.Event()
 
@@ -422,7 +389,7 @@ def serving(answer: str, hang_at: str = "") -> Iterator[str]:
         def do_GET(self) -> None:
             if hang_at and self.path.startswith(hang_at):
                 over.wait()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer.encode())
@@ -516,20 +483,11 @@ def test_a_job_is_submitted_followed_and_its_outputs_come_back(
     assert not list(stage.outputs.parent.glob(".job-*"))
 
 
-def test_a_finished_job_is_taken_over(stage: Stage, cluster: Cluster) -> None:
-    submit.run_remotely(stage, LOOPBACK)
-    (stage.outputs / "manifest.json").unlink()
-    submit.run_remotely(stage, LOOPBACK)
-    assert len(cluster.jobs) == 1
-    assert manifest(stage)["job"].endswith("-1")
-
-
 @pytest.mark.parametrize(
     "names",
     [
         {"units": [{"unit": "b0000-gone"}]},
         {"config": {"codec": "parts/encode/codec-gone/codec.safetensors"}},
-        {"config": {"bench": {"path": "parts/evaluate/bench-gone/bench.parquet"}}},
         {"run": "full-gone", "export": {"unet.safetensors": "0"}},
     ],
 )
@@ -551,8 +509,10 @@ def send_manifest(stage: Stage, job_id: str, content: dict[str, Any]) -> None:
     stage.store.write_bytes(f"jobs/{job_id}/outputs.json", json.dumps(marker).encode())
 
 
-@pytest.mark.parametrize("file", ["outputs/manifest.json", "outputs.json"])
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"files": {}}', '{"files": []}', '{"files": {"x": 1}}'])
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [("outputs/manifest.json", "{}"), ("outputs.json", "{"), ("outputs.json", "[]"), ("outputs.json", '{"files": []}')],
+)
 def test_what_a_finished_job_sent_and_something_damaged_is_made_again(
     stage: Stage, cluster: Cluster, file: str, damaged: str
 ) -> None:
@@ -655,6 +615,7 @@ def test_what_finished_is_taken_over_when_its_cluster_is_gone(
 ) -> None:
     """A cluster of KubeRay's RayJob ends with its job, an autoscaled one over night."""
     submit.run_remotely(stage, LOOPBACK)
+    assert len(cluster.jobs) == 1
     (stage.outputs / "manifest.json").unlink()
     monkeypatch.setattr(submit, "_connect", lambda _: pytest.fail("connected"))
     submit.run_remotely(stage, LOOPBACK)

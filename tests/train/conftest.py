@@ -1,12 +1,20 @@
 """Encoded rows to train on, and the loss curve that every way of training on them must have."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pbe.store import Manifest, Store
 from tests.train.golden import straight_curve
-from tests.train.ranks import tiny_encoded
+from tests.train.ranks import end_ranks, tiny_encoded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_of_the_module() -> Iterator[None]:
+    """Each file has its own, started once unless one of its tests ends them."""
+    yield
+    end_ranks()
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,19 @@
 """Real training ranks without Ray: processes joined by gloo, each running `train_worker`.
 
-They fork from a server that has torch, diffusers and DeepSpeed imported already and has never used them, so that a
-case costs seconds, and each starts clean.
+They fork from a server that has torch, diffusers and DeepSpeed imported already and has never used them, and take one
+call after the other, until one of them fails: then the next call has new ones.
 """
 
 import multiprocessing
 import os
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,66 +79,97 @@ class KillAt:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """Processes that have met and take one call after the other."""
+
+    processes: list[BaseProcess]
+    pipes: list[Connection]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(timeout=20)
+
+
+_waiting: dict[int, _Ranks] = {}  # for the next call, by how many they are
+
+
 def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, timeout_s: float = 120) -> list[Any]:
-    """What `function(*args)` returns on each rank. Raises RankDiedError; the other ranks are then killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    meeting = tmp / f"meeting-{os.urandom(4).hex()}"
-    pipes: list[Connection] = []
-    processes = []
-    for rank in range(world):
-        ours, theirs = context.Pipe(duplex=False)
-        aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the server forked before
-        process = context.Process(target=_rank, args=(theirs, meeting, rank, world, aws, function, args), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
+    """What `function(*args)` returns on each rank. Raises RankDiedError.
+
+    The same processes take the next call of that `world`. After an error they are killed: the next call has others.
+    """
+    ranks = _waiting.pop(world, None) or _started(world, tmp)
+    aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the server forked before
     results: dict[int, Any] = {}
     try:
+        for pipe in ranks.pipes:
+            pipe.send((aws, tmp / "said.txt", function, args))
         while len(results) < world:
-            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=timeout_s)
+            ready = wait([pipe for rank, pipe in enumerate(ranks.pipes) if rank not in results], timeout=timeout_s)
             if not ready:
                 raise RankDiedError(f"no rank said anything for {timeout_s} s")
-            for rank, pipe in enumerate(pipes):
+            for rank, pipe in enumerate(ranks.pipes):
                 if pipe not in ready:
                     continue
                 try:
                     ok, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     raise RankDiedError(f"rank {rank} was killed") from None
                 if not ok:
                     raise RankDiedError(value)
                 results[rank] = value
+        _waiting[world] = ranks
     finally:
-        for process in processes:
-            if len(results) < world:
-                process.kill()
-            process.join(timeout=20)
+        if len(results) < world:
+            ranks.end()
     return [results[rank] for rank in range(world)]
 
 
-def _rank(
-    pipe: Connection,
-    meeting: Path,
-    rank: int,
-    world: int,
-    environment: dict[str, str],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def end_ranks() -> None:
+    """Of all that wait for a call."""
+    while _waiting:
+        _waiting.popitem()[1].end()
+
+
+def _started(world: int, tmp: Path) -> _Ranks:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    meeting = tmp / f"meeting-{os.urandom(4).hex()}"
+    ranks = _Ranks([], [])
+    for rank in range(world):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_rank, args=(theirs, meeting, rank, world), daemon=True)
+        process.start()
+        theirs.close()
+        ranks.pipes.append(ours)
+        ranks.processes.append(process)
+    return ranks
+
+
+def _rank(pipe: Connection, meeting: Path, rank: int, world: int) -> None:
     import torch
     import torch.distributed as dist
 
-    log = os.open(meeting.with_name("said.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)  # the server's own are those of the test that started it
-    os.dup2(log, 2)
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-        pipe.send((True, function(*args)))
-        dist.destroy_process_group()
+        while True:
+            aws, said, function, args = pipe.recv()
+            log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)  # the server's own are those of the test that started it
+            os.dup2(log, 2)
+            os.close(log)
+            for key in [key for key in os.environ if key.startswith("AWS_")]:
+                del os.environ[key]
+            os.environ.update(aws)
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+            result = function(*args)
+            sys.stdout.flush()
+            pipe.send((True, result))
     except Exception:
         pipe.send((False, traceback.format_exc()))
 

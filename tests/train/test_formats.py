@@ -111,8 +111,11 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
     assert told["gradient_clipping"] == 1.0
     assert told["zero_optimization"]["stage"] == 2
     assert "bf16" not in told and "checkpoint" not in told
+    assert told["timers"]["throughput"]["enabled"] is False  # they stop the device at every micro-batch
     on_gpu = deepspeed_config(cfg, on_gpu=True)["zero_optimization"]
-    assert on_gpu["overlap_comm"]
+    assert on_gpu["overlap_comm"]  # which stops it at every bucket: of use to several ranks
+    alone = cfg.model_copy(update={"workers": 1})
+    assert not deepspeed_config(alone, on_gpu=True)["zero_optimization"]["overlap_comm"]
     assert on_gpu["reduce_bucket_size"] > 10 * told["zero_optimization"]["reduce_bucket_size"]
     unclipped = cfg.model_copy(update={"grad_clip": None, "precision": "bf16_pure"})
     assert deepspeed_config(unclipped, on_gpu=True)["gradient_clipping"] == 0.0

@@ -14,7 +14,7 @@ from pbe.model.unet import new_network
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run
 from pbe.train.data.batch import Batch
-from pbe.train.engine import deepspeed_config, step_engine
+from pbe.train.engine import step_engine
 from pbe.train.loss import Diffusion, row_losses
 from tests.gpu.stops import stops_of_steps
 from tests.train.ranks import ARCH, RankDiedError, run_ranks, tiny_config, tiny_job
@@ -66,14 +66,6 @@ def test_forward_and_backward_read_no_value() -> None:
     losses = row_losses(network, batch, Diffusion(cfg, grey, alpha_bar, torch.device("cpu")))
     losses.mean().backward()
     assert losses.device.type == "meta"
-
-
-def test_deepspeed_is_asked_for_nothing_that_stops_the_device() -> None:
-    """Its timers do at every micro-batch, and on a GPU its overlap does at every bucket: of use to several ranks."""
-    for workers, overlaps in ((1, False), (2, True)):
-        config = deepspeed_config(tiny_config(workers=workers), on_gpu=True)
-        assert config["zero_optimization"]["overlap_comm"] is overlaps
-        assert config["timers"]["throughput"]["enabled"] is False
 
 
 def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:

@@ -2,7 +2,7 @@
 
 Arithmetic on measured and cited inputs, nothing else. Every input names where it comes from; "measured" means on two
 cores (AMD EPYC) with coco256 enlarged to 1024 px, the command beside it. Nothing here was run at this size.
-Memory of a GPU: infra/memory.py.
+Memory of a GPU and time: infra/cost.py.
 """
 
 from collections.abc import Sequence

@@ -17,10 +17,12 @@ on most weights: that shows that the chain runs, not that it learns.
 """
 
 import argparse
+import ctypes
 import gc
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
+from infra.cost import GIB, architecture  # noqa: E402
 from pbe.config import TrainConfig, load_params  # noqa: E402
 from pbe.data.batches import Batch, DrawConfig, Prefetched, rank_batches  # noqa: E402
 from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
-from pbe.model.unet import new_network  # noqa: E402
+from pbe.model.unet import Architecture, new_network  # noqa: E402
 from pbe.store import Manifest, Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402
@@ -184,6 +186,37 @@ def peak_gib(device: torch.device) -> float:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak / GIB
+
+
+def narrower(arch: Architecture, channels: int) -> Architecture:
+    """All widths in proportion to `channels`, a multiple of 32, of the first level; depth and latents stay."""
+    first = arch.block_channels[0]
+
+    def scaled(width: int) -> int:
+        return max(64, round(width * channels / first / 64) * 64)
+
+    width = scaled(arch.mapper_width)
+    return replace(
+        arch,
+        block_channels=tuple(value * channels // first for value in arch.block_channels),
+        backbone_width=width,
+        mapper_width=width,
+        context_width=scaled(arch.context_width),
+    )
+
+
+def give_memory_back() -> None:
+    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks are given back when freed. By default that threshold
+    grows to 32 MiB, and what was freed below it still counts as resident."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
+
+
+def peak_bytes() -> int:
+    """The kernel's high-water mark of this process since the last call; it then starts again from what is resident."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from infra.memory import PAPER, architecture
+from infra.cost import PAPER, architecture
 from pbe.config import ParamsError, load_params
 from pbe.data.index import Selection, Selector
 from pbe.data.schema import SPLITS

@@ -2,7 +2,7 @@
 
 Arithmetic on measured and cited inputs, nothing else. Every input names where it comes from; "measured" means on two
 cores (AMD EPYC) with coco256 enlarged to 1024 px, the command beside it. Nothing here was run at this size.
-Memory of a GPU: infra/memory.py.
+Memory of a GPU and time: infra/cost.py.
 """
 
 from collections.abc import Sequence
@@ -120,9 +120,14 @@ def main() -> None:
     print(table(profiles()))
 
 
+def profile(name: str) -> dict[str, Any]:
+    """Every setting of a profile."""
+    return parse_params(full_text(PROFILES, name), name).model_dump()
+
+
 def profiles() -> list[list[str]]:
     """Disk and days of infra/profiles/openimages*.yaml, a column each."""
-    named = {name: parse_params(full_text(PROFILES, name), name).model_dump() for name in PAPER_SIZED}
+    named = {name: profile(name) for name in PAPER_SIZED}
     columns = [profile_rows(params) for params in named.values()]
     return [["", *named], *([label, *(column[label] for column in columns)] for label in columns[0])]
 

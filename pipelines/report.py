@@ -33,7 +33,7 @@ from pbe.store import File, Manifest, Record, Store, load_manifest
 from pbe.train.settings import TrainConfig
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg, sweep_svg
 from pipelines.reporting.deviations import deviations
-from pipelines.reporting.metric_glossary import HOW_TO_READ, bars, how_to_read, n_text
+from pipelines.reporting.metric_glossary import bars, glossary, how_to_read, n_text
 from pipelines.reporting.summary import (
     Result,
     Scope,
@@ -199,7 +199,7 @@ def p_text(p_value: float) -> str:
 
 
 def metric_groups(results: Mapping[str, Result], judges: Sequence[str]) -> list[dict[str, Any]]:
-    """One group a kind of metric, in the order of HOW_TO_READ; in it a table per judge, of methods by scopes."""
+    """One group a kind of metric, in the order of the glossary; in it a table per judge, of methods by scopes."""
     scopes: list[Scope] = list(dict.fromkeys(scope for result in results.values() for scope in result.scopes))
     groups: dict[str, dict[str, Any]] = {}
     metrics = dict.fromkeys(m for result in results.values() for found in result.scopes.values() for m in found)
@@ -220,7 +220,7 @@ def metric_groups(results: Mapping[str, Result], judges: Sequence[str]) -> list[
     for group in groups.values():
         group["scopes"] = [f"{reference}, {hole} hole" for hole, reference in scopes]
         group["lines"].sort(key=lambda line: judges.index(line["judge"]) if line["judge"] in judges else -1)
-    return [groups[label] for label, _, _ in HOW_TO_READ.values() if label in groups]
+    return [groups[entry.label] for entry in glossary() if entry.label in groups]
 
 
 def _cards(params: Params, judge: str) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ is called.
 import hashlib
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ class _Array:
 def _filled(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
         raise MixtureError("one of its arrays has a type that is none")
-    data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if not isinstance(data, bytes | bytearray):  # bytes(n) would be n of them
+        raise MixtureError("one of its arrays has no bytes")
     return np.frombuffer(data, dtype.real).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -141,6 +144,7 @@ def import_mixture(source: Path, out: Path) -> Mixture:
 def mixture_from_pickle(data: bytes, where: str) -> Mixture:
     """Raises MixtureError naming `where`."""
     try:
+        _check_memo(data)
         found = _Unpickler(io.BytesIO(data), encoding="latin1").load()
         if not isinstance(found, _Mixture):
             raise MixtureError(f"it holds a {type(found).__name__}, not scikit-learn's GaussianMixture")
@@ -155,6 +159,19 @@ def mixture_from_pickle(data: bytes, where: str) -> Mixture:
         raise MixtureError(
             f"{where}: not a whole pickle of a mixture ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
         ) from None
+
+
+def _check_memo(data: bytes) -> None:
+    """Raises MixtureError for a memo index that no pickler writes: they count from 0, the oldest from 1.
+
+    The unpickler of C allocates a table as long as the largest index, 18 GiB for a file of 9 kB.
+    """
+    known = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if argument is not None and argument > known + 1:
+                raise MixtureError("damaged: it numbers its objects beyond their count")
+            known += 1
 
 
 def _array(value: Any) -> np.ndarray:

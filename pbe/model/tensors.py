@@ -1,8 +1,7 @@
 """Weight files to tensors by name: safetensors, and pickles (.bin, .ckpt, .pt) of which nothing is executed.
 
-A pickle is a program. torch's weights_only reader refuses every class it does not know, and the official checkpoint
-carries Lightning's. For those the second reader here turns each unknown class or function into `_Inert`, which takes
-any arguments and does nothing; only what rebuilds tensors is real.
+A pickle is a program. torch's weights_only reader, which is pure Python, refuses every class it does not know, and the
+official checkpoint names Lightning's: to that reader every such name is a class that makes an empty mapping.
 """
 
 import hashlib
@@ -12,74 +11,40 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pbe.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_REAL = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch", "Size"): torch.Size,
-}
 
 
 class WeightsError(UserError, ValueError):
     """A weight file is missing, damaged, or not what it should be; the message names the file."""
 
 
-class _Inert:
-    """Stands for a class or function that a pickle names: takes everything, does nothing."""
+class _Ignored:
+    """Stands for a class or function that a pickle names: takes everything, makes an empty mapping."""
 
-    def __new__(cls, *args: object, **kwargs: object) -> "_Inert":
-        return object.__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __call__(self, *args: object, **kwargs: object) -> "_Inert":
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, value: object) -> None:
-        pass
-
-    def extend(self, values: object) -> None:
-        pass
-
-    def add(self, value: object) -> None:
-        pass
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return _REAL.get((module, name), _Inert)
-
-
-def _load_inert(file: Any, **options: Any) -> Any:
-    return _InertUnpickler(file, **options).load()
-
-
-_INERT_PICKLE = SimpleNamespace(Unpickler=_InertUnpickler, load=_load_inert, __name__="inert")
+    def __new__(cls, *_: object) -> OrderedDict[str, object]:  # type: ignore[misc]
+        return OrderedDict()  # of which the reader sets items and attributes, as it does not of other classes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of one file, by name, on the CPU; of a checkpoint those of its `state_dict`. Raises WeightsError."""
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, *_ODD) as error:
+    except pickle.UnpicklingError:  # its text is a page on how to run the file
+        raise WeightsError(
+            f"{path}: damaged, or it holds Python objects that torch's weights_only reader refuses; a file of its "
+            "state_dict alone can be read"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, *_ODD) as error:
         raise WeightsError(f"{path}: not a whole weight file ({_one_line(error)})") from None
     tensors = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {str(key): value.detach() for key, value in tensors.items() if isinstance(value, Tensor)}
@@ -93,11 +58,11 @@ _ODD = (ValueError, KeyError, IndexError, TypeError, AttributeError, UnicodeDeco
 
 
 def _read_pickle(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)  # then tensors are mapped, not read: a checkpoint may hold an optimizer too
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError:  # a class that torch does not know
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mapped)
+    if not zipfile.is_zipfile(path):  # of torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)
+    foreign: list[Any] = [(_Ignored, name) for name in get_unsafe_globals_in_checkpoint(path)]
+    with safe_globals(foreign):  # tensors are mapped, not read: a checkpoint may hold an optimizer too
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

@@ -27,7 +27,7 @@ from pipelines.runtime.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_com
 from pipelines.runtime.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder, versions
 
 CODE_FOLDERS = ("pbe", "pipelines")
-CODE_SUFFIXES = (".py", ".csv", ".j2")
+CODE_SUFFIXES = (".py", ".csv", ".j2", ".yaml")
 SETTINGS = "params.yaml"
 SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
 MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES

@@ -17,9 +17,11 @@ on most weights: that shows that the chain runs, not that it learns.
 """
 
 import argparse
+import ctypes
 import gc
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from infra.memory import GIB, architecture, give_memory_back, narrower, peak_bytes  # noqa: E402
+from infra.cost import GIB, architecture  # noqa: E402
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config  # noqa: E402
-from pbe.model.unet import new_network  # noqa: E402
+from pbe.model.unet import Architecture, new_network  # noqa: E402
 from pbe.store import Store  # noqa: E402
 from pbe.train.data.encoded import EncodedRows  # noqa: E402
 from pbe.train.data.input import TrainInput  # noqa: E402
@@ -164,6 +166,41 @@ def peak_gib(device: torch.device) -> float:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak / GIB
+
+
+def narrower(arch: Architecture, channels: int) -> Architecture:
+    """All widths in proportion to `channels`, a multiple of 32, of the first level; depth and latents stay."""
+    first = arch.unet.block_channels[0]
+
+    def scaled(width: int) -> int:
+        return max(64, round(width * channels / first / 64) * 64)
+
+    width = scaled(arch.exemplar.mapper_width)
+    return replace(
+        arch,
+        backbone_width=width,
+        unet=arch.unet.model_copy(
+            update={
+                "block_channels": tuple(value * channels // first for value in arch.unet.block_channels),
+                "context_width": scaled(arch.unet.context_width),
+            }
+        ),
+        exemplar=arch.exemplar.model_copy(update={"mapper_width": width}),
+    )
+
+
+def give_memory_back() -> None:
+    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks are given back when freed. By default that threshold
+    grows to 32 MiB, and what was freed below it still counts as resident."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
+
+
+def peak_bytes() -> int:
+    """The kernel's high-water mark of this process since the last call; it then starts again from what is resident."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from infra.cost import VALUE_BYTES, traffic, zero_paper  # noqa: E402
+from infra.cost import VALUE_BYTES, bytes_sent  # noqa: E402
 from infra.scaling import PARAMETERS, table  # noqa: E402
 from tests.benchmarks.device import add_device, open_device  # noqa: E402
 from tests.train.ranks import ARCH, run_ranks, tiny_config  # noqa: E402
@@ -49,10 +49,13 @@ class Case:
 
     def reckoned(self, count: int, ranks: int) -> float:
         size = count * VALUE_BYTES[self.precision]
-        return traffic(self.stage, ranks=ranks, size=size, micro_batches=self.micro_batches).total
+        return bytes_sent(self.stage, ranks=ranks, size=size, micro_batches=self.micro_batches)
 
     def paper(self, count: int, ranks: int) -> float:
-        return zero_paper(self.stage, ranks=ranks, size=count * VALUE_BYTES[self.precision]).total
+        """Section 7 of the ZeRO paper (arXiv 1910.02054): reduce-scatter and all-gather cost (N-1)/N of the size each.
+        Stages 0 to 2 make two of them, 3 makes three."""
+        size = count * VALUE_BYTES[self.precision]
+        return (3 if self.stage == 3 else 2) * size * (ranks - 1) / ranks
 
 
 def cases() -> list[Case]:

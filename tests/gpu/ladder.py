@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.memory import GIB, activation_bytes, states
+from infra.cost import GIB, activation_bytes, states
 from pbe.model.unet import Architecture, new_network
 from pbe.train.settings import TrainConfig
 from tests.gpu.process import CaseError, DeviceProcess
@@ -148,7 +148,7 @@ def forward_flops(arch: Architecture) -> int:
 
 
 def predicted_gib(arch: Architecture, settings: Settings) -> float | None:
-    """What infra/memory.py says of one rank; None where attention is written out, which it does not count."""
+    """What infra/cost.py --memory says of one rank; None where attention is written out, which it does not count."""
     kernels = dict(settings.kernels)
     if not kernels["sdpa"]:
         return None

@@ -21,8 +21,8 @@ ABOUT = {
     "curve, and the bound that was set beforehand.",
     "ladder": "Each setting on top of what was fastest so far. `of_bf16_peak`: three forward passes' operations over "
     "the data sheet's dense bfloat16 rate, or over the product measured above where the card is not listed; recomputed "
-    "activations do not count. `predicted_gib`: infra/memory.py, which does not count attention that is written out. "
-    "`data_frac`: share of a step in which the device waits for rows; wanted is below 0.01 at the fastest rung.",
+    "activations do not count. `predicted_gib`: infra/cost.py --memory, which does not count attention that is written "
+    "out. `data_frac`: share of a step in which the device waits for rows; wanted is below 0.01 at the fastest rung.",
     "peers": "`bare`: the same network and optimizer in a plain torch loop on tensors that are on the device; wanted "
     "is ours_over_theirs >= 0.98. `official`: written as upstream's loop runs, encoders in every step.",
     "stops": "Of one optimizer step with four micro-batches, and of one sampling step.",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infra.memory import PAPER
+from infra.cost import PAPER
 from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import Architecture
 

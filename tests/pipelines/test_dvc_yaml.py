@@ -18,9 +18,8 @@ ROOT = repo_root()
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("${sweep.variant}", "${key}"))
 ENTRIES: dict[str, dict[str, Any]] = {name: entry.get("do", entry) for name, entry in DVC_YAML["stages"].items()}
 # the files of the report's page, beside its own: it makes no parts, and is soon made again
-PAGE = {
-    f"pipelines/reporting/{name}"
-    for name in ("charts.py", "deviations.py", "metric_glossary.py", "page.html.j2", "summary.py")
+PAGE = {f"pipelines/reporting/{name}" for name in ("charts.py", "page.html.j2", "summary.py")} | {
+    f"pipelines/reporting/{name}{suffix}" for name in ("deviations", "metric_glossary") for suffix in (".py", ".yaml")
 }
 
 
@@ -83,8 +82,10 @@ def test_the_page_is_all_that_the_report_imports_for_itself_and_its_template() -
     others = set().union(*(_graph().find_modules_directly_imported_by(f"pipelines.{name}") for name in STAGES[:-1]))
     mine = _graph().find_modules_directly_imported_by("pipelines.report") - others
     assert {f"{module.replace('.', '/')}.py" for module in mine if module.startswith("pipelines.")} <= PAGE
-    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines").rglob("*.j2")}
-    assert templates == {name for name in PAGE if name.endswith(".j2")}
+    data = {
+        path.relative_to(ROOT).as_posix() for end in ("j2", "yaml") for path in (ROOT / "pipelines").rglob(f"*.{end}")
+    }
+    assert data == {name for name in PAGE if not name.endswith(".py")}
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name in Params.model_fields])

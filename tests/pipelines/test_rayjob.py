@@ -1,4 +1,4 @@
-"""A stage as a KubeRay manifest: it holds what the bridge would send. Its schema: tests/infra/test_manifests.py."""
+"""A stage as a KubeRay manifest: it holds what the bridge would send. Its pods: tests/infra/test_manifests.py."""
 
 import io
 import re

@@ -153,7 +153,7 @@ def test_a_stage_of_all_methods_gets_the_manifests_of_all(project: Path) -> None
 def test_the_package_holds_all_code_and_its_templates(tmp_path: Path) -> None:
     there = unzipped(working_dir.pack(open_fake(REPOSITORY, "edit", "base")).zipped("job-1"), tmp_path)
     code = {path for folder in ("pbe", "pipelines") for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
-    code = {path for path in code if path.suffix in (".py", ".j2", ".csv")}
+    code = {path for path in code if path.suffix in (".py", ".j2", ".csv", ".yaml")}
     assert {path.relative_to(REPOSITORY).as_posix() for path in code} <= there
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import numpy as np
+from sklearn.mixture import GaussianMixture
 
 from pbe.errors import UserError
 
@@ -60,7 +61,7 @@ class Mixture:
 
 
 def log_likelihood(mixture: Mixture, features: np.ndarray) -> np.ndarray:
-    """(N, d) to (N,) float64: log sum_k w_k N(x; mu_k, S_k), as scikit-learn's score_samples.
+    """(N, d) to (N,) float64: log sum_k w_k N(x; mu_k, S_k).
 
     Raises MixtureError for features of another width, ValueError for values that are not finite.
     """
@@ -71,18 +72,11 @@ def log_likelihood(mixture: Mixture, features: np.ndarray) -> np.ndarray:
         )
     if not np.isfinite(features).all():
         raise ValueError("features are not all finite")
-    x = features.astype(np.float64)
-    logs = np.empty((len(x), count))
-    for k in range(count):
-        root = _root(mixture, k)
-        centred = x - mixture.means[k]
-        whitened = centred @ root if root.ndim == 2 else centred * root
-        log_determinant = np.log(np.diagonal(root)).sum() if root.ndim == 2 else np.log(np.broadcast_to(root, d)).sum()
-        logs[:, k] = log_determinant - 0.5 * (d * np.log(2 * np.pi) + np.square(whitened).sum(1))
+    model = GaussianMixture(count, covariance_type=mixture.covariance_type)
+    model.weights_, model.means_ = mixture.weights, mixture.means
+    model.precisions_cholesky_ = mixture.precisions_cholesky
     with np.errstate(divide="ignore"):  # a component of weight 0 counts for nothing
-        logs += np.log(mixture.weights)
-    highest = logs.max(1)
-    return highest + np.log(np.exp(logs - highest[:, None]).sum(1))
+        return model.score_samples(features.astype(np.float64))
 
 
 def quality_scores(log_likelihoods: np.ndarray) -> np.ndarray:
@@ -134,8 +128,3 @@ def mixture_digest(mixture: Mixture) -> str:
     for array in (mixture.weights, mixture.means, mixture.precisions_cholesky):
         hasher.update(np.ascontiguousarray(array, "<f8").tobytes())
     return hasher.hexdigest()
-
-
-def _root(mixture: Mixture, k: int) -> np.ndarray:
-    """Of component k's precision: (d, d), (d,) or ()."""
-    return mixture.precisions_cholesky if mixture.covariance_type == "tied" else mixture.precisions_cholesky[k]

@@ -345,7 +345,8 @@ def test_weights_and_photos_inside_the_project_are_refused(
     section = key.split(".")[0]
     tiny = yaml.safe_load((REPOSITORY / "infra" / "profiles" / "tiny.yaml").read_text())[section]
     models: dict[str, type[EncodeConfig | EvaluateConfig]] = {"encode": EncodeConfig, "evaluate": EvaluateConfig}
-    params = Params.model_construct(**{section: models[section].model_validate(tiny | changes)})
+    settings: dict[str, Any] = {section: models[section].model_validate(tiny | changes)}
+    params = Params.model_construct(**settings)
     with pytest.raises(StageError, match=rf"{re.escape(key)} = my/\S+ does not travel"):
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 

@@ -248,7 +248,7 @@ def test_a_stage_that_has_run_keeps_its_name(stage: Stage) -> None:
         (LOOPBACK, "s3://KEY:sec/ret@b/p", "http://mlflow.example", "PBE_STORAGE holds a password"),
         ("http://me:secret@10.0.0.1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a password"),
         ("http://10.0.0.1:8265?token=secret", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS holds a password"),
-        ("http://[::1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS is no address"),
+        ("http://[::1:8265", "s3://b/p", "http://mlflow.example", "RAY_ADDRESS is not a valid URL"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_sent(

@@ -40,7 +40,7 @@ BOX_BYTES = 53  # a Parquet row of boxes
 CHECKS_PER_S = 449  # photos that ingest opens, decodes and hashes
 TRIPLETS_PER_S = {1: 271, 8: 577}  # by slots: a photo is decoded once for all of them
 RAY_SHARE = 227 / 271  # of that rate through Ray Data with Parquet
-# -- measured: python tests/benchmarks/openimages_csv.py, one core: all box lines and photos cut by bucket
+# -- measured: python tests/benchmarks/openimages_csv.py, one core: all box lines and photos cut by shard
 INDEX_S = 97.6
 
 # -- by the schema (pbe/data/schema.py), before compression
@@ -48,7 +48,7 @@ LATENT_CELLS = 4 * 64 * 64  # AutoencoderKL at 512 px
 TOKEN_BYTES = {"class": 2 * 1024, "all": 2 * 257 * 1024}  # float16, CLIP ViT-L/14
 
 SLOTS = (1, 4, 8, 16, 40)
-BUCKETS = 3500
+SHARDS = 3500
 
 
 def encoded_bytes(draws: int, tokens: str = "class", value_bytes: int = 2) -> int:
@@ -92,16 +92,16 @@ def main() -> None:
         rows.append([name, f"{size:,}", f"{PHOTOS:,}", *(volume(size * PHOTOS * slots) for slots in SLOTS)])
     print(table(rows))
 
-    print("\n## Files and requests, by ingest.buckets\n")
-    rows = [["buckets", "photos per bucket", "images part", "triplet file", "triplet files at 8 slots", "at 40 slots",
+    print("\n## Files and requests, by ingest.shards\n")
+    rows = [["shards", "photos per shard", "images part", "triplet file", "triplet files at 8 slots", "at 40 slots",
              "memory of one materialize task at 8 slots"]]  # fmt: skip
-    for buckets in (1000, 1750, BUCKETS, 7000, 14000):
-        photos = PHOTOS / buckets
+    for shards in (1000, 1750, SHARDS, 7000, 14000):
+        photos = PHOTOS / shards
         held = photos * PHOTO_BYTES + 2 * photos * 8 * TRIPLET_BYTES["420"]
         rows.append(
             [
-                f"{buckets:,}", f"{photos:,.0f}", volume(photos * PHOTO_BYTES), volume(photos * TRIPLET_BYTES["420"]),
-                f"{buckets * 8:,}", f"{buckets * 40:,}", volume(held),
+                f"{shards:,}", f"{photos:,.0f}", volume(photos * PHOTO_BYTES), volume(photos * TRIPLET_BYTES["420"]),
+                f"{shards * 8:,}", f"{shards * 40:,}", volume(held),
             ]
         )  # fmt: skip
     print(table(rows))

@@ -177,8 +177,8 @@ def wanted_cpus(params: Params) -> dict[str, float]:
     """Ray CPUs that a stage holds at once at least, by stage (train: the variant that asks for most)."""
     trains = [params.train_variant(name) for name in params.variants]
     return {
-        "ingest": params.ingest.per_bucket.cpus,
-        "materialize": params.materialize.per_bucket.cpus,
+        "ingest": params.ingest.per_shard.cpus,
+        "materialize": params.materialize.per_shard.cpus,
         "encode": params.encode.actors * params.encode.per_actor.cpus,
         "train": max(train.workers * train.per_worker.cpus for train in trains),
         "edit": params.edit.actors * params.edit.per_actor.cpus,

@@ -33,7 +33,7 @@ def refuse_credentials(name: str, uri: str) -> None:
         where = urlsplit(uri)
     except ValueError as error:
         raise ParamsError(f"{name} is not a valid URL: {error}") from None
-    # a password may hold / and #, which end what urlsplit takes for the host; Arrow reads KEY:secret@bucket
+    # a password may hold / and #, which end what urlsplit takes for the host; Arrow reads KEY:secret@shard
     after = uri.partition("://")[2]
     password = re.match(r"[^/:@]*:(?!\d{1,5}(/|$))[^@]*@", after) or (where.scheme == "s3" and ":" in where.netloc)
     token = "@" in where.netloc and where.scheme in ("http", "https")  # in the user's place

@@ -1,6 +1,6 @@
 """Parts and manifests: where data lives, and how a stage knows that work is already done.
 
-A *unit* is one task's work: one bucket of one stage. Its name carries the digest of its settings, its inputs and the
+A *unit* is one task's work: one shard of one stage. Its name carries the digest of its settings, its inputs and the
 stage's VERSION (an integer, raised when the stage makes other bytes of the same), so same name = same content = skip.
 It is a folder in the storage,
 

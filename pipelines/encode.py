@@ -116,7 +116,7 @@ def _backbone_entry(stage: Stage) -> dict[str, Any]:
 def _fit_codec(stage: Stage, triplets: Manifest, cfg: PatchCodecConfig) -> str:
     """Storage path of the fitted codec; its name says what it was fitted on: the files that the crops come from.
 
-    So new photos leave the codec, and with it the parts of other buckets, as they are once the first buckets alone hold
+    So new photos leave the codec, and with it the parts of other shards, as they are once the first shards alone hold
     `fit_crops` crops.
     """
     files = list(_first_files(triplets, cfg.fit_crops))

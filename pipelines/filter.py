@@ -1,6 +1,6 @@
 """filter: boxes that make useful triplets, by relative area and the other rules; each dropped one has a reason.
 
-Vectorised over one bucket at a time in this process: 14.6 million boxes need no cluster.
+Vectorised over one shard at a time in this process: 14.6 million boxes need no cluster.
 """
 
 import pyarrow as pa

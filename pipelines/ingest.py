@@ -1,7 +1,7 @@
-"""ingest: photos and boxes of the source into Parquet parts, one per bucket; every dropped row has a reason.
+"""ingest: photos and boxes of the source into Parquet parts, one per shard; every dropped row has a reason.
 
-First the annotations and the list of photos are cut by bucket in one streaming pass (parts `index`), here in the
-driver. Then each bucket is a unit: check its boxes, read or download its photos, write them down.
+First the annotations and the list of photos are cut by shard in one streaming pass (parts `index`), here in the
+driver. Then each shard is a unit: check its boxes, read or download its photos, write them down.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names, without_lines
 from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
-from pbe.data.index import Selection, Selector, by_bucket
-from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.index import Selection, Selector, by_shard
+from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
 from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
@@ -39,7 +39,7 @@ def main(stage: Stage) -> None:
     units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
 
     worker = partial(_worker, stage.store, source, cfg)
-    records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_bucket, key="ingest")
+    records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_shard, key="ingest")
     manifest = make_manifest("ingest", config=_content(cfg), version=VERSION, units=records)
     counts = {**manifest.counts, "boxes_not_selected": left_out}
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
@@ -60,21 +60,21 @@ def open_source(cfg: IngestConfig) -> Source:
 
 
 def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:
-    """How many annotations were not selected, and one `index` unit per bucket: its annotations and photos."""
+    """How many annotations were not selected, and one `index` unit per shard: its annotations and photos."""
     tree = file_tree(cfg.boxes, root=repo_root(), key="ingest.boxes")
     names = class_names(tree)
     selector = Selector(_selection(cfg), _class_ids(cfg, names))
     records = []
     with (
-        by_bucket(_selected(tree, names, selector), ANNOTATIONS, cfg.buckets) as annotations,
-        by_bucket(source.photos(), PHOTOS, cfg.buckets) as photos,
+        by_shard(_selected(tree, names, selector), ANNOTATIONS, cfg.shards) as annotations,
+        by_shard(source.photos(), PHOTOS, cfg.shards) as photos,
     ):
-        pairs = with_progress(zip(annotations, photos, strict=True), "ingest: index", total=cfg.buckets, unit="bucket")
-        for bucket, (boxes, known) in enumerate(pairs):
+        pairs = with_progress(zip(annotations, photos, strict=True), "ingest: index", total=cfg.shards, unit="shard")
+        for shard, (boxes, known) in enumerate(pairs):
             if not _takes_all(source, cfg):  # only what the selected boxes name is part of the input
                 known = known.filter(pc.is_in(known.column("image_id"), boxes.column("image_id").combine_chunks()))
             records.append(
-                store.write_unit_by_content("index", f"b{bucket:04d}", {"annotations": boxes, "photos": known})
+                store.write_unit_by_content("index", f"s{shard:04d}", {"annotations": boxes, "photos": known})
             )
     _say_missing(selector)
     return selector.left_out, records
@@ -151,7 +151,7 @@ def _class_ids(cfg: IngestConfig, names: dict[str, str]) -> set[str] | None:
 def _content(cfg: IngestConfig) -> dict[str, object]:
     """What the parts depend on beside their input; how it is fetched is not among it, but from where: a wrong
     image_base must not leave its rejects to the right one."""
-    keys = {"source", "exif", "max_image_bytes", "max_image_pixels", "buckets", "image_base"}
+    keys = {"source", "exif", "max_image_bytes", "max_image_pixels", "shards", "image_base"}
     return cfg.model_dump(mode="json", include=keys)
 
 
@@ -163,7 +163,7 @@ def _identity(cfg: IngestConfig, index: Record, everything: bool) -> str:
 
 
 def _latest(store: Store, unit: Unit, *, retry: bool) -> Unit:
-    """The newest try of a bucket. A try's digest holds the one before it, so that names still say what they hold.
+    """The newest try of a shard. A try's digest holds the one before it, so that names still say what they hold.
 
     With `retry`, and transient rejects in the newest try, the next one, which run_units will then run.
     """
@@ -220,13 +220,13 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
     return read
 
 
-# -- one bucket ----------------------------------------------------------------------------------------------------
+# -- one shard ----------------------------------------------------------------------------------------------------
 
 
 def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit], Record]:
     def work(unit: Unit) -> Record:
         index = _index_of(unit)
-        tables, counts = read_bucket(
+        tables, counts = read_shard(
             store.read_table(index.file("annotations")),
             store.read_table(index.file("photos")),
             read=_reader(store, source, cfg, unit),

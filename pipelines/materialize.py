@@ -1,6 +1,6 @@
 """materialize: every kept photo to `slots` triplets (source crop, two holes, reference), by Ray Data.
 
-One unit is one bucket: it reads its images and boxes, and writes one Parquet file per slot. Slot s takes the next
+One unit is one shard: it reads its images and boxes, and writes one Parquet file per slot. Slot s takes the next
 box of a seeded permutation of the photo's boxes, so epoch e of training reads slot e mod slots and visits each
 photo once, as upstream's loader does.
 """
@@ -38,7 +38,7 @@ def main(stage: Stage) -> None:
         "materialize",
         units,
         worker=worker,
-        each=cfg.per_bucket,
+        each=cfg.per_shard,
         key="materialize",
     )
     manifest = make_manifest("materialize", config=_identity(cfg), version=VERSION, units=records)
@@ -53,7 +53,7 @@ def main(stage: Stage) -> None:
 
 def _identity(cfg: MaterializeConfig) -> dict[str, object]:
     """What the bytes depend on; what a task asks of Ray is not among it."""
-    return cfg.model_dump(mode="json", exclude={"per_bucket"})
+    return cfg.model_dump(mode="json", exclude={"per_shard"})
 
 
 def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit], Record]:

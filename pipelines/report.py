@@ -413,8 +413,8 @@ def _row_of(files: Sequence[File], index: int) -> tuple[File, int]:
 def dropped_photos(stage: Stage, data: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     """Photo and reason, for the first LISTED photos that ingest or materialize dropped."""
     found = 0
-    buckets = zip(*(data[name].units for name in ("ingest", "filter", "materialize")), strict=True)
-    for ingested, filtered, cut in buckets:
+    shards = zip(*(data[name].units for name in ("ingest", "filter", "materialize")), strict=True)
+    for ingested, filtered, cut in shards:
         photos = [
             row
             for record in (ingested, cut)

@@ -17,8 +17,8 @@ from pbe.data.slots import slot_name
 from pbe.store import Store, make_manifest, save_manifest
 
 SLOTS, CROP_PX, GAP_PX = 5, 32, 2
-PHOTOS = [["apple", "pear"], [], ["plum", "quince", "rowan"]]  # by bucket
-IDS = [image_id for bucket in PHOTOS for image_id in bucket]
+PHOTOS = [["apple", "pear"], [], ["plum", "quince", "rowan"]]  # by shard
+IDS = [image_id for shard in PHOTOS for image_id in shard]
 
 
 def _grey(image_id: str, slot: int) -> int:
@@ -46,12 +46,12 @@ def _row(image_id: str, slot: int) -> dict[str, Any]:
 
 def _materialize(root: Path, store: Store, photos: list[list[str]]) -> None:
     units = []
-    for bucket, image_ids in enumerate(photos):
+    for shard, image_ids in enumerate(photos):
         tables = {
             slot_name(slot): pa.Table.from_pylist([_row(image_id, slot) for image_id in image_ids], schema=TRIPLETS)
             for slot in range(SLOTS)
         }
-        units.append(store.write_unit("materialize", f"b{bucket:04d}-0", tables, counts={}))
+        units.append(store.write_unit("materialize", f"s{shard:04d}-0", tables, counts={}))
     manifest = make_manifest("materialize", config={}, version=1, units=units)
     save_manifest(root / "data" / "materialize" / "manifest.json", manifest)
 

@@ -124,7 +124,7 @@ def file_tree(location: str, *, root: Path, key: str) -> FileTree:
     """location: s3://..., or a local path, taken relative to `root`."""
     if location.startswith("s3://"):
         if not location.removeprefix("s3://").strip("/"):
-            raise SourceError(f"{key} = {location}: names no bucket")
+            raise SourceError(f"{key} = {location}: names no shard")
         return FileTree(location.rstrip("/"), key)
     try:
         return FileTree(str((root / location).resolve()), key)

@@ -1,7 +1,7 @@
-"""Annotations and photo lists, cut by bucket: one streaming pass, bounded memory, the same tables on every machine.
+"""Annotations and photo lists, cut by shard: one streaming pass, bounded memory, the same tables on every machine.
 
-OpenImages has 14.6 million boxes of 1.7 million photos. Rows are sorted into buckets block by block; what does not fit
-`SPILL_BYTES` waits in Arrow files on local disk, and at the end each bucket is put together from its pieces.
+OpenImages has 14.6 million boxes of 1.7 million photos. Rows are sorted into shards block by block; what does not fit
+`SPILL_BYTES` waits in Arrow files on local disk, and at the end each shard is put together from its pieces.
 """
 
 import tempfile
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pbe.data.rng import bucket_of, unit_interval
+from pbe.data.rng import shard_of, unit_interval
 from pbe.data.schema import SPLITS
 
 SPILL_BYTES = 256 << 20
@@ -78,11 +78,11 @@ class Selector:
         return within
 
 
-class BucketSorter:
-    """Takes tables with an image_id column; gives back one table per bucket, rows in the order they came."""
+class ShardSorter:
+    """Takes tables with an image_id column; gives back one table per shard, rows in the order they came."""
 
-    def __init__(self, schema: pa.Schema, buckets: int, folder: Path) -> None:
-        self._schema, self._buckets, self._folder = schema, buckets, folder
+    def __init__(self, schema: pa.Schema, shards: int, folder: Path) -> None:
+        self._schema, self._shards, self._folder = schema, shards, folder
         self._held: list[tuple[np.ndarray, pa.Table]] = []
         self._held_bytes = 0
         self._spills: list[tuple[Path, dict[int, int]]] = []
@@ -90,22 +90,22 @@ class BucketSorter:
     def add(self, table: pa.Table) -> None:
         if not table.num_rows:
             return
-        self._held.append((buckets_of(table.column("image_id"), self._buckets), table))
+        self._held.append((shards_of(table.column("image_id"), self._shards), table))
         self._held_bytes += table.nbytes
         if self._held_bytes >= SPILL_BYTES:
             self._spill()
 
     def tables(self) -> Iterator[pa.Table]:
-        """One table per bucket, also for empty ones. Call it once, after the last `add`."""
+        """One table per shard, also for empty ones. Call it once, after the last `add`."""
         held = dict(self._sorted_pieces())
         self._held = []
         # read, not mapped: the pages of a map would stay with the process until all of the file is in memory
         sources = [(pa.OSFile(str(path)), places) for path, places in self._spills]
         readers = [(pa.ipc.open_file(source), places) for source, places in sources]
-        for bucket in range(self._buckets):
-            pieces = [pa.table(reader.get_batch(places[bucket])) for reader, places in readers if bucket in places]
-            if bucket in held:
-                pieces.append(held.pop(bucket))
+        for shard in range(self._shards):
+            pieces = [pa.table(reader.get_batch(places[shard])) for reader, places in readers if shard in places]
+            if shard in held:
+                pieces.append(held.pop(shard))
             yield pa.concat_tables(pieces) if pieces else self._schema.empty_table()
         for source, _ in sources:
             source.close()
@@ -114,38 +114,38 @@ class BucketSorter:
         path = self._folder / f"spill-{len(self._spills)}.arrow"
         places: dict[int, int] = {}
         with pa.ipc.new_file(str(path), self._schema) as writer:
-            for number, (bucket, piece) in enumerate(self._sorted_pieces()):
+            for number, (shard, piece) in enumerate(self._sorted_pieces()):
                 writer.write_batch(piece.combine_chunks().to_batches()[0])
-                places[bucket] = number
+                places[shard] = number
         self._spills.append((path, places))
         self._held, self._held_bytes = [], 0
 
     def _sorted_pieces(self) -> Iterator[tuple[int, pa.Table]]:
-        """What is held, by bucket."""
+        """What is held, by shard."""
         if not self._held:
             return
-        buckets = np.concatenate([bucket for bucket, _ in self._held])
+        shards = np.concatenate([shard for shard, _ in self._held])
         table = pa.concat_tables([table for _, table in self._held]).combine_chunks()
-        order = np.argsort(buckets, kind="stable")
+        order = np.argsort(shards, kind="stable")
         table = table.take(pa.array(order))
-        present, starts = np.unique(buckets[order], return_index=True)
-        for bucket, start, end in zip(present, starts, [*starts[1:], len(order)], strict=True):
-            yield int(bucket), table.slice(start, end - start)
+        present, starts = np.unique(shards[order], return_index=True)
+        for shard, start, end in zip(present, starts, [*starts[1:], len(order)], strict=True):
+            yield int(shard), table.slice(start, end - start)
 
 
-def buckets_of(image_ids: pa.ChunkedArray | pa.Array, buckets: int) -> np.ndarray:
-    """(N,) int64 bucket of each id; each different id is hashed once."""
+def shards_of(image_ids: pa.ChunkedArray | pa.Array, shards: int) -> np.ndarray:
+    """(N,) int64 shard of each id; each different id is hashed once."""
     combined = image_ids.combine_chunks() if isinstance(image_ids, pa.ChunkedArray) else image_ids
     encoded = pc.dictionary_encode(combined)
-    by_id = np.array([bucket_of(image_id, buckets) for image_id in encoded.dictionary.to_pylist()], np.int64)
+    by_id = np.array([shard_of(image_id, shards) for image_id in encoded.dictionary.to_pylist()], np.int64)
     return by_id[encoded.indices.to_numpy()] if len(by_id) else np.empty(0, np.int64)
 
 
 @contextmanager
-def by_bucket(tables: Iterable[pa.Table], schema: pa.Schema, buckets: int) -> Iterator[Iterator[pa.Table]]:
-    """Reads all of `tables`, then gives their rows cut by bucket: one table per bucket."""
+def by_shard(tables: Iterable[pa.Table], schema: pa.Schema, shards: int) -> Iterator[Iterator[pa.Table]]:
+    """Reads all of `tables`, then gives their rows cut by shard: one table per shard."""
     with tempfile.TemporaryDirectory(prefix="pbe-index-") as folder:
-        sorter = BucketSorter(schema, buckets, Path(folder))
+        sorter = ShardSorter(schema, shards, Path(folder))
         for table in tables:
             sorter.add(table)
         yield sorter.tables()

@@ -1,4 +1,4 @@
-"""One bucket of a source: its annotations and photos to `images`, `boxes` and `rejects` tables."""
+"""One shard of a source: its annotations and photos to `images`, `boxes` and `rejects` tables."""
 
 import hashlib
 from collections import Counter
@@ -50,8 +50,8 @@ class _Read:
     error: PhotoError | None
 
 
-class _Bucket:
-    """What read_bucket has decided so far."""
+class _Shard:
+    """What read_shard has decided so far."""
 
     def __init__(self) -> None:
         self.rejects: list[dict[str, str]] = []
@@ -63,7 +63,7 @@ class _Bucket:
             self.counts[count] = self.counts.get(count, 0) + 1
 
 
-def read_bucket(
+def read_shard(
     annotations: pa.Table,
     photos: pa.Table,
     *,
@@ -79,18 +79,18 @@ def read_bucket(
     `threads` threads. lists_all: photos without a box are input too, and rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>.
     """
-    bucket = _Bucket()
+    shard = _Shard()
     known: dict[str, list[Photo]] = {}
     for row in photos.to_pylist():
         copies = known.setdefault(row["image_id"], [])
         if all(row["address"] != copy.address for copy in copies):  # a list may name one photo twice
             copies.append(Photo(**row))
-    boxes = _usable_boxes(annotations, known, address_without_photo, bucket)
+    boxes = _usable_boxes(annotations, known, address_without_photo, shard)
     wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
 
     jobs = []
     for image_id, copies in wanted:
-        bucket.counts["images_in"] += len(copies)
+        shard.counts["images_in"] += len(copies)
         if boxes.get(image_id):
             jobs.append(copies)
             continue
@@ -100,60 +100,60 @@ def read_bucket(
         elif image_id in NO_IDS:
             reason, detail = "image_id_invalid", "the file's name gives no id"
         for photo in copies:
-            bucket.reject("images", photo.address, reason, detail)
+            shard.reject("images", photo.address, reason, detail)
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(lambda copies: [_read(photo, read, limits) for photo in copies], jobs))
 
     kept_images, kept_boxes = [], []
     for tried in results:
         mine = boxes[tried[0].photo.image_id]
-        row = _one_photo(tried, bucket)
+        row = _one_photo(tried, shard)
         if row is None:
             for box in mine:
-                bucket.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
+                shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
         kept_images.append(row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(mine)]
     tables = {
         "images": table_from_rows(kept_images, IMAGES),
         "boxes": pa.Table.from_pylist(kept_boxes, schema=BOXES),
-        "rejects": pa.Table.from_pylist(bucket.rejects, schema=REJECTS),
+        "rejects": pa.Table.from_pylist(shard.rejects, schema=REJECTS),
     }
-    return tables, bucket.counts | {"images_kept": len(kept_images), "boxes_kept": len(kept_boxes)}
+    return tables, shard.counts | {"images_kept": len(kept_images), "boxes_kept": len(kept_boxes)}
 
 
 def _usable_boxes(
     annotations: pa.Table,
     known: dict[str, list[Photo]],
     address_without_photo: Callable[[str, str], str | None],
-    bucket: _Bucket,
+    shard: _Shard,
 ) -> dict[str, list[dict[str, Any]]]:
     """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose lines are all
     wrong has an empty list."""
     boxes: dict[str, list[dict[str, Any]]] = {}
     seen: Counter[tuple[str, str]] = Counter()  # without a line, a box is the n-th of its file and photo
     for row in annotations.to_pylist():
-        bucket.counts["boxes_in"] += 1
+        shard.counts["boxes_in"] += 1
         image_id, split = row["image_id"], SPLITS[row["split"]]
         seen[row["file"], image_id] += 1
         place = row["line"] if row["line"] is not None else f"{image_id}#{seen[row['file'], image_id]}"
         key = f"{row['file']}:{place}"
         if row["reason"] == "box_image_id_invalid":
-            bucket.reject("boxes", key, row["reason"], row["detail"])
+            shard.reject("boxes", key, row["reason"], row["detail"])
             continue
         if image_id not in known:
             address = address_without_photo(image_id, SPLITS[row["listed_split"]])
             if address is None:
                 detail = row["detail"] or f"no image file with id '{image_id}'"
-                bucket.reject("boxes", key, row["reason"] or "image_missing", detail)
+                shard.reject("boxes", key, row["reason"] or "image_missing", detail)
                 continue
             known[image_id] = [Photo(image_id, address)]
         mine = boxes.setdefault(image_id, [])
         if row["reason"]:
-            bucket.reject("boxes", key, row["reason"], row["detail"])
+            shard.reject("boxes", key, row["reason"], row["detail"])
         elif mine and mine[0]["split"] != split:
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
-            bucket.reject("boxes", key, "box_in_other_split", detail)
+            shard.reject("boxes", key, "box_in_other_split", detail)
         else:
             names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS)
             mine.append({"key": key, "image_id": image_id, "split": split, **{name: row[name] for name in names}})
@@ -200,12 +200,12 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
     return _Read(photo, row, None)
 
 
-def _one_photo(copies: Sequence[_Read], bucket: _Bucket) -> dict[str, Any] | None:
+def _one_photo(copies: Sequence[_Read], shard: _Shard) -> dict[str, Any] | None:
     """The photo among all files of one id: the first that reads, when those that read are the same."""
     read = [copy for copy in copies if copy.row is not None]
     for copy in copies:
         if copy.error is not None:
-            bucket.reject("images", copy.photo.address, copy.error.reason, str(copy.error))
+            shard.reject("images", copy.photo.address, copy.error.reason, str(copy.error))
     if not read:
         return None
     ambiguous = len({copy.row["sha256"] for copy in read if copy.row}) > 1
@@ -214,5 +214,5 @@ def _one_photo(copies: Sequence[_Read], bucket: _Bucket) -> dict[str, Any] | Non
         detail = f"{copy.photo.address} and {other.photo.address} have one id " + (
             "and differ: boxes could mean either" if ambiguous else "and the same bytes; the first is kept"
         )
-        bucket.reject("images", copy.photo.address, "image_id_duplicated", detail)
+        shard.reject("images", copy.photo.address, "image_id_duplicated", detail)
     return None if ambiguous else read[0].row

@@ -1,4 +1,4 @@
-"""One bucket of photos and kept boxes to triplet tables, one table per slot."""
+"""One shard of photos and kept boxes to triplet tables, one table per slot."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -18,11 +18,11 @@ def row_rng(seed: int, *identity: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(entropy))
 
 
-def bucket_of(image_id: str, buckets: int) -> int:
-    """Stable bucket of an image, the same for all datasets."""
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little") % buckets
+def shard_of(image_id: str, shards: int) -> int:
+    """Stable shard of an image, the same for all datasets."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little") % shards
 
 
 def unit_interval(image_id: str) -> float:
-    """Stable number in [0, 1) of an image, independent of its bucket: which split it falls into."""
+    """Stable number in [0, 1) of an image, independent of its shard: which split it falls into."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8, person=b"split").digest(), "little") / 2**64

@@ -65,7 +65,7 @@ ANNOTATIONS = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),  # name of the box file
         # of that file, or the annotation's id in COCO JSON. In parts only where there is a reason: lines that shift the
-        # ones after them must not make every bucket another one
+        # ones after them must not make every shard another one
         pa.field("line", pa.int64()),
         pa.field("split", pa.int8(), nullable=False),  # index into SPLITS; ingest.val_frac may decide it
         pa.field("listed_split", pa.int8(), nullable=False),  # what the file says: where OpenImages keeps the photo

@@ -14,7 +14,7 @@ Chroma = Literal["444", "420"]
 class DownloadConfig(Settings):
     """Half of each wait is random, so that many clients do not come back together."""
 
-    connections: Int = Field(16, ge=1, le=256, description="at once, per bucket. Ours")
+    connections: Int = Field(16, ge=1, le=256, description="at once, per shard. Ours")
     attempts: Int = Field(5, ge=1, le=20, description="in all. Ours")
     connect_s: Float = Field(10, gt=0, description="seconds to a connection. Ours")
     idle_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
@@ -46,8 +46,8 @@ class IngestConfig(Settings):
     max_image_pixels: Int = Field(
         89_000_000, ge=1, le=89_478_485, description="pixels; a larger picture is rejected before it is decoded. Ours"
     )
-    buckets: Int = Field(ge=1, le=65536)
-    per_bucket: TaskResources = Field(
+    shards: Int = Field(ge=1, le=65536)
+    per_shard: TaskResources = Field(
         TaskResources(cpus=0.5, memory_gib=0.5),
         description="what Ray reserves for a task; reading waits more than it computes. Ours",
     )
@@ -100,6 +100,6 @@ class MaterializeConfig(Settings):
         "444", description="444: small crops keep their colours | 420: a fifth smaller, for 512 px. Ours"
     )
     jpeg_quality: Int = Field(95, ge=1, le=100, description="0-100. Ours: upstream crops from the original")
-    per_bucket: TaskResources = Field(
+    per_shard: TaskResources = Field(
         TaskResources(cpus=1, memory_gib=0.5), description="what Ray reserves for a task. Ours"
     )

@@ -1,4 +1,4 @@
-"""Slots: each is one Parquet file per bucket, named so that names sort in slot order."""
+"""Slots: each is one Parquet file per shard, named so that names sort in slot order."""
 
 from pbe.errors import UserError
 from pbe.store import File, Manifest
@@ -17,7 +17,7 @@ def slot_name(slot: int) -> str:
 
 
 def slot_files(manifest: Manifest) -> list[list[File]]:
-    """Files of each slot, in bucket order: result[slot][bucket]."""
+    """Files of each slot, in shard order: result[slot][shard]."""
     slots: dict[str, list[File]] = {}
     for unit in manifest.units:
         for file in unit.files:

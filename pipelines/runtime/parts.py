@@ -34,7 +34,7 @@ ANSWER_S = 10  # of a Ray head to a first connection
 
 @dataclass(frozen=True)
 class Unit:
-    """`label` says which part (b0003), `digest` what it is made from, `payload` what the task needs."""
+    """`label` says which part (s0003), `digest` what it is made from, `payload` what the task needs."""
 
     label: str
     digest: str
@@ -157,7 +157,7 @@ def run_units(
         wanted = ray_resources(each)
         options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
         if actors is None:
-            refuse_unmet(stage.title, Demand(each, f"{key}.per_bucket"))
+            refuse_unmet(stage.title, Demand(each, f"{key}.per_shard"))
             results = rows.map(_task(todo, worker), **options)
         else:
             count = min(actors, len(todo))

@@ -42,8 +42,8 @@ from pbe.data.annotations import box_files, read_annotations  # noqa: E402
 from pbe.data.boxes import Box, extended, padded, pixel_box, square_window  # noqa: E402
 from pbe.data.files import FileTree  # noqa: E402
 from pbe.data.filter import FilterConfig, filter_boxes  # noqa: E402
-from pbe.data.index import by_bucket  # noqa: E402
-from pbe.data.ingest import PhotoLimits, read_bucket  # noqa: E402
+from pbe.data.index import by_shard  # noqa: E402
+from pbe.data.ingest import PhotoLimits, read_shard  # noqa: E402
 from pbe.data.materialize import triplet_tables  # noqa: E402
 from pbe.data.rng import row_rng  # noqa: E402
 from pbe.data.schema import ANNOTATIONS, PHOTOS  # noqa: E402
@@ -73,7 +73,7 @@ UPSTREAM = FilterConfig(min_area_frac=0.02, max_area_frac=0.8)
 
 @dataclass(frozen=True)
 class Photos:
-    """images and kept boxes of one bucket, all in the train split; windows: the crops that slot 0 takes."""
+    """images and kept boxes of one shard, all in the train split; windows: the crops that slot 0 takes."""
 
     name: str
     images: pa.Table
@@ -123,8 +123,8 @@ def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
     annotations = [table for file in box_files(boxes_tree) for table in read_annotations(boxes_tree, file)]
     source = FolderSource(FileTree(str(folder / "images"), "--photos"))
     listed = map(without_versions, source.photos())
-    with by_bucket(annotations, ANNOTATIONS, 1) as lines, by_bucket(listed, PHOTOS, 1) as photos:
-        tables, _ = read_bucket(
+    with by_shard(annotations, ANNOTATIONS, 1) as lines, by_shard(listed, PHOTOS, 1) as photos:
+        tables, _ = read_shard(
             next(iter(lines)),
             next(iter(photos)),
             read=lambda _, address: enlarged(source.read(address, 1 << 30), enlarge_to_px),
@@ -282,8 +282,8 @@ def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) ->
 
 
 def write_inputs(store: Store, photos: Photos, copies: int, times: int) -> list[Record]:
-    """`copies` equal buckets of all photos. Twice the 234 of coco256 are a bucket of OpenImages (1.74 million photos in
-    3,500 buckets: 498)."""
+    """`copies` equal shards of all photos. Twice the 234 of coco256 are a shard of OpenImages (1.74 million photos in
+    3,500 shards: 498)."""
 
     def repeated(table: pa.Table) -> pa.Table:
         index = table.schema.get_field_index("image_id")
@@ -304,7 +304,7 @@ def touch_memory(size_bytes: int) -> None:
 
 
 def task(store: Store) -> Callable[["Unit"], Record]:
-    """What pipelines/materialize.py does with one bucket, one slot."""
+    """What pipelines/materialize.py does with one shard, one slot."""
     cv2.setNumThreads(1)
 
     def work(unit: "Unit") -> Record:

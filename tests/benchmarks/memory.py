@@ -1,7 +1,7 @@
 """Does memory grow with the number of photos? python tests/benchmarks/memory.py [--photos FOLDER] [--times 8]
 
 Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a project of its own) on the
-photos of FOLDER enlarged to 1024 px, and on `--times` as many, in buckets of the same size. Prints per stage the peak
+photos of FOLDER enlarged to 1024 px, and on `--times` as many, in shards of the same size. Prints per stage the peak
 resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet). The
 last line has the ratios of the larger to the smaller run; nothing is asserted. None of these stages has a network:
 --device cuda moves nothing, and says so.
@@ -26,7 +26,7 @@ from tests.benchmarks.device import add_device, say_processor_alone  # noqa: E40
 from tests.pipelines.project import Project, make_project  # noqa: E402
 
 STAGES = ("ingest", "filter", "materialize")
-PHOTOS_PER_BUCKET = 32
+PHOTOS_PER_SHARD = 32
 SIDE_PX = 1024
 
 
@@ -80,7 +80,7 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
     text = (project.folder / "params.yaml").read_text().splitlines()
     changes = {
         ("ingest", "source"): "folder", ("ingest", "images"): str(folder / "photos"),
-        ("ingest", "boxes"): str(folder / "boxes.csv"), ("ingest", "buckets"): str(max(1, count // PHOTOS_PER_BUCKET)),
+        ("ingest", "boxes"): str(folder / "boxes.csv"), ("ingest", "shards"): str(max(1, count // PHOTOS_PER_SHARD)),
         ("ingest", "max_reject_frac"): "0.5", ("materialize", "image_px"): "512", ("materialize", "slots"): "4",
     }  # fmt: skip
     stage = ""

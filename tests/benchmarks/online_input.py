@@ -57,7 +57,7 @@ def measure(rounds: int, device: torch.device) -> tuple[float, float]:
                 store,
                 image_px=image_px,
                 reference_px=params.materialize.reference_px,
-                photos_of_bucket=(rows // SLOTS,),
+                photos_of_shard=(rows // SLOTS,),
             )
             crops = [images.decode(data) for data in _sources(store, triplets)]
             codec, _ = fit_patch_codec(crops, patch_px=codec_cfg.patch_px, channels=codec_cfg.channels)

@@ -1,7 +1,7 @@
 """The box CSV of OpenImages' size through the index: python tests/benchmarks/openimages_csv.py [--rows N] [--quick]
 
 Generates a file with the 21 columns of the train boxes (14,610,229 rows, 1,743,042 photos unless --rows says else) and
-image-info for its photos, then cuts both by bucket as the ingest stage does, in a process of its own. Prints time, rows
+image-info for its photos, then cuts both by shard as the ingest stage does, in a process of its own. Prints time, rows
 per second, and the peak memory of that process beside what it is with nothing but the imports. Needs 6 GB of disk.
 --device cuda moves nothing, and says so.
 """
@@ -29,15 +29,15 @@ BLOCK_PHOTOS = 50_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=TRAIN_ROWS)
-    parser.add_argument("--buckets", type=int, default=3500)
+    parser.add_argument("--shards", type=int, default=3500)
     parser.add_argument("--quick", action="store_true", help="one row in fifty")
-    parser.add_argument("--index", nargs=2, metavar=("FOLDER", "BUCKETS"), help=argparse.SUPPRESS)
+    parser.add_argument("--index", nargs=2, metavar=("FOLDER", "SHARDS"), help=argparse.SUPPRESS)
     add_device(parser)
     args = parser.parse_args()
     if args.index:
         return index(Path(args.index[0]), int(args.index[1]))
     say_processor_alone(args.device, "pyarrow reads and cuts CSV")
-    rows, buckets = (args.rows // 50, args.buckets // 50) if args.quick else (args.rows, args.buckets)
+    rows, shards = (args.rows // 50, args.shards // 50) if args.quick else (args.rows, args.shards)
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as name:
         folder = Path(name)
         started = time.perf_counter()
@@ -46,7 +46,7 @@ def main() -> int:
         print(
             f"generated {rows} boxes of {photos} photos, {size / 1e9:.2f} GB, in {time.perf_counter() - started:.0f} s"
         )
-        for what, count in (("nothing but the imports", 0), ("the index", buckets)):
+        for what, count in (("nothing but the imports", 0), ("the index", shards)):
             print(f"{what}: ", end="", flush=True)
             command = [sys.executable, __file__, "--index", name, str(count)]
             subprocess.run(command, check=True)
@@ -119,8 +119,8 @@ class Writer:
         self.writer.close()
 
 
-def index(folder: Path, buckets: int) -> int:
-    """Cut by bucket and write, as pipelines/ingest.py does; buckets 0: import only."""
+def index(folder: Path, shards: int) -> int:
+    """Cut by shard and write, as pipelines/ingest.py does; shards 0: import only."""
     from pbe.config import load_params
     from pbe.data.download import Downloader
     from pbe.data.files import FileTree
@@ -130,9 +130,9 @@ def index(folder: Path, buckets: int) -> int:
     from pipelines.ingest import write_index
 
     started = time.perf_counter()
-    if buckets:
+    if shards:
         boxes, info = folder / "oidv6-train-annotations-bbox.csv", folder / "train-images-boxable-with-rotation.csv"
-        changes = {"source": "openimages", "boxes": str(boxes), "images": str(info), "buckets": buckets}
+        changes = {"source": "openimages", "boxes": str(boxes), "images": str(info), "shards": shards}
         changes["image_base"] = "http://127.0.0.1:9"
         cfg = IngestConfig.model_validate(load_params().ingest.model_dump() | changes)
         limits = DownloadConfig(connections=1, attempts=1, connect_s=1, idle_s=1, whole_s=1, backoff_s=0)
@@ -142,7 +142,7 @@ def index(folder: Path, buckets: int) -> int:
         known = sum(record.file("photos").rows for record in records)
         size = sum(file.bytes for record in records for file in record.files)
         elapsed = time.perf_counter() - started
-        print(f"{rows} boxes and {known} photos in {len(records)} buckets, {size / 1e9:.2f} GB, {left_out} left out")
+        print(f"{rows} boxes and {known} photos in {len(records)} shards, {size / 1e9:.2f} GB, {left_out} left out")
         print(f"time_s={elapsed:.1f} boxes_per_s={rows / elapsed:.0f} ", end="")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak_rss_mib={peak:.0f}")

@@ -132,7 +132,7 @@ def step_times(rounds: int, device: torch.device) -> dict[str, list[float]]:
     turns = Turns({"bare": bare_step(cfg, arch, device), "unet": unet_step(cfg, arch, device)}, device)
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
         store = Store(folder)
-        encoded = tiny_encoded(store, buckets=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
+        encoded = tiny_encoded(store, shards=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
         job: Any = tiny_job(store, encoded, cfg, "bench")
         job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * PATCH_PX), on_progress=turns)
         turns.since = now(device)

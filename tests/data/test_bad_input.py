@@ -19,13 +19,13 @@ from PIL import Image
 from pbe.data import images
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names
 from pbe.data.files import FileTree
-from pbe.data.index import by_bucket
-from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.index import by_shard
+from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import ANNOTATIONS, PHOTOS
 from pbe.data.sources import FolderSource
 from pbe.store import Store
 
-BUCKETS = 4
+SHARDS = 4
 MAX_BYTES, LIMITS = 30_000, PhotoLimits(exif="ignore", max_pixels=100_000_000)
 GOOD_PER_CASE = 100
 CELLS = {"LabelName": "/m/1", "XMin": "0.1", "XMax": "0.5", "YMin": "0.2", "YMax": "0.75"}
@@ -90,7 +90,7 @@ def _box(name: str, reason: str | None, **cells: str) -> Case:
 
 JPEG, PNG = _saved("JPEG", quality=90), _saved("PNG")
 HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head></html>"
-# bytes, cells and ids by themselves: test_images.py, test_annotations.py; within one bucket: test_ingest.py
+# bytes, cells and ids by themselves: test_images.py, test_annotations.py; within one shard: test_ingest.py
 CASES = [
     _photo("half.jpg", JPEG[: len(JPEG) // 2], "image_unreadable"),
     _photo("almost_png.png", PNG[: int(0.98 * len(PNG))], "image_unreadable"),
@@ -201,7 +201,7 @@ def _make(root: Path, cases: list[Case], layout: str, *, backwards: bool = False
 
 
 def _ingest(root: Path, store: Store) -> tuple[list[dict[str, pa.Table]], Counter[str], dict[str, str]]:
-    """Tables of each bucket, summed counts, and the sha256 of every file that the store then holds."""
+    """Tables of each shard, summed counts, and the sha256 of every file that the store then holds."""
     source = FolderSource(FileTree(str(root / "photos"), "ingest.images"))
     tree = FileTree(str(root / "boxes"), "ingest.boxes")
     names = class_names(tree)
@@ -211,15 +211,15 @@ def _ingest(root: Path, store: Store) -> tuple[list[dict[str, pa.Table]], Counte
             for table in read_annotations(tree, file):
                 yield with_names(table, names)
 
-    buckets, total = [], Counter[str]()
+    shards, total = [], Counter[str]()
     hashes: dict[str, str] = {}
     with (
-        by_bucket(annotations(), ANNOTATIONS, BUCKETS) as boxes,
-        by_bucket(source.photos(), PHOTOS, BUCKETS) as photos,
+        by_shard(annotations(), ANNOTATIONS, SHARDS) as boxes,
+        by_shard(source.photos(), PHOTOS, SHARDS) as photos,
     ):
         for number, (mine, known) in enumerate(zip(boxes, photos, strict=True)):
             index = store.write_unit_by_content("index", f"b{number:04d}", {"annotations": mine, "photos": known})
-            tables, counts = read_bucket(
+            tables, counts = read_shard(
                 mine,
                 known,
                 read=lambda image_id, address: source.read(address, MAX_BYTES),
@@ -230,13 +230,13 @@ def _ingest(root: Path, store: Store) -> tuple[list[dict[str, pa.Table]], Counte
             )
             record = store.write_unit("ingest", f"b{number:04d}", tables, counts=counts)
             hashes |= {file.path: file.sha256 for file in (*index.files, *record.files)}
-            buckets.append(tables)
+            shards.append(tables)
             total.update(counts)
-    return buckets, total, hashes
+    return shards, total, hashes
 
 
-def _rows(buckets: list[dict[str, pa.Table]], dataset: str) -> list[dict[str, Any]]:
-    return [row for tables in buckets for row in tables[dataset].to_pylist()]
+def _rows(shards: list[dict[str, pa.Table]], dataset: str) -> list[dict[str, Any]]:
+    return [row for tables in shards for row in tables[dataset].to_pylist()]
 
 
 @pytest.mark.parametrize("layout", ["plain", "odd"])
@@ -248,9 +248,9 @@ def test_every_good_row_is_kept_and_every_bad_one_has_its_reason(layout: str, tm
 
 def _check(made: Input, again: Input, tmp_path: Path) -> None:
     """again: the same input in another folder."""
-    buckets, counts, hashes = _ingest(made.root, Store(str(tmp_path / "store")))
+    shards, counts, hashes = _ingest(made.root, Store(str(tmp_path / "store")))
     wanted = {key: reason for key, reason in {**made.photos, **made.boxes}.items() if reason}
-    rejects = _rows(buckets, "rejects")
+    rejects = _rows(shards, "rejects")
     assert {row["key"]: row["reason"] for row in rejects} == wanted
     assert len(rejects) == len(wanted), "each bad row once"
     assert all(row["detail"] and "\n" not in row["detail"] for row in rejects)
@@ -260,12 +260,12 @@ def _check(made: Input, again: Input, tmp_path: Path) -> None:
         kept = sum(reason is None for reason in rows.values())
         assert (counts[f"{kind}_in"], counts[f"{kind}_kept"]) == (len(rows), kept)
         assert counts[f"{kind}_rejected"] == len(rows) - kept
-        assert len(_rows(buckets, kind)) == kept
+        assert len(_rows(shards, kind)) == kept
     good = [made.root / "photos" / name for name, reason in made.photos.items() if reason is None]
     hashed = {hashlib.sha256(path.read_bytes()).hexdigest() for path in good}
-    assert {row["sha256"] for row in _rows(buckets, "images")} == hashed
-    boxes = _rows(buckets, "boxes")
-    assert {box["image_id"] for box in boxes} == {row["image_id"] for row in _rows(buckets, "images")}
+    assert {row["sha256"] for row in _rows(shards, "images")} == hashed
+    boxes = _rows(shards, "boxes")
+    assert {box["image_id"] for box in boxes} == {row["image_id"] for row in _rows(shards, "images")}
     assert all(0 <= box["xmin"] < box["xmax"] <= 1 and 0 <= box["ymin"] < box["ymax"] <= 1 for box in boxes)
 
     assert _ingest(again.root, Store(str(tmp_path / "other store")))[2] == hashes

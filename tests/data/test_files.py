@@ -14,8 +14,8 @@ from pbe.data import images
 from pbe.data.annotations import box_files, class_names, read_annotations
 from pbe.data.download import PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
-from pbe.data.index import by_bucket
-from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.index import by_shard
+from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import ANNOTATIONS, PHOTOS
 from pbe.data.sources import FolderSource
 
@@ -156,12 +156,12 @@ def _read(where: str) -> tuple[pa.Table, list[pa.Table], list[dict[str, pa.Table
     (file,) = box_files(tree)
     out = []
     with (
-        by_bucket(read_annotations(tree, file), ANNOTATIONS, 3) as boxes,
-        by_bucket([listed], PHOTOS, 3) as photos,
+        by_shard(read_annotations(tree, file), ANNOTATIONS, 3) as boxes,
+        by_shard([listed], PHOTOS, 3) as photos,
     ):
         annotations = list(boxes)
         for mine, known in zip(annotations, photos, strict=True):
-            tables, _ = read_bucket(
+            tables, _ = read_shard(
                 mine,
                 known,
                 read=lambda image_id, address: source.read(address, 10_000),

@@ -1,4 +1,4 @@
-"""The index: every row lands in its bucket, in file order, whatever is spilled; selections count what they drop."""
+"""The index: every row lands in its shard, in file order, whatever is spilled; selections count what they drop."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pbe.data import index
-from pbe.data.index import Selection, Selector, buckets_of, by_bucket
-from pbe.data.rng import bucket_of, unit_interval
+from pbe.data.index import Selection, Selector, by_shard, shards_of
+from pbe.data.rng import shard_of, unit_interval
 from pbe.data.schema import ANNOTATIONS, SPLITS
 
 ALL = Selection(splits=SPLITS, limit=None, classes=None, image_ids=None, val_frac=0.0)
@@ -32,24 +32,24 @@ def _table(image_ids: list[str], *, split: str = "train", labels: list[str] | No
 
 
 @pytest.mark.parametrize("spill_bytes", [1, 3000, 1 << 28])
-def test_every_row_lands_in_its_bucket_in_the_order_it_came(monkeypatch: pytest.MonkeyPatch, spill_bytes: int) -> None:
+def test_every_row_lands_in_its_shard_in_the_order_it_came(monkeypatch: pytest.MonkeyPatch, spill_bytes: int) -> None:
     monkeypatch.setattr(index, "SPILL_BYTES", spill_bytes)
     rng = np.random.default_rng(0)
     blocks = [_table([f"i{n}" for n in rng.integers(0, 90, 40)], first=40 * block) for block in range(12)]
-    with by_bucket(blocks, ANNOTATIONS, 7) as tables:
+    with by_shard(blocks, ANNOTATIONS, 7) as tables:
         got = list(tables)
     assert len(got) == 7 and sum(table.num_rows for table in got) == 480
-    for bucket, table in enumerate(got):
+    for shard, table in enumerate(got):
         assert table.schema.equals(ANNOTATIONS)
-        assert {bucket_of(image_id, 7) for image_id in table.column("image_id").to_pylist()} <= {bucket}
+        assert {shard_of(image_id, 7) for image_id in table.column("image_id").to_pylist()} <= {shard}
         lines = table.column("line").to_pylist()
         assert lines == sorted(lines)
 
 
-def test_empty_input_gives_empty_buckets() -> None:
-    with by_bucket([_table([])], ANNOTATIONS, 3) as tables:
+def test_empty_input_gives_empty_shards() -> None:
+    with by_shard([_table([])], ANNOTATIONS, 3) as tables:
         assert [table.num_rows for table in tables] == [0, 0, 0]
-    assert buckets_of(pa.array([], pa.string()), 3).tolist() == []
+    assert shards_of(pa.array([], pa.string()), 3).tolist() == []
 
 
 def test_the_limit_takes_the_first_photos_of_each_split_with_all_their_rows_across_blocks() -> None:

@@ -19,7 +19,7 @@ from pbe.data import images
 from pbe.data.annotations import box_files, read_annotations, with_names
 from pbe.data.download import PhotoError
 from pbe.data.files import FileTree
-from pbe.data.ingest import PhotoLimits, read_bucket
+from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
@@ -44,7 +44,7 @@ UNPARSABLE: list[dict[str, str]] = [{"XMin": "left"}, {"IsInside": "300"}, {"Lab
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of photos and one of box files, which the tests below fill; `check` reads them as one bucket."""
+    """A folder of photos and one of box files, which the tests below fill; `check` reads them as one shard."""
 
     folder: Path
     store: Store
@@ -84,9 +84,9 @@ class Place:
         limits: PhotoLimits = LIMITS,
         threads: int = 3,
     ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-        """read_bucket, with all its laws asserted."""
+        """read_shard, with all its laws asserted."""
         photos, annotations = self.photos() if photos is None else photos, self.annotations()
-        tables, counts = read_bucket(
+        tables, counts = read_shard(
             annotations,
             photos,
             read=read or self.read,
@@ -372,7 +372,7 @@ def test_several_photos_are_read_at_once_and_their_timing_does_not_show(place: P
     assert all(tables[name].equals(plain[name]) for name in tables)
 
 
-def test_an_empty_bucket_is_an_empty_bucket(place: Place) -> None:
+def test_an_empty_shard_is_an_empty_shard(place: Place) -> None:
     _, counts = place.check()
     assert set(counts.values()) == {0}
 

@@ -30,7 +30,7 @@ BOX_COUNTS = {"apple": 3, "pear": 1, "plum": 5}
 
 
 @pytest.fixture(scope="module")
-def bucket() -> dict[str, pa.Table]:
+def shard() -> dict[str, pa.Table]:
     """Three photos of the train split, one of each other split, one whose boxes the filter dropped; as ingest's."""
     rng, photos, boxes = np.random.default_rng(1), [], []
     for image_id, count in {**BOX_COUNTS, "quince": 2, "rowan": 1, "dropped": 1}.items():
@@ -62,9 +62,9 @@ def _box(image_id: str, split: str, index: int, xmin: float, xmax: float, ymin: 
 
 
 def _tables(
-    bucket: dict[str, pa.Table], *, seed: int = 23, **changes: Any
+    shard: dict[str, pa.Table], *, seed: int = 23, **changes: Any
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    return triplet_tables(bucket["images"], bucket["boxes"], cfg=CFG.model_copy(update=changes), seed=seed)
+    return triplet_tables(shard["images"], shard["boxes"], cfg=CFG.model_copy(update=changes), seed=seed)
 
 
 def _rows(tables: dict[str, pa.Table]) -> dict[tuple[str, int], dict]:
@@ -76,15 +76,15 @@ def _rows(tables: dict[str, pa.Table]) -> dict[tuple[str, int], dict]:
     }
 
 
-def test_the_same_call_gives_the_same_bytes(bucket: dict[str, pa.Table], store: Store) -> None:
-    one, again = (store.write_unit("materialize", name, _tables(bucket)[0], counts={}) for name in ("one", "again"))
+def test_the_same_call_gives_the_same_bytes(shard: dict[str, pa.Table], store: Store) -> None:
+    one, again = (store.write_unit("materialize", name, _tables(shard)[0], counts={}) for name in ("one", "again"))
     assert [file.sha256 for file in one.files] == [file.sha256 for file in again.files]
-    other, _ = _tables(bucket, seed=24)
-    assert not any(other[slot_name(slot)].equals(_tables(bucket)[0][slot_name(slot)]) for slot in range(5))
+    other, _ = _tables(shard, seed=24)
+    assert not any(other[slot_name(slot)].equals(_tables(shard)[0][slot_name(slot)]) for slot in range(5))
 
 
-def test_only_the_train_split_becomes_triplets_and_nothing_is_lost(bucket: dict[str, pa.Table]) -> None:
-    tables, counts = _tables(bucket)
+def test_only_the_train_split_becomes_triplets_and_nothing_is_lost(shard: dict[str, pa.Table]) -> None:
+    tables, counts = _tables(shard)
     assert set(tables) == {*(slot_name(slot) for slot in range(5)), "rejects"}
     for name, table in tables.items():
         require(table, REJECTS if name == "rejects" else TRIPLETS, name)
@@ -95,65 +95,61 @@ def test_only_the_train_split_becomes_triplets_and_nothing_is_lost(bucket: dict[
     assert reject["reason"] in IMAGE_REASONS
 
 
-def test_slots_take_every_box_of_a_photo_in_turn(bucket: dict[str, pa.Table]) -> None:
+def test_slots_take_every_box_of_a_photo_in_turn(shard: dict[str, pa.Table]) -> None:
     """Any n slots in a row show n different boxes, and over 20 slots no box comes more often than another by two."""
-    rows = _rows(_tables(bucket, slots=20)[0])
+    rows = _rows(_tables(shard, slots=20)[0])
     for image_id, count in BOX_COUNTS.items():
         taken = [rows[image_id, slot]["box_index"] for slot in range(20)]
         for start in range(20 - count + 1):
             assert sorted(taken[start : start + count]) == list(range(count))
         shares = Counter(taken).values()
         assert max(shares) - min(shares) <= 1
-    firsts = [_rows(_tables(bucket, slots=1, seed=seed)[0])["plum", 0]["box_index"] for seed in range(30)]
+    firsts = [_rows(_tables(shard, slots=1, seed=seed)[0])["plum", 0]["box_index"] for seed in range(30)]
     assert set(firsts) == set(range(5))  # which box comes first is drawn
 
 
-def test_a_row_depends_on_its_own_photo_and_slot_alone(bucket: dict[str, pa.Table]) -> None:
+def test_a_row_depends_on_its_own_photo_and_slot_alone(shard: dict[str, pa.Table]) -> None:
     """Not on the other photos, their order, or how many slots are made."""
-    rows = _rows(_tables(bucket)[0])
-    reverse = {
-        name: table.take(list(range(table.num_rows))[::-1]) for name, table in bucket.items() if name == "images"
-    }
-    assert _rows(_tables({**bucket, **reverse})[0]) == rows
+    rows = _rows(_tables(shard)[0])
+    reverse = {name: table.take(list(range(table.num_rows))[::-1]) for name, table in shard.items() if name == "images"}
+    assert _rows(_tables({**shard, **reverse})[0]) == rows
     alone = {
         name: table.filter(pa.array([value == "plum" for value in table.column("image_id").to_pylist()]))
-        for name, table in bucket.items()
+        for name, table in shard.items()
     }
     assert _rows(_tables(alone)[0]) == {key: row for key, row in rows.items() if key[0] == "plum"}
-    assert {key: row for key, row in _rows(_tables(bucket, slots=9)[0]).items() if key[1] < 5} == rows
+    assert {key: row for key, row in _rows(_tables(shard, slots=9)[0]).items() if key[1] < 5} == rows
 
 
-def test_slots_of_one_box_differ_in_crop_and_holes(bucket: dict[str, pa.Table]) -> None:
-    rows = [row for (image_id, _), row in _rows(_tables(bucket, slots=12)[0]).items() if image_id == "pear"]
+def test_slots_of_one_box_differ_in_crop_and_holes(shard: dict[str, pa.Table]) -> None:
+    rows = [row for (image_id, _), row in _rows(_tables(shard, slots=12)[0]).items() if image_id == "pear"]
     assert len({row["reference"] for row in rows}) == 1  # clean
     for name in ("source", "bezier_hole_mask", "box_hole_mask"):
         assert len({row[name] for row in rows}) > 4
 
 
-def test_a_photo_is_cut_upright_when_ingest_says_so(bucket: dict[str, pa.Table]) -> None:
+def test_a_photo_is_cut_upright_when_ingest_says_so(shard: dict[str, pa.Table]) -> None:
     """The boxes then mean the upright picture: its triplets are those of a photo that was stored upright."""
     upright = np.random.default_rng(2).integers(0, 256, (60, 40, 3)).astype(np.uint8)
     stored = np.rot90(upright)  # turned left; 6 says: turn right to view
     rows = []
     for data, orientation in ((images.encode_png(upright), 1), (images.encode_png(stored), 6)):
         photo = _photo("apple", "train", data, orientation)
-        tables, _ = _tables({**bucket, "images": pa.Table.from_pylist([photo], schema=IMAGES)})
+        tables, _ = _tables({**shard, "images": pa.Table.from_pylist([photo], schema=IMAGES)})
         rows.append(_rows(tables))
     assert rows[0] == rows[1]
 
 
-def test_pictures_are_stored_as_asked(bucket: dict[str, pa.Table]) -> None:
+def test_pictures_are_stored_as_asked(shard: dict[str, pa.Table]) -> None:
     def size(quality: int, chroma: str) -> int:
-        tables, _ = _tables(bucket, jpeg_quality=quality, jpeg_chroma=chroma)
+        tables, _ = _tables(shard, jpeg_quality=quality, jpeg_chroma=chroma)
         return sum(len(row["reference"]) for row in _rows(tables).values())
 
     assert size(95, "444") > size(95, "420") > size(50, "420")
 
 
-def test_a_bucket_without_train_photos_has_empty_tables(bucket: dict[str, pa.Table], tmp_path: Path) -> None:
-    none = bucket["images"].filter(
-        pa.array([split != "train" for split in bucket["images"].column("split").to_pylist()])
-    )
-    tables, counts = _tables({"images": none, "boxes": bucket["boxes"]}, slots=2)
+def test_a_shard_without_train_photos_has_empty_tables(shard: dict[str, pa.Table], tmp_path: Path) -> None:
+    none = shard["images"].filter(pa.array([split != "train" for split in shard["images"].column("split").to_pylist()]))
+    tables, counts = _tables({"images": none, "boxes": shard["boxes"]}, slots=2)
     assert all(table.num_rows == 0 for table in tables.values()) and set(counts.values()) == {0}
     Store(str(tmp_path)).write_unit("materialize", "empty", tables, counts=counts)

@@ -1,9 +1,9 @@
-"""Row generators: the same on every machine, different for every identity; buckets: stable and even."""
+"""Row generators: the same on every machine, different for every identity; shards: stable and even."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pbe.data.rng import bucket_of, row_rng
+from pbe.data.rng import row_rng, shard_of
 
 PARTS = st.lists(st.one_of(st.integers(-5, 5), st.text("ab1", max_size=3)), max_size=4)
 
@@ -16,7 +16,7 @@ def test_known_values_stay() -> None:
     """Parts in the storage were made with these draws; other values would change every dataset."""
     assert _first(23, "skimage_chelsea", 0, "triplet") == 2074924000551275174
     assert _first(0) == 6324936698514566484
-    assert [bucket_of(name, 1000) for name in ("", "a", "000002b66c9c498e")] == [756, 928, 409]
+    assert [shard_of(name, 1000) for name in ("", "a", "000002b66c9c498e")] == [756, 928, 409]
 
 
 @given(seeds=st.tuples(st.integers(0, 3), st.integers(0, 3)), one=PARTS, other=PARTS)

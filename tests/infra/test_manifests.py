@@ -129,7 +129,7 @@ AT_ONCE = ("openimages-8gpu", "openimages-mini", "coco")  # whose actors and ran
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pools_hold_what_the_profiles_ask_for(recipe: str, name: str) -> None:
     params = profile(name)
-    demands = [Demand(getattr(params, stage).per_bucket, stage) for stage in ("ingest", "materialize")]
+    demands = [Demand(getattr(params, stage).per_shard, stage) for stage in ("ingest", "materialize")]
     demands += [
         Demand(cfg.per_actor, stage, cfg.actors)
         for stage, cfg in (("encode", params.encode), ("edit", params.edit), ("evaluate", params.evaluate))

@@ -102,7 +102,7 @@ def test_the_defaults_fit_on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     params = load_params()
     a_cluster(monkeypatch, {"CPU": 4, "memory": 4 * GIB})
     for name in ("ingest", "materialize"):
-        refuse_unmet(name, Demand(getattr(params, name).per_bucket, name))
+        refuse_unmet(name, Demand(getattr(params, name).per_shard, name))
     for name in ("encode", "edit", "evaluate"):
         cfg = getattr(params, name)
         refuse_unmet(name, Demand(cfg.per_actor, name, cfg.actors, name), beside={"CPU": 1})

@@ -192,11 +192,11 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     errors = [line for line in damaged.stderr.splitlines() if line.startswith("pbe: error: ")]
     assert len(errors) == 1 and str(photos) in errors[0] and "dvc repro -f -s ingest" in errors[0]
     photos.write_bytes(whole)
-    project.edit_params("per_bucket: {cpus: 1,", "per_bucket: {cpus: 1000,")
+    project.edit_params("per_shard: {cpus: 1,", "per_shard: {cpus: 1000,")
     asked_too_much = project.run("pipelines", "materialize", check=False).stderr
-    assert "materialize.per_bucket: 1000 CPUs, 0.5 GiB of memory does not fit on one node with" in asked_too_much
-    project.edit_params("per_bucket: {cpus: 1000,", "per_bucket: {cpus: 4,")  # one bucket after the other
-    shutil.rmtree(parts)  # the buckets that were whole are done
+    assert "materialize.per_shard: 1000 CPUs, 0.5 GiB of memory does not fit on one node with" in asked_too_much
+    project.edit_params("per_shard: {cpus: 1000,", "per_shard: {cpus: 4,")  # one shard after the other
+    shutil.rmtree(parts)  # the shards that were whole are done
 
     process = project.start("pipelines", "materialize")
     _wait_for(lambda: "0 of 4 parts" in project.started_log(), process, "start")

@@ -35,7 +35,7 @@ from tests.pipelines.ray_nodes import Nodes, children, ray_nodes, token_env
 STEP_S = 400  # no command below takes longer, on a machine that does other work beside; 60 on an idle one
 
 CHANGES = """
-    ingest: {buckets: 3}
+    ingest: {shards: 3}
     encode: {actors: 1}
     train: {steps: 300, checkpoint_every: 30, validate_every: 150, log_every: 10}
     bench: {max_items: 12}

@@ -6,10 +6,10 @@ from pbe.store import File, Manifest, Record
 from pipelines.encode import _first_files
 
 
-def _manifest(*buckets: tuple[str, int], slots: int = 2) -> Manifest:
-    """buckets: content and rows of each."""
+def _manifest(*shards: tuple[str, int], slots: int = 2) -> Manifest:
+    """shards: content and rows of each."""
     units = []
-    for number, (content, rows) in enumerate(buckets):
+    for number, (content, rows) in enumerate(shards):
         names = [*(f"slot-{slot:04d}" for slot in range(slots)), "rejects"]
         files = [File(name, f"parts/m/b{number}/{name}.parquet", rows, 1, f"{content} {name}") for name in names]
         units.append(Record(f"b{number:04d}", tuple(files), {}))
@@ -26,6 +26,6 @@ def test_the_codec_is_fitted_on_the_first_files_that_hold_enough_crops_slot_by_s
     assert _named(_manifest(("x", 10), ("y", 20)), crops) == order[:files]
 
 
-def test_new_photos_in_a_later_bucket_leave_the_codec_as_it_is() -> None:
+def test_new_photos_in_a_later_shard_leave_the_codec_as_it_is() -> None:
     assert _named(_manifest(("x", 10), ("y", 20)), 8) == _named(_manifest(("x", 10), ("y and more", 25)), 8)
     assert _named(_manifest(("x", 10), ("y", 20)), 8) != _named(_manifest(("x and more", 11), ("y", 20)), 8)

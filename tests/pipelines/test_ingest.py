@@ -18,7 +18,7 @@ from pbe.config import Params
 from pbe.data import images
 from pbe.data.download import PhotoError
 from pbe.data.files import SourceError
-from pbe.data.rng import bucket_of
+from pbe.data.rng import shard_of
 from pbe.data.sources import FolderSource
 from pbe.gc import used_paths
 from pbe.settings import TaskResources
@@ -128,7 +128,7 @@ class Project:
             "images": str(self.root / "info"),
             "boxes": str(self.root / "boxes"),
             "image_base": f"http://127.0.0.1:{self.server.server_address[1]}/base",
-            "buckets": 3,
+            "shards": 3,
             "max_image_bytes": 20_000,
             "max_reject_frac": 0.5,
             "download": raw["ingest"]["download"] | download,
@@ -212,7 +212,7 @@ def test_a_further_try_asks_for_what_failed_in_passing_alone_and_ends_as_if_noth
     assert _hashes(fresh) == _hashes(last) and fresh.digest == last.digest
 
 
-def test_parts_of_other_buckets_are_not_made_again(project: Project, server: Server) -> None:
+def test_parts_of_other_shards_are_not_made_again(project: Project, server: Server) -> None:
     first, _ = project.run()
     server.busy.clear()
     second, _ = project.run(retry_rejected=True)
@@ -222,15 +222,15 @@ def test_parts_of_other_buckets_are_not_made_again(project: Project, server: Ser
     assert changed == with_failures
 
 
-def test_lines_put_anywhere_into_the_box_file_redo_their_own_bucket_alone(project: Project) -> None:
+def test_lines_put_anywhere_into_the_box_file_redo_their_own_shard_alone(project: Project) -> None:
     lines = [f"{image_id},/m/1,0.1,0.5,0.2,0.6" for image_id in IDS]
     project.boxes(lines)
     first, _ = project.run()
-    bucket = bucket_of(IDS[3], 3)
+    shard = shard_of(IDS[3], 3)
     project.boxes([lines[0], f"{IDS[3]},/m/2,0.2,0.5,0.2,0.6", f"{IDS[3]},/m/1,0.3,oops,0.2,0.6", *lines[1:]])
     second, _ = project.run()
     changed = [old.unit != new.unit for old, new in zip(first.units, second.units, strict=True)]
-    assert changed == [number == bucket for number in range(3)]
+    assert changed == [number == shard for number in range(3)]
     (wrong,) = [row for row in project.rows(second, "rejects") if row["reason"] == "box_unparsable"]
     assert wrong["key"] == "train-annotations-bbox.csv:4"  # the line that an editor shows
     rejected = [row["key"] for row in project.rows(second, "rejects") if row["reason"] == "box_image_rejected"]

@@ -225,7 +225,7 @@ def test_evenly_spaced_items_repeat_nothing_and_reach_both_ends(count: int, tota
 
 
 def _triplets(store: Store) -> Manifest:
-    """Two slots of two buckets, the first bucket empty; each reference is another picture."""
+    """Two slots of two shards, the first shard empty; each reference is another picture."""
     rows = []
     for slot in range(2):
         noise = np.random.default_rng(slot).integers(0, 256, (6, 6, 3)).astype(np.uint8)
@@ -237,11 +237,11 @@ def _triplets(store: Store) -> Manifest:
     units = [
         store.write_unit(
             "materialize",
-            f"b{bucket}-test",
-            {f"slot-{row['slot']:04d}": pa.Table.from_pylist([row] * bucket, schema=TRIPLETS) for row in rows},
+            f"b{shard}-test",
+            {f"slot-{row['slot']:04d}": pa.Table.from_pylist([row] * shard, schema=TRIPLETS) for row in rows},
             counts={},
         )
-        for bucket in range(2)
+        for shard in range(2)
     ]
     return make_manifest("materialize", config={}, version=1, units=units)
 

@@ -20,7 +20,7 @@ from pbe.settings import Dtype
 from pbe.store import Manifest, Store, make_manifest
 
 SEED, SLOTS, DRAWS, ROWS_PER_GROUP = 23, 2, 2, 1
-PHOTOS_OF_BUCKET: tuple[int, ...] = (5, 9, 2)  # the second in two row groups of triplets
+PHOTOS_OF_SHARD: tuple[int, ...] = (5, 9, 2)  # the second in two row groups of triplets
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def triplets_of(
     *,
     image_px: int = 16,
     reference_px: int = 224,
-    photos_of_bucket: tuple[int, ...] = PHOTOS_OF_BUCKET,
+    photos_of_shard: tuple[int, ...] = PHOTOS_OF_SHARD,
 ) -> Manifest:
     """Two triplets of each photo, one a slot."""
     units, number = [], 0
-    for bucket, count in enumerate(photos_of_bucket):
+    for shard, count in enumerate(photos_of_shard):
         photos, boxes = [], []
         for _ in range(count):
             identity = {"image_id": f"photo{number}", "split": "train"}
@@ -73,9 +73,7 @@ def triplets_of(
         )
         assert counts["images_kept"] == count
         units.append(
-            store.write_unit(
-                "materialize", f"b{bucket:04d}-x", tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP
-            )
+            store.write_unit("materialize", f"s{shard:04d}-x", tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP)
         )
     return make_manifest("materialize", config={}, version=1, units=units)
 

@@ -212,12 +212,12 @@ def loss_curve(store: Store, run_name: str) -> list[float]:
 
 
 def encoded_rows(
-    bucket: int, slot: int, count: int, *, channels: int = CHANNELS, latent_px: int = LATENT_PX
+    shard: int, slot: int, count: int, *, channels: int = CHANNELS, latent_px: int = LATENT_PX
 ) -> pa.Table:
     schema = encoded_schema((channels, latent_px, latent_px), (2, 1, WIDTH))
-    rng = np.random.default_rng([bucket, slot])
+    rng = np.random.default_rng([shard, slot])
     columns: dict[str, list[Any]] = {
-        "image_id": [f"image{bucket}_{index}" for index in range(count)],
+        "image_id": [f"image{shard}_{index}" for index in range(count)],
         "slot": [slot] * count,
         "box_index": [0] * count,
     }
@@ -233,28 +233,28 @@ def encoded_rows(
 def tiny_encoded(
     store: Store,
     *,
-    buckets: int = 4,
+    shards: int = 4,
     rows: int = 6,
     slots: int = 2,
     channels: int = CHANNELS,
     latent_px: int = LATENT_PX,
 ) -> Manifest:
-    """24 rows a slot of random latents, in 4 buckets; a real codec beside them."""
+    """24 rows a slot of random latents, in 4 shards; a real codec beside them."""
     crops = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     codec, _ = fit_patch_codec(crops, patch_px=PATCH_PX, channels=channels)
     store.write_bytes("parts/encode/codec.safetensors", codec_bytes(codec))
     units = [
         store.write_unit(
             "encode",
-            f"b{bucket:04d}-x",
+            f"s{shard:04d}-x",
             {
-                slot_name(slot): encoded_rows(bucket, slot, rows, channels=channels, latent_px=latent_px)
+                slot_name(slot): encoded_rows(shard, slot, rows, channels=channels, latent_px=latent_px)
                 for slot in range(slots)
             },
             counts={"rows": rows * slots},
             rows_per_group=2,
         )
-        for bucket in range(buckets)
+        for shard in range(shards)
     ]
     config = {
         "rows_per_group": 2,

@@ -28,7 +28,7 @@ from pbe.train.settings import TrainConfig
 from tests.train.ranks import tiny_config
 
 LATENT, TOKENS = (2, 3, 3), (3, 1, 4)
-ROWS_OF_BUCKET, SLOTS, ROWS_PER_GROUP = (5, 0, 4, 1), 2, 2
+ROWS_OF_SHARD, SLOTS, ROWS_PER_GROUP = (5, 0, 4, 1), 2, 2
 SEED, CPU = 23, torch.device("cpu")
 
 
@@ -40,10 +40,10 @@ def config(**changes: object) -> TrainConfig:
 CFG = config()
 
 
-def _table(bucket: int, slot: int, count: int, latent: tuple[int, int, int] = LATENT) -> pa.Table:
-    schema, rng = encoded_schema(latent, TOKENS), np.random.default_rng([bucket, slot])
+def _table(shard: int, slot: int, count: int, latent: tuple[int, int, int] = LATENT) -> pa.Table:
+    schema, rng = encoded_schema(latent, TOKENS), np.random.default_rng([shard, slot])
     columns: dict[str, list] = {
-        "image_id": [f"image{bucket}_{index}" for index in range(count)],
+        "image_id": [f"image{shard}_{index}" for index in range(count)],
         "slot": [slot] * count,
         "box_index": [0] * count,
     }
@@ -57,16 +57,16 @@ def _table(bucket: int, slot: int, count: int, latent: tuple[int, int, int] = LA
 
 @pytest.fixture
 def encoded(store: Store) -> Manifest:
-    """Four buckets of unequal size, one of them empty; two slots; ten rows a slot."""
+    """Four shards of unequal size, one of them empty; two slots; ten rows a slot."""
     units = [
         store.write_unit(
             "encode",
-            f"b{bucket:04d}-x",
-            {slot_name(slot): _table(bucket, slot, count) for slot in range(SLOTS)},
+            f"s{shard:04d}-x",
+            {slot_name(slot): _table(shard, slot, count) for slot in range(SLOTS)},
             counts={"rows": count * SLOTS},
             rows_per_group=ROWS_PER_GROUP,
         )
-        for bucket, count in enumerate(ROWS_OF_BUCKET)
+        for shard, count in enumerate(ROWS_OF_SHARD)
     ]
     return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=units)
 
@@ -170,7 +170,7 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
     files = slot_files(encoded)
     tables = {(s, f): store.read_table(file) for s, slot in enumerate(files) for f, file in enumerate(slot)}
     places = [(slot, file, row) for (slot, file), table in tables.items() for row in range(table.num_rows)]
-    assert len(places) == sum(ROWS_OF_BUCKET) * SLOTS
+    assert len(places) == sum(ROWS_OF_SHARD) * SLOTS
     reader, rng = RowReader(store, files, cache_bytes), np.random.default_rng(0)
     for index in rng.permutation(np.repeat(np.arange(len(places)), 2)):
         slot, file, row = places[index]
@@ -183,7 +183,7 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
 
 def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:
     for slot in slot_files(encoded):
-        assert [file.rows for file in slot] == list(ROWS_OF_BUCKET)
+        assert [file.rows for file in slot] == list(ROWS_OF_SHARD)
         for file in slot:
             stored = pq.ParquetFile(store.path(file.path)).metadata
             groups = [stored.row_group(index).num_rows for index in range(stored.num_row_groups)]
@@ -387,17 +387,17 @@ BIG_LATENT, BIG_ROWS_PER_GROUP = (4, 32, 32), 4
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
-    """Two slots of 64 rows of 50 kB, in four buckets and groups of four rows: two groups for each of eight lanes."""
+    """Two slots of 64 rows of 50 kB, in four shards and groups of four rows: two groups for each of eight lanes."""
     store = Store(str(tmp_path_factory.mktemp("big")))
     units = [
         store.write_unit(
             "encode",
-            f"b{bucket:04d}-x",
-            {slot_name(slot): _table(bucket, slot, 16, latent=BIG_LATENT) for slot in range(2)},
+            f"s{shard:04d}-x",
+            {slot_name(slot): _table(shard, slot, 16, latent=BIG_LATENT) for slot in range(2)},
             counts={"rows": 32},
             rows_per_group=BIG_ROWS_PER_GROUP,
         )
-        for bucket in range(4)
+        for shard in range(4)
     ]
     return store, make_manifest("encode", config={"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units)
 
@@ -475,7 +475,7 @@ def test_validation_rows_are_whole_groups_spread_over_the_slot(store: Store, enc
 
 
 def test_validation_rows_are_all_rows_where_there_are_no_more(store: Store, encoded: Manifest) -> None:
-    assert len(set(_validation(store, encoded, 1000).rows)) == sum(ROWS_OF_BUCKET)
+    assert len(set(_validation(store, encoded, 1000).rows)) == sum(ROWS_OF_SHARD)
 
 
 def test_validation_draws_spread_timesteps_alternate_holes_and_drop_nothing(store: Store, encoded: Manifest) -> None:

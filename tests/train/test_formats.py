@@ -113,7 +113,7 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
     assert "bf16" not in told and "checkpoint" not in told
     assert told["timers"]["throughput"]["enabled"] is False  # they stop the device at every micro-batch
     on_gpu = deepspeed_config(cfg, on_gpu=True)["zero_optimization"]
-    assert on_gpu["overlap_comm"]  # which stops it at every bucket: of use to several ranks
+    assert on_gpu["overlap_comm"]  # which stops it at every shard: of use to several ranks
     alone = cfg.model_copy(update={"workers": 1})
     assert not deepspeed_config(alone, on_gpu=True)["zero_optimization"]["overlap_comm"]
     assert on_gpu["reduce_bucket_size"] > 10 * told["zero_optimization"]["reduce_bucket_size"]

@@ -33,7 +33,7 @@ from pbe.train.data.reader import RowReader
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
-from tests.train.pixels import PHOTOS_OF_BUCKET, SEED, SLOTS, Networks, encoded_of, triplets_of
+from tests.train.pixels import PHOTOS_OF_SHARD, SEED, SLOTS, Networks, encoded_of, triplets_of
 from tests.train.ranks import ARCH, loss_curve, run_ranks, tiny_config, tiny_job, train
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
@@ -262,7 +262,7 @@ def test_triplet_files_have_small_row_groups(place: Place) -> None:
     for file in slot_files(place.triplets)[0]:
         with place.store.open_parquet(file) as parquet:
             assert parquet.num_row_groups == -(-file.rows // TRIPLETS_PER_GROUP)
-    assert max(PHOTOS_OF_BUCKET) > TRIPLETS_PER_GROUP
+    assert max(PHOTOS_OF_SHARD) > TRIPLETS_PER_GROUP
 
 
 def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(

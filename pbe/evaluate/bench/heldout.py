@@ -22,7 +22,7 @@ import pyarrow as pa
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
-from pbe.data.rng import bucket_of, row_rng
+from pbe.data.rng import row_rng, shard_of
 from pbe.data.schema import BENCH, REALS
 from pbe.data.settings import MaterializeConfig
 from pbe.data.triplets import cut, plan_triplet, reference_area
@@ -47,7 +47,7 @@ class BenchBox:
 
 
 def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchBox]:
-    """The boxes of one bucket that belong to `split`, in table order; each photo is decoded once."""
+    """The boxes of one shard that belong to `split`, in table order; each photo is decoded once."""
     pixels_of: dict[str, np.ndarray] = {}
     wanted = {box["image_id"] for box in boxes.to_pylist() if box["split"] == split}
     for image in images.to_pylist():
@@ -87,7 +87,7 @@ def make_bench(
     )
     keys = [(index, crop) for index in range(len(boxes)) for crop in range(crops_per_box)]
     if len(keys) > max_items:
-        keys.sort(key=lambda key: bucket_of(f"{boxes[key[0]].image_id}#{boxes[key[0]].box_index}#{key[1]}", 2**61))
+        keys.sort(key=lambda key: shard_of(f"{boxes[key[0]].image_id}#{boxes[key[0]].box_index}#{key[1]}", 2**61))
         keys = sorted(keys[:max_items])
     others = _boxes_of_other_photos(boxes)
     items: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ P = TypeVar("P")
 class RowSource(Protocol[P]):
     """Makes batches of stored rows, in two steps: P is what the first hands to the second."""
 
-    files: list[list[File]]  # by slot, then by bucket
+    files: list[list[File]]  # by slot, then by shard
     rows_per_group: int  # encode's, by which lanes are cut
     stored_per_group: int  # rows of these files' own row groups
 

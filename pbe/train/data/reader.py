@@ -32,7 +32,7 @@ class RowReader:
         keep_rows: int = 1,
         footer_bytes: int = FOOTER_BYTES,
     ) -> None:
-        """files: by slot, then by bucket."""
+        """files: by slot, then by shard."""
         self._store = store
         self._files = files
         self.groups = Recent(self._read_group, lambda group: (group.nbytes, group.num_rows), cache_bytes, keep_rows)

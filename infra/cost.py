@@ -252,8 +252,8 @@ def training_rows(args: argparse.Namespace, params: dict[str, Any]) -> list[list
     if args.gpu_hour_price:
         rows[0].append("price")
     for gpus in args.gpus:
-        if train["lanes"] % gpus:
-            sys.exit(f"infra/cost.py: --gpus {gpus} does not divide the profile's {train['lanes']} lanes")
+        if train["streams"] % gpus:
+            sys.exit(f"infra/cost.py: --gpus {gpus} does not divide the profile's {train['streams']} streams")
         micro_batches = math.ceil(batch / gpus / train["micro_batch"])
         sent = bytes_sent(stage, ranks=gpus, size=size, micro_batches=micro_batches)
         one_node = gpus <= args.gpus_per_node

@@ -107,7 +107,7 @@ def main() -> None:
     print(table(rows))
 
     print("\n## Reading while training, by encode.rows_per_group\n")
-    rows = [["rows per group", "bytes per read", "reads per epoch", "rows held for 64 lanes, two groups each"]]
+    rows = [["rows per group", "bytes per read", "reads per epoch", "rows held for 64 streams, two groups each"]]
     for group in (16, 32, 64, 128):
         size = group * encoded_bytes(4)
         rows.append([f"{group}", volume(size), f"{PHOTOS / group:,.0f}", volume(2 * 64 * size)])

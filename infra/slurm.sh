@@ -51,7 +51,7 @@ main() {
         --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory=2147483648 \
         -- env RAY_ADDRESS="$address" \
         bash -c 'python -m dvc repro "${@:2}"; code=$?; echo "$code" >"$1"; exit "$code"' repro "$state/exit-code" "$@" \
-        || true # judged below
+        || true # extracted below
     # symmetric-run ends with 0 when Ray did not start, so its word is not taken.
     [[ -f "$state/exit-code" ]] || die "Ray did not start; the reason is above"
     exit "$(<"$state/exit-code")"

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     imports.set_defaults(run=_import)
     mixture = commands.add_parser("import-mixture", help="the published mixture of QS, a pickle, to arrays")
     mixture.add_argument("source", type=Path, help="a pickled GaussianMixture of scikit-learn; nothing of it is run")
-    mixture.add_argument("--out", type=Path, required=True, help=".npz to write, for `mixture` of the judge clip")
+    mixture.add_argument("--out", type=Path, required=True, help=".npz to write, for `mixture` of the extractor clip")
     mixture.set_defaults(run=_import_mixture)
     args = parser.parse_args(argv)
     try:

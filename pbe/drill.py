@@ -65,7 +65,7 @@ def _tiny(cfg: TrainConfig, workers: int, *, world: int) -> TrainConfig:
     """`world` ranks have one micro-batch a step; fewer of them accumulate to the same global batch."""
     tiny = {
         "batch": world * ROWS_PER_RANK,
-        "lanes": workers,
+        "streams": workers,
         "workers": workers,
         "micro_batch": ROWS_PER_RANK,
         "zero_stage": 2,

@@ -20,9 +20,9 @@ import yaml
 from pbe.errors import UserError, one_line
 from pbe.store import Store
 
-# what pbe makes; other folders in a shared storage are not ours to judge
+# what pbe makes; other folders in a shared storage are not ours to extractor
 PART_STAGES = (
-    *("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "look", "statistics", "evaluate"),
+    *("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "features", "statistics", "evaluate"),
     "weights",
 )
 RUN_ENTRIES = ("checkpoints", "staging", "export", "history.json", "finished.json")

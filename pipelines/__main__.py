@@ -15,7 +15,7 @@ from pbe.errors import UserError
 from pbe.places import home_root
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import is_dashboard, prepare_driver
-from pipelines.runtime.logs import kept_log
+from pipelines.runtime.logs import stage_log
 from pipelines.runtime.stage import CLUSTER_STAGES, STAGES, VARIANT_STAGES, Stage, StageError, open_stage
 
 
@@ -90,7 +90,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     stage = open_stage(args.command, getattr(args, "variant", None))
     if args.as_job:  # whoever submitted it keeps the log
         return _run_as_job(stage, args.as_job)
-    with kept_log(home_root(), stage.title):
+    with stage_log(home_root(), stage.title):
         _run(stage)
 
 

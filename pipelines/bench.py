@@ -1,14 +1,14 @@
-"""bench: what is edited to be judged, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
+"""bench: what is edited to be extracted, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
 
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
-from pbe.data.schema import REALS
+from pbe.data.schema import REAL_IMAGES
 from pbe.evaluate.bench.cocoee import read_cocoee
 from pbe.evaluate.bench.heldout import BenchBox, bench_boxes, make_bench
-from pbe.evaluate.features.weights import keep_judge, open_judge
+from pbe.evaluate.features.weights import open_extractor, store_extractor
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
 from pbe.places import repo_root
@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
 def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     cut = stage.params.materialize
     ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
-    matcher = keep_judge(stage.store, cfg.matcher)
+    matcher = store_extractor(stage.store, cfg.matcher)
     sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, stage.params.seed, dict(matcher)]
     geometry = cut.model_dump(exclude={"slots", "jpeg_chroma", "per_shard"})
     name = f"bench-{digest(['bench', VERSION, geometry, sizes, ingested.digest, filtered.digest])}"
@@ -43,28 +43,28 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
         tables = [stage.store.read_table(file) for file in (image_unit.file("images"), box_unit.file("boxes"))]
         boxes += bench_boxes(*tables, split=cfg.split)
     try:
-        bench, reals = make_bench(
+        bench, real_images = make_bench(
             boxes,
             cfg=cut,
             crops_per_box=cfg.crops_per_box,
             max_items=cfg.max_items,
-            features=partial(open_judge(stage.store, matcher), batch_rows=16),
+            features=partial(open_extractor(stage.store, matcher), batch_rows=16),
             seed=stage.params.seed,
         )
     except ValueError as error:
         raise StageError(f"bench.split = {cfg.split}: {error}") from None
-    return _write(stage, name, bench, reals)
+    return _write(stage, name, bench, real_images)
 
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
     folder = repo_root() / Path(str(cfg.cocoee)).expanduser()
     bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
-    # the references' photos are not to be had, so COCOEE brings no real crops: evaluate.reals names a folder of photos
-    contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REALS)}
+    # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
+    contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}
     return stage.store.write_unit_by_content("bench", "cocoee", contents)
 
 
-def _write(stage: Stage, name: str, bench: pa.Table, reals: pa.Table) -> Record:
+def _write(stage: Stage, name: str, bench: pa.Table, real_images: pa.Table) -> Record:
     photos = len(set(bench.column("image_id").to_pylist()))
     if photos < MIN_GROUPS:
         raise StageError(
@@ -78,4 +78,4 @@ def _write(stage: Stage, name: str, bench: pa.Table, reals: pa.Table) -> Record:
         "exemplars_of_same_class": same,
         "exemplars_of_another_class": bench.num_rows - same,
     }
-    return stage.store.write_unit("bench", name, {"bench": bench, "real": reals}, counts=counts)
+    return stage.store.write_unit("bench", name, {"bench": bench, "real": real_images}, counts=counts)

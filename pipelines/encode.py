@@ -63,9 +63,9 @@ def main(stage: Stage) -> None:
 
 def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
     """What the manifest says of the codec: fitted now, or copied to the storage from the weights that are named."""
-    from pbe.model.frozen import keep_weights
     from pbe.model.hub import part_folder, weights_folder
     from pbe.model.vae import STEM, load_vae
+    from pbe.model.weight_store import store_weights
 
     cfg, image_px = stage.params.encode.codec, stage.params.materialize.image_px
     if cfg.kind == "patch":
@@ -78,7 +78,7 @@ def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
     vae = load_vae(folder)
     if image_px % vae.patch_px:
         raise StageError(f"materialize.image_px = {image_px}: {cfg.weights} needs multiples of {vae.patch_px}")
-    path = keep_weights(stage.store, folder, "vae", STEM)
+    path = store_weights(stage.store, folder, "vae", STEM)
     print(f"encode: codec {cfg.weights}, sha256 {vae.digest}")
     return {"kind": "kl", "path": path, "patch_px": vae.patch_px, "channels": vae.channels}
 
@@ -95,8 +95,8 @@ def _copied_codec(stage: Stage, file: Path) -> dict[str, Any]:
 def _backbone_entry(stage: Stage) -> dict[str, Any]:
     from pbe.model.backbone import load_backbone
     from pbe.model.clip import STEMS, load_clip
-    from pbe.model.frozen import keep_weights
     from pbe.model.hub import part_folder, weights_folder
+    from pbe.model.weight_store import store_weights
 
     cfg, reference_px = stage.params.encode.backbone, stage.params.materialize.reference_px
     if cfg.kind == "efficientnet_lite0":
@@ -105,7 +105,7 @@ def _backbone_entry(stage: Stage) -> dict[str, Any]:
     else:
         folder = part_folder(weights_folder(cfg.weights, parts=["image_encoder", ""]), "image_encoder")
         backbone = load_clip(folder)
-        entry = {"kind": "clip", "path": keep_weights(stage.store, folder, "clip", *STEMS)}
+        entry = {"kind": "clip", "path": store_weights(stage.store, folder, "clip", *STEMS)}
         print(f"encode: backbone {cfg.weights}, sha256 {backbone.digest}")
     if backbone.input_px != reference_px:
         raise StageError(f"materialize.reference_px = {reference_px}: this backbone takes {backbone.input_px} px")
@@ -162,8 +162,8 @@ def _worker(
 
     from pbe.data.reference import make_augmenter
     from pbe.encode import encode_triplets
-    from pbe.model.frozen import open_backbone, open_codec
     from pbe.model.precision import float32_products
+    from pbe.model.weight_store import open_backbone, open_codec
 
     torch.set_num_threads(1)  # the actor count is the parallelism; also keeps sums in one order
     device = torch_device(cfg.per_actor)

@@ -16,7 +16,7 @@ from pbe.evaluate.grid import edit_grid
 from pbe.evaluate.score import ScopeScores, numbers_of, score_method
 from pbe.places import tracking_uri
 from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, write_json
-from pipelines.features import Judged, judge_edits
+from pipelines.features import Extracted, extract_features
 from pipelines.reporting.summary import headline_metrics
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, output_folder
@@ -30,19 +30,19 @@ def main(stage: Stage) -> None:
     cfg = stage.params.evaluate
     methods = _methods(stage)
     started = time.perf_counter()
-    judged = judge_edits(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
+    extracted = extract_features(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
     looked = time.perf_counter()
     scored: dict[str, list[ScopeScores]] = {}
     for name in methods:
         try:
-            scored[name] = score_method(judged.method(stage.store, name), judged.scales, cfg.statistics)
+            scored[name] = score_method(extracted.method(stage.store, name), extracted.reference_sets, cfg.statistics)
         except ValueError as error:
             raise StageError(f"evaluate: {name}: {error}") from None
         print(f"evaluate: {name}: {sum(len(scope.scores) for scope in scored[name])} numbers", flush=True)
-    write_json(stage.outputs / "paired.json", _paired(stage, scored, judged))
+    write_json(stage.outputs / "paired.json", _paired(stage, scored, extracted))
     done = time.perf_counter()
     print(f"evaluate: looking took {looked - started:.0f} s, numbers and their intervals {done - looked:.0f} s")
-    _write(stage, methods, scored, judged)
+    _write(stage, methods, scored, extracted)
 
 
 # -- what is scored ------------------------------------------------------------------------------------------------
@@ -75,15 +75,15 @@ def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
 # -- what is compared ----------------------------------------------------------------------------------------------
 
 
-def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: Judged) -> dict[str, Any]:
-    """Every method against the first variant, on the same items: pixels, and what the first judge says."""
-    against, judge = next(iter(stage.params.variants)), stage.params.evaluate.judges[0].kind
-    first_looks = judged.seen.features(judge, against)
+def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], extracted: Extracted) -> dict[str, Any]:
+    """Every method against the first variant, on the same items: pixels, and what the first extractor says."""
+    against, extractor = next(iter(stage.params.variants)), stage.params.evaluate.extractors[0].kind
+    first_features = extracted.parts.features(extractor, against)
     first = {(scope.hole_kind, scope.reference_kind): scope for scope in scored[against]}
-    out: dict[str, Any] = {"against": against, "judge": judge, "methods": {}}
+    out: dict[str, Any] = {"against": against, "extractor": extractor, "methods": {}}
     for name, scopes in scored.items():
         out["methods"][name] = {}
-        looks = judged.seen.features(judge, name)
+        features = extracted.parts.features(extractor, name)
         for scope in scopes:
             other = first.get((scope.hole_kind, scope.reference_kind))
             if other is None:
@@ -91,11 +91,11 @@ def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], judged: J
             try:
                 found = compare(
                     scope,
-                    looks,
+                    features,
                     other,
-                    first_looks,
-                    scale=judged.scales[judge],
-                    photos=judged.photos,
+                    first_features,
+                    reference_set=extracted.reference_sets[extractor],
+                    image_ids=extracted.image_ids,
                     cfg=stage.params.evaluate.statistics,
                 )
             except ValueError as error:
@@ -113,7 +113,7 @@ def _write(
     stage: Stage,
     methods: Mapping[str, Manifest],
     scored: Mapping[str, Sequence[ScopeScores]],
-    judged: Judged,
+    extracted: Extracted,
 ) -> None:
     """metrics.json, a part with every item's scores, and the manifest that names it."""
     metrics: dict[str, Any] = {}
@@ -121,12 +121,12 @@ def _write(
         metrics[name] = {"protocol": _protocol(methods[name])}
         for scope in scopes:
             metrics[name].setdefault(scope.hole_kind, {})[scope.reference_kind] = numbers_of(scope)
-    card = dict(judged.card)
+    card = dict(extracted.card)
     write_json(stage.outputs / "metrics.json", {**metrics, "card": card})
-    table = pa.Table.from_pylist(_score_rows(scored, judged.photos), schema=SCORES)
+    table = pa.Table.from_pylist(_score_rows(scored, extracted.image_ids), schema=SCORES)
     record = stage.store.write_unit_by_content("evaluate", "scores", {"scores": table})
     config = {"edits": {name: manifest.digest for name, manifest in methods.items()}, **card}
-    manifest = make_manifest("evaluate", config=config, version=VERSION, units=[record, *judged.seen.records])
+    manifest = make_manifest("evaluate", config=config, version=VERSION, units=[record, *extracted.parts.records])
     for name in scored:
         _log(stage, methods[name], scored[name], card)
     save_manifest(stage.outputs / "manifest.json", manifest)
@@ -137,7 +137,7 @@ def _protocol(manifest: Manifest) -> dict[str, Any]:
     return {key: manifest.config[key] for key in keys if key in manifest.config}
 
 
-def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], photos: Mapping[str, str]) -> list[dict[str, Any]]:
+def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], image_ids: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
         {
             "method": method,
@@ -145,7 +145,7 @@ def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], photos: Mapping[str
             "reference_kind": scope.reference_kind,
             "metric": score.metric,
             "bench_id": bench_id,
-            "image_id": photos[bench_id],
+            "image_id": image_ids[bench_id],
             "value": float(value),
         }
         for method, scopes in scored.items()
@@ -168,7 +168,7 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
         for scope in scopes
         for score in scope.scores
     }
-    headline = headline_metrics(stage.params.evaluate.judges[0].kind)
+    headline = headline_metrics(stage.params.evaluate.extractors[0].kind)
     columns = {
         f"eval-{scope.hole_kind}/{score.metric}": score.estimate.value
         for scope in scopes

@@ -1,4 +1,4 @@
-"""What `evaluate` and `sweep` share: judges look at each picture once, and measure by the same untouched photos.
+"""What `evaluate` and `sweep` share: extractors look at each picture once, and measure by the same untouched photos.
 
 Features are parts named by the content of the pictures and of the weights, so that a second metric, or another run,
 costs no second look. What is computed on features needs no Ray.
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pbe.data import images
-from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REALS, require
-from pbe.evaluate.features.crops import View, bench_views, edit_views, real_views, square
+from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REAL_IMAGES, require
+from pbe.evaluate.features.crops import Crop, bench_crops, edited_crops, real_crops, square
 from pbe.evaluate.features.extractors import Extractor
-from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
-from pbe.evaluate.features.weights import Entry, keep_judge, open_judge
+from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
+from pbe.evaluate.features.weights import Entry, open_extractor, store_extractor
 from pbe.evaluate.metrics.frechet import (
     Card,
     FeatureStatistics,
@@ -26,9 +26,9 @@ from pbe.evaluate.metrics.frechet import (
     statistics_from_bytes,
 )
 from pbe.evaluate.metrics.mixture import Mixture, load_mixture, mixture_digest
-from pbe.evaluate.scale import make_scale
-from pbe.evaluate.score import JudgeScale, Method
-from pbe.evaluate.settings import ClipJudge, EvaluateConfig, Region
+from pbe.evaluate.reference_set import make_reference_set
+from pbe.evaluate.score import Method, ReferenceSet
+from pbe.evaluate.settings import ClipExtractorConfig, EvaluateConfig, Region
 from pbe.places import repo_root
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
@@ -38,113 +38,119 @@ from pipelines.runtime.stage import Stage, StageError
 # names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
 # weights. What is computed on them has the versions of its stages
 VERSION = 1
-PIXEL_COUNTS = "pixels"  # beside the judges' names
-REALS_PER_UNIT = 500
+PIXEL_COUNTS = "pixels"  # beside the extractors' names
+REAL_IMAGES_PER_UNIT = 500
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the judges saw of the bench, of untouched photos and of each method's edits, and what they measure by.
+class Extracted:
+    """What the extractors saw of the bench, of untouched photos and of each method's edits, and what they measure by.
 
-    photos: image id of each bench id. card: what every number made of this was computed with.
+    image_ids: of each bench id. card: what every number made of this was computed with.
     """
 
     edits: Mapping[str, Sequence[File]]
-    seen: "Seen"
-    bench_looks: Mapping[str, Looks]
-    scales: Mapping[str, JudgeScale]
-    photos: Mapping[str, str]
+    parts: "FeatureParts"
+    bench_features: Mapping[str, FeatureTable]
+    reference_sets: Mapping[str, ReferenceSet]
+    image_ids: Mapping[str, str]
     card: Mapping[str, Any]
 
     def method(self, store: Store, name: str) -> Method:
         keys = ["bench_id", "hole_kind", "reference_kind", "seed"]
         rows = [row for file in self.edits[name] for row in store.read_table(file, columns=keys).to_pylist()]
-        looks = {judge: self.seen.features(judge, name) for judge in self.scales}
-        return Method(rows, looks, self.bench_looks, self.seen.counts(name), self.photos)
+        features = {extractor: self.parts.features(extractor, name) for extractor in self.reference_sets}
+        return Method(rows, features, self.bench_features, self.parts.counts(name), self.image_ids)
 
 
-class Seen:
-    """Records of the looks, by judge and by what was looked at (bench, reals, or a method's name)."""
+class FeatureParts:
+    """Records of the features, by extractor and by what was looked at (bench, real_images, or a method's name)."""
 
     def __init__(self, store: Store, records: Mapping[tuple[str, str], Sequence[Record]]) -> None:
         self._store, self._records = store, records
 
-    def features(self, judge: str, of: str) -> Looks:
-        return Looks([require(self._store.read_table(file), FEATURES, file.path) for file in self.files(judge, of)])
+    def features(self, extractor: str, of: str) -> FeatureTable:
+        return FeatureTable(
+            [require(self._store.read_table(file), FEATURES, file.path) for file in self.files(extractor, of)]
+        )
 
-    def counts(self, method: str) -> Counts:
+    def counts(self, method: str) -> PixelTable:
         files = [record.file("pixels") for record in self._records[PIXEL_COUNTS, method]]
-        return Counts([require(self._store.read_table(file), PIXELS, file.path) for file in files])
+        return PixelTable([require(self._store.read_table(file), PIXELS, file.path) for file in files])
 
-    def files(self, judge: str, of: str) -> list[File]:
-        return [record.file("features") for record in self._records[judge, of]]
+    def files(self, extractor: str, of: str) -> list[File]:
+        return [record.file("features") for record in self._records[extractor, of]]
 
-    def digest(self, judge: str, of: str) -> str:
-        return digest([file.sha256 for file in self.files(judge, of)])
+    def digest(self, extractor: str, of: str) -> str:
+        return digest([file.sha256 for file in self.files(extractor, of)])
 
     @property
     def records(self) -> list[Record]:
         return [record for found in self._records.values() for record in found]
 
 
-def judge_edits(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Judged:
-    """Looks at the edits of all methods, by their names, and at what they are measured by."""
+def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extracted:
+    """FeatureTable at the edits of all methods, by their names, and at what they are measured by."""
     cfg, bench_manifest = stage.params.evaluate, load_manifest(stage.input("bench"))
     bench_file = bench_manifest.files("bench")[0]
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
-    entries: dict[str, Entry] = {judge.kind: keep_judge(stage.store, judge) for judge in cfg.judges}
-    opened = {name: open_judge(stage.store, entry) for name, entry in entries.items()}
-    seen = _look_at_all(stage, cfg, bench_manifest, edits, entries)
-    bench_looks = {name: seen.features(name, "bench") for name in entries}
-    for name, judge in opened.items():
-        if name == "clip" and not judge.paper:
+    entries: dict[str, Entry] = {
+        extractor.kind: store_extractor(stage.store, extractor) for extractor in cfg.extractors
+    }
+    opened = {name: open_extractor(stage.store, entry) for name, entry in entries.items()}
+    parts = _extract_all(stage, cfg, bench_manifest, edits, entries)
+    bench_features = {name: parts.features(name, "bench") for name in entries}
+    for name, extractor in opened.items():
+        if name == "clip" and not extractor.paper:
             print(
                 "evaluate: this CLIP is not ViT-B/32: its clip_fid, qs and clip_score compare with no published number"
             )
-    statistics = {name: _keep_statistics(stage.store, name, judge, seen) for name, judge in opened.items()}
+    statistics = {name: _store_statistics(stage.store, name, extractor, parts) for name, extractor in opened.items()}
     mixtures = _mixtures(cfg)
     scales = {
-        name: _scale(cfg, judge, seen, bench_looks[name], statistics[name][0], mixtures.get(name))
-        for name, judge in opened.items()
+        name: _scale(cfg, extractor, parts, bench_features[name], statistics[name][0], mixtures.get(name))
+        for name, extractor in opened.items()
     }
     card = {
         "bench": {**bench_manifest.config, "sha256": bench_file.sha256, "items": bench_file.rows},
         "data_digest": load_manifest(stage.input("ingest")).digest,
         "extractors": {
             name: {
-                "digest": judge.digest,
-                "resize_rule": judge.resize_rule,
-                "papers_network": judge.paper,
-                "reference_digest": seen.digest(name, "reals"),
+                "digest": extractor.digest,
+                "resize_rule": extractor.resize_rule,
+                "papers_network": extractor.paper,
+                "reference_digest": parts.digest(name, "real_images"),
                 "reference_n": statistics[name][0].n,
                 "reference_statistics": statistics[name][1],
                 **({"mixture_digest": mixture_digest(mixtures[name])[:16]} if name in mixtures else {}),
             }
-            for name, judge in opened.items()
+            for name, extractor in opened.items()
         },
-        "reference": cfg.reals or "untouched crops of the bench's boxes",
+        "reference": cfg.real_images or "untouched crops of the bench's boxes",
         "resampling_seed": cfg.statistics.seed,
         "git_commit": provenance_tags(stage.root)["git_commit"],
     }
-    photos = dict(zip(*(bench.column(name).to_pylist() for name in ("bench_id", "image_id")), strict=True))
-    return Judged(edits, seen, bench_looks, scales, photos, card)
+    image_ids = dict(zip(*(bench.column(name).to_pylist() for name in ("bench_id", "image_id")), strict=True))
+    return Extracted(edits, parts, bench_features, scales, image_ids, card)
 
 
 # -- what is measured by -------------------------------------------------------------------------------------------
 
 
-def _keep_statistics(store: Store, name: str, judge: Extractor, seen: Seen) -> tuple[FeatureStatistics, str]:
+def _store_statistics(
+    store: Store, name: str, extractor: Extractor, parts: FeatureParts
+) -> tuple[FeatureStatistics, str]:
     """Of the untouched photos, merged from their parts, and the path of the file that keeps them: a set of 40,000
     photos is summed up once, and the file can be passed on."""
-    card = Card(name, judge.digest, judge.resize_rule)
-    folder = f"parts/statistics/{name}-{digest([VERSION, seen.digest(name, 'reals'), asdict(card)])}"
+    card = Card(name, extractor.digest, extractor.resize_rule)
+    folder = f"parts/statistics/{name}-{digest([VERSION, parts.digest(name, 'real_images'), asdict(card)])}"
     path = f"{folder}/statistics.npz"
     if store.exists(f"{folder}/record.json"):
         statistics, found = statistics_from_bytes(store.read_bytes(path), path)
         refuse_other_extractor(found, card, path)
         return statistics, path
     try:
-        statistics = reduce(merge, (_statistics_of(store, file) for file in seen.files(name, "reals")))
+        statistics = reduce(merge, (_statistics_of(store, file) for file in parts.files(name, "real_images")))
     except ValueError as error:
         raise StageError(f"evaluate: the untouched photos that {name} measures by: {error}") from None
     store.write_bytes(path, statistics_bytes(statistics, card))
@@ -153,40 +159,44 @@ def _keep_statistics(store: Store, name: str, judge: Extractor, seen: Seen) -> t
 
 
 def _statistics_of(store: Store, file: File) -> FeatureStatistics:
-    return feature_statistics(Looks([require(store.read_table(file), FEATURES, file.path)]).all_of("whole"))
+    return feature_statistics(FeatureTable([require(store.read_table(file), FEATURES, file.path)]).all_of("whole"))
 
 
 def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
-    """By judge: those that params.yaml names."""
-    named = {judge.kind: judge.mixture for judge in cfg.judges if isinstance(judge, ClipJudge) and judge.mixture}
-    return {judge: load_mixture(repo_root() / Path(path).expanduser()) for judge, path in named.items()}
+    """By extractor: those that params.yaml names."""
+    named = {
+        extractor.kind: extractor.mixture
+        for extractor in cfg.extractors
+        if isinstance(extractor, ClipExtractorConfig) and extractor.mixture
+    }
+    return {extractor: load_mixture(repo_root() / Path(path).expanduser()) for extractor, path in named.items()}
 
 
 def _scale(
     cfg: EvaluateConfig,
     extractor: Extractor,
-    seen: Seen,
-    bench: Looks,
+    parts: FeatureParts,
+    bench: FeatureTable,
     statistics: FeatureStatistics,
     mixture: Mixture | None,
-) -> JudgeScale:
-    judge = extractor.name
+) -> ReferenceSet:
+    name = extractor.name
     try:
-        return make_scale(
-            judge,
-            reals=seen.features(judge, "reals").all_of("whole"),
+        return make_reference_set(
+            name,
+            real_images=parts.features(name, "real_images").all_of("whole"),
             statistics=statistics,
-            photos=bench.all_of("source"),
+            bench_photos=bench.all_of("source"),
             mixture=mixture,
-            upstream_region=_region(cfg, judge) == "upstream",
+            upstream_region=_region(cfg, name) == "upstream",
             components=cfg.quality_components,
             pca_dims=cfg.quality_pca_dims,
             seed=cfg.statistics.seed,
         )
     except ValueError as error:
         raise StageError(
-            f"evaluate: the untouched photos that {judge} measures by: {error}; lower evaluate.quality_components, or "
-            "give more of them (bench.crops_per_box, bench.max_items, evaluate.reals)"
+            f"evaluate: the untouched photos that {name} measures by: {error}; lower evaluate.quality_components, or "
+            "give more of them (bench.crops_per_box, bench.max_items, evaluate.real_images)"
         ) from None
 
 
@@ -194,38 +204,38 @@ def _scale(
 
 
 @dataclass(frozen=True)
-class Look:
-    """One unit: what is looked at (bench, reals, edits, or photos of a folder), and by whom."""
+class Extraction:
+    """One unit: what is looked at (bench, real_images, edits, or photos of a folder), and by whom."""
 
-    judge: str
+    extractor: str
     what: str
     file: File | None
     photos: tuple[tuple[str, int, int], ...] = ()  # path, bytes, ns of the last change
 
 
-def _look_at_all(
+def _extract_all(
     stage: Stage,
     cfg: EvaluateConfig,
     bench: Manifest,
     edits: Mapping[str, Sequence[File]],
-    judges: Mapping[str, Entry],
-) -> Seen:
+    extractors: Mapping[str, Entry],
+) -> FeatureParts:
     bench_file = bench.files("bench")[0]
-    wanted: list[tuple[str, Look]] = []  # of what, and the look
-    for judge in judges:
-        wanted.append(("bench", Look(judge, "bench", bench_file)))
-        wanted += [("reals", at) for at in _looks_at_reals(cfg, judge, bench)]
+    wanted: list[tuple[str, Extraction]] = []  # of what, and the look
+    for extractor in extractors:
+        wanted.append(("bench", Extraction(extractor, "bench", bench_file)))
+        wanted += [("real_images", at) for at in _extractions_of_real_images(cfg, extractor, bench)]
     for name, files in edits.items():
-        for judge in (*judges, PIXEL_COUNTS):
-            wanted += [(name, Look(judge, "edits", file)) for file in files]
+        for extractor in (*extractors, PIXEL_COUNTS):
+            wanted += [(name, Extraction(extractor, "edits", file)) for file in files]
     scopes = _scopes(stage)
     # no number in the label: a method that comes or goes must not rename the others' parts
-    identity = partial(_identity, judges, bench_file, scopes, cfg)
-    units = [Unit(f"{at.judge}-{at.what}", identity(at), at) for _, at in wanted]
-    worker = partial(_worker, stage.store, cfg, judges, bench_file, scopes)
+    identity = partial(_identity, extractors, bench_file, scopes, cfg)
+    units = [Unit(f"{at.extractor}-{at.what}", identity(at), at) for _, at in wanted]
+    worker = partial(_worker, stage.store, cfg, extractors, bench_file, scopes)
     records = run_units(
         stage,
-        "look",
+        "features",
         units,
         worker=worker,
         each=cfg.per_actor,
@@ -234,8 +244,8 @@ def _look_at_all(
     )
     found: dict[tuple[str, str], list[Record]] = {}
     for (of, at), record in zip(wanted, records, strict=True):
-        found.setdefault((at.judge, of), []).append(record)
-    return Seen(stage.store, found)
+        found.setdefault((at.extractor, of), []).append(record)
+    return FeatureParts(stage.store, found)
 
 
 def _scopes(stage: Stage) -> list[tuple[str, str]]:
@@ -243,54 +253,58 @@ def _scopes(stage: Stage) -> list[tuple[str, str]]:
 
 
 def _identity(
-    judges: Mapping[str, Entry],
+    extractors: Mapping[str, Entry],
     bench_file: File,
     scopes: Sequence[tuple[str, str]],
     cfg: EvaluateConfig,
-    at: Look,
+    at: Extraction,
 ) -> str:
     """The content that is looked at, and the weights that at. The bench has a say where holes and references do."""
-    of = at.file.sha256 if at.file else [at.photos, cfg.reals_px]
+    of = at.file.sha256 if at.file else [at.photos, cfg.real_images_px]
     return digest(
         [
-            "look",
+            "features",
             VERSION,
             at.what,
-            dict(judges.get(at.judge, {})),
+            dict(extractors.get(at.extractor, {})),
             of,
             bench_file.sha256 if at.what == "edits" else None,
             scopes if at.what == "bench" else None,
-            _region(cfg, at.judge) if at.what == "edits" else None,
+            _region(cfg, at.extractor) if at.what == "edits" else None,
         ]
     )
 
 
-def _looks_at_reals(cfg: EvaluateConfig, judge: str, bench: Manifest) -> list[Look]:
-    if cfg.reals is None:
+def _extractions_of_real_images(cfg: EvaluateConfig, extractor: str, bench: Manifest) -> list[Extraction]:
+    if cfg.real_images is None:
         file = bench.files("real")[0]
         if not file.rows:
             raise StageError(
-                "evaluate.reals: this bench brings no untouched photos; name a folder of them. The paper's are all of "
-                "COCO test2017, with evaluate.reals_px: 512"
+                "evaluate.real_images: this bench has no real images; name a folder of photos. The paper's are all of COCO "
+                "test2017, with evaluate.real_images_px: 512"
             )
-        return [Look(judge, "reals", file)]
-    folder = repo_root() / Path(cfg.reals).expanduser()
+        return [Extraction(extractor, "real_images", file)]
+    folder = repo_root() / Path(cfg.real_images).expanduser()
     if not folder.is_dir():
-        raise StageError(f"evaluate.reals = {cfg.reals}: no such folder ({folder})")
+        raise StageError(f"evaluate.real_images = {cfg.real_images}: no such folder ({folder})")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if len(files) < 2:
-        raise StageError(f"evaluate.reals = {cfg.reals}: {len(files)} photos in {folder}; a reference set needs more")
+        raise StageError(
+            f"evaluate.real_images = {cfg.real_images}: {len(files)} photos in {folder}; a reference set needs more"
+        )
     # name, size and date stand for the content: reading 40,000 photos to name a part would cost as much as looking
     # under its own name: links to photos of one name in several folders are several photos
     known = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    starts = range(0, len(known), REALS_PER_UNIT)
-    return [Look(judge, "folder", None, tuple(known[start : start + REALS_PER_UNIT])) for start in starts]
+    starts = range(0, len(known), REAL_IMAGES_PER_UNIT)
+    return [
+        Extraction(extractor, "folder", None, tuple(known[start : start + REAL_IMAGES_PER_UNIT])) for start in starts
+    ]
 
 
 def _worker(
     store: Store,
     cfg: EvaluateConfig,
-    judges: Mapping[str, Entry],
+    extractors: Mapping[str, Entry],
     bench_file: File,
     scopes: Sequence[tuple[str, str]],
 ) -> Callable[[Unit], Record]:
@@ -298,42 +312,46 @@ def _worker(
 
     torch.set_num_threads(1)
     device = torch_device(cfg.per_actor)
-    opened = {name: open_judge(store, entry, device=device) for name, entry in judges.items()}
+    opened = {name: open_extractor(store, entry, device=device) for name, entry in extractors.items()}
     bench = {row["bench_id"]: row for row in store.read_table(bench_file).to_pylist()}
 
-    def views(at: Look) -> Any:
+    def views(at: Extraction) -> Any:
         if at.file is None:
-            return (_folder_view(Path(path), cfg) for path, _, _ in at.photos)
-        schema = {"bench": BENCH, "reals": REALS, "edits": EDITS}[at.what]
+            return (_folder_crop(Path(path), cfg) for path, _, _ in at.photos)
+        schema = {"bench": BENCH, "real_images": REAL_IMAGES, "edits": EDITS}[at.what]
         rows = require(store.read_table(at.file), schema, at.file.path).to_pylist()
         if at.what == "bench":
-            return bench_views(rows, scopes, matched=opened[at.judge].matches_resolution)
-        return real_views(rows) if at.what == "reals" else edit_views(rows, bench, region=_region(cfg, at.judge))
+            return bench_crops(rows, scopes, matched=opened[at.extractor].matches_resolution)
+        return (
+            real_crops(rows)
+            if at.what == "real_images"
+            else edited_crops(rows, bench, region=_region(cfg, at.extractor))
+        )
 
     def work(unit: Unit) -> Record:
-        at: Look = unit.payload
-        if at.judge == PIXEL_COUNTS:
+        at: Extraction = unit.payload
+        if at.extractor == PIXEL_COUNTS:
             assert at.file is not None
             table = count_pixels(store.read_table(at.file).to_pylist(), bench)
-            return store.write_unit("look", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
+            return store.write_unit("features", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
         try:
-            table = look(views(at), opened[at.judge], batch_rows=cfg.batch_rows)
+            table = extract(views(at), opened[at.extractor], batch_rows=cfg.batch_rows)
         except (ValueError, RuntimeError) as error:  # of a network too: a TorchScript file may be anybody's
-            what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.reals"
-            raise StageError(f"evaluate: {at.judge} at {what}: {' '.join(str(error).split())[:300]}") from error
-        return store.write_unit("look", unit.name, {"features": table}, counts={"rows": table.num_rows})
+            what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.real_images"
+            raise StageError(f"evaluate: {at.extractor} at {what}: {' '.join(str(error).split())[:300]}") from error
+        return store.write_unit("features", unit.name, {"features": table}, counts={"rows": table.num_rows})
 
     return work
 
 
-def _region(cfg: EvaluateConfig, judge: str) -> Region:
+def _region(cfg: EvaluateConfig, extractor: str) -> Region:
     """Upstream's is of the CLIP score alone."""
-    return cfg.clip_region if judge == "clip" else "whole"
+    return cfg.clip_region if extractor == "clip" else "whole"
 
 
-def _folder_view(path: Path, cfg: EvaluateConfig) -> View:
-    assert cfg.reals_px is not None
+def _folder_crop(path: Path, cfg: EvaluateConfig) -> Crop:
+    assert cfg.real_images_px is not None
     try:
-        return View(path.name, "whole", "whole", square(images.decode(path.read_bytes()), cfg.reals_px))
+        return Crop(path.name, "whole", "whole", square(images.decode(path.read_bytes()), cfg.real_images_px))
     except (images.ImageError, OSError) as error:
-        raise StageError(f"evaluate.reals: {path}: {error}; remove it from the folder") from None
+        raise StageError(f"evaluate.real_images: {path}: {error}; remove it from the folder") from None

@@ -83,7 +83,7 @@ def main(stage: Stage) -> None:
     results, card = load_results(stage.root, stage.params)
     paired = read_json(output_folder(stage.root, "evaluate") / "paired.json", "evaluate")
     bench = load_manifest(stage.input("bench"))
-    judge = stage.params.evaluate.judges[0].kind
+    extractor = stage.params.evaluate.extractors[0].kind
     scope = (stage.params.edit.holes[0], "exemplar")
     first = next(iter(next(iter(results.values())).scopes[scope].values()))
     all_areas, kept_areas, classes = _box_statistics(stage, data)
@@ -101,25 +101,25 @@ def main(stage: Stage) -> None:
         card=card,
         bench=bench,
         recall=seen_in_training(stage.params),
-        judge=judge,
-        judge_conditions=judge == stage.params.encode.backbone.kind,
+        extractor=extractor,
+        extractor_conditions=extractor == stage.params.encode.backbone.kind,
         data=data,
         counts={name: dict(manifest.counts) for name, manifest in data.items()},
         first=first,
-        tables=[result_table(results, paired, hole, judge) for hole in stage.params.edit.holes],
+        tables=[result_table(results, paired, hole, extractor) for hole in stage.params.edit.holes],
         colours=colours(results),
         few_photos=FEW_PHOTOS,
         headline=[
             (*how_to_read(metric), hole, reference, bars([(r.name, r.scopes[hole, reference][metric]) for r in found]))
-            for metric, hole, reference in _cards(stage.params, judge)
+            for metric, hole, reference in _cards(stage.params, extractor)
             if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
         ],
         grids=list(_grids(stage, results)),
-        sweep=_sweep(stage, judge),
+        sweep=_sweep(stage, extractor),
         triplets=_triplet_rows(stage, data["materialize"]),
         augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
         loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
-        metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.judges]),
+        metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.extractors]),
         filtered=filter_table(data["filter"].counts, stage.params.filter),
         areas_svg=Markup(areas_svg(all_areas, kept_areas)),
         classes_svg=Markup(classes_svg(classes)),
@@ -162,13 +162,13 @@ def colours(names: Iterable[str]) -> dict[str, int]:
     return {name: index % COLOURS for index, name in enumerate(names)}
 
 
-def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole: str, judge: str) -> dict[str, Any]:
+def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole: str, extractor: str) -> dict[str, Any]:
     """One row a method, in the paper's layout, for exemplars in one kind of hole; p-values against `full`."""
     scope = (hole, "exemplar")
     shown = {name: result for name, result in results.items() if scope in result.scopes}
     columns = [
         (metric, label)
-        for metric, label in headline_metrics(judge).items()
+        for metric, label in headline_metrics(extractor).items()
         if any(metric in result.scopes[scope] for result in shown.values())
     ]
     rows = []
@@ -198,20 +198,20 @@ def p_text(p_value: float) -> str:
     return f"p {p_value:.3f}" if p_value >= 0.0015 else "p 0.001"
 
 
-def metric_groups(results: Mapping[str, Result], judges: Sequence[str]) -> list[dict[str, Any]]:
-    """One group a kind of metric, in the order of the glossary; in it a table per judge, of methods by scopes."""
+def metric_groups(results: Mapping[str, Result], extractors: Sequence[str]) -> list[dict[str, Any]]:
+    """One group a kind of metric, in the order of the glossary; in it a table per extractor, of methods by scopes."""
     scopes: list[Scope] = list(dict.fromkeys(scope for result in results.values() for scope in result.scopes))
     groups: dict[str, dict[str, Any]] = {}
     metrics = dict.fromkeys(m for result in results.values() for found in result.scopes.values() for m in found)
     for metric in metrics:
-        label, judge, unit, sentence = how_to_read(metric)
+        label, extractor, unit, sentence = how_to_read(metric)
         group = groups.setdefault(label, {"label": label, "unit": unit, "sentence": sentence, "lines": []})
         for name, result in results.items():
             found = {scope: result.scopes[scope][metric] for scope in scopes if metric in result.scopes.get(scope, {})}
             if found:
                 group["lines"].append(
                     {
-                        "judge": judge,
+                        "extractor": extractor,
                         "method": name,
                         "values": [estimate_text(found[scope]) if scope in found else "" for scope in scopes],
                         "n": ", ".join(sorted({n_text(estimate) for estimate in found.values()})),
@@ -219,15 +219,17 @@ def metric_groups(results: Mapping[str, Result], judges: Sequence[str]) -> list[
                 )
     for group in groups.values():
         group["scopes"] = [f"{reference}, {hole} hole" for hole, reference in scopes]
-        group["lines"].sort(key=lambda line: judges.index(line["judge"]) if line["judge"] in judges else -1)
+        group["lines"].sort(
+            key=lambda line: extractors.index(line["extractor"]) if line["extractor"] in extractors else -1
+        )
     return [groups[entry.label] for entry in glossary() if entry.label in groups]
 
 
-def _cards(params: Params, judge: str) -> list[tuple[str, str, str]]:
+def _cards(params: Params, extractor: str) -> list[tuple[str, str, str]]:
     """Metric, hole and reference of the three cards."""
     hole = params.edit.holes[0]
-    own = [(f"exemplar_gain_{judge}", hole, "own")] if "own" in params.edit.references else []
-    return [(f"exemplar_gain_{judge}", hole, "exemplar"), *own, ("colour_gain", hole, "exemplar")]
+    own = [(f"exemplar_gain_{extractor}", hole, "own")] if "own" in params.edit.references else []
+    return [(f"exemplar_gain_{extractor}", hole, "exemplar"), *own, ("colour_gain", hole, "exemplar")]
 
 
 def timing(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -295,7 +297,7 @@ def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[Scope, dic
     return out
 
 
-def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
+def _sweep(stage: Stage, extractor: str) -> dict[str, Any]:
     """Curves over the guidance scale, the spread over noises, and both grids."""
     found = read_json(stage.input("sweep").with_name("metrics.json"), "sweep")
     manifest = load_manifest(stage.input("sweep"))
@@ -312,7 +314,7 @@ def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
         grids[name] = picture_rows(items, fills, hole=found["hole"], reference="exemplar")
     scales = sorted(found["scales"], key=float)  # JSON has them in the order of words
     first = found["scales"][scales[0]]
-    columns = {metric: label for metric, label in headline_metrics(judge).items() if metric in first}
+    columns = {metric: label for metric, label in headline_metrics(extractor).items() if metric in first}
     curves = {
         label: {scale: estimate_from(found["scales"][scale][metric]) for scale in scales}
         for metric, label in columns.items()
@@ -335,7 +337,7 @@ def _sweep(stage: Stage, judge: str) -> dict[str, Any]:
     ]
     spreads = [
         (how_to_read(metric), estimate_text(estimate_from(v)), n_text(estimate_from(v)))
-        for metric, v in sorted(found["diversity"].items(), key=lambda item: item[1]["judge"] != judge)
+        for metric, v in sorted(found["diversity"].items(), key=lambda item: item[1]["extractor"] != extractor)
     ]
     return {
         **{key: found[key] for key in ("variant", "hole", "diversity_scale")},

@@ -24,7 +24,7 @@ from pbe.evaluate.score import ScopeScores, numbers_of, score_method
 from pbe.places import tracking_uri
 from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.edit import Request, fill_bench
-from pipelines.features import Judged, judge_edits
+from pipelines.features import Extracted, extract_features
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, load_train_manifest
 
@@ -39,11 +39,11 @@ def main(stage: Stage) -> None:
     bench_file = load_manifest(stage.input("bench")).files("bench")[0]
     requests = _requests(stage, bench_file.rows)
     parts = dict(zip(requests, fill_bench(stage, trained, bench_file, list(requests.values())), strict=True))
-    judged = judge_edits(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
+    extracted = extract_features(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
     try:
-        scopes = {name: _score(stage, judged, name) for name in parts if name != DIVERSITY}
-        paired = _paired(stage, judged, scopes)
-        diversity = _diversity(stage, judged, parts[DIVERSITY])
+        scopes = {name: _score(stage, extracted, name) for name in parts if name != DIVERSITY}
+        paired = _paired(stage, extracted, scopes)
+        diversity = _diversity(stage, extracted, parts[DIVERSITY])
     except ValueError as error:
         raise StageError(f"sweep: {error}; raise sweep.items or sweep.diversity.items") from None
     first = requests[DIVERSITY].cfg
@@ -52,12 +52,12 @@ def main(stage: Stage) -> None:
         "hole": first.holes[0],
         "noise": stage.params.edit.seeds[0],
         "diversity_scale": first.guidance_scale,
-        "card": dict(judged.card),
+        "card": dict(extracted.card),
     }
     metrics = {name: numbers_of(scope) for name, scope in scopes.items()}
     write_json(stage.outputs / "metrics.json", {"scales": metrics, "paired": paired, DIVERSITY: diversity, **about})
     config = {**about, "edits": {name: [part.unit for part in found] for name, found in parts.items()}}
-    units = [*(part for found in parts.values() for part in found), *judged.seen.records]
+    units = [*(part for found in parts.values() for part in found), *extracted.parts.records]
     save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, version=VERSION, units=units))
     _log(stage, trained, metrics, diversity, parts)
 
@@ -71,53 +71,58 @@ def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
         rows = np.linspace(0, bench_rows - 1, min(items, bench_rows)).round().astype(int)
         return Request(edit.model_copy(update={**scope, **changes}), tuple(map(int, rows)))
 
-    scales = {f"{scale:g}": request(cfg.items, guidance_scale=scale, seeds=edit.seeds[:1]) for scale in cfg.scales}
+    scales = {
+        f"{scale:g}": request(cfg.items, guidance_scale=scale, seeds=edit.seeds[:1]) for scale in cfg.guidance_scales
+    }
     return {**scales, DIVERSITY: request(cfg.diversity.items, seeds=cfg.diversity.seeds)}
 
 
-def _score(stage: Stage, judged: Judged, name: str) -> ScopeScores:
-    [scope] = score_method(judged.method(stage.store, name), judged.scales, stage.params.evaluate.statistics)
+def _score(stage: Stage, extracted: Extracted, name: str) -> ScopeScores:
+    [scope] = score_method(
+        extracted.method(stage.store, name), extracted.reference_sets, stage.params.evaluate.statistics
+    )
     return scope
 
 
-def _paired(stage: Stage, judged: Judged, scopes: Mapping[str, ScopeScores]) -> dict[str, Any]:
-    """Every scale against the first one, on the same items, as the first judge says: a curve's own intervals are of the
+def _paired(stage: Stage, extracted: Extracted, scopes: Mapping[str, ScopeScores]) -> dict[str, Any]:
+    """Every scale against the first one, on the same items, by the first extractor: a curve's own intervals are of the
     choice of items, which all its points share."""
-    judge, against = stage.params.evaluate.judges[0].kind, next(iter(scopes))
-    looks = {name: judged.seen.features(judge, name) for name in scopes}
+    extractor, against = stage.params.evaluate.extractors[0].kind, next(iter(scopes))
+    features = {name: extracted.parts.features(extractor, name) for name in scopes}
     found = {
         name: compare(
             scope,
-            looks[name],
+            features[name],
             scopes[against],
-            looks[against],
-            scale=judged.scales[judge],
-            photos=judged.photos,
+            features[against],
+            reference_set=extracted.reference_sets[extractor],
+            image_ids=extracted.image_ids,
             cfg=stage.params.evaluate.statistics,
         )
         for name, scope in scopes.items()
     }
     by_scale = {name: {metric: asdict(value) for metric, value in tests.items()} for name, tests in found.items()}
-    return {"against": against, "judge": judge, "scales": by_scale}
+    return {"against": against, "extractor": extractor, "scales": by_scale}
 
 
-def _diversity(stage: Stage, judged: Judged, parts: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Spreads by metric, as numbers_of: by each judge over the hole's box, and in levels of 255 over its pixels."""
-    cfg, method = stage.params.evaluate.statistics, judged.method(stage.store, DIVERSITY)
+def _diversity(stage: Stage, extracted: Extracted, parts: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Spreads by metric, as numbers_of: by each extractor over the hole's box, and in levels of 255 over its pixels."""
+    cfg, method = stage.params.evaluate.statistics, extracted.method(stage.store, DIVERSITY)
     rows = sorted(method.edits, key=lambda row: row["seed"])
     by_seed = [list(found) for _, found in groupby(rows, key=lambda row: row["seed"])]
     bench_ids = [row["bench_id"] for row in by_seed[0]]
     found: dict[str, tuple[str, np.ndarray]] = {}
-    for judge, looks in method.looks.items():
-        regions = np.stack([looks.of([edit_key(row) for row in seed], "region") for seed in by_seed])
-        found[f"spread_{judge}"] = (judge, feature_spread(regions))
+    for extractor, features in method.features.items():
+        regions = np.stack([features.of([edit_key(row) for row in seed], "region") for seed in by_seed])
+        found[f"spread_{extractor}"] = (extractor, feature_spread(regions))
     items = _bench_rows(stage, bench_ids)
     fills = fills_by_seed(_edit_rows(stage, parts))
     found["spread_pixels"] = ("", np.array([_pixel_spread(row, fills, by_seed[0][0]["hole_kind"]) for row in items]))
-    photos = [judged.photos[name] for name in bench_ids]
+    image_ids = [extracted.image_ids[name] for name in bench_ids]
     return {
-        metric: asdict(bootstrap_mean(values, groups=photos, resamples=cfg.resamples, seed=cfg.seed)) | {"judge": judge}
-        for metric, (judge, values) in found.items()
+        metric: asdict(bootstrap_mean(values, groups=image_ids, resamples=cfg.resamples, seed=cfg.seed))
+        | {"extractor": extractor}
+        for metric, (extractor, values) in found.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 The run's folder is named by the digest of what shapes the result: VERSION, train settings, seed, initial weights and
 encoded data. An unfinished run of the same digest resumes from its checkpoint, on any number of workers that divides
-the lanes, also when the code has changed and VERSION has not; a finished one is only exported again.
+the streams, also when the code has changed and VERSION has not; a finished one is only exported again.
 `train.resume_from` continues from the checkpoint of another run, on purpose.
 """
 
@@ -37,7 +37,7 @@ from pipelines.train_preflight import refuse_what_cannot_train
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-    from pbe.train.worker import Job
+    from pbe.train.worker import TrainSpec
 
 # names the run, in place of the code: raise it when losses change for the same settings and rows, so that an unfinished
 # run starts anew instead of resuming
@@ -184,9 +184,9 @@ def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple
         return None
     from pbe.model.clip import STEMS
     from pbe.model.codec import CODEC_FILE
-    from pbe.model.frozen import keep_weights
     from pbe.model.hub import STABLE_DIFFUSION, weights_folder
     from pbe.model.vae import STEM
+    from pbe.model.weight_store import store_weights
 
     name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
     folder = weights_folder(name, parts=["unet", "image_encoder"])
@@ -196,9 +196,9 @@ def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple
             f"train.init = {cfg.init}: its latents are those of another codec than these rows were encoded with; set "
             f"encode.codec: {{kind: pretrained, weights: {cfg.init}}}"
         )
-    unet = keep_weights(stage.store, folder / "unet", "unet", STEM)
+    unet = store_weights(stage.store, folder / "unet", "unet", STEM)
     has_encoder = (folder / "image_encoder").is_dir()
-    encoder = keep_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
+    encoder = store_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
     print(f"train@{stage.variant}: starts from {name}: {unet}{f', {encoder}' if encoder else '; the mapper is random'}")
     return unet, encoder
 
@@ -219,7 +219,7 @@ def _train(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from pbe.model.unet import architecture_of
-    from pbe.train.worker import Job
+    from pbe.train.worker import TrainSpec
 
     write_plan(stage.store, stage.title, "run", [run.name], total=cfg.steps)
     start_ray()
@@ -228,7 +228,7 @@ def _train(
     # on the driver's own node, which may offer no CPUs: on another it would go with that node, and rank 0 calls it
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    job = Job(
+    spec = TrainSpec(
         cfg=cfg,
         seed=_seed(stage, cfg),
         store_uri=stage.store.uri,
@@ -246,7 +246,7 @@ def _train(
         on_progress=_Put(progress),
     )
     stage.store.delete_file(f"{run.folder}/stopped.json")
-    trainer = new_trainer(job, attempt=(run.read_json("mlflow.json") or {})["attempt"])
+    trainer = new_trainer(spec, attempt=(run.read_json("mlflow.json") or {})["attempt"])
     with ExitStack() as stack:
         stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
         stack.enter_context(track.system_metrics(uri, run_id))
@@ -264,17 +264,17 @@ def _train(
         _raise_what_stopped(stage, run)
 
 
-def new_trainer(job: "Job", *, attempt: int) -> "TorchTrainer":
-    """Ray Train's side of a job: its ranks, their GPUs or processors, and how often lost ones are replaced."""
+def new_trainer(spec: "TrainSpec", *, attempt: int) -> "TorchTrainer":
+    """Ray Train's side of a spec: its ranks, their GPUs or processors, and how often lost ones are replaced."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cfg, run = job.cfg, Run(Store(job.store_uri), job.run_name)
+    cfg, run = spec.cfg, Run(Store(spec.store_uri), spec.run_name)
     on_gpu = cfg.per_worker.gpus > 0  # not what this process sees: a cluster's head rarely has one
     return TorchTrainer(
         _train_loop,
         # as bytes: Ray's controller unpickles the config, and need not import torch and diffusers for it
-        train_loop_config={"job": pickle.dumps(job)},
+        train_loop_config={"spec": pickle.dumps(spec)},
         scaling_config=ScalingConfig(
             num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=ray_resources(cfg.per_worker)
         ),
@@ -298,14 +298,14 @@ def _train_loop(config: dict[str, bytes]) -> None:
     """On every worker. The reason for an end is written beside the run, in one line, for the driver."""
     import ray.train.torch
 
-    from pbe.train.worker import Job, NonFiniteError, train_worker
+    from pbe.train.worker import NonFiniteError, TrainSpec, train_worker
 
-    job: Job = pickle.loads(config["job"])
-    run = Run(Store(job.store_uri), job.run_name)
+    spec: TrainSpec = pickle.loads(config["spec"])
+    run = Run(Store(spec.store_uri), spec.run_name)
     if ray.train.get_context().get_world_rank() == 0:
         run.store.delete_file(f"{run.folder}/stopped.json")  # of the try before this one
     try:
-        train_worker(job, ray.train.torch.get_device())
+        train_worker(spec, ray.train.torch.get_device())
     except NonFiniteError as error:
         # Every rank has come to this and would come to it again: it ends here, without Ray's tracebacks and tries.
         run.write_json("stopped.json", {"reason": str(error)})

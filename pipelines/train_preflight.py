@@ -26,7 +26,7 @@ def refuse_what_cannot_train(
 ) -> None:
     """Raises StageError, StoreError, WeightsError."""
     refuse_too_few_rows(encoded, cfg.batch)
-    _refuse_empty_lanes(encoded, cfg.lanes)
+    _refuse_empty_streams(encoded, cfg.streams)
     _refuse_odd_latents(stage, cfg, encoded)
     refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
     if triplets is not None:
@@ -39,14 +39,14 @@ def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, ini
     """Here, on a network without memory, and not after the workers have started. Raises WeightsError."""
     import torch
 
-    from pbe.model.initial import load_kept
+    from pbe.model.initial import load_stored
     from pbe.model.unet import architecture_of, new_network
 
     with torch.device("meta"):
         network = new_network(
             architecture_of(cfg.unet, cfg.exemplar, image_px=stage.params.materialize.image_px, encoded=encoded.config)
         )
-    load_kept(network, stage.store, initial)
+    load_stored(network, stage.store, initial)
 
 
 def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> None:
@@ -123,12 +123,12 @@ def stored_schema(stage: Stage, encoded: Manifest) -> pa.Schema:
     )
 
 
-def _refuse_empty_lanes(encoded: Manifest, lanes: int) -> None:
-    """Each lane needs a row group of every slot (pbe/train/data/order.py)."""
+def _refuse_empty_streams(encoded: Manifest, streams: int) -> None:
+    """Each stream needs a row group of every slot (pbe/train/data/order.py)."""
     rows_per_group = int(encoded.config["rows_per_group"])
     groups = min(sum(len(group_rows(file, rows_per_group)) for file in files) for files in slot_files(encoded))
-    if groups < lanes:
+    if groups < streams:
         raise StageError(
-            f"train.lanes = {lanes}, but a slot has only {groups} row groups of up to {rows_per_group} rows: lower "
-            "train.lanes, or encode.rows_per_group for more groups"
+            f"train.streams = {streams}, but a slot has only {groups} row groups of up to {rows_per_group} rows: lower "
+            "train.streams, or encode.rows_per_group for more groups"
         )

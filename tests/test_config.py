@@ -39,7 +39,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "train": {
         "batch": 32,
-        "lanes": 2,
+        "streams": 2,
         "workers": 2,
         "micro_batch": 16,
         "unet": {
@@ -134,14 +134,17 @@ def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_m
         ({"ingest.splits": ["val"]}, "params.yaml: ingest.splits.0 = 'val': input should be 'train', 'validation' or"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
         (
-            {"evaluate.judges": [{"kind": "dino"}]},
-            "params.yaml: evaluate.judges.0.kind = 'dino': allowed are efficientnet_lite0, efficientnet_lite2, clip",
+            {"evaluate.extractors": [{"kind": "dino"}]},
+            "params.yaml: evaluate.extractors.0.kind = 'dino': allowed are efficientnet_lite0, efficientnet_lite2",
         ),
-        ({"evaluate.judges": ["clip"]}, "params.yaml: evaluate.judges.0.kind = 'clip': allowed are efficientnet_lite0"),
         (
-            {"evaluate.judges": [{"kind": "clip", "weights": "w", "mixtur": None}]},
-            "params.yaml: evaluate.judges.0.mixture: required key is missing\n"
-            "params.yaml: evaluate.judges.0.mixtur = None: unknown key; allowed here: kind, mixture, weights",
+            {"evaluate.extractors": ["clip"]},
+            "params.yaml: evaluate.extractors.0.kind = 'clip': allowed are efficientnet_lite0",
+        ),
+        (
+            {"evaluate.extractors": [{"kind": "clip", "weights": "w", "mixtur": None}]},
+            "params.yaml: evaluate.extractors.0.mixture: required key is missing\n"
+            "params.yaml: evaluate.extractors.0.mixtur = None: unknown key; allowed here: kind, mixture, weights",
         ),
         (
             {"baselines": {"mine": {"kind": "other"}}},
@@ -168,8 +171,8 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             {"filter.min_area_frac": 0.9},
             "params.yaml: filter: min_area_frac 0.9 must be below max_area_frac 0.8",
         ),
-        ({"train.workers": 3}, "params.yaml: train: workers 3 must divide lanes 2"),
-        ({"train.batch": 33}, "params.yaml: train: lanes 2 must divide batch 33"),
+        ({"train.workers": 3}, "params.yaml: train: workers 3 must divide streams 2"),
+        ({"train.batch": 33}, "params.yaml: train: streams 2 must divide batch 33"),
         (
             {"train.micro_batch": 5},
             "params.yaml: train: micro_batch 5 must divide the rows per worker, batch / workers = 16",
@@ -222,7 +225,7 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             {"bench.source": "cocoee"},
             "params.yaml: bench: cocoee: source 'cocoee' needs the folder of the unpacked archive",
         ),
-        ({"evaluate.reals": "photos"}, "params.yaml: evaluate: reals and reals_px go together"),
+        ({"evaluate.real_images": "photos"}, "params.yaml: evaluate: real_images and real_images_px go together"),
         ({"baselines": {"full": {"kind": "poisson"}}}, "params.yaml: params: full is both a variant and a baseline"),
         (
             {"baselines": {"card": {"kind": "poisson"}}},
@@ -233,7 +236,7 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: params: edit.holes ['bezier', 'box']: baselines.theirs is a folder of results",
         ),
         ({"evaluate.statistics": {"seed": 2**32}}, "params.yaml: evaluate.statistics.seed = 4294967296"),
-        ({"variants.full.train": {"workers": 3}}, "params.yaml: variants.full.train: workers 3 must divide lanes 2"),
+        ({"variants.full.train": {"workers": 3}}, "params.yaml: variants.full.train: workers 3 must divide streams 2"),
     ],
     ids=str,
 )

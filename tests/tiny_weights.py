@@ -155,8 +155,8 @@ def write_paint_by_example(folder: Path) -> Path:
     return folder
 
 
-def write_clip_judge(folder: Path) -> Path:
-    """As openai/clip-vit-base-patch32: the vision model with its projection, which the metrics judge by."""
+def write_clip_extractor(folder: Path) -> Path:
+    """As openai/clip-vit-base-patch32: the vision model with its projection, which the metrics extractor by."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         config = CLIPVisionConfig(
@@ -180,11 +180,11 @@ def write_clip_judge(folder: Path) -> Path:
     return folder
 
 
-def write_mixture(path: Path, judge: Path) -> Path:
-    """As `pbe import-mixture` writes the published mixture: over the features that the judge has of smooth pictures."""
+def write_mixture(path: Path, extractor: Path) -> Path:
+    """As `pbe import-mixture` writes the published mixture: over the extractor's features of smooth pictures."""
     rng = np.random.default_rng(6)
     pictures = [resize(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8), width_px=48, height_px=48) for _ in range(48)]
-    features = load_clip_extractor(judge)(pictures, batch_rows=16)
+    features = load_clip_extractor(extractor)(pictures, batch_rows=16)
     means, roots = features[:3], np.stack([np.diag(1 / (2 * features.std(0)))] * 3)
     save_mixture(path, Mixture(np.array([0.5, 0.3, 0.2]), means, roots, "full"), source_sha256="0" * 64)
     return path
@@ -214,5 +214,5 @@ def write_inception(path: Path) -> Path:
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     print(write_stable_diffusion(home / "sd"), write_clip(home / "clip"))
-    judge = write_clip_judge(home / "clip-judge")
-    print(judge, write_mixture(home / "mixture.npz", judge))
+    extractor = write_clip_extractor(home / "clip-extractor")
+    print(extractor, write_mixture(home / "mixture.npz", extractor))

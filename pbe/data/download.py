@@ -58,25 +58,25 @@ class Downloader:
         for attempt in range(self.limits.attempts):
             try:
                 return self._attempt(url)
-            except _AgainError as again:
+            except _RetryableError as again:
                 problem = str(again)
                 if attempt + 1 < self.limits.attempts:
                     time.sleep(again.wait_s if again.wait_s is not None else self._backoff_s(attempt))
         raise PhotoError("download_failed", f"{url}: {problem}, {self.limits.attempts} attempts")
 
     def _backoff_s(self, attempt: int) -> float:
-        longest = min(self.limits.backoff_s * 2**attempt, self.limits.whole_s)
+        longest = min(self.limits.backoff_s * 2**attempt, self.limits.attempt_timeout_s)
         return longest * random.uniform(0.5, 1)
 
     def _attempt(self, url: str) -> bytes:
-        deadline = time.monotonic() + self.limits.whole_s
+        deadline = time.monotonic() + self.limits.attempt_timeout_s
         try:
             with self._manager().request("GET", url, preload_content=False) as response:
                 if response.status in PERMANENT:
                     detail = f"{url}: {PERMANENT[response.status]} (HTTP {response.status})"
                     raise PhotoError("image_unpublished", detail)
                 if response.status in RETRIED:
-                    raise _AgainError(
+                    raise _RetryableError(
                         f"HTTP {response.status}", self._retry_after_s(response.headers.get("Retry-After"))
                     )
                 if response.status != 200:
@@ -84,7 +84,7 @@ class Downloader:
                 return self._body(response, url, deadline)
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error
-            raise _AgainError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from None
+            raise _RetryableError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from None
 
     def _body(self, response: urllib3.BaseHTTPResponse, url: str, deadline: float) -> bytes:
         parts, size = [], 0
@@ -93,13 +93,13 @@ class Downloader:
             if size > self.max_bytes:
                 raise PhotoError("image_too_large", f"{url}: more than {self.max_bytes} bytes")
             if time.monotonic() > deadline:
-                raise _AgainError(f"not done after {self.limits.whole_s:g} s, {size} bytes had come")
+                raise _RetryableError(f"not done after {self.limits.attempt_timeout_s:g} s, {size} bytes had come")
             parts.append(part)
         return b"".join(parts)
 
     def _retry_after_s(self, header: str | None) -> float | None:
         try:
-            return min(float(header), self.limits.whole_s) if header else None
+            return min(float(header), self.limits.attempt_timeout_s) if header else None
         except ValueError:
             return None  # a date; our own backoff will do
 
@@ -108,14 +108,14 @@ class Downloader:
             if self._pool is None:
                 self._pool = urllib3.PoolManager(
                     maxsize=self.limits.connections,
-                    timeout=Timeout(connect=self.limits.connect_s, read=self.limits.idle_s),
+                    timeout=Timeout(connect=self.limits.connect_timeout_s, read=self.limits.read_timeout_s),
                     retries=Retry(total=None, connect=0, read=0, status=0, other=0, redirect=3),
                     headers={"User-Agent": "pbe"},
                 )
             return self._pool
 
 
-class _AgainError(Exception):
+class _RetryableError(Exception):
     """This attempt failed; another may do better, after wait_s when the server said so."""
 
     def __init__(self, detail: str, wait_s: float | None = None) -> None:

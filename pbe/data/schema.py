@@ -153,7 +153,7 @@ TRIPLETS = pa.schema(
     ]
 )
 
-# What is edited to be judged: a crop, its holes, and the references that fill them. Null is what a bench does not have:
+# What is edited and scored: a crop, its holes, and the references that fill them. Null is what a bench does not have:
 # COCOEE has box holes and exemplars alone.
 BENCH = pa.schema(
     [
@@ -173,7 +173,7 @@ BENCH = pa.schema(
     ]
 )
 # Untouched crops that edits are compared with; no hole, no edit.
-REALS = pa.schema([pa.field("real_id", pa.string(), nullable=False), picture_field("picture")])
+REAL_IMAGES = pa.schema([pa.field("real_id", pa.string(), nullable=False), picture_field("picture")])
 
 # One edit of one item. Its key is (bench_id, hole_kind, reference_kind, seed).
 EDITS = pa.schema(
@@ -186,7 +186,7 @@ EDITS = pa.schema(
     ]
 )
 
-# What a judge's network says of one picture; `view` says which part of which picture.
+# What a extractor's network says of one picture; `view` says which part of which picture.
 FEATURES = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),

@@ -16,9 +16,11 @@ class DownloadConfig(Settings):
 
     connections: Int = Field(16, ge=1, le=256, description="at once, per shard. Ours")
     attempts: Int = Field(5, ge=1, le=20, description="in all. Ours")
-    connect_s: Float = Field(10, gt=0, description="seconds to a connection. Ours")
-    idle_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
-    whole_s: Float = Field(120, gt=0, description="seconds for one attempt; bounds a server's Retry-After too. Ours")
+    connect_timeout_s: Float = Field(10, gt=0, description="seconds to a connection. Ours")
+    read_timeout_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
+    attempt_timeout_s: Float = Field(
+        120, gt=0, description="seconds for one attempt; bounds a server's Retry-After too. Ours"
+    )
     backoff_s: Float = Field(
         0.5, ge=0, description="seconds before the second attempt, doubled before each further one. Ours"
     )

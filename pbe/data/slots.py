@@ -3,7 +3,7 @@
 from pbe.errors import UserError
 from pbe.store import File, Manifest
 
-# Of materialize's files: small, as lanes are cut by encode.rows_per_group and read triplets group by group too.
+# Of materialize's files: small, as streams are cut by encode.rows_per_group and read triplets group by group too.
 TRIPLETS_PER_GROUP = 8
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.evaluate.features.tables import Counts, Looks
+from pbe.evaluate.features.tables import FeatureTable, PixelTable
 from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
 from pbe.evaluate.metrics.similarity import Gains, colour_gain, cosine, exemplar_gain
 from pbe.evaluate.settings import StatisticsConfig
@@ -20,7 +20,7 @@ PSNR_CEILING_DB = 60.0  # pictures that are equal have no finite PSNR
 
 @dataclass(frozen=True)
 class Edited:
-    """What one judge saw of one method in one scope: features (N, d), a row an item, one array per seed.
+    """What one extractor saw of one method in one scope: features (N, d), a row an item, one array per seed.
 
     edits: whole pictures. regions: the hole's box. reference: what was given, at the hole's resolution.
     """
@@ -31,8 +31,8 @@ class Edited:
 
 
 @dataclass(frozen=True)
-class JudgeScale:
-    """What one judge measures edits by: made once from untouched photos, for all methods.
+class ReferenceSet:
+    """What one extractor measures edits by: made once from untouched photos, for all methods.
 
     frechet, kid: (N, d) features to a number. quality: (N, d) to (N,).
     """
@@ -61,12 +61,12 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Score:
-    """One number. per_item: (N,), mean over seeds, where the number is a mean: for paired tests. judge: "" for
+    """One number. per_item: (N,), mean over seeds, where the number is a mean: for paired tests. extractor: "" for
     pixels.
     """
 
     metric: str
-    judge: str
+    extractor: str
     estimate: Estimate
     per_item: np.ndarray | None
 
@@ -75,14 +75,14 @@ class Score:
 class Method:
     """One method's edits: which there are, and what was seen of them.
 
-    edits: keys of EDITS. looks and bench_looks: by judge. photos: image id of each bench id.
+    edits: keys of EDITS. features and bench_features: by extractor. image_ids: of each bench id.
     """
 
     edits: Sequence[Mapping[str, Any]]
-    looks: Mapping[str, Looks]
-    bench_looks: Mapping[str, Looks]
-    counts: Counts
-    photos: Mapping[str, str]
+    features: Mapping[str, FeatureTable]
+    bench_features: Mapping[str, FeatureTable]
+    counts: PixelTable
+    image_ids: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class ScopeScores:
     scores: tuple[Score, ...]
 
 
-def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: StatisticsConfig) -> list[ScopeScores]:
+def score_method(
+    method: Method, reference_sets: Mapping[str, ReferenceSet], cfg: StatisticsConfig
+) -> list[ScopeScores]:
     """All scopes that are scored: foreign references serve the others' gains alone.
 
     Raises ValueError, naming the scope, where there are too few items or features that cannot be compared.
@@ -111,7 +113,7 @@ def score_method(method: Method, scales: Mapping[str, JudgeScale], cfg: Statisti
         bench_ids = tuple(dict.fromkeys(row["bench_id"] for row in rows))
         try:
             scope = _Scope(method, hole_kind, bench_ids, tuple(sorted({row["seed"] for row in rows})))
-            scores = _score_scope(scope, reference_kind, (hole_kind, "foreign") in by_scope, scales, cfg)
+            scores = _score_scope(scope, reference_kind, (hole_kind, "foreign") in by_scope, reference_sets, cfg)
         except ValueError as error:
             where = f"{hole_kind} holes, {reference_kind} references, {len(bench_ids)} items"
             raise ValueError(f"{where}: {error}") from None
@@ -134,10 +136,10 @@ class _Scope:
         """Of EDITS, by seed."""
         return [[f"{name}|{self.hole_kind}|{reference_kind}|{seed}" for name in self.bench_ids] for seed in self.seeds]
 
-    def seen(self, judge: str, reference_kind: str) -> Edited:
-        looks, keys = self.method.looks[judge], self.keys(reference_kind)
-        reference = self.method.bench_looks[judge].of(self.bench_ids, f"{self.hole_kind}/{reference_kind}")
-        return Edited([looks.of(of, "whole") for of in keys], [looks.of(of, "region") for of in keys], reference)
+    def seen(self, extractor: str, reference_kind: str) -> Edited:
+        features, keys = self.method.features[extractor], self.keys(reference_kind)
+        reference = self.method.bench_features[extractor].of(self.bench_ids, f"{self.hole_kind}/{reference_kind}")
+        return Edited([features.of(of, "whole") for of in keys], [features.of(of, "region") for of in keys], reference)
 
     def pixels(self, reference_kind: str) -> Pixels:
         keys = self.keys(reference_kind)
@@ -155,24 +157,32 @@ class _Scope:
 
 
 def _score_scope(
-    scope: _Scope, reference_kind: str, has_foreign: bool, scales: Mapping[str, JudgeScale], cfg: StatisticsConfig
+    scope: _Scope,
+    reference_kind: str,
+    has_foreign: bool,
+    reference_sets: Mapping[str, ReferenceSet],
+    cfg: StatisticsConfig,
 ) -> tuple[Score, ...]:
-    photos = [scope.method.photos[name] for name in scope.bench_ids]
+    image_ids = [scope.method.image_ids[name] for name in scope.bench_ids]
     foreign = scope.pixels("foreign") if has_foreign else None
-    found = score_pixels(scope.pixels(reference_kind), foreign, photos=photos, cfg=cfg)
-    for judge, scale in scales.items():
-        other = scope.seen(judge, "foreign") if has_foreign else None
-        found += score_features(scope.seen(judge, reference_kind), other, scale, photos=photos, cfg=cfg)
+    found = score_pixels(scope.pixels(reference_kind), foreign, image_ids=image_ids, cfg=cfg)
+    for extractor, reference_set in reference_sets.items():
+        other = scope.seen(extractor, "foreign") if has_foreign else None
+        found += score_features(
+            scope.seen(extractor, reference_kind), other, reference_set, image_ids=image_ids, cfg=cfg
+        )
     return tuple(found)
 
 
 def numbers_of(scope: ScopeScores) -> dict[str, dict[str, Any]]:
-    """As metrics.json has them: by metric, the estimate's fields and the judge."""
-    return {score.metric: asdict(score.estimate) | {"judge": score.judge} for score in scope.scores}
+    """As metrics.json has them: by metric, the estimate's fields and the extractor."""
+    return {score.metric: asdict(score.estimate) | {"extractor": score.extractor} for score in scope.scores}
 
 
-def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str], cfg: StatisticsConfig) -> list[Score]:
-    """photos: image id of each item; items of one photo err together. foreign: of the same holes, for the gain."""
+def score_pixels(
+    given: Pixels, foreign: Pixels | None, *, image_ids: Sequence[str], cfg: StatisticsConfig
+) -> list[Score]:
+    """image_ids: image id of each item; items of one photo err together. foreign: of the same holes, for the gain."""
     columns = {
         "hole_psnr_db": np.minimum(given.hole_psnr_db, PSNR_CEILING_DB).mean(0),
         "background_psnr_db": np.minimum(given.background_psnr_db, PSNR_CEILING_DB).mean(0),
@@ -184,24 +194,29 @@ def score_pixels(given: Pixels, foreign: Pixels | None, *, photos: Sequence[str]
             for own, other in zip(given.colour, foreign.colour, strict=True)
         ]
         columns["colour_gain"] = _over_seeds(gains).both
-    return [_mean(name, "", values, photos, cfg) for name, values in columns.items()]
+    return [_mean(name, "", values, image_ids, cfg) for name, values in columns.items()]
 
 
 def score_features(
-    given: Edited, foreign: Edited | None, scale: JudgeScale, *, photos: Sequence[str], cfg: StatisticsConfig
+    given: Edited,
+    foreign: Edited | None,
+    reference_set: ReferenceSet,
+    *,
+    image_ids: Sequence[str],
+    cfg: StatisticsConfig,
 ) -> list[Score]:
-    """As score_pixels, by one judge."""
-    names, judge = metric_names(scale), scale.name
+    """As score_pixels, by one extractor."""
+    names, extractor = metric_names(reference_set), reference_set.name
     out = [
-        Score(names["frechet"], judge, _of_sets(scale.frechet, given.edits, photos, cfg), None),
-        Score(names["kid"], judge, _of_sets(scale.kid, given.edits, photos, cfg), None),
+        Score(names["frechet"], extractor, _of_sets(reference_set.frechet, given.edits, image_ids, cfg), None),
+        Score(names["kid"], extractor, _of_sets(reference_set.kid, given.edits, image_ids, cfg), None),
     ]
-    qualities = [scale.quality(edits) for edits in given.edits]
-    quality = _of_sets(lambda values: float(values.mean()), qualities, photos, cfg)
-    out.append(Score(names["quality"], judge, quality, np.mean(qualities, 0)))
-    percent = 100.0 if judge == "clip" else 1.0
+    qualities = [reference_set.quality(edits) for edits in given.edits]
+    quality = _of_sets(lambda values: float(values.mean()), qualities, image_ids, cfg)
+    out.append(Score(names["quality"], extractor, quality, np.mean(qualities, 0)))
+    percent = 100.0 if extractor == "clip" else 1.0
     similarity = np.mean([cosine(regions, given.reference) for regions in given.regions], 0)
-    out.append(_mean(names["similarity"], judge, percent * similarity, photos, cfg))
+    out.append(_mean(names["similarity"], extractor, percent * similarity, image_ids, cfg))
     if foreign is not None:
         gains = _over_seeds(
             [
@@ -210,30 +225,33 @@ def score_features(
             ]
         )
         for name, values in (("", gains.both), ("_given", gains.own), ("_swap", gains.swap)):
-            out.append(_mean(f"exemplar_gain{name}_{judge}", judge, values, photos, cfg))
+            out.append(_mean(f"exemplar_gain{name}_{extractor}", extractor, values, image_ids, cfg))
     return out
 
 
-def metric_names(scale: JudgeScale) -> dict[str, str]:
-    """What a judge's numbers are called. Only the paper's extractors give the paper's names."""
-    name = scale.name
+def metric_names(reference_set: ReferenceSet) -> dict[str, str]:
+    """What a extractor's numbers are called. Only the paper's extractors give the paper's names."""
+    name = reference_set.name
     return {
         "frechet": {"inception": "fid", "clip": "clip_fid"}.get(name, f"frechet_{name}"),
         "kid": "kid" if name == "inception" else f"kid_{name}",
-        "quality": "qs" if scale.has_mixture else f"qs_rank_{name}",
+        "quality": "qs" if reference_set.has_mixture else f"qs_rank_{name}",
         "similarity": f"similarity_{name}"
         if name != "clip"
-        else f"clip_score{'' if scale.upstream_region else '_whole'}",
+        else f"clip_score{'' if reference_set.upstream_region else '_whole'}",
     }
 
 
-def _mean(metric: str, judge: str, values: np.ndarray, photos: Sequence[str], cfg: StatisticsConfig) -> Score:
-    estimate = bootstrap_mean(values, groups=photos, resamples=cfg.resamples, seed=cfg.seed)
-    return Score(metric, judge, estimate, values)
+def _mean(metric: str, extractor: str, values: np.ndarray, image_ids: Sequence[str], cfg: StatisticsConfig) -> Score:
+    estimate = bootstrap_mean(values, groups=image_ids, resamples=cfg.resamples, seed=cfg.seed)
+    return Score(metric, extractor, estimate, values)
 
 
 def _of_sets(
-    statistic: Callable[[np.ndarray], float], sets: Sequence[np.ndarray], photos: Sequence[str], cfg: StatisticsConfig
+    statistic: Callable[[np.ndarray], float],
+    sets: Sequence[np.ndarray],
+    image_ids: Sequence[str],
+    cfg: StatisticsConfig,
 ) -> Estimate:
     """A number of a whole set of features, such as a Frechet distance: by seed, then over seeds."""
 
@@ -241,7 +259,7 @@ def _of_sets(
         return jackknife(
             lambda rows: statistic(features[rows]),
             len(features),
-            groups=photos,
+            groups=image_ids,
             resamples=cfg.subsets,
             seed=cfg.seed,
         )

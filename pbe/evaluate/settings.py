@@ -16,13 +16,13 @@ NoiseSeed = Annotated[Int, Field(ge=0, lt=2**62)]
 VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
-class EfficientNetJudge(Settings):
+class EfficientNetExtractorConfig(Settings):
     """From a pip package."""
 
     kind: BackboneName
 
 
-class ClipJudge(Settings):
+class ClipExtractorConfig(Settings):
     """CLIP: clip_fid, clip_score and, with a mixture, qs."""
 
     kind: Literal["clip"]
@@ -30,7 +30,7 @@ class ClipJudge(Settings):
     mixture: str | None  # what `pbe import-mixture` wrote
 
 
-class InceptionJudge(Settings):
+class InceptionExtractorConfig(Settings):
     """Inception as a TorchScript file: fid."""
 
     kind: Literal["inception"]
@@ -38,8 +38,10 @@ class InceptionJudge(Settings):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-MatcherConfig = Annotated[EfficientNetJudge | ClipJudge, Field(discriminator="kind")]
-JudgeConfig = Annotated[EfficientNetJudge | ClipJudge | InceptionJudge, Field(discriminator="kind")]
+MatcherConfig = Annotated[EfficientNetExtractorConfig | ClipExtractorConfig, Field(discriminator="kind")]
+ExtractorConfig = Annotated[
+    EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig, Field(discriminator="kind")
+]
 
 
 class BenchConfig(Settings):
@@ -102,13 +104,13 @@ class StatisticsConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    judges: tuple[JudgeConfig, ...] = Field(min_length=1)
-    reals: str | None = Field(
+    extractors: tuple[ExtractorConfig, ...] = Field(min_length=1)
+    real_images: str | None = Field(
         None,
         description="folder of photos that Frechet, KID and QS rank compare with; null: untouched crops of the bench's "
         "boxes",
     )
-    reals_px: Annotated[Int, Field(ge=8, le=2048)] | None = Field(
+    real_images_px: Annotated[Int, Field(ge=8, le=2048)] | None = Field(
         None, description="side of the square cut from each of them. Paper: 512, of COCO test2017"
     )
     clip_region: Region = Field(
@@ -123,10 +125,11 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EvaluateConfig":
-        refuse_duplicates("judges", tuple(judge.kind for judge in self.judges))
-        if (self.reals is None) != (self.reals_px is None):
+        refuse_duplicates("extractors", tuple(extractor.kind for extractor in self.extractors))
+        if (self.real_images is None) != (self.real_images_px is None):
             raise ValueError(
-                "reals and reals_px go together: a folder of photos and the side of the square cut from each"
+                "real_images and real_images_px go together: a folder of photos, and the side of the square cut from "
+                "each"
             )
         return self
 
@@ -138,13 +141,13 @@ class DiversityConfig(Settings):
 
 class SweepConfig(Settings):
     variant: VariantName
-    scales: tuple[GuidanceScale, ...] = Field(min_length=1)
+    guidance_scales: tuple[GuidanceScale, ...] = Field(min_length=1)
     items: Int = Field(ge=2)
     diversity: DiversityConfig
 
     @model_validator(mode="after")
     def _names_each_once(self) -> "SweepConfig":
-        refuse_duplicates("scales", self.scales)
+        refuse_duplicates("guidance_scales", self.guidance_scales)
         refuse_duplicates("diversity.seeds", self.diversity.seeds)
         return self
 

@@ -14,10 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pbe.model.clip import STEMS
-from pbe.model.frozen import kept_folder
 from pbe.model.tensors import WeightsError, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet, widened
 from pbe.model.vae import STEM
+from pbe.model.weight_store import stored_folder
 from pbe.model.weights import MAPPER_PARTS
 from pbe.store import Store
 
@@ -36,10 +36,10 @@ _SETTINGS = {
 _MAY_DIFFER = {"in_channels", "sample_size", "projection_class_embeddings_input_dim"}
 
 
-def load_kept(network: ConditionedUNet, store: Store, paths: tuple[str, str | None]) -> None:
+def load_stored(network: ConditionedUNet, store: Store, paths: tuple[str, str | None]) -> None:
     """`load_initial` from the storage paths of a UNet and of an image encoder. Raises WeightsError."""
     unet, encoder = paths
-    with kept_folder(store, unet) as at, kept_folder(store, encoder) if encoder else nullcontext() as encoder_at:
+    with stored_folder(store, unet) as at, stored_folder(store, encoder) if encoder else nullcontext() as encoder_at:
         load_initial(network, at, encoder_at)
 
 

@@ -61,7 +61,7 @@ class EncodeConfig(Settings):
         "float16", description="of the stored arrays. float32: twice the space, to compare with train.input: pixels"
     )
     rows_per_group: PositiveInt = Field(
-        1, description="Parquet row group; row groups are dealt to train.lanes, so at least one each. Ours"
+        1, description="Parquet row group; row groups are dealt to train.streams, so at least one each. Ours"
     )
     batch_rows: PositiveInt = Field(16, description="images per backbone call. Ours")
     actors: PositiveInt

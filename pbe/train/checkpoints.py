@@ -102,7 +102,7 @@ class Saver:
         self.finish()
         if self._ranks.rank == 0:
             self._run.clear(step)
-        self._ranks.gather(None)
+        self._ranks.barrier()
         path = f"{self._run.folder}/checkpoints/step-{step:08d}"
         folder = _staging_folder(self._run, self._ranks.rank)
         try:
@@ -123,11 +123,11 @@ class Saver:
             return
         (step, upload), self._pending = self._pending, None
         self.newest = step
-        files = {name: entry for part in self._ranks.gather(upload.finish()) for name, entry in part.items()}
+        files = {name: entry for part in self._ranks.all_gather(upload.finish()) for name, entry in part.items()}
         if self._ranks.rank == 0:
             found = Checkpoint(self._run.name, step, self._ranks.world, self._zero_stage, files)
             self._run.complete(found, keep=self._keep)
-        self._ranks.gather(None)  # no rank goes on, and perhaps ends, before the marker is there
+        self._ranks.barrier()  # no rank goes on, and perhaps ends, before the marker is there
 
 
 class _Upload:
@@ -181,12 +181,12 @@ def newest_whole(
     some and none is whole.
     """
     damaged = []
-    for candidate in ranks.gather(list(candidates))[0]:
+    for candidate in ranks.all_gather(list(candidates))[0]:
         folder, problem = None, ""
         if ranks.leads_node:
             folder = _local_copy(store, candidate, scratch / f"step-{candidate.step}")
             problem = _damage(candidate, folder)
-        said = ranks.gather((ranks.node, folder, problem))
+        said = ranks.all_gather((ranks.node, folder, problem))
         problems = [text for _, _, text in said if text]
         if not problems:
             return candidate, next(path for node, path, _ in said if path is not None and node == ranks.node)

@@ -22,12 +22,16 @@ class Ranks:
         local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
         return Ranks(dist.get_rank(), dist.get_world_size(), node, local == 0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. Collective; for small things."""
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
 
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective; torch's own asks for a device under nccl."""
+        self.all_gather(None)
+
     def all_true(self, value: bool) -> bool:
         """Collective."""
-        return all(self.gather(value))
+        return all(self.all_gather(value))

@@ -45,8 +45,8 @@ class TrainConfig(Settings):
     )
     steps: Int = Field(ge=0)  # 0: the untrained model
     batch: PositiveInt
-    lanes: PositiveInt = Field(
-        2, description="fixed streams of rows; workers must divide them, they must divide batch. Ours"
+    streams: PositiveInt = Field(
+        2, description="fixed sequences of rows; workers must divide them, they must divide batch. Ours"
     )
     workers: PositiveInt
     per_worker: ActorResources
@@ -84,10 +84,10 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
-        if self.lanes % self.workers:
-            raise ValueError(f"workers {self.workers} must divide lanes {self.lanes}")
-        if self.batch % self.lanes:
-            raise ValueError(f"lanes {self.lanes} must divide batch {self.batch}")
+        if self.streams % self.workers:
+            raise ValueError(f"workers {self.workers} must divide streams {self.streams}")
+        if self.batch % self.streams:
+            raise ValueError(f"streams {self.streams} must divide batch {self.batch}")
         if (self.batch // self.workers) % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} must divide the rows per worker, batch / workers = "

@@ -11,7 +11,7 @@ import time
 import torch
 
 
-class Laps:
+class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []

@@ -23,10 +23,10 @@ from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
-from pbe.model.frozen import open_backbone, open_codec
-from pbe.model.initial import load_kept
+from pbe.model.initial import load_stored
 from pbe.model.precision import float32_products
 from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float32_group_norm
+from pbe.model.weight_store import open_backbone, open_codec
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run, Saver, newest_whole
@@ -38,7 +38,7 @@ from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 from pbe.train.settings import TrainConfig
-from pbe.train.timing import Laps, peak_memory_gib
+from pbe.train.timing import StepTimer, peak_memory_gib
 from pbe.train.validation import Validation
 
 STATISTICS_ROWS = 2048  # references that standardise the exemplar features
@@ -50,7 +50,7 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainSpec:
     """All that a worker needs; pickled to every rank."""
 
     cfg: TrainConfig
@@ -68,28 +68,28 @@ class Job:
     on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
 
 
-def train_worker(job: Job, device: torch.device) -> None:
+def train_worker(spec: TrainSpec, device: torch.device) -> None:
     """Raises NonFiniteError, CheckpointError, EngineError, StoreError."""
     # build
-    cfg, ranks, store = job.cfg, Ranks.of_this_process(), Store(job.store_uri)
-    run = Run(store, job.run_name)
+    cfg, ranks, store = spec.cfg, Ranks.of_this_process(), Store(spec.store_uri)
+    run = Run(store, spec.run_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl moves objects through the current one
-    torch.manual_seed(job.seed)  # same initial weights on every rank
-    model = new_network(job.arch)
-    model.exemplar.set_statistics(_reference_features(store, job.encoded))
-    if job.initial is not None:
-        load_kept(model, store, job.initial)
+    torch.manual_seed(spec.seed)  # same initial weights on every rank
+    model = new_network(spec.arch)
+    model.exemplar.set_statistics(_reference_features(store, spec.encoded))
+    if spec.initial is not None:
+        load_stored(model, store, spec.initial)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     _use_kernels(model, cfg, device)
-    codec = open_codec(store, job.encoded.config["codec"])
-    grey_latent = codec.posterior(torch.zeros(1, 3, job.card.image_px, job.card.image_px))[0].to(device)
-    diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(job.card.scheduler).to(device), device)
+    codec = open_codec(store, spec.encoded.config["codec"])
+    grey_latent = codec.posterior(torch.zeros(1, 3, spec.card.image_px, spec.card.image_px))[0].to(device)
+    diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(spec.card.scheduler).to(device), device)
 
     # resume
     start, history, window = 0, [], (0, 0.0)
     with tempfile.TemporaryDirectory(prefix="pbe-resume-") as scratch:
-        found = newest_whole(store, _candidates(run, job.origin), ranks, Path(scratch))
+        found = newest_whole(store, _candidates(run, spec.origin), ranks, Path(scratch))
         universal = found is not None and _needs_rewriting(found[0].world, found[0].zero_stage, ranks.world, cfg)
         engine = make_engine(model, cfg, device=device, universal=universal)
         if found is not None:
@@ -100,20 +100,20 @@ def train_worker(job: Job, device: torch.device) -> None:
             if ranks.rank == 0:
                 ranks_then = f", written by {checkpoint.world} ranks" if checkpoint.world != ranks.world else ""
                 print(f"train: goes on from the checkpoint of step {start}{ranks_then}", flush=True)
-        ranks.gather(None)  # the others read from this rank's scratch
+        ranks.barrier()  # the others read from this rank's scratch
 
     # loop
     with ExitStack() as stack:
         stack.enter_context(float32_products(tf32=cfg.kernels.tf32))
         share = Share(ranks.rank, ranks.world, start_step=start)
         batches = open_input(
-            store, job.encoded, job.triplets, cfg=cfg, seed=job.seed, share=share, codec=codec, device=device
+            store, spec.encoded, spec.triplets, cfg=cfg, seed=spec.seed, share=share, codec=codec, device=device
         )
         stack.callback(batches.close)
-        validation = Validation(job.card, codec, diffusion, batches.validation())
+        validation = Validation(spec.card, codec, diffusion, batches.validation())
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
-        laps = Laps(device)
+        laps = StepTimer(device)
         # since the last log point: its step, the sum of this rank's losses, and what has been timed here
         logged, loss_sum, timed = window[0], torch.tensor(window[1], device=device), 0
         norm: OnHost | None = None  # of the newest step's gradient
@@ -168,10 +168,10 @@ def train_worker(job: Job, device: torch.device) -> None:
                 point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": norm.read()}
                 point["samples_seen"] = done * cfg.batch
                 point["rows_per_s"] = cfg.batch / point["step_s"]
-                point["peak_memory_gib"] = max(ranks.gather(peak_memory_gib(device)))
+                point["peak_memory_gib"] = max(ranks.all_gather(peak_memory_gib(device)))
                 history.append(point)
                 if ranks.rank == 0:
-                    _log(job, point, grid if validates else None)
+                    _log(spec, point, grid if validates else None)
 
             # save
             if saves:
@@ -183,11 +183,11 @@ def train_worker(job: Job, device: torch.device) -> None:
     # finish
     parameters = full_parameters(engine)
     if ranks.rank == 0:
-        network = new_network(job.arch)
+        network = new_network(spec.arch)
         network.load_state_dict(parameters | buffers)
         with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-            backbone = open_backbone(store, job.encoded.config["backbone"])
-            save_model(Path(local), Model(network, codec.to(torch.device("cpu")), backbone, job.card))
+            backbone = open_backbone(store, spec.encoded.config["backbone"])
+            save_model(Path(local), Model(network, codec.to(torch.device("cpu")), backbone, spec.card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
         run.write_json(
@@ -246,7 +246,7 @@ def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
     if ranks.leads_node:
         mine = scratch / "universal"
         to_universal(folder, mine)
-    return next(path for node, path in ranks.gather((ranks.node, mine)) if path is not None and node == ranks.node)
+    return next(path for node, path in ranks.all_gather((ranks.node, mine)) if path is not None and node == ranks.node)
 
 
 def _require_finite_norm(norm: OnHost | None, step: int, saver: Saver, run: Run) -> None:
@@ -272,7 +272,7 @@ def _non_finite_rows(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -
         for name, time, loss in zip(names, times, losses.tolist(), strict=True)
         if not math.isfinite(loss)
     ]
-    return [row for rows in ranks.gather(mine) for row in rows]
+    return [row for rows in ranks.all_gather(mine) for row in rows]
 
 
 def _what_was_not_finite(step: int, rows: Sequence[str], *, seen_rows: int) -> str:
@@ -288,16 +288,16 @@ def _what_was_not_finite(step: int, rows: Sequence[str], *, seen_rows: int) -> s
     )
 
 
-def _log(job: Job, point: dict[str, float], grid: np.ndarray | None) -> None:
-    if job.on_progress is not None:
-        job.on_progress(point)
-    if job.tracking_uri is None:
+def _log(spec: TrainSpec, point: dict[str, float], grid: np.ndarray | None) -> None:
+    if spec.on_progress is not None:
+        spec.on_progress(point)
+    if spec.tracking_uri is None:
         return
     seen = int(point["samples_seen"])
     try:
-        track.log_metrics(job.tracking_uri, job.mlflow_run_id, point, step=seen, prefix="train/")
+        track.log_metrics(spec.tracking_uri, spec.mlflow_run_id, point, step=seen, prefix="train/")
         if grid is not None:
-            track.log_image_at(job.tracking_uri, job.mlflow_run_id, grid, key="edits", step=seen)
+            track.log_image_at(spec.tracking_uri, spec.mlflow_run_id, grid, key="edits", step=seen)
     except track.TrackError as error:  # days of training do not end for a curve; the run's history has every point
         print(f"train: step {int(point['step'])} is not in MLflow: {error}", flush=True)
 

@@ -211,9 +211,9 @@ def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
         if backbone.kind == "clip":
             yield "encode.backbone.weights", backbone.weights
     if stage.name in ("evaluate", "sweep"):
-        for number, judge in enumerate(stage.params.evaluate.judges):
-            if judge.kind == "clip":
-                yield f"evaluate.judges.{number}.weights", judge.weights
+        for number, extractor in enumerate(stage.params.evaluate.extractors):
+            if extractor.kind == "clip":
+                yield f"evaluate.extractors.{number}.weights", extractor.weights
     if stage.name == "train" and stage.variant is not None:
         init = stage.params.train_variant(stage.variant).init
         if init not in ("random", "sd"):
@@ -224,13 +224,13 @@ def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
     """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
     if stage.name in ("evaluate", "sweep"):
         cfg = stage.params.evaluate
-        if cfg.reals is not None:
-            yield "evaluate.reals", cfg.reals
-        for number, judge in enumerate(cfg.judges):
-            if judge.kind == "clip" and judge.mixture is not None:
-                yield f"evaluate.judges.{number}.mixture", judge.mixture
-            if judge.kind == "inception":
-                yield f"evaluate.judges.{number}.file", judge.file
+        if cfg.real_images is not None:
+            yield "evaluate.real_images", cfg.real_images
+        for number, extractor in enumerate(cfg.extractors):
+            if extractor.kind == "clip" and extractor.mixture is not None:
+                yield f"evaluate.extractors.{number}.mixture", extractor.mixture
+            if extractor.kind == "inception":
+                yield f"evaluate.extractors.{number}.file", extractor.file
 
 
 def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:

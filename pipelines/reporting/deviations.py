@@ -53,7 +53,7 @@ def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
 def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]:
     """What deviations.yaml may name: sections of params.yaml, `train` of one variant, and what follows from them."""
     edit, train = params.edit, params.train
-    judges = [judge.kind for judge in params.evaluate.judges]
+    extractors = [extractor.kind for extractor in params.evaluate.extractors]
     default_is_plms = train.beta_schedule == "scaled_linear" and train.objective != "x0"
     return {
         **{name: getattr(params, name) for name in Params.model_fields},
@@ -62,8 +62,8 @@ def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]
         "few_photos": train_photos < PAPER_PHOTOS // 2,
         "plms": edit.sampler == "pndm" if edit.sampler else default_is_plms,
         "holds_pixels": params.encode.codec.kind == "patch",  # pbe/edit.py clips what such a codec decodes
-        "judges": judges,
-        "clip_is_judge": "clip" in judges,
+        "extractors": extractors,
+        "clip_is_extractor": "clip" in extractors,
     }
 
 

@@ -16,7 +16,7 @@ from pipelines.reporting.summary import estimate_text
 class Entry(NamedTuple):
     """A row of metric_glossary.yaml."""
 
-    metric: str  # a pattern of names; its group is the judge
+    metric: str  # a pattern of names; its group is the extractor
     label: str
     unit: str
     text: str
@@ -73,7 +73,7 @@ def bars(estimates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
 
 
 def how_to_read(metric: str) -> tuple[str, str, str, str]:
-    """Label, judge ("" when there is none), unit and the sentence of a metric; a metric without one is a bug."""
+    """Label, extractor ("" when there is none), unit and the sentence of a metric; a metric without one is a bug."""
     for entry in glossary():
         if found := re.fullmatch(entry.metric, metric):
             return entry.label, "".join(group or "" for group in found.groups()), entry.unit, entry.text

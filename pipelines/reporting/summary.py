@@ -31,13 +31,13 @@ class Result:
 def main() -> None:
     """Raises StageError when there is no metrics.json yet."""
     params, root = load_params(), repo_root()
-    judge, scope = params.evaluate.judges[0].kind, (params.edit.holes[0], "exemplar")
+    extractor, scope = params.evaluate.extractors[0].kind, (params.edit.holes[0], "exemplar")
     results, _ = load_results(root, params)
     first = next(iter(next(iter(results.values())).scopes[scope].values()))
 
     photos = "photos seen in training" if seen_in_training(params) else "photos not seen in training"
-    metrics = headline_metrics(judge)
-    print(f"{first.n} items in {photos}, {scope[0]} holes, 95 % intervals, by {judge}; one training seed:")
+    metrics = headline_metrics(extractor)
+    print(f"{first.n} items in {photos}, {scope[0]} holes, 95 % intervals, by {extractor}; one training seed:")
     width = max(map(len, results))
     for result in list(results.values())[:LISTED]:
         found = [(label, result.scopes[scope].get(metric)) for metric, label in metrics.items()]
@@ -61,16 +61,16 @@ def mlflow_command(uri: str) -> str:
     return f"{shlex.quote(sys.executable)} -m mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
 
 
-def headline_metrics(judge: str) -> dict[str, str]:
+def headline_metrics(extractor: str) -> dict[str, str]:
     """The columns that a run is summed up by, by their names in metrics.json; not every method has all of them."""
     return {
-        {"inception": "fid", "clip": "clip_fid"}.get(judge, f"frechet_{judge}"): "Frechet",
+        {"inception": "fid", "clip": "clip_fid"}.get(extractor, f"frechet_{extractor}"): "Frechet",
         "qs": "QS",
-        f"qs_rank_{judge}": "QS rank",
+        f"qs_rank_{extractor}": "QS rank",
         "clip_score": "CLIP score",
         "clip_score_whole": "CLIP score, whole region",
-        f"similarity_{judge}": "similarity",
-        f"exemplar_gain_{judge}": "exemplar gain",
+        f"similarity_{extractor}": "similarity",
+        f"exemplar_gain_{extractor}": "exemplar gain",
         "copy_paste": "copy-paste",
     }
 
@@ -95,8 +95,8 @@ def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[st
 
 
 def estimate_from(raw: dict[str, Any]) -> Estimate:
-    """Of its JSON, where it may stand with the judge that gave it."""
-    return Estimate(**{key: value for key, value in raw.items() if key != "judge"})
+    """Of its JSON, where it may stand with the extractor that gave it."""
+    return Estimate(**{key: value for key, value in raw.items() if key != "extractor"})
 
 
 def read_json(path: Path, target: str) -> Any:

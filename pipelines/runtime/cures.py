@@ -5,7 +5,7 @@ from pathlib import Path
 from pbe.errors import UserError
 from pbe.store import ManifestError, PartError
 
-STAGE_OF_KIND = {"index": "ingest", "look": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else the kind
+STAGE_OF_KIND = {"index": "ingest", "features": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else the kind
 
 
 def with_cure(error: UserError) -> str:

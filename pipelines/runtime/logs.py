@@ -13,7 +13,7 @@ KEPT = 5  # runs of a stage; older ones are removed
 
 
 @contextmanager
-def kept_log(home: Path, title: str) -> Iterator[Path]:
+def stage_log(home: Path, title: str) -> Iterator[Path]:
     """While the block runs, both streams of this process also go to a file of <home>/logs/<title>, whose path is given.
 
     A progress bar leaves its last state alone there. Ray's and C++'s own lines, which go past Python, are not in it.

@@ -4,9 +4,9 @@
 
 One method on N items (48; --quick 16) with box holes, exemplars and foreign references, at the sample's sizes: an
 untrained network of its shape (weights do not matter for time), 20 DDIM steps at guidance scale 3; both EfficientNet
-judges and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests. Smooth
-random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted. --device cuda
-puts the editor and the judges on the first GPU; pixel counts, metrics and tests are numpy there too.
+extractors and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests.
+Smooth random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted. --device cuda
+puts the editor and the extractors on the first GPU; pixel counts, metrics and tests are numpy there too.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from pbe.data.schema import PIXELS
 from pbe.diffusion.sampling import Sampling
 from pbe.diffusion.schedule import scheduler_config
 from pbe.edit import Editor
-from pbe.evaluate.features.crops import bench_views, edit_views
+from pbe.evaluate.features.crops import bench_crops, edited_crops
 from pbe.evaluate.features.extractors import EfficientNetExtractor
-from pbe.evaluate.features.tables import Counts, Looks, count_pixels, look
+from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
 from pbe.evaluate.metrics.frechet import feature_statistics
 from pbe.evaluate.metrics.paired import paired_means, paired_sets
-from pbe.evaluate.scale import make_scale
+from pbe.evaluate.reference_set import make_reference_set
 from pbe.evaluate.score import Method, ScopeScores, score_method
 from pbe.evaluate.settings import StatisticsConfig
 from pbe.model.backbone import load_backbone
@@ -123,7 +123,7 @@ def main() -> int:
     photos = {row["bench_id"]: row["image_id"] for row in bench}
     sources = np.stack([images.decode(row["source"]) for row in bench])
     editor = new_editor(sources, device)
-    judges = {
+    extractors = {
         name: EfficientNetExtractor(load_backbone(name).to(device))
         for name in ("efficientnet_lite2", "efficientnet_lite0")
     }
@@ -133,28 +133,30 @@ def main() -> int:
     generated = now(device)
 
     scopes = [("box", kind) for kind in KINDS]
-    bench_looks = {}
-    seen: dict[int, dict[str, Looks]] = {seed: {} for seed in methods}
+    bench_features = {}
+    seen: dict[int, dict[str, FeatureTable]] = {seed: {} for seed in methods}
     counts = {}
-    for name, judge in judges.items():
-        bench_looks[name] = Looks([look(bench_views(bench, scopes, matched=True), judge, batch_rows=BATCH_ROWS)])
+    for name, extractor in extractors.items():
+        bench_features[name] = FeatureTable(
+            [extract(bench_crops(bench, scopes, matched=True), extractor, batch_rows=BATCH_ROWS)]
+        )
         for seed, edits in methods.items():
-            views = edit_views(edits, by_id, region="whole")
-            seen[seed][name] = Looks([look(views, judge, batch_rows=BATCH_ROWS)])
+            views = edited_crops(edits, by_id, region="whole")
+            seen[seed][name] = FeatureTable([extract(views, extractor, batch_rows=BATCH_ROWS)])
     for seed, edits in methods.items():
-        counts[seed] = Counts([count_pixels(edits, by_id).cast(PIXELS)])
+        counts[seed] = PixelTable([count_pixels(edits, by_id).cast(PIXELS)])
     looked = now(device)
 
     rng = np.random.default_rng(1)
     scales = {}
-    for name, looks in bench_looks.items():
-        photos_seen = looks.all_of("source")
-        reals = photos_seen + 0.1 * rng.standard_normal(photos_seen.shape)
-        scales[name] = make_scale(
+    for name, features in bench_features.items():
+        photos_seen = features.all_of("source")
+        real_images = photos_seen + 0.1 * rng.standard_normal(photos_seen.shape)
+        scales[name] = make_reference_set(
             name,
-            reals=reals,
-            statistics=feature_statistics(reals),
-            photos=photos_seen,
+            real_images=real_images,
+            statistics=feature_statistics(real_images),
+            bench_photos=photos_seen,
             mixture=None,
             upstream_region=False,
             components=2,
@@ -163,15 +165,17 @@ def main() -> int:
         )
     scored: dict[int, ScopeScores] = {}
     for seed, edits in methods.items():
-        method = Method(edits, seen[seed], bench_looks, counts[seed], photos)
+        method = Method(edits, seen[seed], bench_features, counts[seed], photos)
         [scored[seed]] = score_method(method, scales, SIZES)
     of_items = [photos[name] for name in scored[0].bench_ids]
     for first, second in zip(scored[0].scores, scored[1].scores, strict=True):
         if first.per_item is not None and second.per_item is not None:
-            paired_means(second.per_item, first.per_item, photos=of_items, resamples=SIZES.resamples, seed=SIZES.seed)
+            paired_means(
+                second.per_item, first.per_item, image_ids=of_items, resamples=SIZES.resamples, seed=SIZES.seed
+            )
     name, scale = next(iter(scales.items()))
     sets = [[seen[seed][name].of(keys, "whole") for keys in scored[seed].keys_by_seed] for seed in methods]
-    paired_sets(scale.frechet, *sets, photos=of_items, resamples=SIZES.subsets, seed=SIZES.seed)
+    paired_sets(scale.frechet, *sets, image_ids=of_items, resamples=SIZES.subsets, seed=SIZES.seed)
     done = now(device)
 
     parts = {"generation": generated - started, "features": looked - generated, "rest": done - looked}

@@ -71,7 +71,7 @@ def main() -> int:
         zero_stage=args.zero_stage,
         micro_batch=args.micro_batch,
         batch=batch,
-        lanes=1,
+        streams=1,
         workers=1,
         kernels={**train.kernels.model_dump(), "activation_checkpointing": not args.no_checkpointing},
     )

@@ -91,7 +91,7 @@ def sent_by_rank(wanted: Sequence[Case], world: int) -> tuple[int, list[float]]:
             zero_stage=case.stage,
             precision=case.precision,
             workers=world,
-            lanes=world,
+            streams=world,
             micro_batch=1,
             batch=world * case.micro_batches,
         )

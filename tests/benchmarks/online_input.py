@@ -125,7 +125,7 @@ def _measure(
 
 
 def _micro_batch(params: Params) -> int:
-    """Rows; an even number, so that every slot and lane has as many."""
+    """Rows; an even number, so that every slot and stream has as many."""
     return min(8, params.train.micro_batch)
 
 

@@ -135,7 +135,9 @@ def index(folder: Path, shards: int) -> int:
         changes = {"source": "openimages", "boxes": str(boxes), "images": str(info), "shards": shards}
         changes["image_base"] = "http://127.0.0.1:9"
         cfg = IngestConfig.model_validate(load_params().ingest.model_dump() | changes)
-        limits = DownloadConfig(connections=1, attempts=1, connect_s=1, idle_s=1, whole_s=1, backoff_s=0)
+        limits = DownloadConfig(
+            connections=1, attempts=1, connect_timeout_s=1, read_timeout_s=1, attempt_timeout_s=1, backoff_s=0
+        )
         source = OpenImagesSource(FileTree(str(info), "images"), Downloader("http://127.0.0.1:9", limits, max_bytes=1))
         left_out, records = write_index(Store(str(folder / "store")), source, cfg)
         rows = sum(record.file("annotations").rows for record in records)

@@ -37,7 +37,7 @@ from pbe.train.worker import train_worker  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_rank, one_thread, open_device  # noqa: E402
 from tests.benchmarks.online_input import measure  # noqa: E402
 from tests.profiles import profile  # noqa: E402
-from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_job  # noqa: E402
+from tests.train.ranks import PATCH_PX, WIDTH, tiny_encoded, tiny_spec  # noqa: E402
 
 LATENT_PX = 16
 
@@ -133,10 +133,10 @@ def step_times(rounds: int, device: torch.device) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
         store = Store(folder)
         encoded = tiny_encoded(store, shards=4, rows=24, slots=2, channels=16, latent_px=LATENT_PX)
-        job: Any = tiny_job(store, encoded, cfg, "bench")
-        job = replace(job, arch=arch, card=replace(job.card, image_px=LATENT_PX * PATCH_PX), on_progress=turns)
+        spec: Any = tiny_spec(store, encoded, cfg, "bench")
+        spec = replace(spec, arch=arch, card=replace(spec.card, image_px=LATENT_PX * PATCH_PX), on_progress=turns)
         turns.since = now(device)
-        train_worker(job, device)
+        train_worker(spec, device)
     return turns.seconds
 
 

@@ -13,7 +13,9 @@ import pytest
 from pbe.data.download import Downloader, PhotoError, http_base
 from pbe.data.settings import DownloadConfig
 
-LIMITS = DownloadConfig(connections=4, attempts=3, connect_s=2, idle_s=0.4, whole_s=0.8, backoff_s=0.01)
+LIMITS = DownloadConfig(
+    connections=4, attempts=3, connect_timeout_s=2, read_timeout_s=0.4, attempt_timeout_s=0.8, backoff_s=0.01
+)
 BODY = b"\xff\xd8\xff" + b"x" * 5000
 
 

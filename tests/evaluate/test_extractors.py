@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.evaluate.features.extractors import EfficientNetExtractor, Way, load_clip_extractor, load_inception_extractor
+from pbe.evaluate.features.extractors import (
+    EfficientNetExtractor,
+    Preprocessing,
+    load_clip_extractor,
+    load_inception_extractor,
+)
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD
 from pbe.model.tensors import WeightsError
-from tests.tiny_weights import JUDGE_PX, JUDGE_WIDTH, write_clip, write_clip_judge, write_inception
+from tests.tiny_weights import JUDGE_PX, JUDGE_WIDTH, write_clip, write_clip_extractor, write_inception
 
 
 class OneConvolution(nn.Module):
@@ -96,7 +101,7 @@ def test_bad_input_is_refused(backbone: EfficientNetLite) -> None:
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip_judge(tmp_path_factory.mktemp("clip") / "judge")
+    return write_clip_extractor(tmp_path_factory.mktemp("clip") / "extractor")
 
 
 def test_clip_is_transformers_own_through_its_projection(clip_folder: Path) -> None:
@@ -125,26 +130,26 @@ def test_clip_is_transformers_own_through_its_projection(clip_folder: Path) -> N
 
 @pytest.mark.parametrize("way", ["whole", "region", "reference"])
 @pytest.mark.parametrize("batch_rows", [1, 99])
-def test_clips_batch_size_does_not_matter(clip_folder: Path, way: Way, batch_rows: int) -> None:
+def test_clips_batch_size_does_not_matter(clip_folder: Path, preprocessing: Preprocessing, batch_rows: int) -> None:
     clip = load_clip_extractor(clip_folder)
-    first, second = (clip(_images(), way=way, batch_rows=rows) for rows in (batch_rows, 2))
+    first, second = (clip(_images(), preprocessing=preprocessing, batch_rows=rows) for rows in (batch_rows, 2))
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-8)
 
 
 def test_clip_looks_at_regions_and_references_as_upstream_does(clip_folder: Path) -> None:
-    """A square picture of the judge's own size is the same in all ways; another is squashed, not cropped."""
+    """A square picture of the extractor's own size is the same in all ways; another is squashed, not cropped."""
     clip = load_clip_extractor(clip_folder)
-    cut_ways: tuple[Way, ...] = ("region", "reference")
+    cut_ways: tuple[Preprocessing, ...] = ("region", "reference")
     own = [np.random.default_rng(0).integers(0, 256, (JUDGE_PX, JUDGE_PX, 3)).astype(np.uint8)]
     whole = clip(own, batch_rows=1)
-    for way in cut_ways:
-        np.testing.assert_allclose(clip(own, way=way, batch_rows=1), whole, rtol=1e-5)
+    for preprocessing in cut_ways:
+        np.testing.assert_allclose(clip(own, preprocessing=preprocessing, batch_rows=1), whole, rtol=1e-5)
     wide = np.zeros((JUDGE_PX, 4 * JUDGE_PX, 3), np.uint8)
     changed = wide.copy()
     changed[:, :JUDGE_PX] = 255  # outside the centre crop
     np.testing.assert_array_equal(clip([wide], batch_rows=1), clip([changed], batch_rows=1))
-    for way in cut_ways:
-        first, second = (clip([p], way=way, batch_rows=1) for p in (wide, changed))
+    for preprocessing in cut_ways:
+        first, second = (clip([p], preprocessing=preprocessing, batch_rows=1) for p in (wide, changed))
         assert np.abs(first - second).max() > 1e-4
 
 

@@ -9,7 +9,7 @@ import pytest
 from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.masks import unpack_mask
-from pbe.data.schema import BENCH, REALS, require
+from pbe.data.schema import BENCH, REAL_IMAGES, require
 from pbe.data.settings import MaterializeConfig
 from pbe.evaluate.bench.heldout import BenchBox, BenchError, make_bench, nearest_of_other_photos, refuse_what_it_lacks
 
@@ -45,10 +45,10 @@ def _bench(boxes: list[BenchBox], *, crops: int = 1, items: int = 100, seed: int
 
 
 def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:
-    bench, reals = _bench(_boxes(), crops=2)
+    bench, real_images = _bench(_boxes(), crops=2)
     require(bench, BENCH, "bench")
-    require(reals, REALS, "reals")
-    assert bench.num_rows == reals.num_rows == 16
+    require(real_images, REAL_IMAGES, "real_images")
+    assert bench.num_rows == real_images.num_rows == 16
     rows = bench.to_pylist()
     assert len({row["bench_id"] for row in rows}) == 16
     for row in rows:
@@ -83,9 +83,9 @@ def test_equal_features_take_the_first_whatever_the_last_bits() -> None:
 
 
 def test_the_bench_is_a_function_of_its_seed_and_max_items_takes_a_part_of_it() -> None:
-    bench, reals = _bench(_boxes())
-    again, reals_again = _bench(_boxes())
-    assert bench.equals(again) and reals.equals(reals_again)
+    bench, real_images = _bench(_boxes())
+    again, real_images_again = _bench(_boxes())
+    assert bench.equals(again) and real_images.equals(real_images_again)
     other = _bench(_boxes(), seed=2)[0]
     assert other.column("source").to_pylist() != bench.column("source").to_pylist()
     few = _bench(_boxes(), items=3)[0].to_pylist()

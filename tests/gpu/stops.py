@@ -21,7 +21,7 @@ ROOMS = (f"{repo_root()}/pbe/", "/deepspeed/", "/diffusers/", "/transformers/")
 
 @contextmanager
 def stops(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts by place while it is open.
+    """PixelTable by place while it is open.
 
     On a GPU: what torch's sync debug mode reports, and explicit synchronisation of device, streams and events. On a
     processor, where nothing waits, as a rehearsal: every read of a tensor's value, and the device's `synchronize`.
@@ -94,7 +94,7 @@ class _EnoughStepsError(Exception):
     """Ends a training from inside, once enough was seen."""
 
 
-def stops_of_steps(device: torch.device, job: Any, *, skip: int = 2, steps: int = 4) -> list[Counter[str]]:
+def stops_of_steps(device: torch.device, spec: Any, *, skip: int = 2, steps: int = 4) -> list[Counter[str]]:
     """Of each of `steps` optimizer steps of `train_worker` after the first `skip`, which log and save nothing."""
     from pbe.train import worker
 
@@ -108,5 +108,5 @@ def stops_of_steps(device: torch.device, job: Any, *, skip: int = 2, steps: int 
         return learning_rate(cfg, step)
 
     with stops(device) as seen, patch.object(worker, "learning_rate", at_each_step), suppress(_EnoughStepsError):
-        worker.train_worker(job, device)
+        worker.train_worker(spec, device)
     return [after - before for before, after in pairwise(by_step[skip:])]

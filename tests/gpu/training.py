@@ -23,7 +23,7 @@ from pbe.train import worker
 from pbe.train.engine import make_engine
 from pbe.train.settings import TrainConfig
 from pbe.train.timing import peak_memory_gib
-from pbe.train.worker import Job, train_worker
+from pbe.train.worker import TrainSpec, train_worker
 from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
 from tests.gpu.stops import stops_of_steps
@@ -83,14 +83,14 @@ def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:
     base = profile("openimages").train.model_dump()
     kernels = base["kernels"] | changes.pop("kernels", {})
     micro_batch = changes.pop("micro_batch", sizes.micro_batch)
-    base |= {"workers": 1, "lanes": 1, "micro_batch": micro_batch, "batch": micro_batch, "kernels": kernels}
+    base |= {"workers": 1, "streams": 1, "micro_batch": micro_batch, "batch": micro_batch, "kernels": kernels}
     base |= {"steps": NEVER, "log_every": sizes.window_steps, "checkpoint_every": NEVER, "validate_every": NEVER}
     return TrainConfig.model_validate(base | {"validation_rows": 1, "grid_rows": 0, "lr": 1e-6} | changes)
 
 
-def paper_job(work: Path, sizes: Sizes, cfg: TrainConfig, name: str, on_progress: Any = None) -> Job:
+def paper_job(work: Path, sizes: Sizes, cfg: TrainConfig, name: str, on_progress: Any = None) -> TrainSpec:
     encoded: Manifest = load_manifest(work / "encoded.json")
-    return Job(
+    return TrainSpec(
         cfg=cfg,
         seed=23,
         store_uri=str(work / "store"),

@@ -114,7 +114,7 @@ def _params() -> Params:
         update={
             "variants": {VARIANT: params.variants[VARIANT]},
             "bench": params.bench.model_copy(update={"max_items": 8}),
-            "evaluate": params.evaluate.model_copy(update={"judges": params.evaluate.judges[1:]}),
+            "evaluate": params.evaluate.model_copy(update={"extractors": params.evaluate.extractors[1:]}),
         }
     )
 
@@ -142,8 +142,8 @@ def _write_model(root: Path, store: Store, params: Params) -> None:
     import torch
 
     from pbe.diffusion.schedule import scheduler_config
-    from pbe.model.frozen import open_backbone, open_codec
     from pbe.model.unet import architecture_of, new_network
+    from pbe.model.weight_store import open_backbone, open_codec
     from pbe.model.weights import Model, ModelCard, save_model
 
     encoded, cut = load_manifest(root / "data" / "encode" / "manifest.json"), params.materialize

@@ -41,7 +41,7 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
         for hole in ("box", "bezier"):
             assert set(found[method][hole]) == {"exemplar", "own"}
             gain = found[method][hole]["exemplar"][GAIN]
-            assert gain["low"] <= gain["value"] <= gain["high"] and (gain["n"], gain["judge"]) == (12, GAIN[14:])
+            assert gain["low"] <= gain["value"] <= gain["high"] and (gain["n"], gain["extractor"]) == (12, GAIN[14:])
     html = (repro.folder / "reports" / "index.html").read_text()
     assert "exemplar gain" in html.lower() and "classifier-free guidance (full)" in html
     clean, *draws = re.findall(r'<img src="(data:[^"]+)" alt="(?:clean|augmented) reference', html)
@@ -100,11 +100,11 @@ def test_every_number_has_its_card(repro: Project) -> None:
     assert card["data_digest"] == json.loads((repro.folder / "data/ingest/manifest.json").read_text())["digest"]
     assert set(card["extractors"]) == {"efficientnet_lite2", "efficientnet_lite0"}
     known = {"digest", "resize_rule", "papers_network", "reference_digest", "reference_n", "reference_statistics"}
-    for name, judge in card["extractors"].items():
-        assert set(judge) == known and judge["reference_n"] == 12
-        kept = (repro.folder / ".store" / judge["reference_statistics"]).read_bytes()
+    for name, extractor in card["extractors"].items():
+        assert set(extractor) == known and extractor["reference_n"] == 12
+        kept = (repro.folder / ".store" / extractor["reference_statistics"]).read_bytes()
         statistics, whose = statistics_from_bytes(kept, "")
-        assert (statistics.n, whose.extractor, whose.resize_rule) == (12, name, judge["resize_rule"])
+        assert (statistics.n, whose.extractor, whose.resize_rule) == (12, name, extractor["resize_rule"])
     assert (protocol["guidance_scale"], protocol["steps"], protocol["seeds"]) == (3.0, 3, [42])
     assert found["untrained"]["protocol"]["guidance_scale"] == 1.0
     assert protocol["run"] == json.loads((repro.folder / "data/train/full/manifest.json").read_text())["run"]

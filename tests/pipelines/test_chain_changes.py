@@ -28,14 +28,14 @@ POLL_S = 0.05
 
 
 def test_another_metric_setting_costs_no_second_look_and_no_second_edit(changeable: Project) -> None:
-    before = {stage: changeable.part_times(stage) for stage in ("bench", "edit", "look")}
+    before = {stage: changeable.part_times(stage) for stage in ("bench", "edit", "features")}
     changeable.edit_params("quality_components: 2", "quality_components: 3")
     changeable.run("dvc", "repro", "evaluate")
     assert before == {stage: changeable.part_times(stage) for stage in before}
 
 
 def test_methods_in_another_order_cost_no_second_look(changeable: Project) -> None:
-    before = {stage: changeable.part_times(stage) for stage in ("edit", "look", "statistics")}
+    before = {stage: changeable.part_times(stage) for stage in ("edit", "features", "statistics")}
     first, second = "  copy_paste: {kind: copy_paste}\n", "  poisson: {kind: poisson}\n"
     changeable.edit_params(first + second, second + first)
     changeable.run("pipelines", "evaluate")
@@ -43,7 +43,7 @@ def test_methods_in_another_order_cost_no_second_look(changeable: Project) -> No
 
 
 def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_do(changeable: Project) -> None:
-    """By another judge too, from one actor and in other batches: 1e-6."""
+    """By another extractor too, from one actor and in other batches: 1e-6."""
     before = metrics(changeable)
     folder = changeable.folder / "untouched photos"
     folder.mkdir()
@@ -55,9 +55,12 @@ def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_d
         )
     sha256 = hashlib.sha256(write_inception(changeable.folder / "inception.pt").read_bytes()).hexdigest()
     changes = [
-        ("  reals: null\n  reals_px: null\n", "  reals: untouched photos\n  reals_px: 64\n"),
+        ("  real_images: null\n  real_images_px: null\n", "  real_images: untouched photos\n  real_images_px: 64\n"),
         ("  batch_rows: 16\n  actors: 2\n", "  batch_rows: 5\n  actors: 1\n"),
-        ("lite0}\n  reals", f"lite0}}\n    - {{kind: inception, file: inception.pt, sha256: {sha256}}}\n  reals"),
+        (
+            "lite0}\n  real_images",
+            f"lite0}}\n    - {{kind: inception, file: inception.pt, sha256: {sha256}}}\n  real_images",
+        ),
     ]
     for old, new in changes[::-1]:
         changeable.edit_params(old, new)

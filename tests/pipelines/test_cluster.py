@@ -40,7 +40,7 @@ CHANGES = """
     train: {steps: 300, checkpoint_every: 30, validate_every: 150, log_every: 10}
     bench: {max_items: 12}
     edit: {steps: 2, holes: [box], references: [exemplar], items_per_unit: 12, actors: 1}
-    evaluate: {judges: [{kind: efficientnet_lite0}], quality_components: 1, quality_pca_dims: 2, actors: 1}
+    evaluate: {extractors: [{kind: efficientnet_lite0}], quality_components: 1, quality_pca_dims: 2, actors: 1}
     sweep: {scales: [1, 3], items: 8, diversity: {items: 2, seeds: [1, 2]}}
 """
 
@@ -404,7 +404,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
 @pytest.mark.drill
 @pytest.mark.timeout(7200)
 def test_the_whole_sample_profile_through_the_bridge(cluster: Cluster, tmp_path: Path) -> None:
-    """All variants, judges and sweeps, as `make repro` runs them; the environment alone says that it is a cluster."""
+    """All variants, extractors and sweeps, as `make repro` runs them; only the environment names the cluster."""
     laptop = new_laptop(cluster, make_project(tmp_path / "a laptop", profile="sample"))
     process = laptop.project.start("dvc", "repro", **laptop.env)
     assert process.wait(timeout=6000) == 0, laptop.said()

@@ -1,4 +1,4 @@
-"""What evaluation looks at and with which settings, refused before a judge is opened."""
+"""What evaluation looks at and with which settings, refused before a extractor is opened."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +14,14 @@ from pipelines.runtime.stage import StageError
 
 
 def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
-    (tmp_path / "reals").mkdir()
+    (tmp_path / "real_images").mkdir()
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "photo|1.png").write_bytes(images.encode_png(np.zeros((8, 8, 3), np.uint8)))
-        (tmp_path / "reals" / f"{folder}.png").symlink_to(tmp_path / folder / "photo|1.png")
-    cfg = load_params().evaluate.model_copy(update={"reals": str(tmp_path / "reals"), "reals_px": 8})
-    (look,) = features._looks_at_reals(cfg, "judge", None)  # type: ignore[arg-type]
-    views = [features._folder_view(Path(path), cfg) for path, _, _ in look.photos]
+        (tmp_path / "real_images" / f"{folder}.png").symlink_to(tmp_path / folder / "photo|1.png")
+    cfg = load_params().evaluate.model_copy(update={"real_images": str(tmp_path / "real_images"), "real_images_px": 8})
+    (look,) = features._extractions_of_real_images(cfg, "extractor", None)  # type: ignore[arg-type]
+    views = [features._folder_crop(Path(path), cfg) for path, _, _ in look.photos]
     assert [view.key for view in views] == ["a.png", "b.png", "c.png"]
 
 

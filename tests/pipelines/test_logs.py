@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runtime.logs import KEPT, kept_log
+from pipelines.runtime.logs import KEPT, stage_log
 
 
 def test_both_streams_are_kept_and_still_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
-    with kept_log(tmp_path, "train@full") as path:
+    with stage_log(tmp_path, "train@full") as path:
         print("a line")
         print("another", file=sys.stderr)
     assert (sys.stdout, sys.stderr) == before
@@ -23,7 +23,7 @@ def test_both_streams_are_kept_and_still_shown(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_bar_leaves_its_last_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with kept_log(tmp_path, "encode") as path:
+    with stage_log(tmp_path, "encode") as path:
         for state in ("0%", "50%", "100%"):
             sys.stderr.write(f"\rencode: {state}")
         sys.stderr.write("\nnext\r\n")
@@ -33,7 +33,7 @@ def test_a_bar_leaves_its_last_state(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_log_ends_with_what_ended_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no photo"), kept_log(tmp_path, "encode"):
+    with pytest.raises(ValueError, match="no photo"), stage_log(tmp_path, "encode"):
         raise ValueError("no photo")
     (path,) = (tmp_path / "logs" / "encode").glob("*.log")
     assert path.read_text().endswith("ValueError: no photo\n")
@@ -44,7 +44,7 @@ def test_old_logs_go(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for day in range(1, 9):
         (folder / f"2026010{day}-000000.log").write_text("old")
-    with kept_log(tmp_path, "encode") as path:
+    with stage_log(tmp_path, "encode") as path:
         pass
     found = sorted(file.name for file in folder.glob("*.log"))
     assert len(found) == KEPT and found[-1] == path.name and found[0] == "20260105-000000.log"

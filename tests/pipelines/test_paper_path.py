@@ -23,7 +23,7 @@ from tests.tiny_weights import (
     tiny_vae,
     vae_of,
     write_clip,
-    write_clip_judge,
+    write_clip_extractor,
     write_mixture,
     write_stable_diffusion,
 )
@@ -41,11 +41,11 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Project:
     weights = tmp_path_factory.mktemp("weights")
     write_stable_diffusion(weights / "sd")
     write_clip(weights / "clip")
-    write_mixture(weights / "mixture.npz", write_clip_judge(weights / "clip-judge"))
+    write_mixture(weights / "mixture.npz", write_clip_extractor(weights / "clip-extractor"))
     project = make_project(tmp_path_factory.mktemp("chain") / "paper path", "paper-tiny", str(weights))
     project.run("dvc", "repro")
     (weights / "mixture.npz").rename(project.folder / "mixture.npz")
-    shutil.copytree(weights / "clip-judge", project.folder / "clip-judge")
+    shutil.copytree(weights / "clip-extractor", project.folder / "clip-extractor")
     shutil.rmtree(weights)  # the storage keeps what was read
     return project
 
@@ -81,7 +81,7 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
     assert {"clip_fid", "qs", "clip_score", "copy_paste", "background_psnr_db"} <= set(numbers)
     assert (protocol["protocol"], protocol["guidance_scale"]) == ("upstream", 5.0)
     assert numbers["background_psnr_db"]["value"] < 60  # nothing is pasted back
-    clip, mixture = load_clip_extractor(paper.folder / "clip-judge"), load_mixture(paper.folder / "mixture.npz")
+    clip, mixture = load_clip_extractor(paper.folder / "clip-extractor"), load_mixture(paper.folder / "mixture.npz")
 
     def rows(manifest: str, dataset: str) -> list[dict[str, Any]]:
         units = json.loads((paper.folder / manifest).read_text())["units"]
@@ -92,12 +92,14 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
     edits = [row for row in rows("data/edit/full/manifest.json", "edits") if row["reference_kind"] == "exemplar"]
     pictures = [images.decode(row["edit"]) for row in edits]
     features = clip(pictures, batch_rows=4)
-    reals = clip([images.decode(row["picture"]) for row in rows("data/bench/manifest.json", "real")], batch_rows=4)
-    cov_a, cov_b = np.cov(features, rowvar=False), np.cov(reals, rowvar=False)
+    real_images = clip(
+        [images.decode(row["picture"]) for row in rows("data/bench/manifest.json", "real")], batch_rows=4
+    )
+    cov_a, cov_b = np.cov(features, rowvar=False), np.cov(real_images, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     overlap = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    fid = np.sum((features.mean(0) - reals.mean(0)) ** 2) + np.trace(cov_a + cov_b) - 2 * overlap
+    fid = np.sum((features.mean(0) - real_images.mean(0)) ** 2) + np.trace(cov_a + cov_b) - 2 * overlap
     assert numbers["clip_fid"]["value"] == pytest.approx(fid, rel=1e-5)
     likelihoods = np.log(
         np.sum(
@@ -119,8 +121,8 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
         item = bench[row["bench_id"]]
         ys, xs = np.nonzero(unpack_mask(item["box_hole_mask"], width_px=picture.shape[1], height_px=picture.shape[0]))
         region = picture[ys[0] : ys[-1], xs[0] : xs[-1]]  # without the last row and column
-        a = clip([region], way="region", batch_rows=1)[0]
-        b = clip([images.decode(item["exemplar"])], way="reference", batch_rows=1)[0]
+        a = clip([region], preprocessing="region", batch_rows=1)[0]
+        b = clip([images.decode(item["exemplar"])], preprocessing="reference", batch_rows=1)[0]
         cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert numbers["clip_score"]["value"] == pytest.approx(100 * np.mean(cosines), rel=1e-5)
 

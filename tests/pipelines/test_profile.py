@@ -190,7 +190,7 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
         ("coco", "", "make profile P=coco ROOT="),
         ("coco", "/nowhere/at/all", "is not a folder"),
         ("sample", "/", "takes no ROOT"),
-        ("batch", "", r"params\.yaml: train: lanes 2 must divide batch 7"),
+        ("batch", "", r"params\.yaml: train: streams 2 must divide batch 7"),
         ("typo", "", r"infra/profiles/typo\.yaml: trian: no section of its base"),
         ("lost", "", r"profile 'nowhere' is unknown"),
         ("circle", "", r"infra/profiles/circle\.yaml: base: circle is laid over itself"),

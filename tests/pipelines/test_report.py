@@ -135,8 +135,8 @@ def test_a_metric_is_split_into_what_and_by_whom() -> None:
     assert how_to_read("colour_gain")[:2] == ("Colour gain", "")
     assert how_to_read("clip_fid")[:2] == how_to_read("fid")[:2] == ("Frechet distance", "")
     assert how_to_read("frechet_efficientnet_lite2")[:2] == ("Frechet distance", "efficientnet_lite2")
-    for judge in ("efficientnet_lite2", "clip", "inception"):
-        for metric in summary.headline_metrics(judge):
+    for extractor in ("efficientnet_lite2", "clip", "inception"):
+        for metric in summary.headline_metrics(extractor):
             assert how_to_read(metric)[3]
     with pytest.raises(KeyError, match="no sentence"):
         how_to_read("new_metric")
@@ -336,7 +336,7 @@ def test_a_dropped_photo_says_why(store: Store) -> None:
 @pytest.fixture
 def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with metrics of all methods of the tiny profile, in place of the repository."""
-    number = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 12, "clusters": 4, "method": "", "judge": ""}
+    number = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 12, "clusters": 4, "method": "", "extractor": ""}
     scopes = {"box": {"exemplar": dict.fromkeys(summary.headline_metrics("efficientnet_lite2"), number)}}
     names = [*TINY["variants"], *TINY["baselines"]]
     folder = tmp_path / "data" / "evaluate"

@@ -327,21 +327,21 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
     [
         ("encode", "encode.codec.weights", {"codec": {"kind": "pretrained", "weights": "my/sd"}}),
         ("encode", "encode.backbone.weights", {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}}),
-        ("evaluate", "evaluate.reals", {"reals": "my/photos", "reals_px": 64}),
+        ("evaluate", "evaluate.real_images", {"real_images": "my/photos", "real_images_px": 64}),
         (
             "sweep",
-            "evaluate.judges.0.weights",
-            {"judges": [{"kind": "clip", "weights": "my/clip", "mixture": None}]},
+            "evaluate.extractors.0.weights",
+            {"extractors": [{"kind": "clip", "weights": "my/clip", "mixture": None}]},
         ),
         (
             "evaluate",
-            "evaluate.judges.0.mixture",
-            {"judges": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]},
+            "evaluate.extractors.0.mixture",
+            {"extractors": [{"kind": "clip", "weights": "/shared/clip", "mixture": "my/mixture.npz"}]},
         ),
         (
             "evaluate",
-            "evaluate.judges.0.file",
-            {"judges": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]},
+            "evaluate.extractors.0.file",
+            {"extractors": [{"kind": "inception", "file": "my/inception.pt", "sha256": "0" * 64}]},
         ),
     ],
 )
@@ -526,7 +526,7 @@ def test_what_a_finished_job_sent_and_something_damaged_is_made_again(
 def test_a_finished_job_is_taken_over_with_parts_of_other_stages(stage: Stage, cluster: Cluster) -> None:
     """As evaluate's manifest has them: its looks are parts of their own."""
     table = pa.table({"value": [1.0]})
-    record = stage.store.write_unit("look", "clip-edits-0", {"features": table}, counts={})
+    record = stage.store.write_unit("features", "clip-edits-0", {"features": table}, counts={})
     submit.run_remotely(stage, LOOPBACK)
     (job_id,) = cluster.jobs
     send_manifest(stage, job_id, {"job": job_id, "units": [asdict(record)]})

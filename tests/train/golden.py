@@ -15,7 +15,7 @@ import numpy as np
 
 from pbe.store import Manifest, Store
 from pipelines.train import VERSION
-from tests.train.ranks import loss_curve, run_ranks, tiny_config, tiny_encoded, tiny_job, train
+from tests.train.ranks import loss_curve, run_ranks, tiny_config, tiny_encoded, tiny_spec, train
 
 FILE = Path(__file__).with_name("golden_losses.json")
 TOLERANCE = 1e-4  # of a loss; without SIMD instructions they differ by 4e-7
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # of a loss; without SIMD instructions they differ by 4e-7
 
 def straight_curve(folder: Path, store: Store, encoded: Manifest) -> list[float]:
     """Stage 0 on one rank: no sharding, no communication."""
-    run_ranks(train, tiny_job(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, tiny_config(zero_stage=0), "golden"), world=1, tmp=folder)
     return loss_curve(store, "golden")
 
 

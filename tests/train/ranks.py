@@ -31,7 +31,7 @@ from pbe.model.weights import ModelCard
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.checkpoints import Run
 from pbe.train.settings import TrainConfig
-from pbe.train.worker import Job, train_worker
+from pbe.train.worker import TrainSpec, train_worker
 from tests.profiles import profile
 
 LATENT_PX, CHANNELS, PATCH_PX, WIDTH = 4, 4, 4, 1280
@@ -182,13 +182,13 @@ def take_said(tmp: Path) -> str:
     return text
 
 
-def train(job: Job) -> None:
+def train(spec: TrainSpec) -> None:
     import torch
 
-    train_worker(job, torch.device("cpu"))
+    train_worker(spec, torch.device("cpu"))
 
 
-def train_with_broken_weights(job: Job) -> None:
+def train_with_broken_weights(spec: TrainSpec) -> None:
     from pbe.train import worker
 
     def broken(arch: Architecture) -> ConditionedUNet:
@@ -197,7 +197,7 @@ def train_with_broken_weights(job: Job) -> None:
         return network
 
     with patch.object(worker, "new_network", broken):
-        train(job)
+        train(spec)
 
 
 def loss_curve(store: Store, run_name: str) -> list[float]:
@@ -275,7 +275,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
     base |= {
         "steps": 30,
         "batch": 8,
-        "lanes": 4,
+        "streams": 4,
         "micro_batch": 2,
         "workers": 1,
         "lr": 2e-3,
@@ -291,7 +291,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(base | changes)
 
 
-def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, **changes: Any) -> Job:
+def tiny_spec(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, **changes: Any) -> TrainSpec:
     card = ModelCard(
         image_px=LATENT_PX * PATCH_PX,
         reference_px=32,
@@ -300,7 +300,7 @@ def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, *
         scheduler=scheduler_config("squaredcos_cap_v2", cfg.objective),
         run={},
     )
-    job = Job(
+    spec = TrainSpec(
         cfg=cfg,
         seed=23,
         store_uri=store.uri,
@@ -315,4 +315,4 @@ def tiny_job(store: Store, encoded: Manifest, cfg: TrainConfig, run_name: str, *
         mlflow_run_id="",
         on_progress=None,
     )
-    return replace(job, **changes)
+    return replace(spec, **changes)

@@ -34,7 +34,7 @@ SEED, CPU = 23, torch.device("cpu")
 
 def config(**changes: object) -> TrainConfig:
     shares = {"bezier_prob": 0.5, "condition_dropout_prob": 0.2, "context_dropout_prob": 0.1}
-    return tiny_config(**{"batch": 8, "micro_batch": 4, "lanes": 4, "workers": 1, **shares, **changes})
+    return tiny_config(**{"batch": 8, "micro_batch": 4, "streams": 4, "workers": 1, **shares, **changes})
 
 
 CFG = config()
@@ -74,7 +74,7 @@ def encoded(store: Store) -> Manifest:
 def _steps(
     store: Store, encoded: Manifest, count: int, *, world: int = 1, rank: int = 0, micro: int = 4, start: int = 0
 ) -> list[list[Batch]]:
-    """`count` optimizer steps of one rank: lists of micro-batches. Global batch 8, four lanes."""
+    """`count` optimizer steps of one rank: lists of micro-batches. Global batch 8, four streams."""
     source = EncodedRows(encoded, tokens="class", device=CPU)
     cfg, share = config(micro_batch=micro, workers=world), Share(rank, world, start)
     batches = micro_batches(store, source, cfg=cfg, seed=SEED, share=share)
@@ -129,8 +129,10 @@ def test_any_number_of_ranks_gives_the_same_rows_with_the_same_draws(
     for step, expected in enumerate(alone):
         together = [row for rank in ranks for row in _row_bytes(rank[step])]
         assert len(together) == 8
-        lanes = [_row_bytes(expected)[2 * lane : 2 * lane + 2] for lane in range(4)]  # lane after lane, two rows each
-        assert together == [row for rank in range(world) for lane in lanes[rank::world] for row in lane]
+        streams = [
+            _row_bytes(expected)[2 * stream : 2 * stream + 2] for stream in range(4)
+        ]  # stream after stream, two rows each
+        assert together == [row for rank in range(world) for stream in streams[rank::world] for row in stream]
 
 
 @pytest.mark.parametrize("start", [1, 3, 10])
@@ -140,7 +142,7 @@ def test_starting_at_a_step_is_the_same_stream_from_that_step_on(start: int, sto
     assert [_row_bytes(step) for step in resumed] == [_row_bytes(step) for step in whole[start:]]
 
 
-def test_ten_rows_in_uneven_lanes_all_come_and_a_second_visit_draws_anew(store: Store, encoded: Manifest) -> None:
+def test_ten_rows_in_uneven_streams_all_come_and_a_second_visit_draws_anew(store: Store, encoded: Manifest) -> None:
     """40 steps of 8 rows: every one of the 10 x 2 rows comes several times, never with the same noise."""
     rows = [row for step in _steps(store, encoded, 40) for row in _row_bytes(step)]
     names = [field.name for field in fields(Batch)]
@@ -387,7 +389,7 @@ BIG_LATENT, BIG_ROWS_PER_GROUP = (4, 32, 32), 4
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
-    """Two slots of 64 rows of 50 kB, in four shards and groups of four rows: two groups for each of eight lanes."""
+    """Two slots of 64 rows of 50 kB, in four shards and groups of four rows: two groups for each of eight streams."""
     store = Store(str(tmp_path_factory.mktemp("big")))
     units = [
         store.write_unit(
@@ -405,7 +407,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
 def _epoch(
     store: Store, encoded: Manifest, monkeypatch: pytest.MonkeyPatch, world: int, cache_bytes: int
 ) -> tuple[int, list[set[str]]]:
-    """Bytes that all ranks together read for slot 0, and the names of each global batch's rows. Batch 16, 8 lanes."""
+    """Bytes that all ranks together read for slot 0, and the names of each global batch's rows. Batch 16, 8 streams."""
     counting = _CountingFiles(store._fs)
     reader = partial(RowReader, cache_bytes=cache_bytes)
     monkeypatch.setattr(store, "_fs", counting)
@@ -415,7 +417,7 @@ def _epoch(
         stream = micro_batches(
             store,
             EncodedRows(encoded, tokens="class", device=CPU),
-            cfg=config(batch=16, micro_batch=2, lanes=8, workers=world),
+            cfg=config(batch=16, micro_batch=2, streams=8, workers=world),
             seed=SEED,
             share=Share(rank, world, 0),
         )

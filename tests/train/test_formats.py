@@ -12,7 +12,7 @@ from pbe.model.unet import Architecture, ConditionedUNet, new_network
 from pbe.store import Manifest, Store
 from pbe.train import worker
 from pbe.train.engine import deepspeed_config
-from pbe.train.worker import Job
+from pbe.train.worker import TrainSpec
 from tests.profiles import profile
 from tests.train.ranks import (
     KillAt,
@@ -21,7 +21,7 @@ from tests.train.ranks import (
     run_ranks,
     take_said,
     tiny_config,
-    tiny_job,
+    tiny_spec,
     train,
 )
 
@@ -46,7 +46,7 @@ def test_bfloat16_stays_near_float32(
     for stage in stages:
         name = f"{precision}-{stage}"
         cfg = tiny_config(precision=precision, zero_stage=stage)
-        run_ranks(train, tiny_job(store, encoded, cfg, name), world=1, tmp=folder)
+        run_ranks(train, tiny_spec(store, encoded, cfg, name), world=1, tmp=folder)
         difference = np.abs(np.array(loss_curve(store, name)) - golden).max()
         assert 1e-5 < difference < away, f"{name}: {difference}"
 
@@ -56,7 +56,7 @@ def test_bfloat16_stays_near_float32(
 def test_the_export_has_the_float32_masters(place: tuple[Path, Store, Manifest], precision: str) -> None:
     folder, store, encoded = place
     cfg = tiny_config(precision=precision, steps=3)
-    run_ranks(train, tiny_job(store, encoded, cfg, f"export-{precision}"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, cfg, f"export-{precision}"), world=1, tmp=folder)
     unet = load_file(folder / "store" / "runs" / f"export-{precision}" / "export" / "unet" / _UNET_FILE)
     weight = unet["conv_in.weight"]
     assert weight.dtype == np.float32
@@ -76,12 +76,12 @@ def test_bfloat16_goes_on_at_another_number_of_ranks(
     name = f"resumed-{precision}"
     for world, kill in ((2, 19), (1, None)):
         cfg = tiny_config(precision=precision, zero_stage=stage, workers=world, checkpoint_every=8)
-        job = tiny_job(store, encoded, cfg, name, on_progress=KillAt(kill) if kill else None)
+        spec = tiny_spec(store, encoded, cfg, name, on_progress=KillAt(kill) if kill else None)
         if kill:
             with pytest.raises(RankDiedError):
-                run_ranks(train, job, world=world, tmp=folder)
+                run_ranks(train, spec, world=world, tmp=folder)
         else:
-            run_ranks(train, job, world=world, tmp=folder)
+            run_ranks(train, spec, world=world, tmp=folder)
     assert "step 16, written by 2 ranks" in take_said(folder)
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=away)
 
@@ -98,7 +98,7 @@ def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], gold
         "activation_checkpointing": True,
     }
     cfg = tiny_config(zero_stage=2, workers=2, kernels=kernels)
-    run_ranks(train, tiny_job(store, encoded, cfg, "kernels"), world=2, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, cfg, "kernels"), world=2, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, "kernels"), golden, rtol=0, atol=1e-5)
     assert "kernels.compile is left out: there is no GPU" in take_said(folder)
 
@@ -123,7 +123,7 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
     assert deepspeed_config(cfg, on_gpu=True, universal=True)["checkpoint"] == {"load_universal": True}
 
 
-def dtypes_seen_as_on_a_gpu(job: Job) -> list[torch.dtype]:
+def dtypes_seen_as_on_a_gpu(spec: TrainSpec) -> list[torch.dtype]:
     """Of what the network's last convolution gives in each forward, where torch says that an autocast around the
     engine is on, as it says of CUDA's alone."""
     seen: list[torch.dtype] = []
@@ -138,7 +138,7 @@ def dtypes_seen_as_on_a_gpu(job: Job) -> list[torch.dtype]:
         return asked(*device_type) if device_type else True
 
     with patch.object(worker, "new_network", watched), patch.object(torch, "is_autocast_enabled", enabled):
-        train(job)
+        train(spec)
     return seen
 
 
@@ -147,6 +147,6 @@ def test_deepspeed_does_not_turn_autocast_off(
     place: tuple[Path, Store, Manifest], precision: str, dtype: torch.dtype
 ) -> None:
     folder, store, encoded = place
-    job = tiny_job(store, encoded, tiny_config(steps=2, precision=precision), f"autocast-{precision}")
-    [seen] = run_ranks(dtypes_seen_as_on_a_gpu, job, world=1, tmp=folder)
+    spec = tiny_spec(store, encoded, tiny_config(steps=2, precision=precision), f"autocast-{precision}")
+    [seen] = run_ranks(dtypes_seen_as_on_a_gpu, spec, world=1, tmp=folder)
     assert seen and set(seen) == {dtype}

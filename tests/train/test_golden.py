@@ -18,7 +18,7 @@ from tests.train.ranks import (
     run_ranks,
     take_said,
     tiny_config,
-    tiny_job,
+    tiny_spec,
     train,
 )
 
@@ -30,7 +30,7 @@ def test_the_curve_shows_what_training_does(place: tuple[Path, Store, Manifest],
     folder, store, encoded = place
     assert len(golden) == 30 + 1
     other = tiny_config(zero_stage=0, lr=2.1e-3)
-    run_ranks(train, tiny_job(store, encoded, other, "other"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, other, "other"), world=1, tmp=folder)
     assert np.abs(np.array(loss_curve(store, "other")) - golden).max() > 1e-4
 
 
@@ -54,7 +54,7 @@ def test_straight(place: tuple[Path, Store, Manifest], golden: list[float], stag
     folder, store, encoded = place
     name = f"straight-{stage}-{world}"
     cfg = tiny_config(zero_stage=stage, workers=world)
-    run_ranks(train, tiny_job(store, encoded, cfg, name), world=world, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, cfg, name), world=world, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
 
 
@@ -78,12 +78,12 @@ def test_killed_and_resumed(
     for number, world in enumerate(worlds):
         last = number == len(worlds) - 1
         cfg = tiny_config(zero_stage=stage, workers=world, checkpoint_every=8)
-        job = tiny_job(store, encoded, cfg, name, on_progress=None if last else KillAt(8 * number + 11))
+        spec = tiny_spec(store, encoded, cfg, name, on_progress=None if last else KillAt(8 * number + 11))
         if last:
-            run_ranks(train, job, world=world, tmp=folder)
+            run_ranks(train, spec, world=world, tmp=folder)
         else:
             with pytest.raises(RankDiedError, match="rank 0 was killed"):
-                run_ranks(train, job, world=world, tmp=folder)
+                run_ranks(train, spec, world=world, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
     said = take_said(folder)
     for number, (before, world) in enumerate(pairwise(worlds), start=1):

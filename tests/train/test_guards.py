@@ -21,7 +21,7 @@ from tests.train.ranks import (
     run_ranks,
     tiny_config,
     tiny_encoded,
-    tiny_job,
+    tiny_spec,
     train,
     train_with_broken_weights,
 )
@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows_after_saving(tmp_path: Pa
     said = ""
     for attempt in range(2):  # going on meets the same row again
         with pytest.raises(RankDiedError) as died:
-            run_ranks(train, tiny_job(store, encoded, cfg, "nan"), world=2, tmp=tmp_path)
+            run_ranks(train, tiny_spec(store, encoded, cfg, "nan"), world=2, tmp=tmp_path)
         assert attempt == 0 or said == str(died.value).splitlines()[-1]
         said = str(died.value).splitlines()[-1]
     assert "1 of 8 rows: image2_3 slot 0 epoch 0 t " in said
@@ -66,9 +66,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows_after_saving(tmp_path: Pa
 def test_broken_weights_are_told_from_broken_rows(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     encoded = tiny_encoded(store)
-    job = tiny_job(store, encoded, tiny_config(), "burst")
+    spec = tiny_spec(store, encoded, tiny_config(), "burst")
     with pytest.raises(RankDiedError, match=r"8 of 8 rows: .*every row: the weights are broken, so lower train\.lr"):
-        run_ranks(train_with_broken_weights, job, world=1, tmp=tmp_path)
+        run_ranks(train_with_broken_weights, spec, world=1, tmp=tmp_path)
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 1), (3, 2)])
@@ -79,7 +79,7 @@ def test_what_is_trainable_moves_and_what_is_frozen_does_not(tmp_path: Path, sta
     cfg = tiny_config(
         steps=6, zero_stage=stage, workers=world, weight_decay=0.0, adam_eps=1e-3, condition_dropout_prob=0.5
     )
-    run_ranks(train, tiny_job(store, encoded, cfg, "moves"), world=world, tmp=tmp_path)
+    run_ranks(train, tiny_spec(store, encoded, cfg, "moves"), world=world, tmp=tmp_path)
     export = tmp_path / "store" / "runs" / "moves" / "export"
     torch.manual_seed(23)
     before = {name: value.detach().numpy() for name, value in new_network(ARCH).named_parameters()}

@@ -34,7 +34,7 @@ from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
 from tests.train.pixels import PHOTOS_OF_SHARD, SEED, SLOTS, Networks, encoded_of, triplets_of
-from tests.train.ranks import ARCH, loss_curve, run_ranks, tiny_config, tiny_job, train
+from tests.train.ranks import ARCH, loss_curve, run_ranks, tiny_config, tiny_spec, train
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
 
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, networks: Networks) -> Place
 
 
 def config(**changes: object) -> TrainConfig:
-    return tiny_config(**{"lanes": 4, "batch": 8, "micro_batch": 4, "validation_rows": 5, **changes})
+    return tiny_config(**{"streams": 4, "batch": 8, "micro_batch": 4, "validation_rows": 5, **changes})
 
 
 def opened(
@@ -268,7 +268,7 @@ def test_triplet_files_have_small_row_groups(place: Place) -> None:
 def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lanes of groups of eight rows, which take turns; 12 steps are several passes."""
+    """Streams of groups of eight rows, which take turns; 12 steps are several passes."""
     read: list[tuple[int, int, int]] = []
     seen: set[tuple[str, ...]] = set()
 
@@ -286,7 +286,7 @@ def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(
         for _ in range(24):
             seen.update(tuple(row.split(" slot ")) for row in online.next().rows)
     group_of_photo = {f"photo{number}": group for number, group in enumerate("aaaaabbbbbbbbcdd")}
-    # the prefetch thread is a few batches ahead, so it may have begun one more group in each of the four lanes
+    # the prefetch thread is a few batches ahead, so it may have begun one more group in each of the four streams
     assert len(read) <= len({(group_of_photo[photo], visit) for photo, visit in seen}) + 8
 
 
@@ -321,8 +321,8 @@ def test_a_run_from_pixels_is_the_run_from_encoded_rows(place: Place, tmp_path: 
         cfg = tiny_config(input=source, steps=4, warmup_steps=1, micro_batch=4, workers=world, validate_every=4)
         name = f"{source}-{world}"
         triplets = place.triplets if source == "pixels" else None
-        job = tiny_job(place.store, place.encoded, cfg, name, seed=SEED, triplets=triplets, arch=arch)
-        run_ranks(train, job, world=world, tmp=tmp_path)
+        spec = tiny_spec(place.store, place.encoded, cfg, name, seed=SEED, triplets=triplets, arch=arch)
+        run_ranks(train, spec, world=world, tmp=tmp_path)
         history = Run(place.store, name).read_json("history.json")
         assert history is not None
         curves[name] = [*loss_curve(place.store, name), history["history"][-1]["validation_loss"]]

@@ -20,7 +20,7 @@ from tests.train.ranks import (
     take_said,
     tiny_config,
     tiny_encoded,
-    tiny_job,
+    tiny_spec,
     train,
 )
 
@@ -32,7 +32,7 @@ def _killed(place: tuple[Path, Store, Manifest], name: str, *, world: int = 1, l
     folder, store, encoded = place
     cfg = tiny_config(workers=world, checkpoint_every=8, log_every=log_every)
     with pytest.raises(RankDiedError):
-        run_ranks(train, tiny_job(store, encoded, cfg, name, on_progress=KillAt(19)), world=world, tmp=folder)
+        run_ranks(train, tiny_spec(store, encoded, cfg, name, on_progress=KillAt(19)), world=world, tmp=folder)
     run = Run(store, name)
     assert [found.step for found in run.checkpoints()] == [8, 16]
     return run
@@ -60,7 +60,7 @@ def killed(kept: tuple[Run, Path]) -> Run:
 def finished(place: tuple[Path, Store, Manifest]) -> str:
     """Name of a run that has done 30 steps, at one learning rate after the warm-up."""
     folder, store, encoded = place
-    run_ranks(train, tiny_job(store, encoded, tiny_config(final_lr_frac=1.0), "finished"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, tiny_config(final_lr_frac=1.0), "finished"), world=1, tmp=folder)
     return "finished"
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     (folder / "said.txt").unlink(missing_ok=True)
     damage(_optimizer_file(killed, 16))
     cfg = tiny_config(checkpoint_every=8, keep_checkpoints=2)
-    run_ranks(train, tiny_job(store, encoded, cfg, killed.name), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, cfg, killed.name), world=1, tmp=folder)
     out = take_said(folder)
     assert said in out
     assert "it is passed over for the one before" in out
@@ -118,7 +118,7 @@ def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, St
     for step in (8, 16):
         _flip_a_byte(_optimizer_file(killed, step))
     with pytest.raises(RankDiedError, match=r"CheckpointError: no checkpoint is whole: .*step-00000016.*step-00000008"):
-        run_ranks(train, tiny_job(store, encoded, tiny_config(), killed.name), world=1, tmp=folder)
+        run_ranks(train, tiny_spec(store, encoded, tiny_config(), killed.name), world=1, tmp=folder)
 
 
 @pytest.mark.slow
@@ -134,11 +134,11 @@ def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
     (half / "engine" / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"of another world")
     cfg = tiny_config(workers=2, **rare)
     with pytest.raises(RankDiedError):
-        run_ranks(train, tiny_job(store, encoded, cfg, "half", on_progress=KillAt(19)), world=2, tmp=folder)
+        run_ranks(train, tiny_spec(store, encoded, cfg, "half", on_progress=KillAt(19)), world=2, tmp=folder)
     assert "goes on from the checkpoint of step 8" in take_said(folder)
     assert not list(half.rglob("*rank_7*"))
     # the conversion for another world would have read it
-    run_ranks(train, tiny_job(store, encoded, tiny_config(**rare), "half"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, tiny_config(**rare), "half"), world=1, tmp=folder)
     points = [*np.reshape(golden[:-1], (6, 5)).mean(1), golden[-1]]
     np.testing.assert_allclose(loss_curve(store, "half"), points, rtol=0, atol=1e-5)
 
@@ -149,19 +149,19 @@ def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Mani
     folder, store, encoded = place
     constant = {"final_lr_frac": 1.0}
     longer = tiny_config(steps=40, **constant)
-    run_ranks(train, tiny_job(store, encoded, longer, "longer", origin=(finished, 30)), world=1, tmp=folder)
-    run_ranks(train, tiny_job(store, encoded, longer, "at-once"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, longer, "longer", origin=(finished, 30)), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, longer, "at-once"), world=1, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, "longer"), loss_curve(store, "at-once"), rtol=0, atol=1e-5)
     third = tiny_config(steps=40, zero_stage=1, workers=2, **constant)
-    run_ranks(train, tiny_job(store, encoded, third, "third", origin=(finished, 30)), world=2, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, third, "third", origin=(finished, 30)), world=2, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, "third"), loss_curve(store, "at-once"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Manifest], finished: str) -> None:
     folder, store, encoded = place
-    job = tiny_job(store, encoded, tiny_config(steps=40), "wide", origin=(finished, 30))
-    wide = replace(job, arch=replace(job.arch, unet=job.arch.unet.model_copy(update={"context_width": 16})))
+    spec = tiny_spec(store, encoded, tiny_config(steps=40), "wide", origin=(finished, 30))
+    wide = replace(spec, arch=replace(spec.arch, unet=spec.arch.unet.model_copy(update={"context_width": 16})))
     with pytest.raises(RankDiedError, match=r"EngineError: .*this checkpoint does not fit the settings"):
         run_ranks(train, wide, world=1, tmp=folder)
 
@@ -172,11 +172,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
 ) -> None:
     folder, store, encoded = place
     cfg = tiny_config(checkpoint_every=8)
-    full = tiny_job(store, encoded, cfg, "full-disk", on_progress=FillDiskAt(12))
+    full = tiny_spec(store, encoded, cfg, "full-disk", on_progress=FillDiskAt(12))
     with pytest.raises(RankDiedError, match=r"EngineError: .*the checkpoint cannot be written"):
         run_ranks(train, full, world=1, tmp=folder)
     assert [found.step for found in Run(store, "full-disk").checkpoints()] == [8]
-    run_ranks(train, tiny_job(store, encoded, cfg, "full-disk"), world=1, tmp=folder)
+    run_ranks(train, tiny_spec(store, encoded, cfg, "full-disk"), world=1, tmp=folder)
     assert "goes on from the checkpoint of step 8" in take_said(folder)
     np.testing.assert_allclose(loss_curve(store, "full-disk"), golden, rtol=0, atol=1e-5)
 
@@ -187,10 +187,10 @@ def test_through_s3_and_on_another_number_of_ranks(s3: str, tmp_path: Path, gold
     encoded = tiny_encoded(store)
     cfg = tiny_config(workers=2, checkpoint_every=8)
     with pytest.raises(RankDiedError):
-        run_ranks(train, tiny_job(store, encoded, cfg, "remote", on_progress=KillAt(19)), world=2, tmp=tmp_path)
+        run_ranks(train, tiny_spec(store, encoded, cfg, "remote", on_progress=KillAt(19)), world=2, tmp=tmp_path)
     marker = Run(store, "remote").checkpoints()[0]
     assert len([name for name in marker.files if name.endswith("optim_states.pt")]) == 2
-    run_ranks(train, tiny_job(store, encoded, tiny_config(checkpoint_every=8), "remote"), world=1, tmp=tmp_path)
+    run_ranks(train, tiny_spec(store, encoded, tiny_config(checkpoint_every=8), "remote"), world=1, tmp=tmp_path)
     assert "written by 2 ranks" in take_said(tmp_path)
     np.testing.assert_allclose(loss_curve(store, "remote"), golden, rtol=0, atol=1e-5)
     assert json.loads(store.read_bytes("runs/remote/finished.json"))["steps"] == 30

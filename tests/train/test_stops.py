@@ -17,13 +17,13 @@ from pbe.train.data.batch import Batch
 from pbe.train.engine import step_engine
 from pbe.train.loss import Diffusion, row_losses
 from tests.gpu.stops import stops_of_steps
-from tests.train.ranks import ARCH, RankDiedError, run_ranks, tiny_config, tiny_job
+from tests.train.ranks import ARCH, RankDiedError, run_ranks, tiny_config, tiny_spec
 
 pytestmark = pytest.mark.timeout(180)
 
 
-def stops_per_step(job: Any) -> list[Counter[str]]:
-    return stops_of_steps(torch.device("cpu"), job)
+def stops_per_step(spec: Any) -> list[Counter[str]]:
+    return stops_of_steps(torch.device("cpu"), spec)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -32,8 +32,8 @@ def test_stops_of_a_step_do_not_grow_with_its_micro_batches(place: tuple[Path, S
     stops = {}
     for micro_batch in (8, 2):
         cfg = tiny_config(micro_batch=micro_batch, zero_stage=stage, log_every=100)
-        job = tiny_job(store, encoded, cfg, f"stops-{stage}-{micro_batch}")
-        [stops[micro_batch]] = run_ranks(stops_per_step, job, world=1, tmp=folder)
+        spec = tiny_spec(store, encoded, cfg, f"stops-{stage}-{micro_batch}")
+        [stops[micro_batch]] = run_ranks(stops_per_step, spec, world=1, tmp=folder)
     assert stops[8] == stops[2]
     for step in stops[8]:
         ours = {place: count for place, count in step.items() if place.startswith("pbe/")}
@@ -68,7 +68,7 @@ def test_forward_and_backward_read_no_value() -> None:
     assert losses.device.type == "meta"
 
 
-def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:
+def train_with_an_infinite_norm(spec: Any, bad_step: int) -> None:
     from pbe.train import worker
 
     steps = iter(range(1, 1000))
@@ -80,7 +80,7 @@ def train_with_an_infinite_norm(job: Any, bad_step: int) -> None:
         return torch.tensor(float("inf")) if next(steps) == bad_step else norm
 
     with patch.object(worker, "step_engine", with_one_infinite):
-        worker.train_worker(job, torch.device("cpu"))
+        worker.train_worker(spec, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bad_step", [3, 4], ids=["before a save", "between saves"])
@@ -88,7 +88,7 @@ def test_an_infinite_gradient_stops_before_anything_is_saved(
     place: tuple[Path, Store, Manifest], bad_step: int
 ) -> None:
     folder, store, encoded = place
-    job = tiny_job(store, encoded, tiny_config(checkpoint_every=3, log_every=100), f"norm-{bad_step}")
+    spec = tiny_spec(store, encoded, tiny_config(checkpoint_every=3, log_every=100), f"norm-{bad_step}")
     with pytest.raises(RankDiedError, match=f"gradient's norm is inf at step {bad_step}, though the loss is finite"):
-        run_ranks(train_with_an_infinite_norm, job, bad_step, world=1, tmp=folder)
+        run_ranks(train_with_an_infinite_norm, spec, bad_step, world=1, tmp=folder)
     assert [saved.step for saved in Run(store, f"norm-{bad_step}").checkpoints()] == ([] if bad_step == 3 else [3])

@@ -23,7 +23,7 @@ from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.rng import row_rng, shard_of
-from pbe.data.schema import BENCH, REALS
+from pbe.data.schema import BENCH, REAL_IMAGES
 from pbe.data.settings import MaterializeConfig
 from pbe.data.triplets import cut, plan_triplet, reference_area
 from pbe.errors import UserError
@@ -73,7 +73,7 @@ def make_bench(
     features: Features,
     seed: int,
 ) -> tuple[pa.Table, pa.Table]:
-    """A BENCH and a REALS table. features: pictures (h, w, 3) uint8 to (N, d), to find what is near.
+    """A BENCH and a REAL_IMAGES table. features: pictures (h, w, 3) uint8 to (N, d), to find what is near.
 
     Exemplars come from all boxes of the split, also where `max_items` leaves out most of them as items. Raises
     ValueError with fewer than two photos (no reference from another one).
@@ -91,7 +91,7 @@ def make_bench(
         keys = sorted(keys[:max_items])
     others = _boxes_of_other_photos(boxes)
     items: list[dict[str, Any]] = []
-    reals: list[dict[str, Any]] = []
+    real_images: list[dict[str, Any]] = []
     for index, crop in keys:
         box, name = boxes[index], f"{boxes[index].image_id}#{boxes[index].box_index}#{crop}"
         plan = plan_triplet(
@@ -117,8 +117,8 @@ def make_bench(
         window = plan_triplet(
             box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "real")
         ).window
-        reals.append({"real_id": name, "picture": image_codec.encode_png(cut(box.pixels, window, cfg.image_px))})
-    return pa.Table.from_pylist(items, schema=BENCH), pa.Table.from_pylist(reals, schema=REALS)
+        real_images.append({"real_id": name, "picture": image_codec.encode_png(cut(box.pixels, window, cfg.image_px))})
+    return pa.Table.from_pylist(items, schema=BENCH), pa.Table.from_pylist(real_images, schema=REAL_IMAGES)
 
 
 def nearest_of_other_photos(features: np.ndarray, image_ids: Sequence[str], label_names: Sequence[str]) -> list[int]:

@@ -1,13 +1,13 @@
-"""Which pictures a judge looks at: of the bench, of an edit, of real photos. A view's name says which.
+"""The pictures that features are extracted of: of the bench, of an edit, real images. `view` names the part.
 
     bench   source            the photo before the edit, whole
             <hole>/<kind>     reference <kind> of a hole
     edits   whole             the edit, whole
             region            the box of its hole
-    reals   whole             an untouched photo
+    real_images   whole             an untouched photo
 
-Most judges compare a region with a reference of its own resolution: else sharpness outweighs content. CLIP's score, as
-upstream has it, does not.
+Most extractors compare a region with a reference of its own resolution: else sharpness outweighs content. CLIP's score,
+as upstream has it, does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +18,18 @@ import numpy as np
 
 from pbe.data import images
 from pbe.data.masks import hole_of
-from pbe.evaluate.features.extractors import Way
+from pbe.evaluate.features.extractors import Preprocessing
 from pbe.evaluate.metrics.similarity import hole_region, match_resolution, upstream_region
 from pbe.evaluate.settings import Region
 
 
 @dataclass(frozen=True)
-class View:
-    """One picture (h, w, 3) uint8. key: bench id, edit key or file name, by what `view` says. way: how it is looked
-    at.
-    """
+class Crop:
+    """One picture (h, w, 3) uint8 for an extractor. key: bench id, edit key or file name, by what `view` says."""
 
     key: str
     view: str
-    way: Way
+    preprocessing: Preprocessing
     picture: np.ndarray
 
 
@@ -40,38 +38,38 @@ def edit_key(row: Mapping[str, Any]) -> str:
     return f"{row['bench_id']}|{row['hole_kind']}|{row['reference_kind']}|{row['seed']}"
 
 
-def bench_views(
+def bench_crops(
     rows: Sequence[Mapping[str, Any]], scopes: Sequence[tuple[str, str]], *, matched: bool
-) -> Iterator[View]:
+) -> Iterator[Crop]:
     """Of rows of BENCH; scopes: pairs of hole kind and reference kind. matched: references at their region's
     resolution."""
     for row in rows:
         source = images.decode(row["source"])
-        yield View(row["bench_id"], "source", "whole", source)
+        yield Crop(row["bench_id"], "source", "whole", source)
         for hole_kind, reference_kind in scopes:
             reference = images.decode(row[reference_kind])
             if matched:
                 height_px, width_px = hole_region(source, hole_of(row, hole_kind, source)).shape[:2]
                 reference = match_resolution(reference, height_px, width_px)
-            yield View(row["bench_id"], f"{hole_kind}/{reference_kind}", "reference", reference)
+            yield Crop(row["bench_id"], f"{hole_kind}/{reference_kind}", "reference", reference)
 
 
-def edit_views(
+def edited_crops(
     rows: Sequence[Mapping[str, Any]], bench: Mapping[str, Mapping[str, Any]], *, region: Region
-) -> Iterator[View]:
+) -> Iterator[Crop]:
     """Of rows of EDITS. bench: rows of BENCH by their id."""
     for row in rows:
         edit = images.decode(row["edit"])
-        yield View(edit_key(row), "whole", "whole", edit)
+        yield Crop(edit_key(row), "whole", "whole", edit)
         hole_mask = hole_of(bench[row["bench_id"]], row["hole_kind"], edit)
         cut = hole_region(edit, hole_mask) if region == "whole" else upstream_region(edit, hole_mask)
-        yield View(edit_key(row), "region", "region", cut)
+        yield Crop(edit_key(row), "region", "region", cut)
 
 
-def real_views(rows: Sequence[Mapping[str, Any]]) -> Iterator[View]:
-    """Of rows of REALS."""
+def real_crops(rows: Sequence[Mapping[str, Any]]) -> Iterator[Crop]:
+    """Of rows of REAL_IMAGES."""
     for row in rows:
-        yield View(row["real_id"], "whole", "whole", images.decode(row["picture"]))
+        yield Crop(row["real_id"], "whole", "whole", images.decode(row["picture"]))
 
 
 def square(photo: np.ndarray, side_px: int) -> np.ndarray:

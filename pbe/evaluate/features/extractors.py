@@ -1,6 +1,6 @@
-"""Pictures to feature vectors: the judges of the metrics, each with its name, its weights' digest and its resize rules.
+"""Pictures to feature vectors: the metrics' extractors, each with its name, its weights' digest and its resize rules.
 
-    efficientnet_lite0, _lite2   ImageNet weights out of pip packages: the sample's judges
+    efficientnet_lite0, _lite2   ImageNet weights out of pip packages: the sample's extractors
     clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score
     inception                    TF's Inception pool3 from its TorchScript file: fid
 
@@ -26,7 +26,7 @@ from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
 from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
 
 CPU = torch.device("cpu")
-Way = Literal["whole", "region", "reference"]
+Preprocessing = Literal["whole", "region", "reference"]
 PROJECTION = "visual_projection.weight"
 SQUASH_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below a quarter, else INTER_LINEAR"
 CLIP_RULE = "whole: PIL bicubic to the shorter side, centre crop; region: bilinear squash without antialias"
@@ -43,7 +43,9 @@ class Extractor(Protocol):
     matches_resolution: bool
     paper: bool  # the network whose numbers are published
 
-    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
+    ) -> np.ndarray:
         """N images (H, W, 3) uint8 RGB of any sizes to (N, width) float64 in their order, not normalised.
 
         `batch_rows` images are run at a time; it bounds memory and changes nothing beyond float32 rounding. Raises
@@ -60,7 +62,9 @@ class EfficientNetExtractor:
     def __init__(self, backbone: EfficientNetLite) -> None:
         self.name, self.digest, self._backbone = backbone.name, backbone.digest, backbone
 
-    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
+    ) -> np.ndarray:
         side = self._backbone.input_px
 
         def features(batch: Sequence[np.ndarray]) -> Tensor:
@@ -85,11 +89,13 @@ class ClipExtractor:
         self._side = int(network.config.image_size)
         self.paper = all(getattr(network.config, key) == value for key, value in VIT_B_32.items())
 
-    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
+    ) -> np.ndarray:
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
 
         def features(batch: Sequence[np.ndarray]) -> Tensor:
-            pixels = torch.stack([self._pixels(image, way) for image in batch])
+            pixels = torch.stack([self._pixels(image, preprocessing) for image in batch])
             with torch.no_grad():
                 found = self._network(pixel_values=((pixels - mean) / std).to(self._network.device))
             return found.image_embeds
@@ -97,14 +103,14 @@ class ClipExtractor:
         width = int(self._network.config.projection_dim)
         return _in_batches(images, features, width=width, batch_rows=batch_rows)
 
-    def _pixels(self, image: np.ndarray, way: Way) -> Tensor:
+    def _pixels(self, image: np.ndarray, preprocessing: Preprocessing) -> Tensor:
         """(3, side, side) in [0, 1]. Sources: OpenAI's CLIP preprocess (whole), upstream region_clip_score (the
         others)."""
         side = self._side
-        if way == "region":  # resizing commutes with the normalisation, which upstream does before it
+        if preprocessing == "region":  # resizing commutes with the normalisation, which upstream does before it
             tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
             return interpolate(tensor, (side, side), mode="bilinear", align_corners=False, antialias=False)[0]
-        if way == "reference":
+        if preprocessing == "reference":
             picture = resize_bicubic(image, width_px=side, height_px=side)
         else:
             height_px, width_px = image.shape[:2]
@@ -128,7 +134,9 @@ class InceptionExtractor:
     def __init__(self, network: Any, *, digest: str, device: torch.device = CPU) -> None:
         self.digest, self._network, self._device = digest, network, device
 
-    def __call__(self, images: Sequence[np.ndarray], *, way: Way = "whole", batch_rows: int) -> np.ndarray:
+    def __call__(
+        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
+    ) -> np.ndarray:
         def features(batch: Sequence[np.ndarray]) -> Tensor:
             with torch.no_grad():  # one by one: pictures of one batch may differ in size
                 rows = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in batch]

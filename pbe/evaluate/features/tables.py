@@ -1,4 +1,4 @@
-"""Looking at pictures once: features of judges and counts on pixels, as tables, and the way back to arrays."""
+"""Looking at pictures once: features of extractors and counts on pixels, as tables, and the way back to arrays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,33 +9,35 @@ import pyarrow as pa
 from pbe.data import images
 from pbe.data.masks import hole_of
 from pbe.data.schema import FEATURES, PIXELS
-from pbe.evaluate.features.crops import View, edit_key
-from pbe.evaluate.features.extractors import Extractor, Way
+from pbe.evaluate.features.crops import Crop, edit_key
+from pbe.evaluate.features.extractors import Extractor, Preprocessing
 from pbe.evaluate.metrics.copy_paste import copy_paste_score
 from pbe.evaluate.metrics.similarity import background_psnr, hole_psnr, mean_colour
 
 Row = Mapping[str, Any]
 
 
-def look(views: Iterable[View], judge: Extractor, *, batch_rows: int) -> pa.Table:
+def extract(views: Iterable[Crop], extractor: Extractor, *, batch_rows: int) -> pa.Table:
     """A FEATURES table, a row a view; at most `batch_rows` pictures of each way of looking are held at a time."""
     rows: list[dict[str, Any]] = []
-    waiting: dict[Way, list[View]] = {}
+    waiting: dict[Preprocessing, list[Crop]] = {}
 
-    def run(way: Way) -> None:
-        batch = waiting.pop(way)
-        vectors = judge([view.picture for view in batch], way=way, batch_rows=batch_rows).astype("<f4")
+    def run(preprocessing: Preprocessing) -> None:
+        batch = waiting.pop(preprocessing)
+        vectors = extractor(
+            [view.picture for view in batch], preprocessing=preprocessing, batch_rows=batch_rows
+        ).astype("<f4")
         for view, vector in zip(batch, vectors, strict=True):
             if not np.isfinite(vector).all():
-                raise ValueError(f"{judge.name} gives values that are not finite for {view.key} ({view.view})")
+                raise ValueError(f"{extractor.name} gives values that are not finite for {view.key} ({view.view})")
             rows.append({"key": view.key, "view": view.view, "vector": vector.tobytes()})
 
     for view in views:
-        waiting.setdefault(view.way, []).append(view)
-        if len(waiting[view.way]) == batch_rows:
-            run(view.way)
-    for way in tuple(waiting):
-        run(way)
+        waiting.setdefault(view.preprocessing, []).append(view)
+        if len(waiting[view.preprocessing]) == batch_rows:
+            run(view.preprocessing)
+    for preprocessing in tuple(waiting):
+        run(preprocessing)
     return pa.Table.from_pylist(rows, schema=FEATURES)
 
 
@@ -60,7 +62,7 @@ def count_pixels(edits: Sequence[Row], bench: Mapping[str, Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PIXELS)
 
 
-class Looks:
+class FeatureTable:
     """FEATURES tables as arrays, by view."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
@@ -81,7 +83,7 @@ class Looks:
         return self._vectors[[index for (_, name), index in self._at.items() if name == view]].astype(np.float64)
 
 
-class Counts:
+class PixelTable:
     """PIXELS tables as arrays."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:

@@ -19,12 +19,12 @@ from pbe.evaluate.features.extractors import (
     load_clip_extractor,
     load_inception_extractor,
 )
-from pbe.evaluate.settings import ClipJudge, EfficientNetJudge, InceptionJudge
+from pbe.evaluate.settings import ClipExtractorConfig, EfficientNetExtractorConfig, InceptionExtractorConfig
 from pbe.model.backbone import load_backbone, weights_digest
 from pbe.model.clip import STEMS
-from pbe.model.frozen import keep_weights, kept_folder
 from pbe.model.hub import weights_folder
 from pbe.model.tensors import WeightsError
+from pbe.model.weight_store import store_weights, stored_folder
 from pbe.places import repo_root
 from pbe.store import Store
 
@@ -32,27 +32,29 @@ Entry = Mapping[str, Any]
 CPU = torch.device("cpu")
 
 
-class JudgeError(UserError, ValueError):
-    """A judge's file is not there or not what params.yaml says."""
+class ExtractorError(UserError, ValueError):
+    """A extractor's file is not there or not what params.yaml says."""
 
 
-def keep_judge(store: Store, cfg: EfficientNetJudge | ClipJudge | InceptionJudge) -> Entry:
-    """Copy what params.yaml names to the storage once. Raises WeightsError, JudgeError."""
-    if isinstance(cfg, ClipJudge):
+def store_extractor(
+    store: Store, cfg: EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig
+) -> Entry:
+    """Copy what params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
+    if isinstance(cfg, ClipExtractorConfig):
         try:
             folder = weights_folder(cfg.weights, parts=[""])
         except WeightsError as error:
-            raise JudgeError(f"evaluate.judges: {error}") from None
-        return {"kind": "clip", "path": keep_weights(store, folder, "clip", *STEMS)}
-    if isinstance(cfg, InceptionJudge):
-        return {"kind": "inception", "path": _keep_inception(store, cfg), "sha256": cfg.sha256}
+            raise ExtractorError(f"evaluate.extractors: {error}") from None
+        return {"kind": "clip", "path": store_weights(store, folder, "clip", *STEMS)}
+    if isinstance(cfg, InceptionExtractorConfig):
+        return {"kind": "inception", "path": _store_inception(store, cfg), "sha256": cfg.sha256}
     return {"kind": cfg.kind, "digest": weights_digest(cfg.kind)}
 
 
-def open_judge(store: Store, entry: Entry, *, device: torch.device = CPU) -> Extractor:
-    """Its network lies on `device`. Raises BackboneError, JudgeError, StoreError or WeightsError."""
+def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) -> Extractor:
+    """Its network lies on `device`. Raises BackboneError, ExtractorError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
-        with kept_folder(store, str(entry["path"])) as folder:
+        with stored_folder(store, str(entry["path"])) as folder:
             return load_clip_extractor(folder, device=device)
     if entry["kind"] == "inception":
         with tempfile.TemporaryDirectory(prefix="pbe-inception-") as local:
@@ -61,24 +63,26 @@ def open_judge(store: Store, entry: Entry, *, device: torch.device = CPU) -> Ext
             return load_inception_extractor(file, sha256=str(entry["sha256"]), device=device)
     backbone = load_backbone(entry["kind"])
     if backbone.digest != entry["digest"]:
-        raise JudgeError(
+        raise ExtractorError(
             f"the weights of {entry['kind']} installed here are {backbone.digest}, the run was started with "
             f"{entry['digest']}; install the same packages on all nodes (requirements.lock)"
         )
     return EfficientNetExtractor(backbone.to(device))
 
 
-def _keep_inception(store: Store, cfg: InceptionJudge) -> str:
+def _store_inception(store: Store, cfg: InceptionExtractorConfig) -> str:
     file = repo_root() / Path(cfg.file).expanduser()
     if not file.is_file():
-        raise JudgeError(
-            f"evaluate.judges: {file}: no such file; it is the TorchScript Inception that FID is computed by"
+        raise ExtractorError(
+            f"evaluate.extractors: {file}: no such file; it is the TorchScript Inception that FID is computed by"
         )
     path = f"parts/weights/inception-{cfg.sha256[:16]}/inception.pt"
     if not store.exists(f"{path.rpartition('/')[0]}/record.json"):
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != cfg.sha256:
-            raise JudgeError(f"evaluate.judges: {file}: its sha256 is {found}, params.yaml expects {cfg.sha256}")
+            raise ExtractorError(
+                f"evaluate.extractors: {file}: its sha256 is {found}, params.yaml expects {cfg.sha256}"
+            )
         store.copy_file_in(file, path)
         store.write_bytes(f"{path.rpartition('/')[0]}/record.json", b'{"files": ["inception.pt"]}')
     return path

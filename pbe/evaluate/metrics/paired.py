@@ -32,14 +32,16 @@ def common_items(first: Sequence[str], second: Sequence[str]) -> list[str]:
     return common
 
 
-def paired_means(first: np.ndarray, second: np.ndarray, *, photos: Sequence[str], resamples: int, seed: int) -> Paired:
+def paired_means(
+    first: np.ndarray, second: np.ndarray, *, image_ids: Sequence[str], resamples: int, seed: int
+) -> Paired:
     """Of per-item values (N,), in the same order. Flips the sign of whole photos' differences.
 
     Raises ValueError as bootstrap_mean does.
     """
     differences = first - second
-    estimate = bootstrap_mean(differences, groups=photos, resamples=resamples, seed=seed)
-    _, index = np.unique(np.asarray(photos), return_inverse=True)
+    estimate = bootstrap_mean(differences, groups=image_ids, resamples=resamples, seed=seed)
+    _, index = np.unique(np.asarray(image_ids), return_inverse=True)
     sums = np.bincount(index, weights=differences)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(sums)))
     close = ROUNDING * float(np.abs(first).sum() + np.abs(second).sum())
@@ -52,7 +54,7 @@ def paired_sets(
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
     *,
-    photos: Sequence[str],
+    image_ids: Sequence[str],
     resamples: int,
     seed: int,
 ) -> Paired:
@@ -72,11 +74,11 @@ def paired_sets(
     estimate = jackknife(
         lambda rows: difference([one[rows] for one in first], [one[rows] for one in second]),
         len(first[0]),
-        groups=photos,
+        groups=image_ids,
         resamples=resamples,
         seed=seed,
     )
-    _, index = np.unique(np.asarray(photos), return_inverse=True)
+    _, index = np.unique(np.asarray(image_ids), return_inverse=True)
     rng = np.random.default_rng(seed)
     swapped = np.empty(resamples)
     for i in range(resamples):

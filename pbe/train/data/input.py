@@ -13,7 +13,7 @@ import torch
 
 from pbe.data.slots import InputError, group_rows
 from pbe.model.codec import Codec
-from pbe.model.frozen import open_backbone
+from pbe.model.weight_store import open_backbone
 from pbe.store import File, Manifest, Store
 from pbe.train.data.batch import Batch, joined
 from pbe.train.data.draws import Draw, Draws, draw, validation_draw
@@ -32,7 +32,7 @@ class RowSource(Protocol[P]):
     """Makes batches of stored rows, in two steps: P is what the first hands to the second."""
 
     files: list[list[File]]  # by slot, then by shard
-    rows_per_group: int  # encode's, by which lanes are cut
+    rows_per_group: int  # encode's, by which streams are cut
     stored_per_group: int  # rows of these files' own row groups
 
     def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> P:
@@ -47,14 +47,14 @@ class RowSource(Protocol[P]):
 def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> Iterator[P]:
     """Prepared micro-batches of one rank, endlessly from one optimizer step on.
 
-    Each step takes batch / lanes rows of every lane; this rank serves its lanes one after another. Raises ValueError
-    for a lane without rows, StoreError.
+    Each step takes batch / streams rows of every stream; this rank serves its streams one after another. Raises
+    ValueError for a stream without rows, StoreError.
     """
     per_group = source.rows_per_group
     group_rows_of_slot = [[group_rows(file, per_group) for file in slot] for slot in source.files]
-    order = rank_rows(group_rows_of_slot, batch=cfg.batch, lanes=cfg.lanes, seed=seed, share=share)
+    order = rank_rows(group_rows_of_slot, batch=cfg.batch, streams=cfg.streams, seed=seed, share=share)
     largest_group = max(per_group, source.stored_per_group)
-    keep_rows = rows_to_keep(batch=cfg.batch, lanes=cfg.lanes, world=share.world, rows_per_group=largest_group)
+    keep_rows = rows_to_keep(batch=cfg.batch, streams=cfg.streams, world=share.world, rows_per_group=largest_group)
     reader = RowReader(store, source.files, keep_rows=keep_rows)
     for refs in order:
         for start in range(0, len(refs), cfg.micro_batch):

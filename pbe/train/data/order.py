@@ -1,9 +1,9 @@
-"""Sample order: a pure function of (seed, epoch, lane), not of the number of workers.
+"""Sample order: a pure function of (seed, epoch, stream), not of the number of workers.
 
-Row groups of a slot are dealt round robin to a fixed number of *lanes*. Each lane is an endless stream of its
-own epochs; epoch e reads slot e mod slots. A global batch takes batch / lanes rows from every lane, and rank r
-serves the lanes congruent to r modulo the world size. So the rows of batch b are the same on 1, 2 or 64 ranks,
-and no row is lost when lanes are uneven.
+Row groups of a slot are dealt round robin to a fixed number of *streams*. Each stream is an endless sequence of its
+own epochs; epoch e reads slot e mod slots. A global batch takes batch / streams rows from every stream, and rank r
+serves the streams congruent to r modulo the world size. So the rows of batch b are the same on 1, 2 or 64 ranks,
+and no row is lost when streams are uneven.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,18 +35,18 @@ class RowRef:
     row: int
 
 
-def lane_groups(group_rows: list[list[int]], lane: int, lanes: int) -> list[tuple[int, int]]:
-    """(file, group) pairs of one lane. group_rows[file][group] is that group's row count."""
+def stream_groups(group_rows: list[list[int]], stream: int, streams: int) -> list[tuple[int, int]]:
+    """(file, group) pairs of one stream. group_rows[file][group] is that group's row count."""
     flat = [(file, group) for file, groups in enumerate(group_rows) for group in range(len(groups))]
-    return flat[lane::lanes]
+    return flat[stream::streams]
 
 
-def lane_epoch(
-    group_rows: list[list[int]], *, lane: int, lanes: int, epoch: int, slots: int, seed: int
+def stream_epoch(
+    group_rows: list[list[int]], *, stream: int, streams: int, epoch: int, slots: int, seed: int
 ) -> list[RowRef]:
-    """The rows of one lane in one epoch, shuffled: groups first, then rows inside each group."""
-    rng = row_rng(seed, "order", lane, epoch)
-    groups = lane_groups(group_rows, lane, lanes)
+    """The rows of one stream in one epoch, shuffled: groups first, then rows inside each group."""
+    rng = row_rng(seed, "order", stream, epoch)
+    groups = stream_groups(group_rows, stream, streams)
     out = []
     for index in rng.permutation(len(groups)):
         file, group = groups[index]
@@ -55,18 +55,18 @@ def lane_epoch(
     return out
 
 
-def lane_stream(
-    group_rows_of_slot: list[list[list[int]]], *, lane: int, lanes: int, seed: int, skip: int = 0
+def stream_rows(
+    group_rows_of_slot: list[list[list[int]]], *, stream: int, streams: int, seed: int, skip: int = 0
 ) -> Iterator[RowRef]:
-    """The endless stream of one lane, from its row number `skip` on. Raises ValueError for a lane without rows."""
+    """The endless rows of one stream, from its row number `skip` on. Raises ValueError for a stream without rows."""
     slots = len(group_rows_of_slot)
     sizes = [
-        sum(group_rows[file][group] for file, group in lane_groups(group_rows, lane, lanes))
+        sum(group_rows[file][group] for file, group in stream_groups(group_rows, stream, streams))
         for group_rows in group_rows_of_slot
     ]
     if not all(sizes):
         raise ValueError(
-            f"lane {lane} of {lanes} has no rows; lower train.lanes or encode.rows_per_group (more row groups)"
+            f"stream {stream} of {streams} has no rows; lower train.streams or encode.rows_per_group (more row groups)"
         )
     rounds, rest = divmod(skip, sum(sizes))
     epoch = rounds * slots
@@ -74,8 +74,8 @@ def lane_stream(
         rest -= sizes[epoch % slots]
         epoch += 1
     while True:
-        rows = lane_epoch(
-            group_rows_of_slot[epoch % slots], lane=lane, lanes=lanes, epoch=epoch, slots=slots, seed=seed
+        rows = stream_epoch(
+            group_rows_of_slot[epoch % slots], stream=stream, streams=streams, epoch=epoch, slots=slots, seed=seed
         )
         yield from rows[rest:]
         rest = 0
@@ -86,24 +86,24 @@ def rank_rows(
     group_rows_of_slot: list[list[list[int]]],
     *,
     batch: int,
-    lanes: int,
+    streams: int,
     seed: int,
     share: Share,
 ) -> Iterator[list[RowRef]]:
-    """One rank's rows of each optimizer step, endlessly from step `share.start_step` on: lane after lane, batch / lanes
-    rows of every lane that it serves. `batch` is the global batch."""
-    per_lane = batch // lanes
-    streams = [
-        lane_stream(group_rows_of_slot, lane=lane, lanes=lanes, seed=seed, skip=share.start_step * per_lane)
-        for lane in range(share.rank, lanes, share.world)
+    """One rank's rows of each optimizer step, endlessly from step `share.start_step` on: batch / streams rows of every
+    stream that it serves, stream after stream. `batch` is the global batch."""
+    per_stream = batch // streams
+    iterators = [
+        stream_rows(group_rows_of_slot, stream=stream, streams=streams, seed=seed, skip=share.start_step * per_stream)
+        for stream in range(share.rank, streams, share.world)
     ]
     while True:
-        yield [next(stream) for stream in streams for _ in range(per_lane)]
+        yield [next(iterator) for iterator in iterators for _ in range(per_stream)]
 
 
-def rows_to_keep(*, batch: int, lanes: int, world: int, rows_per_group: int) -> int:
-    """Rows of one rank's step, and of the groups that its lanes have begun and will come back to."""
-    return (batch + 2 * lanes * rows_per_group) // world
+def rows_to_keep(*, batch: int, streams: int, world: int, rows_per_group: int) -> int:
+    """Rows of one rank's step, and of the groups that its streams have begun and will come back to."""
+    return (batch + 2 * streams * rows_per_group) // world
 
 
 def validation_places(files: Sequence[File], rows: int, *, rows_per_group: int) -> list[tuple[int, int]]:

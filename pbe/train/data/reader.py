@@ -19,7 +19,7 @@ V = TypeVar("V")
 class RowReader:
     """Keeps recent row groups and footers, in bounded memory.
 
-    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: lanes take turns, and come
+    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: streams take turns, and come
     back to a group until it is done. A small data set is then read once in all, a large one once per visit.
     """
 

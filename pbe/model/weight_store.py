@@ -21,7 +21,7 @@ from pbe.store import Store
 Entry = Mapping[str, Any]  # of the encode manifest's config: "kind", and "path" below the storage root
 
 
-def keep_weights(store: Store, folder: Path, part: str, *stems: str) -> str:
+def store_weights(store: Store, folder: Path, part: str, *stems: str) -> str:
     """Copy config.json and the weight files of `folder` to the storage; returns their path there. A folder that is
     there already is left alone. stems: of the weight files, the first that is there counts. Raises WeightsError."""
     path = f"parts/weights/{part}-{folder_digest(folder, *stems)}"
@@ -35,8 +35,8 @@ def keep_weights(store: Store, folder: Path, part: str, *stems: str) -> str:
 
 
 @contextmanager
-def kept_folder(store: Store, path: str) -> Iterator[Path]:
-    """The folder of `keep_weights` as a local one: itself, or for a remote storage a copy until the block ends."""
+def stored_folder(store: Store, path: str) -> Iterator[Path]:
+    """The folder of `store_weights` as a local one: itself, or for a remote storage a copy until the block ends."""
     if store.is_local:
         yield Path(store.path(path))
         return
@@ -50,13 +50,13 @@ def open_codec(store: Store, entry: Entry) -> Codec:
     path = str(entry["path"])
     if entry["kind"] == "patch":
         return codec_from_bytes(store.read_bytes(path), store.full_uri(path))
-    with kept_folder(store, path) as folder:
+    with stored_folder(store, path) as folder:
         return load_vae(folder)
 
 
 def open_backbone(store: Store, entry: Entry) -> Backbone:
     """Raises BackboneError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
-        with kept_folder(store, str(entry["path"])) as folder:
+        with stored_folder(store, str(entry["path"])) as folder:
             return load_clip(folder)
     return load_backbone(entry["kind"])

@@ -8,9 +8,9 @@ import torch
 
 from pbe.model.clip import ClipBackbone
 from pbe.model.codec import PatchCodec, codec_bytes
-from pbe.model.frozen import keep_weights, kept_folder, open_backbone, open_codec
 from pbe.model.tensors import WeightsError
 from pbe.model.vae import STEM
+from pbe.model.weight_store import open_backbone, open_codec, store_weights, stored_folder
 from pbe.store import Store
 from tests.tiny_weights import REFERENCE_PX, tiny_clip, tiny_vae, write_clip, write_stable_diffusion
 
@@ -27,7 +27,7 @@ def test_a_vae_opens_again_from_the_storage_when_its_folder_is_gone(
     where: str, tmp_path: Path, stable_diffusion: Path, s3: str
 ) -> None:
     store = Store(f"{s3}/frozen" if where == "s3" else str(tmp_path / "store"))
-    path = keep_weights(store, stable_diffusion / "vae", "vae", STEM)
+    path = store_weights(store, stable_diffusion / "vae", "vae", STEM)
     shutil.rmtree(stable_diffusion)
     codec = open_codec(store, {"kind": "kl", "path": path})
     wanted = tiny_vae().encode(PIXELS).latent_dist.mean * 0.18215
@@ -35,7 +35,7 @@ def test_a_vae_opens_again_from_the_storage_when_its_folder_is_gone(
 
 
 def test_clip_opens_again_from_the_storage(store: Store, tmp_path: Path) -> None:
-    path = keep_weights(store, write_clip(tmp_path / "clip"), "clip", "model", "pytorch_model")
+    path = store_weights(store, write_clip(tmp_path / "clip"), "clip", "model", "pytorch_model")
     backbone = open_backbone(store, {"kind": "clip", "path": path})
     images = torch.randint(0, 256, (2, 3, REFERENCE_PX, REFERENCE_PX), dtype=torch.uint8)
     assert isinstance(backbone, ClipBackbone)
@@ -51,28 +51,28 @@ def test_a_fitted_codec_opens_by_its_file(store: Store, codec: PatchCodec) -> No
 
 
 def test_the_path_is_the_contents_and_a_second_copy_is_not_made(store: Store, stable_diffusion: Path) -> None:
-    path = keep_weights(store, stable_diffusion / "vae", "vae", STEM)
+    path = store_weights(store, stable_diffusion / "vae", "vae", STEM)
     marker = Path(store.path(f"{path}/config.json"))
     marker.write_text("{}")
-    assert keep_weights(store, stable_diffusion / "vae", "vae", STEM) == path
+    assert store_weights(store, stable_diffusion / "vae", "vae", STEM) == path
     assert marker.read_text() == "{}"
-    assert keep_weights(store, stable_diffusion / "unet", "vae", STEM) != path
+    assert store_weights(store, stable_diffusion / "unet", "vae", STEM) != path
 
 
 def test_what_was_copied_in_part_is_copied_again(store: Store, stable_diffusion: Path) -> None:
-    path = keep_weights(store, stable_diffusion / "vae", "vae", STEM)
+    path = store_weights(store, stable_diffusion / "vae", "vae", STEM)
     folder = Path(store.path(path))
     (folder / "record.json").unlink()
     (folder / f"{STEM}.safetensors").write_bytes(b"half")
-    keep_weights(store, stable_diffusion / "vae", "vae", STEM)
+    store_weights(store, stable_diffusion / "vae", "vae", STEM)
     open_codec(store, {"kind": "kl", "path": path})
 
 
 def test_shards_come_with_their_index(store: Store, tmp_path: Path) -> None:
     tiny_vae().save_pretrained(tmp_path / "vae", max_shard_size="60KB")
     assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
-    path = keep_weights(store, tmp_path / "vae", "vae", STEM)
-    with kept_folder(store, path) as folder:
+    path = store_weights(store, tmp_path / "vae", "vae", STEM)
+    with stored_folder(store, path) as folder:
         assert sorted(file.name for file in folder.iterdir() if file.name != "record.json") == sorted(
             file.name for file in (tmp_path / "vae").iterdir()
         )
@@ -81,4 +81,4 @@ def test_shards_come_with_their_index(store: Store, tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=f"no {STEM}"):
-        keep_weights(store, tmp_path, "vae", STEM)
+        store_weights(store, tmp_path, "vae", STEM)

@@ -1,0 +1,40 @@
+"""What one extractor measures edits by, made once from untouched photos: Frechet, KID and quality, for all methods."""
+
+import numpy as np
+
+from pbe.evaluate.metrics.frechet import FeatureStatistics, frechet_to_reference
+from pbe.evaluate.metrics.kid import kid_to_reference
+from pbe.evaluate.metrics.mixture import Mixture, log_likelihood, quality_scores
+from pbe.evaluate.metrics.quality import quality_scale
+from pbe.evaluate.score import ReferenceSet
+
+
+def make_reference_set(
+    extractor: str,
+    *,
+    real_images: np.ndarray,
+    statistics: FeatureStatistics,
+    bench_photos: np.ndarray,
+    mixture: Mixture | None,
+    upstream_region: bool,
+    components: int,
+    pca_dims: int,
+    seed: int,
+) -> ReferenceSet:
+    """real_images (M, d): features of the real images; statistics: theirs. bench_photos (N, d): features of the bench's
+    photos before the edit, which the ranks of qs_rank are among; `mixture` gives qs in its place. Raises ValueError for
+    too few rows or values that are not finite."""
+    if mixture is None:
+        quality = quality_scale(
+            fit_features=real_images, real_features=bench_photos, components=components, pca_dims=pca_dims, seed=seed
+        )
+    else:
+        quality = lambda features: quality_scores(log_likelihood(mixture, features))  # noqa: E731
+    return ReferenceSet(
+        name=extractor,
+        frechet=frechet_to_reference(statistics),
+        kid=kid_to_reference(real_images),
+        quality=quality,
+        has_mixture=mixture is not None,
+        upstream_region=upstream_region,
+    )

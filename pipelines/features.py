@@ -280,8 +280,8 @@ def _extractions_of_real_images(cfg: EvaluateConfig, extractor: str, bench: Mani
         file = bench.files("real")[0]
         if not file.rows:
             raise StageError(
-                "evaluate.real_images: this bench has no real images; name a folder of photos. The paper's are all of COCO "
-                "test2017, with evaluate.real_images_px: 512"
+                "evaluate.real_images: this bench has no real images; name a folder of photos. The paper's are all of "
+                "COCO test2017, with evaluate.real_images_px: 512"
             )
         return [Extraction(extractor, "real_images", file)]
     folder = repo_root() / Path(cfg.real_images).expanduser()

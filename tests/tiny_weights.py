@@ -26,7 +26,7 @@ from pbe.model.vae import KlCodec
 from pbe.model.weights import Model, ModelCard, save_model
 
 CONTEXT_WIDTH, CLIP_WIDTH, CLIP_LAYERS, REFERENCE_PX, IMAGE_PX = 24, 64, 9, 28, 32
-JUDGE_PX, JUDGE_WIDTH = 32, 12
+EXTRACTOR_PX, EXTRACTOR_WIDTH = 32, 12
 UNET = {
     "sample_size": IMAGE_PX // 8,
     "out_channels": 4,
@@ -164,9 +164,9 @@ def write_clip_extractor(folder: Path) -> Path:
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=JUDGE_PX,
+            image_size=EXTRACTOR_PX,
             patch_size=8,
-            projection_dim=JUDGE_WIDTH,
+            projection_dim=EXTRACTOR_WIDTH,
         )
         network = lively(CLIPVisionModelWithProjection(config), 5, scale=0.2)
         network.visual_projection.weight.data *= 0.01  # small features: their likelihood is then above 0, as CLIP's is

@@ -186,7 +186,7 @@ EDITS = pa.schema(
     ]
 )
 
-# What a extractor's network says of one picture; `view` says which part of which picture.
+# What an extractor's network says of one picture; `view` says which part of which picture.
 FEATURES = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),

@@ -230,7 +230,7 @@ def score_features(
 
 
 def metric_names(reference_set: ReferenceSet) -> dict[str, str]:
-    """What a extractor's numbers are called. Only the paper's extractors give the paper's names."""
+    """What an extractor's numbers are called. Only the paper's extractors give the paper's names."""
     name = reference_set.name
     return {
         "frechet": {"inception": "fid", "clip": "clip_fid"}.get(name, f"frechet_{name}"),

@@ -5,8 +5,8 @@
 One method on N items (48; --quick 16) with box holes, exemplars and foreign references, at the sample's sizes: an
 untrained network of its shape (weights do not matter for time), 20 DDIM steps at guidance scale 3; both EfficientNet
 extractors and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests.
-Smooth random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted. --device cuda
-puts the editor and the extractors on the first GPU; pixel counts, metrics and tests are numpy there too.
+Smooth random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted.
+--device cuda puts the editor and the extractors on the first GPU; pixel counts, metrics and tests are numpy there too.
 """
 
 import argparse

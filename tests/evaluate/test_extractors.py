@@ -18,7 +18,7 @@ from pbe.evaluate.features.extractors import (
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD
 from pbe.model.tensors import WeightsError
-from tests.tiny_weights import JUDGE_PX, JUDGE_WIDTH, write_clip, write_clip_extractor, write_inception
+from tests.tiny_weights import EXTRACTOR_PX, EXTRACTOR_WIDTH, write_clip, write_clip_extractor, write_inception
 
 
 class OneConvolution(nn.Module):
@@ -114,21 +114,21 @@ def test_clip_is_transformers_own_through_its_projection(clip_folder: Path) -> N
     expected = []
     for picture in pictures:
         image = Image.fromarray(picture)
-        scale = JUDGE_PX / min(image.size)
-        image = image.resize([max(JUDGE_PX, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (round((side - JUDGE_PX) / 2) for side in image.size)
-        image = image.crop((left, top, left + JUDGE_PX, top + JUDGE_PX))
+        scale = EXTRACTOR_PX / min(image.size)
+        image = image.resize([max(EXTRACTOR_PX, int(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (round((side - EXTRACTOR_PX) / 2) for side in image.size)
+        image = image.crop((left, top, left + EXTRACTOR_PX, top + EXTRACTOR_PX))
         pixels = (np.asarray(image, np.float64) / 255 - MEAN) / STD
         with torch.no_grad():
             out = network(pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
         expected.append(out.image_embeds[0].numpy())
     found = load_clip_extractor(clip_folder)(pictures, batch_rows=2)
-    assert found.shape == (5, JUDGE_WIDTH)
+    assert found.shape == (5, EXTRACTOR_WIDTH)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     assert np.ptp(found, axis=0).min() > 1e-4  # it sees differences
 
 
-@pytest.mark.parametrize("way", ["whole", "region", "reference"])
+@pytest.mark.parametrize("preprocessing", ["whole", "region", "reference"])
 @pytest.mark.parametrize("batch_rows", [1, 99])
 def test_clips_batch_size_does_not_matter(clip_folder: Path, preprocessing: Preprocessing, batch_rows: int) -> None:
     clip = load_clip_extractor(clip_folder)
@@ -140,13 +140,13 @@ def test_clip_looks_at_regions_and_references_as_upstream_does(clip_folder: Path
     """A square picture of the extractor's own size is the same in all ways; another is squashed, not cropped."""
     clip = load_clip_extractor(clip_folder)
     cut_ways: tuple[Preprocessing, ...] = ("region", "reference")
-    own = [np.random.default_rng(0).integers(0, 256, (JUDGE_PX, JUDGE_PX, 3)).astype(np.uint8)]
+    own = [np.random.default_rng(0).integers(0, 256, (EXTRACTOR_PX, EXTRACTOR_PX, 3)).astype(np.uint8)]
     whole = clip(own, batch_rows=1)
     for preprocessing in cut_ways:
         np.testing.assert_allclose(clip(own, preprocessing=preprocessing, batch_rows=1), whole, rtol=1e-5)
-    wide = np.zeros((JUDGE_PX, 4 * JUDGE_PX, 3), np.uint8)
+    wide = np.zeros((EXTRACTOR_PX, 4 * EXTRACTOR_PX, 3), np.uint8)
     changed = wide.copy()
-    changed[:, :JUDGE_PX] = 255  # outside the centre crop
+    changed[:, :EXTRACTOR_PX] = 255  # outside the centre crop
     np.testing.assert_array_equal(clip([wide], batch_rows=1), clip([changed], batch_rows=1))
     for preprocessing in cut_ways:
         first, second = (clip([p], preprocessing=preprocessing, batch_rows=1) for p in (wide, changed))

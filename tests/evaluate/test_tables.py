@@ -12,7 +12,7 @@ from pbe.evaluate.features.extractors import Preprocessing
 from pbe.evaluate.features.tables import FeatureTable, extract
 
 
-class _Judge:
+class _Extractor:
     name = digest = resize_rule = "extractor"
     matches_resolution = paper = False
 
@@ -28,7 +28,7 @@ def _view(key: str, value: int) -> Crop:
 
 def test_a_picture_whose_features_are_not_finite_is_named() -> None:
     with pytest.raises(ValueError, match=r"extractor gives values that are not finite for b\.png \(whole\)"):
-        extract([_view("a.png", 1), _view("b.png", 255)], _Judge(), batch_rows=4)
+        extract([_view("a.png", 1), _view("b.png", 255)], _Extractor(), batch_rows=4)
 
 
 def test_two_pictures_of_one_name_are_not_silently_one() -> None:

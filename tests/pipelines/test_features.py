@@ -1,4 +1,4 @@
-"""What evaluation looks at and with which settings, refused before a extractor is opened."""
+"""What evaluation looks at and with which settings, refused before an extractor is opened."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -61,7 +61,7 @@ def _scale(**changes: Any) -> ReferenceSet:
     real_images = np.stack([_vector("real", i) for i in range(30)]).astype(float)
     photos = np.stack([_vector("photo", i) for i in range(30)]).astype(float)
     settings: dict[str, Any] = {"mixture": None, "upstream_region": False} | changes
-    settings |= {"real_images": real_images, "statistics": feature_statistics(real_images), "photos": photos}
+    settings |= {"real_images": real_images, "statistics": feature_statistics(real_images), "bench_photos": photos}
     return make_reference_set("lite", components=2, pca_dims=3, seed=0, **settings)
 
 

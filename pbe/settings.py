@@ -6,6 +6,7 @@ A field without a default must be in params.yaml, with its unit and source as a 
 its default, unit and source here; `python -m pipelines params` shows both kinds.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -33,6 +34,14 @@ class Settings(BaseModel):
     """Frozen; unknown keys, infinities and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def identity(self, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """What names a part: the settings that differ from their defaults, but for the keys in `without`.
+
+        A new setting then renames no part. A changed default needs a new VERSION of its stage, as a test says
+        (tests/pipelines/test_versions.py).
+        """
+        return self.model_dump(mode="json", exclude=set(without), exclude_defaults=True)
 
 
 class TaskResources(Settings):

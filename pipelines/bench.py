@@ -33,7 +33,7 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
     matcher = store_extractor(stage.store, cfg.matcher)
     sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, stage.params.seed, dict(matcher)]
-    geometry = cut.model_dump(exclude={"slots", "jpeg_chroma", "per_shard"})
+    geometry = cut.identity(without={"slots", "jpeg_chroma", "per_shard"})
     name = f"bench-{digest(['bench', VERSION, geometry, sizes, ingested.digest, filtered.digest])}"
     record = stage.store.find_unit("bench", name)
     if record is not None:

@@ -64,7 +64,7 @@ def fill_bench(
     for request in requests:
         cfg = request.cfg
         refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
-        settings = cfg.model_dump(mode="json", exclude=SPREAD)
+        settings = cfg.identity(without=SPREAD)
         units.append([])
         for number, start in enumerate(range(0, len(request.rows), cfg.items_per_unit)):
             part = Request(cfg, request.rows[start : start + cfg.items_per_unit])

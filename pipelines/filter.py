@@ -21,7 +21,7 @@ def main(stage: Stage) -> None:
     records = []
     for unit in with_progress(ingested.units, "filter", total=len(ingested.units), unit="part"):
         source, photos = unit.file("boxes"), unit.file("images")
-        identity = digest(["filter", VERSION, cfg.model_dump(mode="json"), source.sha256, photos.sha256])
+        identity = digest(["filter", VERSION, cfg.identity(), source.sha256, photos.sha256])
         name = f"{unit.unit.split('-')[0]}-{identity}"
         record = stage.store.find_unit("filter", name)
         if record is None:

@@ -18,6 +18,7 @@ from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1
+EXECUTION_ONLY = {"per_shard"}  # settings that no byte depends on
 
 
 def main(stage: Stage) -> None:
@@ -29,7 +30,9 @@ def main(stage: Stage) -> None:
     units = []
     for image_unit, box_unit in zip(images, boxes, strict=True):
         inputs = image_unit.file("images"), box_unit.file("boxes")
-        identity = digest(["materialize", VERSION, seed, _identity(cfg), [file.sha256 for file in inputs]])
+        identity = digest(
+            ["materialize", VERSION, seed, cfg.identity(without=EXECUTION_ONLY), [file.sha256 for file in inputs]]
+        )
         units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
 
     worker = partial(_worker, stage.store, cfg, seed)
@@ -41,7 +44,9 @@ def main(stage: Stage) -> None:
         each=cfg.per_shard,
         key="materialize",
     )
-    manifest = make_manifest("materialize", config=_identity(cfg), version=VERSION, units=records)
+    manifest = make_manifest(
+        "materialize", config=cfg.model_dump(mode="json", exclude=EXECUTION_ONLY), version=VERSION, units=records
+    )
     counts = dict(manifest.counts)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
     assert counts["triplets"] == counts["images_kept"] * cfg.slots
@@ -49,11 +54,6 @@ def main(stage: Stage) -> None:
     if not counts["triplets"]:
         raise StageError("materialize: no photo of the train split has a kept box; see data/filter/counts.json")
     save_manifest(stage.outputs / "manifest.json", manifest)
-
-
-def _identity(cfg: MaterializeConfig) -> dict[str, object]:
-    """What the bytes depend on; what a task asks of Ray is not among it."""
-    return cfg.model_dump(mode="json", exclude={"per_shard"})
 
 
 def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit], Record]:

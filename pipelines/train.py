@@ -70,7 +70,7 @@ def main(stage: Stage) -> None:
             raise StageError(f"train.input = pixels: {error}; run `dvc repro encode` first") from None
     initial = _initial_weights(stage, cfg, encoded)
     # of the first weights their content counts, not where they were found
-    settings = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY | {"init", "seed"})
+    settings = cfg.identity(without=EXECUTION_ONLY | {"init", "seed"})
     pixels = [triplets.digest] if triplets is not None else []
     identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
     run = Run(stage.store, f"{stage.variant}-{identity}")

@@ -321,6 +321,14 @@ def test_variants_override_their_keys_and_nothing_else(load: Load) -> None:
         params.train_variant("other")
 
 
+def test_a_setting_that_has_its_default_names_no_part(load: Load) -> None:
+    """So a new one renames nothing, in a variant either."""
+    params = load({"filter.max_iou": 0.9, "variants": {"full": {"train": {"exemplar": {"tokens": "class"}}}}})
+    assert params.filter.identity() == {"min_area_frac": 0.02, "max_area_frac": 0.8, "max_iou": 0.9}
+    assert params.filter.identity(without={"max_iou"}) == load({}).filter.identity()
+    assert params.train_variant("full").identity() == load({}).train_variant("full").identity()
+
+
 def test_settings_cannot_be_changed_after_reading(load: Load) -> None:
     params = load({})
     with pytest.raises(ValidationError, match="frozen"):

@@ -304,11 +304,8 @@ def defaults_verdict(found: Golden, golden: Golden, stage: str) -> str:
     now, before = json.loads(json.dumps(found[stage])), golden.get(stage, {})
     if now == before:
         return ""
-    changed = [
-        key
-        for key in {**now["defaults"], **before.get("defaults", {})}
-        if now["defaults"].get(key) != before.get("defaults", {}).get(key)
-    ]
+    known = before.get("defaults", {})  # a key that is new or gone renames no part
+    changed = [key for key in now["defaults"].keys() & known.keys() if now["defaults"][key] != known[key]]
     if changed and now["version"] == before.get("version"):
         return (
             f"{stage}: another default of {', '.join(changed)}: DVC, which reads params.yaml alone, would not run the "

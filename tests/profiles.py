@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import yaml
-
 from pbe.config import Params, parse_params
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
@@ -18,5 +16,5 @@ def profile(name: str) -> Params:
 
 
 def profile_mapping(name: str) -> dict[str, Any]:
-    """As params.yaml would say it: without the settings that have their default."""
-    return yaml.safe_load(full_text(FOLDER, name))
+    """Every setting, also those that have their default, as YAML would have them."""
+    return profile(name).model_dump(mode="json")

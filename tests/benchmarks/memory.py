@@ -77,21 +77,11 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
                     for copy in range(times):
                         out.writerow([f"{row['ImageID']}_{copy}", row["LabelName"], *ends])
     project = make_project(folder / "project")
-    text = (project.folder / "params.yaml").read_text().splitlines()
-    changes = {
-        ("ingest", "source"): "folder", ("ingest", "images"): str(folder / "photos"),
-        ("ingest", "boxes"): str(folder / "boxes.csv"), ("ingest", "shards"): str(max(1, count // PHOTOS_PER_SHARD)),
-        ("ingest", "max_reject_frac"): "0.5", ("materialize", "image_px"): "512", ("materialize", "slots"): "4",
-    }  # fmt: skip
-    stage = ""
-    for index, line in enumerate(text):
-        name, colon, _ = line.partition(":")
-        if colon and not name.startswith((" ", "#")):
-            stage = name
-        elif (stage, name.strip()) in changes:
-            text[index] = f"{name}: {changes.pop((stage, name.strip()))}"
-    assert not changes, f"not in params.yaml: {list(changes)}"
-    (project.folder / "params.yaml").write_text("\n".join(text) + "\n")
+    project.set_params(
+        ingest__source="folder", ingest__images=str(folder / "photos"), ingest__boxes=str(folder / "boxes.csv"),
+        ingest__shards=max(1, count // PHOTOS_PER_SHARD), ingest__max_reject_frac=0.5,
+        materialize__image_px=512, materialize__slots=4,
+    )  # fmt: skip
     return count, project
 
 

@@ -311,7 +311,7 @@ def defaults_verdict(found: Golden, golden: Golden, stage: str) -> str:
             f"{stage}: another default of {', '.join(changed)}: DVC, which reads params.yaml alone, would not run the "
             f"stage; raise VERSION of pipelines/{stage}.py, then `python -m tests.pipelines.golden`"
         )
-    return "`python -m tests.pipelines.golden` writes down the defaults of the new VERSION"
+    return f"{stage}: its VERSION, or which settings have a default: `python -m tests.pipelines.golden` writes it down"
 
 
 def main() -> None:

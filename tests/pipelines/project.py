@@ -8,8 +8,10 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
 from pipelines.commands.profile import profile_text
 
@@ -79,6 +81,18 @@ class Project:
         text = path.read_text()
         assert old in text, f"{old!r} is not in params.yaml"
         path.write_text(text.replace(old, new))
+
+    def set_params(self, **changes: Any) -> None:
+        """Set keys of params.yaml, named with __ for the dot: train__steps=12. Comments are lost."""
+        path = self.folder / "params.yaml"
+        raw = yaml.safe_load(path.read_text())
+        for name, value in changes.items():
+            *sections, key = name.split("__")
+            node = raw
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[key] = value
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
 
     def part_times(self, stage: str) -> dict[str, int]:
         """Modification time in ns of every file of the stage's parts."""

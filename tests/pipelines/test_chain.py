@@ -64,7 +64,7 @@ def test_status_says_how_far_each_stage_is(repro: Project) -> None:
     assert any(line.strip().startswith("MLflow run http://127.0.0.1:5000/#/runs/") for line in said)
     assert any("rejected: 1 area_above_max" in line for line in said)
     # parts that went, and a training that is half way
-    record = next((repro.folder / ".store" / "parts" / "encode").glob("b*/record.json"))
+    record = next((repro.folder / ".store" / "parts" / "encode").glob("s*/record.json"))
     kept = record.read_bytes()
     record.unlink()
     try:

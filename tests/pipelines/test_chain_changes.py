@@ -29,7 +29,7 @@ POLL_S = 0.05
 
 def test_another_metric_setting_costs_no_second_look_and_no_second_edit(changeable: Project) -> None:
     before = {stage: changeable.part_times(stage) for stage in ("bench", "edit", "features")}
-    changeable.edit_params("quality_components: 2", "quality_components: 3")
+    changeable.set_params(evaluate__quality_components=3)
     changeable.run("dvc", "repro", "evaluate")
     assert before == {stage: changeable.part_times(stage) for stage in before}
 
@@ -54,17 +54,15 @@ def test_a_folder_of_untouched_photos_measures_as_the_same_photos_of_the_bench_d
             images.encode_png(images.decode(row["picture"]))
         )
     sha256 = hashlib.sha256(write_inception(changeable.folder / "inception.pt").read_bytes()).hexdigest()
-    changes = [
-        ("  real_images: null\n  real_images_px: null\n", "  real_images: untouched photos\n  real_images_px: 64\n"),
-        ("  batch_rows: 16\n  actors: 2\n", "  batch_rows: 5\n  actors: 1\n"),
-        (
-            "lite0}\n  real_images",
-            f"lite0}}\n    - {{kind: inception, file: inception.pt, sha256: {sha256}}}\n  real_images",
-        ),
-    ]
-    for old, new in changes[::-1]:
-        changeable.edit_params(old, new)
-    shutil.rmtree(changeable.folder / ".store/parts/look")
+    kinds = [{"kind": "efficientnet_lite2"}, {"kind": "efficientnet_lite0"}]
+    changeable.set_params(
+        evaluate__real_images="untouched photos",
+        evaluate__real_images_px=64,
+        evaluate__batch_rows=5,
+        evaluate__actors=1,
+        evaluate__extractors=[*kinds, {"kind": "inception", "file": "inception.pt", "sha256": sha256}],
+    )
+    shutil.rmtree(changeable.folder / ".store/parts/features")
     changeable.run("pipelines", "evaluate")
     after = metrics(changeable)
     for method in (*VARIANTS, *BASELINES):
@@ -195,10 +193,10 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     errors = [line for line in damaged.stderr.splitlines() if line.startswith("pbe: error: ")]
     assert len(errors) == 1 and str(photos) in errors[0] and "dvc repro -f -s ingest" in errors[0]
     photos.write_bytes(whole)
-    project.edit_params("per_shard: {cpus: 1,", "per_shard: {cpus: 1000,")
+    project.set_params(materialize__per_shard={"cpus": 1000, "memory_gib": 0.5})
     asked_too_much = project.run("pipelines", "materialize", check=False).stderr
     assert "materialize.per_shard: 1000 CPUs, 0.5 GiB of memory does not fit on one node with" in asked_too_much
-    project.edit_params("per_shard: {cpus: 1000,", "per_shard: {cpus: 4,")  # one shard after the other
+    project.set_params(materialize__per_shard={"cpus": 4, "memory_gib": 0.5})  # one shard after the other
     shutil.rmtree(parts)  # the shards that were whole are done
 
     process = project.start("pipelines", "materialize")

@@ -41,7 +41,7 @@ CHANGES = """
     bench: {max_items: 12}
     edit: {steps: 2, holes: [box], references: [exemplar], items_per_unit: 12, actors: 1}
     evaluate: {extractors: [{kind: efficientnet_lite0}], quality_components: 1, quality_pca_dims: 2, actors: 1}
-    sweep: {scales: [1, 3], items: 8, diversity: {items: 2, seeds: [1, 2]}}
+    sweep: {guidance_scales: [1, 3], items: 8, diversity: {items: 2, seeds: [1, 2]}}
 """
 
 

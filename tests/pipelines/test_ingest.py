@@ -122,7 +122,13 @@ class Project:
     def run(self, **changes: Any) -> tuple[Manifest, Counter[str]]:
         """The manifest, and how often each address was asked for. Keys are ingest's; fails as the stage does."""
         raw = copy.deepcopy(TINY)
-        download = {"attempts": ATTEMPTS, "backoff_s": 0.01, "connect_s": 2, "idle_s": 2, "whole_s": 5}
+        download = {
+            "attempts": ATTEMPTS,
+            "backoff_s": 0.01,
+            "connect_timeout_s": 2,
+            "read_timeout_s": 2,
+            "attempt_timeout_s": 5,
+        }
         raw["ingest"] |= {
             "source": "openimages",
             "images": str(self.root / "info"),

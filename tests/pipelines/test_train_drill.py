@@ -20,13 +20,7 @@ STEPS, EVERY = 300, 20
 
 def test_three_ranks_and_the_driver_are_killed_and_the_loss_is_the_same(tmp_path: Path) -> None:
     project = make_project(tmp_path / "my project")
-    for old, new in (
-        ("steps: 12", f"steps: {STEPS}"),
-        ("checkpoint_every: 4", f"checkpoint_every: {EVERY}"),
-        ("log_every: 2", "log_every: 1"),
-        ("max_failures: 2", "max_failures: 5"),
-    ):
-        project.edit_params(old, new)
+    project.set_params(train__steps=STEPS, train__checkpoint_every=EVERY, train__log_every=1, train__max_failures=5)
     project.run("dvc", "repro", "encode")
 
     started = time.monotonic()

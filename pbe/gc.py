@@ -47,9 +47,9 @@ def find_unused(
 ) -> list[Unused]:
     """Folders of parts/ and runs/ that nothing refers to and that were last written `older_than_s` ago or earlier.
 
-    The age protects work in progress, whose manifest is not written yet. run_cache: keep what DVC's run
-    cache could restore. forget_missing: ignore manifests that a dvc.lock names and DVC's cache lacks, instead of
-    raising GcError. Raises GcError too if git or DVC fails.
+    The age protects work in progress, whose manifest is not written yet. run_cache: keep what DVC's run cache could
+    restore. forget_missing: ignore manifests that a dvc.lock names and DVC's cache lacks, instead of raising GcError.
+    Raises GcError if git or DVC fails.
     """
     used = used_paths(manifests_in_use(root, run_cache=run_cache, forget_missing=forget_missing))
     out = []

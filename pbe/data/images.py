@@ -77,8 +77,8 @@ def _orientation(image: Image.Image) -> int:
 def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
     """Decode to (H, W, 3) uint8 RGB, rotated by `exif_orientation`; 1 leaves the picture as stored.
 
-    TIFF decoders always rotate it themselves. Greyscale becomes three equal channels, alpha is dropped, 16 bits become
-    8, and only the first frame is read. Raises ImageError, also for a truncated image, which would be partly grey.
+    TIFF comes out upright: its decoders rotate it. Greyscale becomes three equal channels, alpha is dropped, 16 bits
+    become 8, and only the first frame is read. Raises ImageError, also for a truncated image (it would be partly grey).
     """
     if data[:3] == b"\xff\xd8\xff":
         image = _decode_jpeg(data)

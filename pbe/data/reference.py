@@ -39,7 +39,7 @@ def augment_reference(reference: np.ndarray, *, augmenter: A.Compose, rng: np.ra
 
 
 def _random_affine(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move three points, at the centre +- a third of the side, by U(-50, 50) px each (scaled from 224 px)."""
+    """Warp so that three points at the centre +- a third of the side move by U(-50, 50) px (scaled from 224 px)."""
     side = image.shape[0]
     centre, third, shift = side // 2, side // 3, AFFINE_SHIFT_PX * side / 224
     before = np.array(

@@ -157,7 +157,7 @@ TRIPLETS = pa.schema(
 BENCH = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),  # errors are correlated within a photo
+        pa.field("image_id", pa.string(), nullable=False),  # items of one photo have correlated errors
         pa.field("label_name", pa.string(), nullable=False),
         picture_field("source"),  # PNG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S

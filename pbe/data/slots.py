@@ -3,7 +3,7 @@
 from pbe.errors import UserError
 from pbe.store import File, Manifest
 
-# row groups of materialize's files; small, because training streams read triplets group by group
+# in materialize's files; small, because training streams read triplets group by group
 TRIPLETS_PER_GROUP = 8
 
 

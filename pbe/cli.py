@@ -19,67 +19,67 @@ Number = TypeVar("Number", int, float)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pbe", description="Paint by Example: exemplar-based image editing")
     commands = parser.add_subparsers(dest="command", required=True)
-    edit = commands.add_parser("edit", help="fill the hole of a photo after a reference image")
+    edit = commands.add_parser("edit", help="fill a hole in a photo after a reference image")
     edit.add_argument("photo", type=Path)
     hole = edit.add_mutually_exclusive_group(required=True)
     hole.add_argument("--mask", type=Path, help="image of the photo's size, white where the edit goes")
     hole.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="pixels of the photo, instead of a mask")
     edit.add_argument("--reference", type=Path, required=True, help="image of what should appear there")
-    edit.add_argument("--reference-box", type=_box, metavar="X0,Y0,X1,Y1", help="the part of it that counts")
+    edit.add_argument("--reference-box", type=_box, metavar="X0,Y0,X1,Y1", help="the part of the reference to use")
     edit.add_argument("--model", required=True, help="model folder, e.g. models/full, or org/name@revision on the hub")
     edit.add_argument("--out", type=Path, required=True, help="PNG to write; with --n, a folder, or a PNG with --grid")
-    edit.add_argument("--n", type=_at_least(1, int), default=1, help="edits, of seeds SEED, SEED + 1 ...")
+    edit.add_argument("--n", type=_at_least(1, int), default=1, help="number of edits, with seeds SEED, SEED + 1 ...")
     edit.add_argument("--grid", action="store_true", help="photo with its hole, reference and edits in one picture")
     edit.add_argument("--seed", type=_at_least(0, int), default=42)
     edit.add_argument("--scale", type=float, default=None, help="guidance scale, 1 = none")
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
     edit.add_argument(
-        "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks on a GPU (fp32)"
+        "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks on a GPU; default: fp32"
     )
-    edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's own")
-    edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="to the encoder's square (squash)")
+    edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's")
+    edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="how to fit the encoder's square")
     edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see pbe/README.md")
     edit.set_defaults(run=_edit)
-    export = commands.add_parser("export", help="a trained model as a folder of the hub's layout, with a model card")
+    export = commands.add_parser("export", help="write a trained model as a folder of the hub's layout, with a card")
     export.add_argument("model", help="variant, e.g. full, or a model folder")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     export.set_defaults(run=_export)
-    rejects = commands.add_parser("rejects", help="what the data stages dropped, by reason, with examples")
+    rejects = commands.add_parser("rejects", help="list what the data stages dropped, by reason, with examples")
     rejects.add_argument("--examples", type=_at_least(0, int), default=3, help="rows shown per reason")
-    rejects.add_argument("--out", type=Path, default=None, help="CSV to write every row to")
+    rejects.add_argument("--out", type=Path, default=None, help="CSV to write, with every row")
     rejects.set_defaults(run=_rejects)
-    show = commands.add_parser("show", help="pictures of what a stage made")
+    show = commands.add_parser("show", help="show what a stage made as a picture")
     show.add_argument("what", choices=["triplets"])
-    show.add_argument("--ids", nargs="+", default=[], metavar="ID", help="photos to show; none: random rows")
-    show.add_argument("--rows", type=_at_least(1, int), default=12, help="columns of the sheet")
-    show.add_argument("--seed", type=_at_least(0, int), default=0, help="of the random rows")
+    show.add_argument("--ids", nargs="+", default=[], metavar="ID", help="photos to show; default: random rows")
+    show.add_argument("--rows", type=_at_least(1, int), default=12, help="number of columns in the picture")
+    show.add_argument("--seed", type=_at_least(0, int), default=0, help="seed of the random rows")
     show.add_argument("--out", type=Path, required=True, help="PNG to write")
     show.set_defaults(run=_show)
-    doctor = commands.add_parser("doctor", help="what would go wrong here, before it does")
-    doctor.add_argument("--gpu", action="store_true", help="also nccl, bf16, sdpa and a short training on all GPUs")
-    doctor.add_argument("--ranks", type=_at_least(1, int), help="also a short training of so many ranks (CPU: gloo)")
+    doctor = commands.add_parser("doctor", help="check this machine and the settings before a run")
+    doctor.add_argument("--gpu", action="store_true", help="also check nccl, bf16, sdpa; train briefly on all GPUs")
+    doctor.add_argument("--ranks", type=_at_least(1, int), help="also train briefly with this many ranks (CPU: gloo)")
     doctor.set_defaults(run=_doctor)
     collect = commands.add_parser(
         "gc", help="remove parts and runs of the storage that no manifest in git's history refers to"
     )
-    collect.add_argument("--yes", action="store_true", help="remove; without it, only say what would go")
-    collect.add_argument("--older-than-h", type=_at_least(0, float), default=24.0, help="hours; younger ones stay (24)")
+    collect.add_argument("--yes", action="store_true", help="remove; without it, only list")
+    collect.add_argument("--older-than-h", type=_at_least(0, float), default=24.0, help="least age, hours; default: 24")
     collect.add_argument(
         "--no-run-cache",
         action="store_true",
-        help="what only DVC's run cache could restore goes too",
+        help="also remove what only DVC's run cache refers to",
     )
     collect.add_argument(
-        "--forget-missing", action="store_true", help="go on without manifests that DVC's cache no longer has"
+        "--forget-missing", action="store_true", help="ignore manifests that DVC's cache lacks, and what only they name"
     )
     collect.set_defaults(run=_gc)
-    imports = commands.add_parser("import", help="published weights to a folder that this project opens")
+    imports = commands.add_parser("import", help="convert published weights to a folder that pbe opens")
     imports.add_argument("source", type=Path, help="a checkpoint of Paint by Example or SD 1.x, or a hub folder")
     imports.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     imports.set_defaults(run=_import)
-    mixture = commands.add_parser("import-mixture", help="the published mixture of QS, a pickle, to arrays")
-    mixture.add_argument("source", type=Path, help="a pickled GaussianMixture of scikit-learn; nothing of it is run")
+    mixture = commands.add_parser("import-mixture", help="convert the published mixture of QS, a pickle, to arrays")
+    mixture.add_argument("source", type=Path, help="a pickled GaussianMixture of scikit-learn; its code is not run")
     mixture.add_argument("--out", type=Path, required=True, help=".npz to write, for `mixture` of the extractor clip")
     mixture.set_defaults(run=_import_mixture)
     args = parser.parse_args(argv)
@@ -100,15 +100,15 @@ def _with_cure(error: Exception) -> str:
 
 
 def _at_least(least: int, kind: type[Number]) -> Callable[[str], Number]:
-    """An argparse type: a number from `least` on."""
+    """An argparse type: a number that is at least `least`."""
 
     def parse(text: str) -> Number:
         value = kind(text)
         if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text}: {least} or more is allowed")
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
         return value
 
-    parse.__name__ = kind.__name__  # argparse's own message for what is no number names it
+    parse.__name__ = kind.__name__  # argparse's own message for other text names it
     return parse
 
 
@@ -129,7 +129,7 @@ def _rejects(args: argparse.Namespace) -> None:
 
     manifests, store = stages_with_rejects(repo_root()), Store(storage_uri())
     if not manifests:
-        raise ValueError("no data stage has run here; `dvc repro ingest` is the first")
+        raise ValueError("no data stage has run here; run `dvc repro ingest` first")
     reasons = count_rejects(store, manifests, examples=args.examples)
     print(table_text(reasons, manifests, made_from_earlier_input(repo_root())))
     if args.out is not None:
@@ -173,7 +173,7 @@ def _gc(args: argparse.Namespace) -> None:
         remove(store, unused)
         print(f"removed {total}")
     else:
-        print(f"{total} are referred to by no manifest of this repository; `pbe gc --yes` removes them")
+        print(f"{total} that no manifest of this repository refers to; `pbe gc --yes` removes them")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -239,8 +239,10 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
-    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more (upstream too
-    splits in the middle, which soft edges need)."""
+    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more.
+
+    Upstream also splits soft edges in the middle. Raises ValueError for an unsuitable mask or box.
+    """
     if args.box is not None:
         hole_mask = np.zeros(photo.shape[:2], bool)
         hole_mask[_slices(args.box, photo, f"--box in {args.photo}")] = True
@@ -294,12 +296,12 @@ def _slices(box: tuple[int, int, int, int], image: np.ndarray, what: str) -> tup
 
 
 def _read(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright as every viewer shows it, on white where it is transparent."""
+    """Read an image as (H, W, 3) uint8 RGB, upright, on white where it is transparent. Raises ValueError."""
     from pbe.data import images
 
     try:
         data = path.read_bytes()
-        with warnings.catch_warnings(action="ignore"):  # of Pillow's, about pictures of more than 89 megapixels
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns above 89 megapixels
             image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
             alpha = images.read_alpha(data)
     except images.ImageError as error:
@@ -311,7 +313,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _must_be_writable_png(out: Path) -> None:
-    """Before any work: the end of a long one is late to learn it."""
+    """Check --out before any work starts. Raises ValueError."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: must end in .png")
     if out.is_dir():

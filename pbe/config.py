@@ -1,7 +1,7 @@
-"""The one reader of params.yaml: `load_params` turns the file into a frozen `Params`; below it nobody sees a dict.
+"""Read params.yaml: `load_params` turns the file into a frozen `Params`; no other code sees a dict.
 
-The settings of each stage stand beside what they set (pbe/settings.py names the files). Every message names the key,
-the value that was given and what is allowed.
+The settings of each stage are beside its code (pbe/settings.py names the files). Every message names the key, the
+value that was given and what is allowed.
 """
 
 import copy
@@ -31,7 +31,7 @@ from pbe.train.settings import TrainConfig
 
 
 class VariantEdit(Settings):
-    """What of `edit` a variant may set for itself; the rest must be equal, or rows of the table do not compare."""
+    """The keys of `edit` that a variant may override; the others must be equal for results to be comparable."""
 
     guidance_scale: GuidanceScale | None = None
 
@@ -71,13 +71,15 @@ class Params(Settings):
         folders = [name for name, baseline in self.baselines.items() if isinstance(baseline, FolderBaseline)]
         if folders and self.edit.holes[0] != "box":
             raise ValueError(
-                f"edit.holes {list(self.edit.holes)}: baselines.{folders[0]} is a folder of results, which are of box "
-                "holes; name box first"
+                f"edit.holes {list(self.edit.holes)}: baselines.{folders[0]} is a folder of results for box holes; "
+                "put box first"
             )
         if both := sorted(self.variants.keys() & self.baselines.keys()):
             raise ValueError(f"{both[0]} is both a variant and a baseline; rename one")
         if self.sweep.variant not in self.variants:
-            raise ValueError(f"sweep.variant {self.sweep.variant} is no variant; there are {', '.join(self.variants)}")
+            raise ValueError(
+                f"sweep.variant {self.sweep.variant} is not a variant; choose from: {', '.join(self.variants)}"
+            )
         return self
 
     def train_variant(self, name: str) -> TrainConfig:
@@ -96,7 +98,7 @@ class Params(Settings):
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with the keys of `over`, mapping by mapping."""
+    """A copy of `base` with the keys of `over`, merged recursively."""
     out = copy.copy(base)
     for key, value in over.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
@@ -104,7 +106,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader takes the last of two equal keys without a word."""
+    """Rejects duplicate keys, of which YAML's safe loader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -130,7 +132,7 @@ def load_params(path: Path | None = None) -> Params:
 
 
 def parse_params(text: str, file: str) -> Params:
-    """The same of a text; `file` is what messages call it."""
+    """Check the text of a params.yaml, named `file` in messages. Raises ParamsError."""
     try:
         raw = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
@@ -157,24 +159,24 @@ def _check_variant(params: Params, name: str, cfg: TrainConfig, file: str) -> No
             "are stored, or train.input: pixels"
         )
     halvings, codec = len(cfg.unet.block_channels) - 1, params.encode.codec
-    # AutoencoderKL's cells are as its weights say; the train stage checks them
+    # AutoencoderKL's cell size is in its weights; the train stage checks it
     latent_px = params.materialize.image_px // codec.patch_px if codec.kind == "patch" else 0
     if latent_px % 2**halvings:
         raise ParamsError(
             f"{file}: variants.{name}: latents of {latent_px} px (materialize.image_px / encode.codec.patch_px) cannot "
-            f"be halved {halvings} times, as the {halvings + 1} levels of train.unet.block_channels ask"
+            f"be halved {halvings} times, as the {halvings + 1} levels of train.unet.block_channels require"
         )
 
 
 def _lines(error: ValidationError, file: str, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per wrong key of what `model` was to hold."""
+    """One line per invalid key of `model`."""
     out = []
     items = error.errors()
     for item in items:
         if any(
             other["loc"][: len(item["loc"])] == item["loc"] for other in items if len(other["loc"]) > len(item["loc"])
         ):
-            continue  # a list is "too short" because its items are wrong
+            continue  # a list is "too short" because its items are invalid
         names, owner, annotation = _place(item["loc"], model)
         key, given = (prefix + ".".join(names)).rstrip("."), item["input"]
         if kinds := _by_kind(annotation):
@@ -193,8 +195,9 @@ def _lines(error: ValidationError, file: str, model: type[BaseModel], prefix: st
 
 
 def _place(loc: tuple[Any, ...], model: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
-    """An error's place as keys of the file, without the kinds that pydantic puts after a key that may hold several
-    models; the model that the last key belongs to, and what the key may hold."""
+    """Resolve an error's location: keys of the file, the model that the last key belongs to, and that key's type.
+
+    The keys omit the kinds that pydantic inserts after a key of several models."""
     names: list[str] = []
     annotation: Any = model
     for part in loc:
@@ -211,7 +214,7 @@ def _place(loc: tuple[Any, ...], model: type[BaseModel]) -> tuple[list[str], typ
 
 
 def _by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The models of a key that may hold several, by kind; empty for every other key."""
+    """The models of a key that may hold several, by kind; empty for any other key."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     models = [option for option in get_args(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]

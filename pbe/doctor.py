@@ -1,7 +1,7 @@
-"""`pbe doctor`: what would go wrong on this machine, or with the cluster that is set, before it does.
+"""`pbe doctor`: check this machine, or the cluster in RAY_ADDRESS, before a run.
 
-Every check says what it found and, unless that is fine, what to do. None takes longer than its time limit; the ones
-that train something are asked for (`--gpu`, `--ranks`).
+Every check reports what it found and, if that is a problem, what to do. No check exceeds its time limit; those that
+train run only on request (`--gpu`, `--ranks`).
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ from pbe.train.settings import TrainConfig
 Level = Literal["ok", "warn", "fail"]
 
 PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "diffusers", "transformers", "mlflow", "albumentations", "dvc")
-ANSWER_S = 10.0  # a Ray head or an MLflow server that takes longer is taken for dead
+ANSWER_S = 10.0  # a Ray head that takes longer counts as dead
 DRILL_S = 180.0
 SHARED_MEMORY_GIB, OPEN_FILES, SOCKET_PATH_CHARS = 2.0, 4096, 60
 ADAM_BYTES = 12  # float32 weight and two moments: what a checkpoint holds per parameter
@@ -51,7 +51,7 @@ class Finding:
 
 
 def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
-    """All findings, as they are made. ranks: also train with so many, on the GPUs with `gpu`, else on this CPU."""
+    """Yield findings as they are made. ranks: also train with this many, on the GPUs with `gpu`, else on the CPU."""
     yield from _versions(root)
     yield from _repository(root)
     yield from _limits()
@@ -62,7 +62,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
             params.train_variant(variant)
         yield Finding("ok", "params.yaml", f"variants {', '.join(params.variants)}")
     except UserError as error:
-        yield Finding("fail", "params.yaml", one_line(error), "Nothing that depends on it is checked")
+        yield Finding("fail", "params.yaml", one_line(error), "Checks that need it are skipped")
     yield from _guarded("storage", _storage)
     yield from _guarded("MLflow", _tracking)
     if params is not None:
@@ -75,10 +75,10 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
         yield from _drill(params.train, gpu=gpu, ranks=ranks)
 
 
-def _guarded(check: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What the user can mend becomes a finding."""
+def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Turn errors that the user can fix into findings."""
     try:
-        yield from look()
+        yield from findings()
     except (UserError, OSError) as error:
         yield Finding("fail", check, one_line(error))
 
@@ -113,13 +113,13 @@ def _repository(root: Path) -> Iterator[Finding]:
             yield Finding("ok", tool, "repository")
         else:
             advice = f"`{tool.lower()} init`; `dvc repro` needs both" if tool == "git" else "`dvc init`"
-            yield Finding("fail", tool, f"{root} is no {tool} repository", advice)
+            yield Finding("fail", tool, f"{root} is not a {tool} repository", advice)
 
 
 def _limits() -> Iterator[Finding]:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files != resource.RLIM_INFINITY and files < OPEN_FILES
-    advice = f"Ray wants at least {OPEN_FILES}: `ulimit -n {OPEN_FILES}` before pbe" if few else ""
+    advice = f"Ray needs at least {OPEN_FILES}: run `ulimit -n {OPEN_FILES}` before pbe" if few else ""
     yield Finding("warn" if few else "ok", "open files", str(files), advice)
     shared = Path("/dev/shm")
     if shared.is_dir():
@@ -129,7 +129,7 @@ def _limits() -> Iterator[Finding]:
         yield Finding("warn" if small else "ok", "shared memory", f"{free_gib:.1f} GiB free", advice)
     temp = tempfile.gettempdir()
     long = len(temp) > SOCKET_PATH_CHARS
-    advice = "Ray puts sockets below it, and their paths must be short: set TMPDIR to another" if long else ""
+    advice = "Ray's sockets in it need short paths: set TMPDIR to a shorter one" if long else ""
     yield Finding("fail" if long else "ok", "temporary folder", temp, advice)
 
 
@@ -142,9 +142,9 @@ def _storage() -> Iterator[Finding]:
     listed = store.list_names("doctor")
     store.delete_file(name)
     if back != said or Path(name).name not in listed:
-        yield Finding("fail", "storage", f"{store.uri}: what was written is not what is read back")
+        yield Finding("fail", "storage", f"{store.uri}: a written file is not read back or not listed")
     elif store.exists(name):
-        yield Finding("warn", "storage", f"{store.uri}: written and read, not removed", "pbe gc needs the right to")
+        yield Finding("warn", "storage", f"{store.uri}: written and read, not removed", "pbe gc must delete")
     else:
         yield Finding("ok", "storage", f"{store.uri}: written, read, listed, removed")
 
@@ -152,7 +152,7 @@ def _storage() -> Iterator[Finding]:
 def _tracking() -> Iterator[Finding]:
     uri = tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        yield Finding("ok", "MLflow", f"{uri}: not there yet, the first run makes it")
+        yield Finding("ok", "MLflow", f"{uri}: does not exist yet, the first run creates it")
         return
     track.reach(uri)
     yield Finding("ok", "MLflow", f"{uri} answers")
@@ -167,14 +167,14 @@ def _processors(params: Params) -> Iterator[Finding]:
     memory_gib = psutil.virtual_memory().available / 2**30
     yield Finding("ok" if memory_gib > 4 else "warn", "memory", f"{memory_gib:.1f} GiB free")
     for stage, wanted in wanted_cpus(params).items():
-        # local Ray is told of at least four, as shares of stages overlap (pipelines/runtime/parts.py)
+        # local Ray gets at least four CPUs (pipelines/runtime/parts.py)
         level: Level = "ok" if wanted <= max(cores, 4) else "fail"
-        advice = "" if level == "ok" else f"it would wait for ever: lower the {stage} settings in params.yaml"
-        yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, here are {cores}", advice)
+        advice = "" if level == "ok" else f"it would wait forever: lower the {stage} settings in params.yaml"
+        yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, this machine has {cores}", advice)
 
 
 def wanted_cpus(params: Params) -> dict[str, float]:
-    """Ray CPUs that a stage holds at once at least, by stage (train: the variant that asks for most)."""
+    """Minimum of Ray CPUs that each stage holds at once (train: the variant that asks for most)."""
     trains = [params.train_variant(name) for name in params.variants]
     return {
         "ingest": params.ingest.per_shard.cpus,
@@ -215,7 +215,7 @@ def _cluster(address: str) -> Iterator[Finding]:
     else:
         yield Finding("fail", "RAY_ADDRESS", f"{address}: Ray {theirs}, here {ours}", "They must be the same")
     if not storage_uri().startswith("s3://"):
-        yield Finding("warn", "PBE_STORAGE", storage_uri(), "Its workers must see this very path, or set s3://")
+        yield Finding("warn", "PBE_STORAGE", storage_uri(), "Its workers must see the same path; else use s3://")
 
 
 def _disk(root: Path, params: Params) -> Iterator[Finding]:
@@ -231,11 +231,11 @@ def _disk(root: Path, params: Params) -> Iterator[Finding]:
         copies = params.train.keep_checkpoints + 1 if name == "storage" else 1
         wanted = copies * needs_gib
         level: Level = "ok" if free_gib > wanted else "fail"
-        advice = "" if level == "ok" else "free some, or set PBE_STORAGE or TMPDIR to a larger disk"
+        advice = "" if level == "ok" else "free some space, or set PBE_STORAGE or TMPDIR to a larger disk"
         found = f"{free_gib:.1f} GiB free, {copies} checkpoints of one variant take {wanted:.1f}"
         yield Finding(level, f"disk of the {name}", found, advice)
     if needs_gib is None:
-        found = "not known before the encode stage has run under this version"
+        found = "unknown until the encode stage has run with this version"
         yield Finding("ok", "size of a checkpoint", found)
 
 
@@ -252,7 +252,7 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
         architecture = architecture_of(
             params.train.unet, params.train.exemplar, image_px=params.materialize.image_px, encoded=encoded
         )
-    except (KeyError, TypeError):  # of an older version, which the next `dvc repro` replaces
+    except (KeyError, TypeError):  # from an older version; the next `dvc repro` replaces it
         return None
     with torch.device("meta"):
         network = new_network(architecture)
@@ -284,7 +284,7 @@ def _gpus() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        found = f"torch {torch.__version__} is built for {'CUDA ' + built if built else 'CPU alone'} and sees no GPU"
+        found = f"torch {torch.__version__} is built for {'CUDA ' + built if built else 'CPU only'} and sees no GPU"
         yield Finding("fail", "GPU", found, "Install a CUDA build of torch that fits the driver of `nvidia-smi`")
         return
     driver = _nvidia_smi()
@@ -303,7 +303,7 @@ def _gpus() -> Iterator[Finding]:
     except RuntimeError as error:
         yield Finding("fail", "sdpa", one_line(error), "Set train.kernels.sdpa to false")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-    yield Finding("ok" if nccl else "fail", "nccl", nccl or "this torch has none")
+    yield Finding("ok" if nccl else "fail", "nccl", nccl or "not in this build of torch")
 
 
 def _nvidia_smi() -> str:
@@ -326,7 +326,7 @@ def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Findin
     world = ranks or torch.cuda.device_count()
     if gpu and world > torch.cuda.device_count():
         found = f"{world} ranks, {torch.cuda.device_count()} GPUs"
-        yield Finding("fail", "training drill", found, "nccl wants a GPU for each rank")
+        yield Finding("fail", "training drill", found, "nccl needs one GPU per rank")
         return
     where = "nccl" if gpu else "gloo"
     try:
@@ -339,5 +339,5 @@ def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Findin
         f"ZeRO 2, {cfg.precision}, {drill.world} ranks, saved, resumed on {drill.resumed_world}: "
         f"loss {drill.straight:.5f} and {drill.resumed:.5f} ({took})"
     )
-    advice = "" if drill.agrees else "A resumed run would not be the same: report this"
+    advice = "" if drill.agrees else "A resumed run would differ: please report this"
     yield Finding("ok" if drill.agrees else "fail", f"training drill ({where})", found, advice)

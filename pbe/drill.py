@@ -1,7 +1,7 @@
-"""A small training on this machine's own devices, for `pbe doctor`: ZeRO 2, saved, and gone on at another world size.
+"""A small training on this machine, for `pbe doctor`: ZeRO 2, saved, then resumed at another world size.
 
-What it runs is what training runs: the engine, its checkpoint, DeepSpeed's universal conversion, nccl where there are
-GPUs. The ranks are processes of their own, killed when they take too long.
+It runs the code of real training: the engine, its checkpoint, DeepSpeed's universal conversion, nccl on GPUs. Each rank
+is a separate process, killed after a timeout.
 """
 
 import multiprocessing
@@ -24,12 +24,12 @@ TOLERANCE = 1e-3  # of a loss near 1; GPUs may multiply in TF32
 
 
 class DrillError(UserError):
-    """A rank failed, or said nothing for too long; the message has its words."""
+    """A rank failed or did not respond in time; the message quotes its error."""
 
 
 @dataclass(frozen=True)
 class Drill:
-    """Losses of the last step, straight and resumed, and seconds by what was done."""
+    """Losses of the last step, straight and resumed, and seconds by phase."""
 
     world: int
     resumed_world: int
@@ -43,7 +43,7 @@ class Drill:
 
 
 def run_drill(cfg: TrainConfig, *, world: int, on_gpu: bool, timeout_s: float) -> Drill:
-    """`world` ranks train STEPS steps; from what they saved at SAVED_AT one goes on, through the universal checkpoint.
+    """Train STEPS steps on `world` ranks, then resume on one from their universal checkpoint of step SAVED_AT.
 
     cfg gives the precision, optimizer and kernels; its sizes are replaced by tiny ones. Raises DrillError.
     """
@@ -94,14 +94,16 @@ def _ranks(cfg: TrainConfig, folder: Path, *, on_gpu: bool, resume: bool, timeou
         while len(losses) < world:
             ready = wait([pipes[rank] for rank in range(world) if rank not in losses], deadline - time.monotonic())
             if not ready:
-                raise DrillError(f"the ranks said nothing for {timeout_s:.0f} s: can they reach each other?")
+                raise DrillError(
+                    f"not all ranks responded within {timeout_s:.0f} s; check that they can connect to each other"
+                )
             for rank, pipe in enumerate(pipes):
                 if pipe not in ready:
                     continue
                 try:
                     ok, value = pipe.recv()
                 except EOFError:
-                    raise DrillError(f"rank {rank} died without a word (out of memory?)") from None
+                    raise DrillError(f"rank {rank} died without an error message (out of memory?)") from None
                 if not ok:
                     raise DrillError(f"rank {rank}: {value}")
                 losses[rank] = value
@@ -115,7 +117,7 @@ def _ranks(cfg: TrainConfig, folder: Path, *, on_gpu: bool, resume: bool, timeou
 
 def _rank(pipe: Any, meeting: Path, folder: Path, rank: int, cfg: TrainConfig, on_gpu: bool, resume: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cfg.workers)}
-    # DeepSpeed and torch print much that is no finding
+    # silence DeepSpeed and torch
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -126,7 +128,7 @@ def _rank(pipe: Any, meeting: Path, folder: Path, rank: int, cfg: TrainConfig, o
 
 
 def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: bool, resume: bool) -> float:
-    """The loss of the last step, mean over the global batch."""
+    """Train; returns the loss of the last step, mean over the global batch."""
     import torch
     import torch.distributed as dist
 

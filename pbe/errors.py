@@ -1,4 +1,4 @@
-"""What the user can mend. The command line prints such an error as one message, without a traceback."""
+"""Errors that the user can fix. The command line prints only their message, without a traceback."""
 
 
 class UserError(Exception):

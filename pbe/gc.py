@@ -1,9 +1,9 @@
-"""`pbe gc`: which parts and runs of the storage no manifest refers to, and their removal.
+"""`pbe gc`: find and remove parts and runs of the storage that no manifest refers to.
 
 A manifest counts when it is in the working tree, in any dvc.lock of git's history (branches, tags, DVC's experiments)
-or in DVC's run cache, from which `dvc repro` restores what it has once made. What such a manifest names stays: its
-units, single parts in its config (a codec, a bench), and a train manifest's run and first weights. Storage may be
-shared: other repositories' parts look unreferenced from here.
+or in DVC's run cache, from which `dvc repro` restores earlier results. What such a manifest names is kept: its
+units, single parts in its config (a codec, a bench), and a train manifest's run and first weights. In a shared
+storage, other repositories' parts look unreferenced from here.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import yaml
 from pbe.errors import UserError, one_line
 from pbe.store import Store
 
-# what pbe makes; other folders in a shared storage are not ours to extractor
+# what pbe makes; other folders of a shared storage are left alone
 PART_STAGES = (
     *("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "features", "statistics", "evaluate"),
     "weights",
@@ -29,7 +29,7 @@ RUN_ENTRIES = ("checkpoints", "staging", "export", "history.json", "finished.jso
 
 
 class GcError(UserError):
-    """git or DVC could not say what is still in use; nothing is removed."""
+    """It is unknown what is still in use, because git or DVC failed; nothing is removed."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def find_unused(
 ) -> list[Unused]:
     """Folders of parts/ and runs/ that nothing refers to and that were last written `older_than_s` ago or earlier.
 
-    The age protects work in progress, whose manifest is not written yet. run_cache: what DVC's run cache could restore
-    counts as referred to. forget_missing: manifests that a dvc.lock
-    names and DVC's cache lacks refer to nothing; otherwise they are an error. Raises GcError.
+    The age protects work in progress, whose manifest is not written yet. run_cache: keep what DVC's run cache could
+    restore. forget_missing: ignore manifests that a dvc.lock names and DVC's cache lacks, instead of raising GcError.
+    Raises GcError if git or DVC fails.
     """
     used = used_paths(manifests_in_use(root, run_cache=run_cache, forget_missing=forget_missing))
     out = []
@@ -64,7 +64,7 @@ def find_unused(
 
 
 def remove(store: Store, unused: list[Unused]) -> None:
-    """Records go first: a part that is half removed must not look complete."""
+    """Remove the folders, each record first, so that a half-removed part does not look complete."""
     for entry in unused:
         store.delete_unit(entry.path)
 
@@ -107,9 +107,9 @@ def manifests_in_use(root: Path, *, run_cache: bool, forget_missing: bool) -> li
     missing = sorted(md5 for md5 in locked - own if not files[md5].is_file())
     if missing and not forget_missing:
         raise GcError(
-            f"{len(missing)} manifests that a dvc.lock of this repository names are not in DVC's cache, so what they "
-            "refer to is not known and nothing is removed: `dvc fetch --all-commits` gets them from a remote; "
-            "`pbe gc --forget-missing` takes what only they refer to for unused"
+            f"{len(missing)} manifests that a dvc.lock of this repository names are not in DVC's cache, so nothing is "
+            "removed: `dvc fetch --all-commits` gets them from a remote; `pbe gc --forget-missing` takes what only "
+            "they name as unused"
         )
     for path in files.values():
         if path.is_file():
@@ -129,7 +129,7 @@ def _locked_manifests(root: Path) -> set[str]:
     locks = {}
     if (root / "dvc.lock").is_file():
         locks["dvc.lock"] = (root / "dvc.lock").read_bytes()
-    # --full-history: also a side of a merge whose dvc.lock did not survive it
+    # --full-history: also merged branches whose dvc.lock was dropped
     for commit in _run(root, "git", "log", "--all", "--full-history", "--format=%H", "--", "dvc.lock").split():
         shown = subprocess.run(["git", "show", f"{commit}:./dvc.lock"], cwd=root, capture_output=True)
         if shown.returncode == 0:  # the commit that removes it has none
@@ -141,12 +141,12 @@ def _locked_manifests(root: Path) -> set[str]:
             hashes |= {md5 for stage in stages.values() for md5 in _manifest_outs(stage)}
         except (yaml.YAMLError, AttributeError, TypeError) as error:
             reason = one_line(error, 200)
-            raise GcError(f"{name}: not a lock file of DVC ({reason}), so nothing is removed; mend it") from None
+            raise GcError(f"{name}: not a lock file of DVC ({reason}), so nothing is removed; fix it") from None
     return hashes
 
 
 def _restorable_manifests(cache: Path) -> set[str]:
-    """md5 of every manifest.json in DVC's run cache. An entry that cannot be read is none that DVC could use."""
+    """md5 of every manifest.json in DVC's run cache. Unreadable entries are skipped: DVC cannot use them either."""
     hashes = set()
     for path in (cache / "runs").glob("*/*/*"):
         try:
@@ -180,5 +180,5 @@ def _run(root: Path, *command: str) -> str:
         detail = getattr(error, "stderr", "") or str(error)
         name = Path(command[0]).name
         raise GcError(
-            f"`{name} {' '.join(command[1:])}` failed: nothing is removed: {' '.join(detail.split())}"
+            f"`{name} {' '.join(command[1:])}` failed, so nothing is removed: {' '.join(detail.split())}"
         ) from None

@@ -1,4 +1,4 @@
-"""Where things are: the repository, the storage, the tracking server. Per-user values come from the environment
+"""Locations of the repository, the storage and the tracking server. Per-user values come from the environment
 (PBE_STORAGE, MLFLOW_TRACKING_URI); relative paths resolve against the repository root."""
 
 import os
@@ -15,9 +15,9 @@ def repo_root() -> Path:
 
 
 def home_root() -> Path:
-    """Where relative defaults (.store, mlflow.db) live: the parent repository in DVC's queued experiments.
+    """Where relative defaults (.store, mlflow.db) are: the main repository, also in DVC's queued experiments.
 
-    DVC sets DVC_ROOT to the main repository when it runs a stage in a temporary workspace.
+    DVC sets DVC_ROOT to it when it runs a stage in a temporary workspace.
     """
     return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
 
@@ -27,21 +27,23 @@ SECRET_KEYS = re.compile(r"(?i)passw|\bpwd\b|secret|token|\bsig\b|signature|acce
 
 
 def refuse_credentials(name: str, uri: str) -> None:
-    """Raises ParamsError, without repeating them, for a password or a token in a URL: it would be printed, stored and
-    sent. `name` is the key or variable that holds it."""
+    """Raises ParamsError if a URL contains a password or token, which would be printed, stored and sent.
+
+    The message does not repeat it. name: the key or variable that holds the URL.
+    """
     try:
         where = urlsplit(uri)
     except ValueError as error:
         raise ParamsError(f"{name} is not a valid URL: {error}") from None
-    # a password may hold / and #, which end what urlsplit takes for the host; Arrow reads KEY:secret@shard
+    # a password may contain / and #, where urlsplit ends the host; Arrow reads KEY:secret@bucket
     after = uri.partition("://")[2]
     password = re.match(r"[^/:@]*:(?!\d{1,5}(/|$))[^@]*@", after) or (where.scheme == "s3" and ":" in where.netloc)
     token = "@" in where.netloc and where.scheme in ("http", "https")  # in the user's place
     asked = parse_qsl(where.query) if where.scheme else []
     if password or token or any(SECRET_KEYS.search(key) or SECRET_KEYS.search(value) for key, value in asked):
         raise ParamsError(
-            f"{name} holds a password or a token, which logs, tags and the cluster would show to all; leave it out and "
-            "set AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD or RAY_AUTH_TOKEN, also on the nodes"
+            f"{name} holds a password or a token, which logs, tags and the cluster would expose; remove it and set "
+            "AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD or RAY_AUTH_TOKEN, also on the nodes"
         )
 
 
@@ -55,7 +57,7 @@ def storage_uri() -> str:
         raise ParamsError(f"PBE_STORAGE={value}: use a local path or s3://bucket/prefix")
     try:
         return str((home_root() / Path(value).expanduser()).resolve())
-    except RuntimeError as error:  # ~name of nobody
+    except RuntimeError as error:  # ~name of an unknown user
         raise ParamsError(f"PBE_STORAGE={value}: {error}") from None
 
 

@@ -24,21 +24,23 @@ class Reason:
 
 
 def stages_with_rejects(root: Path) -> dict[str, Manifest]:
-    """Manifests of the data stages that have run, by stage; of a stage that failed on its rejects too."""
+    """Manifests of the data stages that have run, by stage, including a stage that failed on its rejects."""
     paths = {stage: root / "data" / stage / "manifest.json" for stage in STAGES}
     return {stage: load_manifest(path) for stage, path in paths.items() if path.is_file()}
 
 
 def made_from_earlier_input(root: Path) -> set[str]:
-    """Stages whose manifest DVC made from other inputs than those here now: a stage before them ran since, or failed on
-    its rejects. A stage that dvc.lock does not know is taken as it is."""
+    """Stages whose inputs have changed since DVC ran them: an earlier stage has run again, or failed on its rejects.
+
+    A stage that is not in dvc.lock counts as current. Raises ValueError if dvc.lock is damaged.
+    """
     lock = root / "dvc.lock"
     try:
         return _stale_stages(
             root, (yaml.safe_load(lock.read_bytes()) or {}).get("stages", {}) if lock.is_file() else {}
         )
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{lock}: not a lock file of DVC ({' '.join(str(error).split())[:200]}); mend it") from None
+        raise ValueError(f"{lock}: not a lock file of DVC ({' '.join(str(error).split())[:200]}); fix it") from None
 
 
 def _stale_stages(root: Path, locked: Mapping[str, Any]) -> set[str]:
@@ -68,7 +70,7 @@ def count_rejects(store: Store, manifests: Mapping[str, Manifest], *, examples: 
 
 
 def write_rejects(store: Store, manifests: Mapping[str, Manifest], target: Path) -> int:
-    """Every row as CSV; returns how many."""
+    """Write every row to a CSV; returns their number."""
     rows = 0
     with pacsv.CSVWriter(str(target), REJECTS) as writer:
         for stage, manifest in manifests.items():
@@ -89,7 +91,7 @@ def _tables(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[tuple[s
 
 
 def table_text(reasons: list[Reason], totals: Mapping[str, Manifest], stale: Collection[str]) -> str:
-    """For a terminal: a line per reason, its examples below it. stale: stages to be marked as of an earlier run."""
+    """Text for a terminal: a line per reason, with its examples below. stale: stages to mark as from an earlier run."""
     lines = []
     latest = max(map(STAGES.index, totals))
     for stage in STAGES[: latest + 1]:
@@ -100,11 +102,11 @@ def table_text(reasons: list[Reason], totals: Mapping[str, Manifest], stale: Col
         read = {kind: manifest.counts.get(f"{kind}_in") for kind in ("images", "boxes")}
         text = ", ".join(f"{count} {kind}" for kind, count in read.items() if count is not None)
         dropped = sum(entry.rows for entry in reasons if entry.stage == stage)
-        earlier = " (of an earlier run: dvc.lock has another input for it; `dvc repro` makes it anew)"
+        earlier = " (from an earlier run: its input differs from dvc.lock; `dvc repro` updates it)"
         lines.append(f"{stage}: {dropped} rows dropped of {text}{earlier if stage in stale else ''}")
         for entry in reasons:
             if entry.stage == stage:
-                note = "  (ingest.retry_rejected tries these again)" if entry.reason in TRANSIENT_REASONS else ""
+                note = "  (ingest.retry_rejected retries these)" if entry.reason in TRANSIENT_REASONS else ""
                 lines.append(f"  {entry.rows:>9}  {entry.reason}{note}")
                 lines += [f"             {row['key']}: {row['detail']}" for row in entry.examples]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""What all models of settings share. The settings of a stage stand beside what they set: in `pbe/data/filter.py`, and
-in `settings.py` of `pbe/data`, `pbe/model`, `pbe/train` and `pbe/evaluate`. `pbe/config.py` reads
-params.yaml into them.
+"""Base classes and number types of all settings.
 
+The settings of each stage are beside its code: in `pbe/data/filter.py`, and in `settings.py` of `pbe/data`,
+`pbe/model`, `pbe/train` and `pbe/evaluate`. `pbe/config.py` reads params.yaml into them.
 A field without a default must be in params.yaml, with its unit and source as a comment. A field that few people set has
-its default, unit and source here; `python -m pipelines params` shows both kinds.
+its default, unit and source in the code; `python -m pipelines params` shows both kinds.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _reject_bool(value: Any) -> Any:
-    """YAML's `yes` and `true` are no numbers; pydantic would take them for 1."""
+    """Reject YAML's `yes` and `true`, which pydantic would read as 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "input should be a number")
     return value
@@ -31,7 +31,7 @@ Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision 
 
 
 class Settings(BaseModel):
-    """Frozen; unknown keys, infinities and NaN are refused."""
+    """Frozen; rejects unknown keys, infinities and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,14 +45,14 @@ class Settings(BaseModel):
 
 
 class TaskResources(Settings):
-    """What Ray reserves for one task, which runs where this much is free. A promise between tasks, not a limit."""
+    """What Ray reserves for one task. Ray schedules by it but does not enforce it as a limit."""
 
     cpus: Float = Field(gt=0)
     memory_gib: Float = Field(ge=0)  # 0: none reserved
 
 
 class ActorResources(TaskResources):
-    """The same for one actor or training worker; with a GPU it computes there, without on the CPU."""
+    """What Ray reserves for one actor or training worker; without a GPU it computes on the CPU."""
 
     gpus: Float = Field(ge=0)
 
@@ -64,6 +64,6 @@ class ActorResources(TaskResources):
 
 
 def refuse_duplicates(key: str, values: tuple[Any, ...]) -> None:
-    """Raises ValueError, for validators."""
+    """Raises ValueError if `values` contains duplicates; for validators."""
     if len(set(values)) < len(values):
         raise ValueError(f"{key}: {list(values)} contains duplicates")

@@ -16,8 +16,8 @@ def show_triplets(
 ) -> tuple[np.ndarray, list[str]]:
     """The sheet as (H, W, 3) uint8, and what each of its columns shows.
 
-    image_ids: every given photo's first slots, up to `rows` columns in all; none: `rows` random rows of all slots.
-    Raises SourceError when nothing fits.
+    image_ids: show the first slots of these photos, `rows` columns in all; if empty, `rows` random rows of all slots.
+    Raises SourceError if there is no such triplet.
     """
     chosen = _of_photos(store, manifest, image_ids, rows) if image_ids else _random(store, manifest, rows, seed)
     if not chosen:

@@ -1,12 +1,12 @@
-"""Parts and manifests: where data lives, and how a stage knows that work is already done.
+"""Parts and manifests: where data is stored, and how a stage knows that work is already done.
 
-A *unit* is one task's work: one shard of one stage. Its name carries the digest of its settings, its inputs and the
-stage's VERSION (an integer, raised when the stage makes other bytes of the same), so same name = same content = skip.
+A *unit* is one task's result: one shard of one stage. Its name contains the digest of its settings, its inputs and the
+stage's VERSION (an integer, raised when the same input would give other bytes), so same name = same content = skip.
 It is a folder in the storage,
 
     <storage>/parts/<stage>/<label>-<digest>/{<dataset>.parquet ..., record.json}
 
-and is complete when `record.json` is there, which is written last. Files are written beside and renamed
+and is complete once `record.json`, which is written last, exists. Files are written under another name and renamed
 (local disk) or put in one atomic request (S3), so a killed task leaves nothing that looks finished.
 A *manifest* is a stage's list of units; it is the only thing DVC tracks. Storage is a local path or
 s3://bucket/prefix, behind one pyarrow filesystem.
@@ -35,14 +35,14 @@ COPY_BYTES = 8 << 20
 
 
 class StoreError(UserError):
-    """The storage lacks a file or takes no more; the message names the file."""
+    """A file of the storage is missing or cannot be written; the message names it."""
 
 
 class PartError(StoreError):
-    """A unit's file is missing or damaged. It says so, not who makes it again: `kind` tells that to who knows."""
+    """A unit's file is missing or damaged. Callers know from `kind` which stage makes it again."""
 
     def __init__(self, uri: str, kind: str, damage: str | None) -> None:
-        """kind: the folder of parts/ that the unit is in. damage: what reading it met; None when it is gone."""
+        """kind: the folder of parts/ that the unit is in. damage: the read error; None if the file is gone."""
         super().__init__(uri, kind, damage)
         self.uri, self.kind, self.damage = uri, kind, damage
 
@@ -56,7 +56,7 @@ class ManifestError(StoreError):
     """A manifest is missing or damaged."""
 
     def __init__(self, path: Path, damage: str | None) -> None:
-        """damage: what is wrong with it; None when it is not there."""
+        """damage: what is wrong with it; None if it is missing."""
         super().__init__(path, damage)
         self.path, self.damage = path, damage
 
@@ -82,7 +82,7 @@ class File:
 
     @property
     def kind(self) -> str:
-        """The folder of parts/ that it is in."""
+        """The folder of parts/ that the file is in."""
         return PurePosixPath(self.path).parts[1]
 
 
@@ -97,8 +97,7 @@ class FolderSize:
 class Record:
     """What a finished unit holds. `counts` are summed over units into counts.json.
 
-    after: folders of the units that this one is a further try of; they are found through one another, so `pbe gc` keeps
-    them with it.
+    after: folders of earlier attempts at this unit; `pbe gc` keeps them, because each is found through the next.
     """
 
     unit: str
@@ -114,7 +113,7 @@ class Record:
 
 
 def record_from(raw: Mapping[str, Any]) -> Record:
-    """A Record from its JSON. Raises KeyError or TypeError for something else."""
+    """Parse a Record from JSON. Raises KeyError or TypeError for anything else."""
     files = tuple(File(**file) for file in raw["files"])
     return Record(unit=raw["unit"], files=files, counts=raw["counts"], after=tuple(raw.get("after", ())))
 
@@ -123,8 +122,8 @@ def record_from(raw: Mapping[str, Any]) -> Record:
 class Manifest:
     """A stage's result: its units, and the settings and the VERSION that named them.
 
-    digest: of what the units hold, whatever named them. The manifest says nothing about the code: DVC would run all
-    later stages again for a comment.
+    digest: of the units' content, regardless of their names. The manifest does not record the code, or DVC would rerun
+    all later stages for a comment.
     """
 
     stage: str
@@ -169,7 +168,7 @@ class Store:
     # -- bytes ----------------------------------------------------------------------------------------------
 
     def read_bytes(self, relative: str) -> bytes:
-        """Raises StoreError when the file is not there."""
+        """Contents of a file. Raises StoreError if it is missing."""
         try:
             with self._fs.open_input_stream(self.path(relative)) as stream:
                 return stream.read()
@@ -180,7 +179,7 @@ class Store:
         return self._fs.get_file_info(self.path(relative)).type == pafs.FileType.File
 
     def write_bytes(self, relative: str, data: bytes | memoryview) -> None:
-        """Atomic: the file is there whole or not at all. Raises StoreError when the storage takes no more."""
+        """Write a file atomically. Raises StoreError if that fails, e.g. on a full disk."""
         try:
             if self.is_local:
                 _write_beside_and_rename(Path(self.path(relative)), data)
@@ -190,12 +189,12 @@ class Store:
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())[:300]
             raise StoreError(
-                f"{self.full_uri(relative)}: cannot be written: {reason}; finished parts stay, the same command goes "
-                "on from them"
+                f"{self.full_uri(relative)}: cannot be written: {reason}; finished parts are kept; "
+                "rerun the command to resume"
             ) from None
 
     def list_names(self, relative: str) -> list[str]:
-        """Names of files and folders directly below `relative`, sorted; empty when there is no such folder."""
+        """Names of files and folders directly below `relative`, sorted; empty if there is no such folder."""
         return sorted(info.base_name for info in self._children(relative))
 
     def list_files(self, relative: str) -> list[str]:
@@ -225,7 +224,7 @@ class Store:
             self.write_bytes(relative, memoryview(data))
 
     def move_file_in(self, source: Path, relative: str) -> None:
-        """As copy_file_in, and `source` is gone afterwards; on the storage's own disk nothing is copied."""
+        """Move one local file into the storage, without copying if both are on one disk."""
         if self.is_local:
             target = Path(self.path(relative))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,12 +247,12 @@ class Store:
                     shutil.copyfileobj(stream, out, COPY_BYTES)
 
     def delete_file(self, relative: str) -> None:
-        """Remove a file; nothing happens when it is not there."""
+        """Remove a file, if it exists."""
         if self.exists(relative):
             self._fs.delete_file(self.path(relative))
 
     def delete_tree(self, relative: str) -> None:
-        """Remove a folder; nothing happens when it is not there."""
+        """Remove a folder, if it exists."""
         if self._fs.get_file_info(self.path(relative)).type == pafs.FileType.Directory:
             self._fs.delete_dir(self.path(relative))
 
@@ -265,14 +264,14 @@ class Store:
         return FolderSize(len(files), sum(info.size for info in files), time.time() - newest)
 
     def delete_unit(self, relative: str) -> None:
-        """Remove a folder, its record first: what is half removed must not look complete."""
+        """Remove a unit's folder, its record first, so that a half-removed unit does not look complete."""
         self.delete_file(f"{relative}/record.json")
         self.delete_tree(relative)
 
     # -- units ----------------------------------------------------------------------------------------------
 
     def find_unit(self, stage: str, unit: str) -> Record | None:
-        """The record of a finished unit; None when it is not there, not complete, or not readable."""
+        """The record of a finished unit; None if it is missing, incomplete or unreadable."""
         relative = f"parts/{stage}/{unit}/record.json"
         if not self.exists(relative):
             return None
@@ -298,7 +297,7 @@ class Store:
         rows_per_group: int = 128,
         after: Sequence[str] = (),
     ) -> Record:
-        """Write one Parquet file per dataset, then the record. The bytes depend on the tables alone."""
+        """Write one Parquet file per dataset, then the record. The bytes depend only on the tables."""
         files = []
         for dataset, table in tables.items():
             data = _parquet_bytes(table, rows_per_group)
@@ -308,9 +307,9 @@ class Store:
         return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))
 
     def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
-        """A unit whose digest is that of its own rows; nothing is written when the storage has it already.
+        """Write a unit named by the digest of its rows, unless the storage has it already.
 
-        Not of its files' bytes: those name the version of pyarrow, and another would rename all that is made of them.
+        A digest of its files' bytes would change with pyarrow, whose version they contain, and rename all later parts.
         """
         unit = f"{label}-{digest([[dataset, _content_sha256(table)] for dataset, table in tables.items()])}"
         found = self.find_unit(stage, unit)
@@ -327,7 +326,7 @@ class Store:
         return record
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
-        """One file of a unit as a table. Raises PartError when it is missing or damaged."""
+        """Read one file of a unit. Raises PartError if it is missing or damaged."""
         with self._readable(file):
             return pq.read_table(
                 self.path(file.path),
@@ -338,9 +337,9 @@ class Store:
             )
 
     def open_parquet(self, file: File, footer: bytes | None = None) -> pq.ParquetFile:
-        """An open file for row-group reads; `footer`, of `read_footer`, is then not read again.
+        """Open a file for row-group reads; a `footer` from `read_footer` is not read again.
 
-        Raises PartError when it is missing or no Parquet file.
+        Raises PartError if the file is missing or not a Parquet file.
         """
         with self._readable(file):
             stream = self._fs.open_input_file(self.path(file.path))
@@ -348,7 +347,7 @@ class Store:
             return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
 
     def read_footer(self, file: File) -> bytes:
-        """The footer as stored, for `open_parquet`. Raises PartError as that does."""
+        """Read the stored footer, for `open_parquet`. Raises PartError if the file is missing or not a Parquet file."""
         with self._readable(file), self._fs.open_input_file(self.path(file.path)) as stream:
             return _footer(stream)
 
@@ -363,7 +362,7 @@ class Store:
 
 
 def _footer(stream: pa.NativeFile) -> bytes:
-    """The footer alone: pyarrow itself reads the last 64 KiB, which are all of a small file."""
+    """Read only the footer; pyarrow would read the last 64 KiB, all of a small file."""
     size = stream.size()
     stream.seek(max(0, size - 8))
     end = stream.read(8)
@@ -396,11 +395,11 @@ def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryv
 def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table.combine_chunks(),  # page limits would follow the chunks
+        table.combine_chunks(),  # or the page limits would follow the chunks
         sink,
         row_group_size=max(1, rows_per_group),
         compression={f.name: (f.metadata or {}).get(b"compression", b"zstd").decode() for f in table.schema},
-        # dictionaries help ids and names only; a blob column would build one for nothing
+        # dictionaries help only ids and names
         use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
         write_statistics=False,
         write_page_checksum=True,
@@ -409,9 +408,9 @@ def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:
 
 
 def _content_sha256(table: pa.Table) -> str:
-    """Of schema and rows, by Arrow's own stream format."""
+    """SHA-256 of schema and rows in Arrow's stream format."""
     sink = pa.BufferOutputStream()
-    own = table.take(pa.array(range(table.num_rows), pa.int64()))  # of a slice, the stream would show where it was cut
+    own = table.take(pa.array(range(table.num_rows), pa.int64()))  # a copy: a slice's stream shows where it was cut
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(own.combine_chunks(), max_chunksize=1 << 20)
     return hashlib.sha256(sink.getvalue()).hexdigest()
@@ -422,7 +421,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename; makes the folder."""
+    """Write a JSON file under another name and rename it; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     beside.write_bytes(_json_bytes(value))
@@ -444,7 +443,7 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Raises ManifestError when it is missing or damaged."""
+    """Read a manifest. Raises ManifestError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text())
         units = tuple(record_from(unit) for unit in raw["units"])

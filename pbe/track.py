@@ -1,4 +1,4 @@
-"""MLflow, and the only file that imports it: one run per train digest, evaluations as its children."""
+"""MLflow tracking: one run per train digest, evaluations as its children. Only this file imports mlflow."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ class TrackError(UserError):
 
 
 def _client(tracking_uri: str) -> Any:
-    # must be set before the first import; MLflow's own usage reporting has no place in a pipeline
+    # must be set before the first import; turns off MLflow's usage reporting
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its 7 tries a dead server for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, takes four minutes to fail
     import logging
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -32,7 +32,7 @@ def _client(tracking_uri: str) -> Any:
 
 
 def reach(tracking_uri: str) -> None:
-    """Raises TrackError when no MLflow answers there."""
+    """Raises TrackError if MLflow does not answer."""
     _reach(_client(tracking_uri), tracking_uri)
 
 
@@ -45,9 +45,9 @@ def open_run(
     tags: Mapping[str, str],
     parent_run_id: str | None = None,
 ) -> str:
-    """The id of an existing run, or of a new one that gets `params`, which MLflow never lets change.
+    """Open an existing run, or create one with `params`, which MLflow never lets change; returns its id.
 
-    A known `run_id` that the server no longer has (a deleted database) gives a new run. Raises TrackError.
+    If the server no longer has `run_id` (a deleted database), a new run is created. Raises TrackError.
     """
     client = _client(tracking_uri)
     _reach(client, tracking_uri)
@@ -75,7 +75,7 @@ def _reach(client: Any, tracking_uri: str) -> None:
         client.get_experiment_by_name(EXPERIMENT)
     except MlflowException as error:
         reason = one_line(error)
-        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: no MLflow answers there: {reason}") from None
+        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: MLflow does not answer: {reason}") from None
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def _as_track_error(tracking_uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, OSError) as error:  # OSError: what the disk or the connection says
+    except (MlflowException, OSError) as error:  # OSError: from the disk or the connection
         raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -122,7 +122,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def log_metrics(
     tracking_uri: str, run_id: str, metrics: Mapping[str, float], *, step: int = 0, prefix: str = ""
 ) -> None:
-    """Raises TrackError."""
+    """Log metrics of one step. Raises TrackError."""
     import time
 
     from mlflow.entities import Metric
@@ -146,12 +146,12 @@ def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, sourc
 
 
 def log_image(tracking_uri: str, run_id: str, image: np.ndarray, *, file: str) -> None:
-    """(H, W, 3) uint8 RGB as a PNG artifact."""
+    """Log (H, W, 3) uint8 RGB as a PNG artifact."""
     _client(tracking_uri).log_image(run_id, image, file)
 
 
 def log_image_at(tracking_uri: str, run_id: str, image: np.ndarray, *, key: str, step: int) -> None:
-    """(H, W, 3) uint8 RGB, one of a series that MLflow shows with a slider. Raises TrackError."""
+    """Log (H, W, 3) uint8 RGB in a series that MLflow shows with a slider. Raises TrackError."""
     with _as_track_error(tracking_uri):
         _client(tracking_uri).log_image(run_id, image, key=key, step=step, synchronous=True)
 
@@ -161,9 +161,9 @@ def log_files(tracking_uri: str, run_id: str, folder: Path, *, to: str) -> None:
 
 
 def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) -> str:
-    """Make the export at `source` a version of the registered model `name`, once per run; says what it did.
+    """Register the export at `source` as a version of the model `name`, once per run; returns what it did.
 
-    A tracking server may refuse a source on somebody's own disk; the run's tag `export` then has to do. Raises
+    A tracking server may refuse a source on a local disk; then only the run's tag `export` names it. Raises
     TrackError.
     """
     from mlflow.exceptions import MlflowException
@@ -173,14 +173,14 @@ def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) ->
         client.set_tag(run_id, "export", source)
         known = [version for version in client.search_model_versions(f"name='{name}'") if version.run_id == run_id]
         if known:
-            return f"registered in MLflow as {name} version {known[0].version} already"
+            return f"already registered in MLflow as {name} version {known[0].version}"
         if not client.search_registered_models(f"name='{name}'"):
             client.create_registered_model(name)
     try:
         version = client.create_model_version(name, source=source, run_id=run_id).version
     except MlflowException as error:
         reason = one_line(error, 200)
-        return f"the export is in {source}; MLflow does not take that as a registered model ({reason})"
+        return f"the export is in {source}; MLflow does not accept it as a registered model ({reason})"
     return f"registered in MLflow as {name} version {version}"
 
 

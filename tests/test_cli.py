@@ -1,4 +1,4 @@
-"""`pbe edit`: writes the editor's PNG; everything that can go wrong is one line on stderr and exit code 1."""
+"""`pbe edit`: writes the editor's PNG; every error is one line on stderr and exit code 1."""
 
 import subprocess
 import sys
@@ -127,9 +127,9 @@ def test_transparent_parts_of_a_reference_are_white_whatever_colour_they_hide(mo
 
 
 def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[str, str], tmp_path: Path) -> None:
-    """The mask was painted over what a viewer shows, and out is that picture, with no tag."""
+    """The mask is painted over what a viewer shows; the result is that picture, without an EXIF tag."""
     upright = _pixels(args["photo"])
-    stored = Image.fromarray(np.rot90(upright))  # turned left; 6 says: turn right to view
+    stored = Image.fromarray(np.rot90(upright))  # rotated left; orientation 6 means: rotate right to view
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     stored.save(tmp_path / "phone.png", exif=exif)
@@ -229,10 +229,10 @@ def test_a_box_outside_the_photo_is_one_line(
         (["edit", "a", "--mask", "b", "--box", "1,2,3,4"], 2, "not allowed with argument --mask"),
         (["edit", "a", "--box", "1,2,3"], 2, "four whole numbers are needed"),
         (["--help"], 0, "exemplar-based"),
-        (["gc", "--older-than-h", "nan"], 2, "nan: 0 or more is allowed"),
-        (["show", "triplets", "--rows", "0"], 2, "0: 1 or more is allowed"),
-        (["edit", "--seed", "-3"], 2, "-3: 0 or more is allowed"),
-        (["gc", "--help"], 0, "without it, only say what would go"),
+        (["gc", "--older-than-h", "nan"], 2, "nan: must be 0 or more"),
+        (["show", "triplets", "--rows", "0"], 2, "0: must be 1 or more"),
+        (["edit", "--seed", "-3"], 2, "-3: must be 0 or more"),
+        (["gc", "--help"], 0, "without it, only list"),
         (["edit", "--help"], 0, "white where the edit goes"),
     ],
     ids=str,

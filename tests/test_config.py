@@ -108,7 +108,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_model() -> None:
-    """Once, whichever it is; the models of the kinds that a key may hold have neither."""
+    """In exactly one of the two; the models of kinds are not checked."""
     for key, field in _fields(Params):
         node: Any = COMMITTED
         for part in key.split("."):
@@ -122,7 +122,7 @@ def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_m
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [  # one of each kind of error, and of each way in which a key is reached
+    [  # one case for each kind of error and each kind of key
         ({"train.lr": -1}, "params.yaml: train.lr = -1: input should be greater than 0"),
         ({"train.steps": True}, "params.yaml: train.steps = True: input should be a number"),
         ({"train.lr": float("nan")}, "params.yaml: train.lr = nan: "),
@@ -394,7 +394,7 @@ def test_addresses_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reading_the_settings_imports_nothing_heavy() -> None:
-    """The error for a typo must come at once."""
+    """A typo must be reported without delay."""
     code = (
         "import sys; from pbe.config import load_params; load_params();"
         "heavy = {'torch', 'ray', 'mlflow', 'diffusers', 'cv2', 'albumentations'} & set(sys.modules);"

@@ -1,4 +1,4 @@
-"""`pbe doctor`: each thing that may be wrong, made wrong for real, is a line that says what to do; fine is fine."""
+"""`pbe doctor`: each possible problem, made for real, is a line that says what to do."""
 
 import json
 import resource
@@ -21,7 +21,7 @@ from tests.profiles import FOLDER
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the tiny profile, whose storage and MLflow database are its own."""
+    """A repository with the tiny profile, its own storage and MLflow database."""
     for name in ("RAY_ADDRESS", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PBE_STORAGE", str(tmp_path / "store"))
@@ -50,7 +50,7 @@ def test_nothing_fails_where_all_is_well(root: Path) -> None:
     assert {"torch", "deepspeed", "storage", "MLflow", "CPUs of train", "disk of the storage"} <= {
         finding.check for finding in findings
     }
-    assert list((root / "store").rglob("*.*")) == []  # what it wrote there is gone
+    assert list((root / "store").rglob("*.*")) == []  # its test file is removed
     assert not (root / "mlflow.db").exists()
 
 
@@ -148,7 +148,7 @@ def test_weights_that_are_not_there(root: Path) -> None:
 
 @contextmanager
 def _head(ray_version: str, token: str | None = None) -> Iterator[str]:
-    """Address of the dashboard's version endpoint of a Ray; with a token, it answers those who send it."""
+    """Address of a fake Ray dashboard with a version endpoint; with a token, it requires it."""
 
     class Head(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -158,7 +158,7 @@ def _head(ray_version: str, token: str | None = None) -> Iterator[str]:
             self.wfile.write(json.dumps({"version": "4", "ray_version": ray_version}).encode())
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Head) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -197,7 +197,7 @@ def test_a_drill_whose_ranks_fail_says_why(root: Path) -> None:
     from pbe.drill import DrillError, run_drill
 
     cfg = load_params(root / "params.yaml").train
-    with pytest.raises(DrillError, match="the ranks said nothing for 0 s"):
+    with pytest.raises(DrillError, match="not all ranks responded within 0 s"):
         run_drill(cfg, world=2, on_gpu=False, timeout_s=0.1)
     with pytest.raises(DrillError, match=r"rank 0: .*(NVIDIA|CUDA|cuda)"):
         run_drill(cfg, world=1, on_gpu=True, timeout_s=100)

@@ -1,4 +1,4 @@
-"""`pbe gc`: what a manifest of git's history names stays; a real git, a real DVC, a real storage."""
+"""`pbe gc`: what a manifest in git's history names is kept; a real git, a real DVC, a real storage."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def _write(store: Store, generation: str) -> None:
 
 
 def _manifests(store: Store, generation: str, folder: Path) -> None:
-    """What the stages leave: ingest names its unit, encode the codec in its config, train its run."""
+    """Write the stages' manifests: ingest names its unit, encode the codec in its config, train its run."""
     record = store.find_unit("ingest", f"b0000-{generation}")
     assert record is not None
     save_manifest(folder / "ingest" / "manifest.json", make_manifest("ingest", config={}, version=1, units=[record]))
@@ -76,7 +76,7 @@ def _age(store: Store, relative: str, age_s: float) -> None:
 
 
 def _commit(root: Path, store: Store, generation: str) -> None:
-    """The generation's manifests through `dvc repro`, and their dvc.lock into git."""
+    """Make the generation's manifests with `dvc repro` and commit their dvc.lock."""
     _manifests(store, generation, root / "made")
     _dvc(root, "repro", "-q")
     _git(root, "add", "-A")
@@ -140,7 +140,7 @@ def test_with_yes_only_what_nothing_refers_to_goes_and_only_when_it_is_old(
 ) -> None:
     store = _store(root)
     _write(store, "young")  # of a stage that is running now
-    _age(store, "runs/full-young/checkpoints", 3 * DAY_S)  # the newest file counts
+    _age(store, "runs/full-young/checkpoints", 3 * DAY_S)  # the newest file decides
     used = {path: store.folder_size(path).files for path in USED}
     assert main(["gc", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("removed 4 folders")
@@ -161,7 +161,7 @@ def test_manifests_of_the_working_tree_count_before_they_are_committed(root: Pat
 
 
 def test_branches_tags_and_experiments_count(root: Path) -> None:
-    """Each of them alone: nothing else names the last commit then."""
+    """Each ref alone keeps the last commit; nothing else refers to it."""
     _commit(root, _store(root), "never")
     commit = (root / ".git" / "refs" / "heads" / "main").read_text().strip()
     _git(root, "reset", "-q", "--hard", "HEAD~1")
@@ -172,11 +172,11 @@ def test_branches_tags_and_experiments_count(root: Path) -> None:
         assert _present(_store(root)) == EVERY, reference
         _git(root, "update-ref", "-d", reference)
     assert main(["gc", "--yes", "--no-run-cache"]) == 0
-    assert _present(_store(root)) == USED  # when none is left
+    assert _present(_store(root)) == USED  # when no ref is left
 
 
 def test_a_side_branch_counts_after_a_merge_that_took_the_other_sides_lock(root: Path) -> None:
-    """The usual end of a conflict in dvc.lock. The branch itself is then deleted."""
+    """The usual resolution of a conflict in dvc.lock; the branch is then deleted."""
     _git(root, "checkout", "-qb", "side")
     _commit(root, _store(root), "never")
     _git(root, "checkout", "-q", "main")
@@ -213,7 +213,7 @@ def test_a_project_below_the_root_of_its_git_keeps_what_its_history_names(
 def test_a_manifest_that_is_gone_from_dvcs_cache_stops_it_unless_it_is_to_be_forgotten(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a fresh clone, whose cache is empty: nobody knows what the old manifests refer to."""
+    """As in a fresh clone, whose cache is empty: what the old manifests refer to is unknown."""
     for generation in ("old", "new"):
         for path in (root / ".dvc" / "cache").rglob("*"):
             if path.is_file() and f"full-{generation}" in path.read_text():
@@ -230,7 +230,7 @@ def test_a_manifest_that_is_gone_from_dvcs_cache_stops_it_unless_it_is_to_be_for
 
 
 def test_what_the_run_cache_can_restore_stays_unless_it_is_left_out(root: Path) -> None:
-    """A parameter was switched and switched back, nothing committed: DVC brings the manifests back without a run."""
+    """A parameter was changed and changed back without a commit: DVC restores the manifests without a run."""
     _manifests(_store(root), "never", root / "made")
     _dvc(root, "repro", "-q")
     _git(root, "checkout", "-q", "dvc.lock")

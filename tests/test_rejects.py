@@ -26,7 +26,7 @@ NOTHING: Parts = [[]]
 
 @pytest.fixture
 def root(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project folder with a storage of its own."""
+    """An empty project folder with its own storage."""
     monkeypatch.setattr(places, "repo_root", lambda: tmp_path)
     monkeypatch.setenv("PBE_STORAGE", store.uri)
     return tmp_path
@@ -61,7 +61,7 @@ def test_reasons_are_counted_by_stage_the_most_frequent_first_with_examples(
         "boxes.csv:2: why, boxes.csv:2",
         "1 box_image_rejected",
         "boxes.csv:5: why, boxes.csv:5",
-        "1 download_failed (ingest.retry_rejected tries these again)",
+        "1 download_failed (ingest.retry_rejected retries these)",
         "train/b.jpg: why, train/b.jpg",
         "1 image_unreadable",
         "a.jpg: why, a.jpg",
@@ -89,7 +89,7 @@ def test_a_stage_whose_input_has_changed_since_is_marked(
 
     def marked() -> list[str]:
         assert main(["rejects"]) == 0
-        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "of an earlier run" in line]
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "from an earlier run" in line]
 
     assert marked() == []
     _run_stage(root, store, "filter", FILTER[:1], boxes_in=40)
@@ -100,7 +100,7 @@ def test_a_stage_whose_input_has_changed_since_is_marked(
     assert main(["rejects"]) == 0
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "ingest: no result here; it has not run, or failed before it had one"
-    assert second.startswith("filter:") and "of an earlier run" in second
+    assert second.startswith("filter:") and "from an earlier run" in second
 
 
 @pytest.mark.parametrize("text", ["stages: []", "stages: {filter: {deps: [{md5: 0}]}}", "a: ["])
@@ -142,7 +142,7 @@ def test_every_row_goes_into_the_csv(root: Path, store: Store, capsys: pytest.Ca
 
 def test_before_any_stage_has_run_it_says_which_is_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rejects"]) == 1
-    assert capsys.readouterr().err == "pbe: error: no data stage has run here; `dvc repro ingest` is the first\n"
+    assert capsys.readouterr().err == "pbe: error: no data stage has run here; run `dvc repro ingest` first\n"
 
 
 @pytest.mark.parametrize("what", ["a part that is gone", "a target without a folder"])

@@ -22,7 +22,7 @@ IDS = [image_id for shard in PHOTOS for image_id in shard]
 
 
 def _grey(image_id: str, slot: int) -> int:
-    """Of the source crop; the reference is darker by 5."""
+    """Grey level of the source crop; the reference is darker by 5."""
     return 40 + 30 * IDS.index(image_id) + 2 * slot
 
 

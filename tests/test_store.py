@@ -1,4 +1,4 @@
-"""Parts and manifests: all or nothing on disk, names and bytes from content alone, damage noticed."""
+"""Parts and manifests: all or nothing on disk, names and bytes depend only on content, damage is noticed."""
 
 import hashlib
 import json
@@ -232,7 +232,7 @@ def test_a_unit_whose_record_cannot_be_read_is_not_there(text: str, any_store: S
 
 
 def test_equal_tables_give_equal_bytes_however_they_came_about(store: Store) -> None:
-    """In chunks, as a slice of a larger table, written before or after another: same rows, same file."""
+    """Chunks, slices of a larger table, and order of writing do not matter: same rows, same file."""
     table = pa.table(
         {"data": [bytes([index % 251]) * 3000 for index in range(700)], "id": [str(i) for i in range(700)]}
     )
@@ -266,7 +266,7 @@ def test_a_unit_named_by_its_content_is_written_once(any_store: Store, monkeypat
 def test_a_unit_named_by_its_content_keeps_its_name_under_another_pyarrow(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose files differ, by the version in their footers at least; and however the same rows are cut and chunked."""
+    """The digest ignores pyarrow's version in the footers, and how rows are sliced and chunked."""
     rows: dict[str, list[Any]] = {
         "id": [f"row{k}" for k in range(40)],
         "flag": [k % 3 == 0 for k in range(40)],
@@ -344,11 +344,11 @@ def test_a_missing_part_is_named_with_its_kind(any_store: Store) -> None:
         with pytest.raises(PartError, match=r"/d\.parquet: this part is gone$") as caught:
             read(file)
         assert (caught.value.kind, caught.value.damage) == ("s", None)
-        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it may cross to another process
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it may be sent to another process
 
 
 def test_damage_of_equal_size_is_noticed_when_the_part_is_read(store: Store) -> None:
-    """Any flipped bit in the pages: never other values. (Bits of the footer that nothing reads may pass.)"""
+    """No flipped bit in the pages gives other values. (Unused bits of the footer may pass.)"""
     file = _unit(store).file("rows")
     path, rng = Path(store.path(file.path)), np.random.default_rng(0)
     data, expected, noticed = path.read_bytes(), _table(300), 0
@@ -418,7 +418,7 @@ def test_json_is_written_beside_and_renamed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """The kernel refuses for real: a process that may write 64 KiB into a file and no more."""
+    """A real failure: the kernel lets this process write only 64 KiB into a file."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
@@ -429,5 +429,5 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Pa
     )
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repo_root())
-    assert "parts/a/large: cannot be written: File too large; finished parts stay" in result.stdout
+    assert "parts/a/large: cannot be written: File too large; finished parts are kept" in result.stdout
     assert [path.name for path in (tmp_path / "store" / "parts" / "a").iterdir()] == ["small"]

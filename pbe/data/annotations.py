@@ -1,8 +1,7 @@
-"""Box files to ANNOTATIONS batches: OpenImages CSVs in one streaming pass, COCO instances JSON.
+"""Read box files as ANNOTATIONS tables: OpenImages CSVs in one streaming pass, and COCO instances JSON.
 
-Every line comes out, also a wrong one: it then carries a reason and a detail (pbe/data/schema.py). The split is
-taken from a word of the file's name, as upstream's read_bbox.py does: train, else val or validation, else test; a file
-that names none is train.
+Every line becomes a row; an invalid one carries a reason and a detail (pbe/data/schema.py). The split comes from a
+word of the file's name, as in upstream's read_bbox.py: train, else val or validation, else test; without one, train.
 OpenImages has 21 columns for train, 13 for validation and test; they are read by name.
 """
 
@@ -47,7 +46,7 @@ IMAGE_SUFFIX = (
 
 @dataclass(frozen=True)
 class BoxFile:
-    """`name` is its path below the box location."""
+    """A box file; `name` is its path below `ingest.boxes`."""
 
     name: str
     split: int  # index into SPLITS
@@ -58,16 +57,16 @@ def box_files(tree: FileTree) -> list[BoxFile]:
     names = [name for name in tree.names() if _is_box_file(name)] if tree.is_folder else [tree.only_name]
     if not names:
         raise SourceError(
-            f"ingest.boxes: no CSV or COCO JSON of boxes at {tree.where}; of a folder its .csv files are "
-            "read, and .json files whose name has instances, boxes or annotations in it; those of subfolders are not"
+            f"ingest.boxes: no box CSV or COCO JSON at {tree.where}; in a folder, name it *.csv, or *.json with "
+            "instances, boxes or annotations in its name; subfolders are not read"
         )
     return [BoxFile(name, _split_of(name)) for name in names]
 
 
 def read_annotations(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
-    """ANNOTATIONS tables of one box file, in file order; memory is bounded for CSV.
+    """Yield ANNOTATIONS tables of one box file, in file order; memory is bounded for CSV.
 
-    Raises SourceError for a file that is not what its suffix says, lacks columns, or holds no box.
+    Raises SourceError for a file that does not match its suffix, lacks columns, or holds no box.
     """
     rows = 0
     reader = _coco_tables if file.name.lower().endswith(".json") else _csv_tables
@@ -95,7 +94,7 @@ def class_names(tree: FileTree) -> dict[str, str]:
 
 
 def with_names(annotations: pa.Table, names: dict[str, str]) -> pa.Table:
-    """label_name filled in; a label without a name keeps its id."""
+    """Fill in label_name; a label without a name keeps its id."""
     encoded = pc.dictionary_encode(annotations.column("label").combine_chunks())
     named = pa.array([names.get(label, label) for label in encoded.dictionary.to_pylist()], pa.string())
     index = annotations.schema.get_field_index("label_name")
@@ -103,7 +102,7 @@ def with_names(annotations: pa.Table, names: dict[str, str]) -> pa.Table:
 
 
 def without_lines(annotations: pa.Table) -> pa.Table:
-    """Line numbers only where there is a reason, so that a good row is the same wherever it stands in its file."""
+    """Drop the line numbers of valid rows, which then do not depend on their position in the file."""
     index = annotations.schema.get_field_index("line")
     lines = pc.if_else(annotations.column("reason").is_valid(), annotations.column("line"), None)
     return annotations.set_column(index, annotations.schema.field(index), lines)
@@ -114,7 +113,7 @@ def _is_classes(name: str) -> bool:
 
 
 def _is_box_file(name: str) -> bool:
-    """A folder of annotations also holds class names and image lists; OpenImages' own names tell them apart."""
+    """True for box files; OpenImages' file names tell them from class names and image lists in the same folder."""
     if "/" in name or name.startswith(".") or _is_classes(name):
         return False
     lower = name.lower()
@@ -161,7 +160,7 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
 def _with_quoted_commas(
     odd: Sequence[pacsv.InvalidRow], header: Sequence[str], wanted: Sequence[str]
 ) -> tuple[pa.RecordBatch, pa.Array, list[pacsv.InvalidRow]]:
-    """The odd rows that are sound once commas inside quotes are no borders, with their lines, and the other ones."""
+    """Split odd rows: those valid once commas inside quotes count as text, their line numbers, and the rest."""
     rows, lines, others = [], [], []
     for row in odd:
         try:
@@ -188,22 +187,22 @@ def csv_header(tree: FileTree, name: str) -> list[str]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
     if not header:
-        what = "its first line is empty, the header belongs there" if first else "the file is empty"
+        what = "its first line is empty; put the header there" if first else "the file is empty"
         raise SourceError(f"{tree.path_of(name)}: {what}")
     repeated = sorted({cell for cell in header if header.count(cell) > 1})
     if repeated:
-        raise SourceError(f"{tree.path_of(name)}: the header names {', '.join(map(repr, repeated))} more than once")
+        raise SourceError(f"{tree.path_of(name)}: the header contains {', '.join(map(repr, repeated))} more than once")
     return header
 
 
 def csv_batches(
     tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow], *, quoted: bool
 ) -> Iterator[pa.RecordBatch]:
-    """String columns of a CSV, a block at a time; a blank line is a row of empty cells, so that lines can be counted.
+    """Yield string columns of a CSV, block by block; a blank line is a row of empty cells, so that lines are countable.
 
-    quoted: False takes every line end for the end of a row, so that a stray quote costs its own row and no other;
-    quotes around a cell are removed, commas inside quotes make the row an odd one.
-    Rows of another width are put into `odd`, with their number. Raises SourceError for what is no CSV in UTF-8.
+    quoted: False ends a row at every line end, so that a stray quote spoils only its own row; quotes around a cell are
+    removed, and a row with a comma inside quotes is irregular.
+    Rows of the wrong width go to `odd`, with their number. Raises SourceError if the file is not a CSV in UTF-8.
     """
     try:
         for batch in _csv_batches(tree, name, columns, odd, quoted):
@@ -233,7 +232,7 @@ def _csv_batches(
     with tree.open(name) as stream:
         reader = pacsv.open_csv(
             stream,
-            # one thread: only then does an odd row know its number
+            # only a single thread gives an odd row its number
             read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1),
             parse_options=pacsv.ParseOptions(
                 invalid_row_handler=keep, ignore_empty_lines=False, quote_char='"' if quoted else False
@@ -248,14 +247,14 @@ def _csv_batches(
 
 
 def _line_numbers(rows_before: int, rows: int, odd: Sequence[pacsv.InvalidRow]) -> pa.Array:
-    """Lines in the file, from 1 with the header: odd rows stand between the good ones."""
+    """Line numbers in the file, the header being 1; odd rows between the good ones are counted."""
     good_before_odd = np.array([row.number for row in odd], np.int64) - np.arange(len(odd)) - 2
     index = rows_before + np.arange(rows)
     return pa.array(index + 2 + np.searchsorted(good_before_odd, index, side="right"))
 
 
 def _typed(batch: pa.RecordBatch, file: BoxFile, lines: pa.Array) -> pa.Table:
-    """One block of text columns to ANNOTATIONS, with a reason where a cell is wrong."""
+    """Parse one block of text columns to ANNOTATIONS, with a reason where a cell is invalid."""
     count = batch.num_rows
     columns: dict[str, pa.Array] = {}
     problems: list[tuple[np.ndarray, str, pa.Array]] = []  # where, reason, detail; the first one counts
@@ -305,9 +304,9 @@ def _annotations(**columns: pa.Array) -> pa.Table:
 
 
 def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
-    """float64 with null where the text is no finite number, and where that is (None: nowhere)."""
+    """Parse to float64, null where the text is not a finite number; and a mask of those cells, or None."""
     try:
-        values = pc.cast(text, pa.float64())  # fast; fails as a whole
+        values = pc.cast(text, pa.float64())  # fast, but one bad cell fails the whole column
         if not (values.null_count or not pc.all(pc.is_finite(values)).as_py()):
             return values, None
     except pa.ArrowInvalid:
@@ -318,12 +317,12 @@ def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
 
 
 def clean_ids(text: pa.Array) -> pa.Array:
-    """Image ids without spaces around them and without an image suffix."""
+    """Strip surrounding spaces and an image suffix from image ids."""
     return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), pattern=IMAGE_SUFFIX, replacement="")
 
 
 def invalid_ids(image_id: pa.Array) -> pa.Array:
-    """True for ids that are empty or could step out of a folder: separators, "..", control characters."""
+    """True for ids that are empty, over 200 characters, or unsafe as a path: separators, "..", control characters."""
     return pc.or_(
         pc.match_substring_regex(image_id, r"[/\\\x00-\x1f]|^\.*$"), pc.greater(pc.utf8_length(image_id), 200)
     )
@@ -358,7 +357,7 @@ def _first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: 
 
 
 def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) -> pa.Table:
-    """Lines with too many or too few cells: a decimal comma, a cut file, a comment."""
+    """Rejected lines with too many or too few cells: a decimal comma, a truncated file, a comment."""
     cells = [row.text.split(",") for row in odd]
     ids = pa.array([row[id_column].strip().strip('"') if id_column < len(row) else "" for row in cells], pa.string())
     count = len(odd)
@@ -385,7 +384,7 @@ def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) ->
 
 
 def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
-    """One table. A photo's id is its file name without folder and suffix; iscrowd becomes is_group_of."""
+    """Yield one table. A photo's id is its file name without folder and suffix; iscrowd becomes is_group_of."""
     where = tree.path_of(file.name)
     coco = load_coco(tree, file.name)
     try:
@@ -396,7 +395,7 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     except (KeyError, TypeError) as error:
         raise SourceError(f"{where}: not a COCO instances JSON: no usable {error} in it") from None
     if not isinstance(entries, list):
-        raise SourceError(f"{where}: not a COCO instances JSON: its annotations are no list")
+        raise SourceError(f"{where}: not a COCO instances JSON: its annotations are not a list")
     rows = [_coco_row(entry, number, photos, classes) for number, entry in enumerate(entries)]
     if not rows:
         return
@@ -406,11 +405,11 @@ def _coco_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
     try:
         yield pa.table(table, schema=ANNOTATIONS)
     except UnicodeEncodeError as error:
-        raise SourceError(f"{where}: a text in it is no valid Unicode: {one_line(error)}") from None
+        raise SourceError(f"{where}: it contains invalid Unicode: {one_line(error)}") from None
 
 
 def _by_id(entries: Sequence[dict[str, Any]], what: str, name: str, where: str) -> dict[Any, dict[str, Any]]:
-    """Raises SourceError for an id of two different entries: its boxes could mean either."""
+    """Entries by id. Raises SourceError if two different entries share an id: boxes could mean either."""
     found: dict[Any, dict[str, Any]] = {}
     for entry in entries:
         other = found.setdefault(entry["id"], entry)
@@ -422,18 +421,18 @@ def _by_id(entries: Sequence[dict[str, Any]], what: str, name: str, where: str) 
 
 
 def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
-    """Raises SourceError when it is not JSON."""
+    """Parse a COCO file. Raises SourceError unless it is a JSON mapping."""
     try:
         coco = json.loads(tree.read(name))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{tree.path_of(name)}: not a JSON file: {one_line(error)}") from None
     if not isinstance(coco, dict):
-        raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: a mapping is expected")
+        raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: it must be a mapping")
     return coco
 
 
 def _coco_row(entry: Any, number: int, photos: dict[Any, Any], classes: dict[Any, str]) -> dict[str, Any]:
-    """One annotation. Boxes may end up to a pixel outside their photo, as COCO's own do; such ends are clipped."""
+    """Turn one annotation into a row. Boxes up to a pixel outside their photo, as in COCO itself, are clipped."""
     row: dict[str, Any] = {
         "image_id": "",
         "line": number,

@@ -44,7 +44,7 @@ class Window:
 
 
 def pixel_box(xmin: float, xmax: float, ymin: float, ymax: float, *, width_px: int, height_px: int) -> Box:
-    """Fractions [0, 1] to whole pixels, at least one pixel wide, inside the image."""
+    """Turn fractions [0, 1] into whole pixels: at least one pixel wide, inside the image."""
     x0 = min(int(xmin * width_px), width_px - 1)
     y0 = min(int(ymin * height_px), height_px - 1)
     x1 = min(max(int(xmax * width_px), x0 + 1), width_px)

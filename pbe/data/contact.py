@@ -15,7 +15,7 @@ GAP_PX = 4
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], *, gap_px: int = 2) -> np.ndarray:
-    """Rows of (h, w, 3) uint8 pictures, each scaled to TILE_PX, on white."""
+    """Lay out rows of (h, w, 3) uint8 pictures, each scaled to TILE_PX, on white."""
     height_px = len(rows) * (TILE_PX + gap_px) + gap_px
     width_px = max(map(len, rows)) * (TILE_PX + gap_px) + gap_px
     out = np.full((height_px, width_px, 3), 255, np.uint8)
@@ -46,7 +46,7 @@ def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def edits_sheet(
     photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray, edits: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """One row: photo with its hole, reference, edits. Photo at most EDIT_PX; the reference keeps its aspect."""
+    """One row: photo with its hole, reference, edits. The photo is at most EDIT_PX; aspect ratios are kept."""
     pictures = [with_hole(photo, hole_mask), reference, *edits]
     scale = min(1.0, EDIT_PX / max(photo.shape[:2]))
     height_px, width_px = (max(1, round(scale * side)) for side in photo.shape[:2])

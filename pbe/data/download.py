@@ -1,7 +1,7 @@
-"""Photos over HTTP: bounded attempts, backoff, deadlines, size limits; every failure is one of our reasons.
+"""Download photos over HTTP: bounded attempts, backoff, deadlines, size limits; every failure has a reject reason.
 
-A public S3 bucket is read by its HTTPS form, unsigned: s3://open-images-dataset is
-https://open-images-dataset.s3.amazonaws.com. AWS_ENDPOINT_URL, the AWS tools' own variable, moves it to a mirror.
+A public S3 bucket is read unsigned over HTTPS: s3://open-images-dataset becomes
+https://open-images-dataset.s3.amazonaws.com, or the server in AWS_ENDPOINT_URL, which the AWS tools use too.
 """
 
 import os
@@ -23,7 +23,7 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 class PhotoError(Exception):
-    """A photo that cannot be had. `reason` is one of the schema's; `str()` is the detail."""
+    """A photo is not available. `reason` is one of the schema's; `str()` is the detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -31,7 +31,7 @@ class PhotoError(Exception):
 
 
 def http_base(base: str) -> str:
-    """s3://bucket/prefix to its HTTPS form; http(s):// addresses stay. No slash at the end."""
+    """HTTPS form of s3://bucket/prefix; http(s):// addresses stay. No slash at the end."""
     if not base.startswith("s3://"):
         return base.rstrip("/")
     bucket, _, prefix = base.removeprefix("s3://").rstrip("/").partition("/")
@@ -41,7 +41,7 @@ def http_base(base: str) -> str:
 
 
 class Downloader:
-    """Fetches addresses below one base; used from many threads at once. Picklable; the pool is made at first use."""
+    """Fetches addresses below one base, from many threads at once. Picklable; the pool is made at first use."""
 
     def __init__(self, base: str, limits: DownloadConfig, *, max_bytes: int) -> None:
         self.base, self.limits, self.max_bytes = http_base(base), limits, max_bytes
@@ -52,7 +52,7 @@ class Downloader:
         return partial(Downloader, max_bytes=self.max_bytes), (self.base, self.limits)
 
     def fetch(self, address: str) -> bytes:
-        """The body. Raises PhotoError: image_unpublished, image_too_large or download_failed."""
+        """Download one photo. Raises PhotoError: image_unpublished, image_too_large or download_failed."""
         url = f"{self.base}/{quote(address)}"
         problem = ""
         for attempt in range(self.limits.attempts):
@@ -88,7 +88,7 @@ class Downloader:
 
     def _body(self, response: urllib3.BaseHTTPResponse, url: str, deadline: float) -> bytes:
         parts, size = [], 0
-        while part := response.read1(CHUNK_BYTES):  # what has come; a full chunk could take for ever
+        while part := response.read1(CHUNK_BYTES):  # what has arrived; a full chunk could take forever
             size += len(part)
             if size > self.max_bytes:
                 raise PhotoError("image_too_large", f"{url}: more than {self.max_bytes} bytes")
@@ -101,7 +101,7 @@ class Downloader:
         try:
             return min(float(header), self.limits.attempt_timeout_s) if header else None
         except ValueError:
-            return None  # a date; our own backoff will do
+            return None  # a date; use our own backoff
 
     def _manager(self) -> urllib3.PoolManager:
         with self._lock:
@@ -116,7 +116,7 @@ class Downloader:
 
 
 class _RetryableError(Exception):
-    """This attempt failed; another may do better, after wait_s when the server said so."""
+    """This attempt failed; a retry may succeed, after wait_s if the server gave it."""
 
     def __init__(self, detail: str, wait_s: float | None = None) -> None:
         super().__init__(detail)

@@ -1,4 +1,4 @@
-"""A place that the user names, a file or a folder, local or s3://, behind one pyarrow filesystem."""
+"""A file or folder of the user's, local or s3://, behind one pyarrow filesystem."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ class SourceError(UserError):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """name: path below the place, "/" between its parts. version: size and date, changes when the file does."""
+    """A file below a tree. name: path below it, with "/". version: size and date, changes when the file does."""
 
     name: str
     size: int
@@ -25,7 +25,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class FileTree:
-    """`where` is an absolute local path or s3://bucket/prefix; `key` names the setting, for messages."""
+    """A file or folder. where: absolute local path or s3://bucket/prefix. key: the setting that messages name."""
 
     where: str
     key: str
@@ -40,7 +40,7 @@ class FileTree:
             raise SourceError(f"{self.key} = {self.where} cannot be opened: {' '.join(str(error).split())}") from None
 
     def __reduce__(self) -> tuple[type["FileTree"], tuple[str, str]]:
-        return FileTree, (self.where, self.key)  # the open filesystem stays behind
+        return FileTree, (self.where, self.key)  # the open filesystem is not pickled
 
     @property
     def is_local(self) -> bool:
@@ -48,14 +48,14 @@ class FileTree:
 
     @cached_property
     def is_folder(self) -> bool:
-        """Raises SourceError when there is nothing at the place."""
+        """False for a file. Raises SourceError if it does not exist."""
         kind = self._info(self._opened[1]).type
         if kind == pafs.FileType.NotFound:
-            raise SourceError(f"{self.key}: there is no {self.where}")
+            raise SourceError(f"{self.key}: {self.where} does not exist")
         return bool(kind == pafs.FileType.Directory)
 
     def require(self) -> None:
-        """Raises SourceError when there is nothing at the place."""
+        """Raises SourceError if the file or folder does not exist."""
         _ = self.is_folder
 
     def _info(self, path: str) -> Any:
@@ -77,24 +77,24 @@ class FileTree:
 
     @property
     def only_name(self) -> str:
-        """Name of the file, when the place is one."""
+        """Name of the file, if this is a file."""
         return PurePosixPath(self._opened[1]).name
 
     def path_of(self, name: str) -> str:
-        """For messages: the place and the name."""
+        """Full path of a file, for messages."""
         return f"{self.where.rstrip('/')}/{name}" if self.is_folder else self.where
 
     def siblings(self) -> list[str]:
-        """Names of the files in the place, or beside it when it is a file; sorted."""
+        """Sorted names of the files in the folder, or beside the file."""
         infos = self._list(pafs.FileSelector(self._folder))
         return sorted(PurePosixPath(self._text(info)).name for info in infos if info.type == pafs.FileType.File)
 
     def names(self) -> list[str]:
-        """Names of the files in the place, which must be a folder; sorted."""
+        """Sorted names of the files in the folder, which this must be."""
         return self.siblings()
 
     def walk(self) -> list[FileInfo]:
-        """All files below the folder, with its subfolders, by name."""
+        """All files below the folder and its subfolders, sorted by name."""
         root = self._opened[1]
         found = []
         for info in self._list(pafs.FileSelector(root, recursive=True)):
@@ -111,20 +111,20 @@ class FileTree:
             raise SourceError(f"{self.key}: {name}: the name is not UTF-8; rename the file") from None
 
     def read(self, name: str) -> bytes:
-        """Raises OSError."""
+        """Contents of a file. Raises OSError."""
         with self.open(name) as stream:
             return bytes(stream.read())
 
     def open(self, name: str) -> Any:
-        """A stream of bytes from the file's beginning. Raises OSError."""
+        """Open a file as a stream of bytes. Raises OSError."""
         return self._opened[0].open_input_stream(str(PurePosixPath(self._folder) / name), compression=None)
 
 
 def file_tree(location: str, *, root: Path, key: str) -> FileTree:
-    """location: s3://..., or a local path, taken relative to `root`."""
+    """Tree of `location`: s3://..., or a local path relative to `root`. Raises SourceError."""
     if location.startswith("s3://"):
         if not location.removeprefix("s3://").strip("/"):
-            raise SourceError(f"{key} = {location}: names no shard")
+            raise SourceError(f"{key} = {location}: names no bucket")
         return FileTree(location.rstrip("/"), key)
     try:
         return FileTree(str((root / location).resolve()), key)

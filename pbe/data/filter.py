@@ -1,7 +1,8 @@
-"""Which boxes become triplets: the settings and the rules. Default: upstream's scripts/read_bbox.py, relative area in
-[0.02, 0.8], and the seven photos that ldm/data/open-images.py leaves out.
+"""Settings and rules that decide which boxes become triplets.
 
-To add a rule: a setting in FilterConfig, a function, a line in RULES. The stage, its counts and the report follow.
+Default: upstream's scripts/read_bbox.py, relative area in [0.02, 0.8], without the seven photos that
+ldm/data/open-images.py excludes. To add a rule, add a setting to FilterConfig, a function and a line to RULES; the
+stage, its counts and the report follow.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +20,7 @@ from pbe.settings import Float, Frac, Int, Settings
 
 
 class FilterConfig(Settings):
-    """Limits are inclusive. Classes are named by label or by name, in any case; flags by their column."""
+    """Limits are inclusive. Classes are given by label or name, case-insensitively; flags by their column."""
 
     min_area_frac: Frac
     max_area_frac: Frac
@@ -36,7 +37,7 @@ class FilterConfig(Settings):
         description="of is_occluded, is_truncated, is_group_of, is_depiction, is_inside; none, as upstream",
     )
     max_iou: Annotated[Float, Field(gt=0, le=1)] | None = Field(
-        None, description="of two boxes of a photo that overlap more, the smaller goes; null: keep, as upstream"
+        None, description="drop the smaller of two boxes of a photo that overlap more; null: keep both, as upstream"
     )
     exclude_images: tuple[str, ...] = Field(
         (
@@ -60,17 +61,17 @@ class FilterConfig(Settings):
 
 @dataclass(frozen=True)
 class MeasuredBoxes:
-    """N boxes of a BOXES table and what rules ask of them. corners: xmin, xmax, ymin, ymax, fractions of the photo."""
+    """N boxes of a BOXES table, measured for the rules. corners: xmin, xmax, ymin, ymax, fractions of the photo."""
 
     table: pa.Table
     corners: tuple[np.ndarray, ...]
     area_frac: np.ndarray  # (N,)
-    width_px: np.ndarray  # (N,) in the photo, not rounded, as height_px
+    width_px: np.ndarray  # (N,) in pixels of the photo, not rounded; height_px too
     height_px: np.ndarray
 
 
 class Broken(NamedTuple):
-    """What one rule finds. value: the number that was compared, for the reject's detail; None: its class says more."""
+    """What one rule finds. value: the compared number, for the reject's detail; None: the detail gives the class."""
 
     rows: np.ndarray  # (N,) bool, True where the rule is broken
     allowed: str
@@ -78,7 +79,7 @@ class Broken(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`broken` gets the boxes, the settings and which boxes the rules before it have left, (N,) bool."""
+    """One rule. broken: takes the boxes, the settings and a mask of the boxes that earlier rules left, (N,) bool."""
 
     reason: str  # of rejects and counts
     settings: tuple[str, ...]  # of FilterConfig; with all of them null, 0 or empty the rule is off
@@ -149,7 +150,7 @@ RULES = (
 def filter_boxes(boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig) -> tuple[pa.Table, pa.Table]:
     """Split a BOXES table into kept boxes and REJECTS, both in the order given.
 
-    sizes: image_id, width_px and height_px of every image that a box names. Raises ValueError when one is missing.
+    sizes: image_id, width_px and height_px of every image that a box names. Raises ValueError if one is missing.
     """
     measured = _measured(boxes, sizes)
     left = np.ones(boxes.num_rows, bool)
@@ -198,9 +199,9 @@ def _is_among(boxes: pa.Table, columns: Collection[str], values: Collection[str]
 
 
 def _largest_overlap(boxes: MeasuredBoxes, left: np.ndarray, max_iou: float) -> np.ndarray:
-    """(N,) largest IoU of each box with a larger one of its photo that stays; 0 for boxes that stay without one.
+    """(N,) largest IoU of each box with a larger kept box of its photo; 0 if there is none.
 
-    Greedy from the largest down, ties in file order, so that of three near-equal boxes one is left.
+    Greedy from the largest down, ties in file order, so that one of three near-equal boxes is kept.
     """
     area = boxes.area_frac
     out = np.zeros(len(area))

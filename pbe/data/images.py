@@ -1,7 +1,7 @@
-"""The one image module. Everything is RGB uint8 (H, W, 3) inside the project.
+"""Decode, encode and resize images. Inside the project every image is RGB uint8 (H, W, 3).
 
-JPEG goes through libjpeg-turbo (simplejpeg) straight to RGB; what that refuses, and every other format, through
-OpenCV or Pillow. Pillow reads headers, without decoding.
+simplejpeg (libjpeg-turbo) decodes JPEG straight to RGB; OpenCV decodes other formats; Pillow decodes what these two
+reject. Pillow also reads headers, without decoding.
 """
 
 import io
@@ -18,21 +18,21 @@ from pbe.errors import UserError, one_line
 Buffer = bytes | memoryview
 UPRIGHT = 1
 BILINEAR_SHRINK_MAX = 4
-# EXIF orientation: what makes the stored picture upright (turns are clockwise)
+# EXIF orientation to the rotation that makes the stored picture upright
 _TURNS = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
 class ImageError(UserError, ValueError):
-    """The bytes are not an image that we can read whole."""
+    """The bytes are not a complete, readable image."""
 
 
 class ImageTooLargeError(ImageError):
-    """The header claims more pixels than Pillow opens at all."""
+    """The header claims more pixels than Pillow accepts."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Size as stored, before any turn; exif_orientation 1..8, 1 = upright or not stated."""
+    """Size as stored, before any rotation; exif_orientation 1..8, 1 = upright or not stated."""
 
     width_px: int
     height_px: int
@@ -40,7 +40,7 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """Size and orientation without decoding. Raises ImageError."""
+    """Read size and orientation without decoding. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             orientation = _orientation(image)
@@ -53,19 +53,19 @@ def read_header(data: bytes) -> Header:
 
 
 def read_mode(data: bytes) -> str:
-    """How the pixels are stored, without decoding, in Pillow's words: RGB, RGBA, L (grey), P (palette), CMYK ...
+    """Pillow's mode of the stored pixels, read without decoding: RGB, RGBA, L (grey), P (palette), CMYK ...
 
     Raises ImageError.
     """
-    read_header(data)  # its errors say what the bytes are instead
+    read_header(data)  # raises the clearer error
     with Image.open(io.BytesIO(data)) as image:
         return image.mode
 
 
 def _orientation(image: Image.Image) -> int:
-    """From the EXIF block before the pixels; Pillow's getexif() would decode a PNG to look behind them too."""
+    """Orientation from the EXIF block before the pixels; Pillow's getexif() decodes a PNG to search after them too."""
     if image.format == "TIFF":
-        return UPRIGHT  # its decoders turn it themselves
+        return UPRIGHT  # its decoders rotate it themselves
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
@@ -75,11 +75,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
-    """Bytes to (H, W, 3) uint8 RGB, turned by `exif_orientation`; 1 leaves the picture as stored, but for TIFF, which
-    its decoders turn upright in any case.
+    """Decode to (H, W, 3) uint8 RGB, rotated by `exif_orientation`; 1 leaves the picture as stored.
 
-    Greyscale becomes three equal channels, alpha is dropped, 16 bits become 8, of several frames the first is taken.
-    Raises ImageError, also for an image whose end is missing: half a photo would be grey.
+    TIFF comes out upright: its decoders rotate it. Greyscale becomes three equal channels, alpha is dropped, 16 bits
+    become 8, and only the first frame is read. Raises ImageError, also for a truncated image (it would be partly grey).
     """
     if data[:3] == b"\xff\xd8\xff":
         image = _decode_jpeg(data)
@@ -89,7 +88,7 @@ def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
 
 
 def read_alpha(data: Buffer) -> np.ndarray | None:
-    """(H, W) uint8, 255 = opaque; None where nothing is transparent. Raises ImageError."""
+    """Alpha channel, (H, W) uint8, 255 = opaque; None if nothing is transparent. Raises ImageError."""
     if data[:3] == b"\xff\xd8\xff":
         return None
     try:
@@ -108,14 +107,14 @@ def _decode_jpeg(data: Buffer) -> np.ndarray:
     except ValueError as error:
         if "premature end" in str(error).lower():
             raise ImageError("the end of the JPEG is missing") from None
-        return _decode_tolerantly(data)  # CMYK, or harmless oddities that libjpeg warns of
+        return _decode_tolerantly(data)  # CMYK, or harmless defects that libjpeg warns about
 
 
 def _decode_tolerantly(data: Buffer) -> np.ndarray:
-    """By Pillow, which lets warnings pass but not a missing end."""
+    """Decode with Pillow, which ignores warnings but rejects a truncated image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("F", "I")):  # no scale is known: Pillow would clip it to black or white
+            if image.mode.startswith(("F", "I")):  # the value range is unknown: Pillow would clip it to black or white
                 raise ImageError(f"pixels of 32 bits or floating point (mode {image.mode}); save it with 8 or 16 bits")
             return np.asarray(image.convert("RGB"))
     except ImageError:
@@ -143,7 +142,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _what_it_is(data: Buffer) -> str:
-    """For what is often found in an image's place."""
+    """Name what is often found in place of an image; "" for anything else."""
     start = bytes(data[:512]).lstrip().lower()
     if not data:
         return "empty file"
@@ -166,21 +165,21 @@ def _what_it_is(data: Buffer) -> str:
 
 
 def encode_jpeg(image: np.ndarray, quality: int, chroma: Chroma = "444") -> bytes:
-    """(H, W, 3) uint8 RGB to JPEG. chroma: "444" keeps the colours of small crops, "420" halves them both ways."""
+    """Encode (H, W, 3) uint8 RGB as JPEG. chroma: "444" keeps full colour resolution, "420" halves it both ways."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", chroma, fastdct=False)
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 RGB to PNG, lossless."""
+    """Encode (H, W, 3) uint8 RGB as PNG, lossless."""
     return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """Bilinear without antialias, as upstream (torchvision 0.12 on tensors); aspect ratio is the caller's business.
+    """Resize bilinearly without antialias, as upstream (torchvision 0.12 on tensors); the aspect ratio may change.
 
-    Deviation: where both sides shrink to less than a quarter, area averaging: bilinear reads two pixels of every
-    `shrink` per side, and at the sample profile's 64 px would see next to nothing of a photo. The paper's sizes
-    (1024 px photos to 512 and 224 px) do not shrink so far, so there it is upstream's picture.
+    Deviation: where both sides shrink to less than a quarter, pixels are averaged by area. Bilinear reads two of every
+    `shrink` pixels per side and would skip most of a photo at the sample profile's 64 px. The paper's sizes (1024 px
+    photos to 512 and 224 px) shrink less and match upstream.
     """
     shrink = min(image.shape[1] / width_px, image.shape[0] / height_px)
     interpolation = cv2.INTER_AREA if shrink > BILINEAR_SHRINK_MAX else cv2.INTER_LINEAR
@@ -188,6 +187,6 @@ def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
 
 
 def resize_bicubic(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """Bicubic with antialias, by Pillow: what CLIP's own preprocessing does, and the metrics that name CLIP."""
+    """Resize bicubically with antialias (Pillow), as CLIP's own preprocessing and the CLIP metrics do."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     return np.array(picture.resize((width_px, height_px), Image.Resampling.BICUBIC))

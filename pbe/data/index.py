@@ -1,7 +1,7 @@
-"""Annotations and photo lists, cut by shard: one streaming pass, bounded memory, the same tables on every machine.
+"""Split annotations and photo lists by shard: one streaming pass, bounded memory, the same tables on every machine.
 
-OpenImages has 14.6 million boxes of 1.7 million photos. Rows are sorted into shards block by block; what does not fit
-`SPILL_BYTES` waits in Arrow files on local disk, and at the end each shard is put together from its pieces.
+OpenImages has 14.6 million boxes of 1.7 million photos. Rows are sorted into shards block by block; beyond
+`SPILL_BYTES` they spill to Arrow files on local disk, and each shard is assembled from its pieces at the end.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ SPILL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Selection:
-    """Which annotations are wanted at all. None: all of them. limit: photos per split, the first in file order."""
+    """Which annotations to keep; None keeps all. limit: photos per split, the first in file order."""
 
     splits: Collection[str]
     limit: int | None
@@ -33,7 +33,7 @@ class Selection:
 
 @dataclass
 class Selector:
-    """Applies a Selection block by block; it remembers which photos it has taken, for `limit`."""
+    """Applies a Selection block by block; remembers the photos taken so far, for `limit`."""
 
     selection: Selection
     class_ids: Collection[str] | None  # labels as they stand in the files
@@ -42,7 +42,7 @@ class Selector:
     found_ids: set[str] = field(default_factory=set)  # of the selection's image_ids
 
     def __call__(self, annotations: pa.Table) -> pa.Table:
-        """The wanted rows, with the split that val_frac gives them. Odd lines are wanted whatever their class."""
+        """The selected rows, with the split that val_frac gives them. Invalid lines are kept regardless of class."""
         chosen = self.selection
         encoded = pc.dictionary_encode(annotations.column("image_id").combine_chunks())
         ids, index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
@@ -79,7 +79,7 @@ class Selector:
 
 
 class ShardSorter:
-    """Takes tables with an image_id column; gives back one table per shard, rows in the order they came."""
+    """Sorts tables with an image_id column into one table per shard; rows keep their order."""
 
     def __init__(self, schema: pa.Schema, shards: int, folder: Path) -> None:
         self._schema, self._shards, self._folder = schema, shards, folder
@@ -96,10 +96,10 @@ class ShardSorter:
             self._spill()
 
     def tables(self) -> Iterator[pa.Table]:
-        """One table per shard, also for empty ones. Call it once, after the last `add`."""
+        """Yield one table per shard, also for empty ones. Call it once, after the last `add`."""
         held = dict(self._sorted_pieces())
         self._held = []
-        # read, not mapped: the pages of a map would stay with the process until all of the file is in memory
+        # read, not memory-mapped: mapped pages stay with the process until the whole file is in memory
         sources = [(pa.OSFile(str(path)), places) for path, places in self._spills]
         readers = [(pa.ipc.open_file(source), places) for source, places in sources]
         for shard in range(self._shards):
@@ -121,7 +121,7 @@ class ShardSorter:
         self._held, self._held_bytes = [], 0
 
     def _sorted_pieces(self) -> Iterator[tuple[int, pa.Table]]:
-        """What is held, by shard."""
+        """The rows held in memory, by shard."""
         if not self._held:
             return
         shards = np.concatenate([shard for shard, _ in self._held])
@@ -134,7 +134,7 @@ class ShardSorter:
 
 
 def shards_of(image_ids: pa.ChunkedArray | pa.Array, shards: int) -> np.ndarray:
-    """(N,) int64 shard of each id; each different id is hashed once."""
+    """(N,) int64 shard of each id; each distinct id is hashed once."""
     combined = image_ids.combine_chunks() if isinstance(image_ids, pa.ChunkedArray) else image_ids
     encoded = pc.dictionary_encode(combined)
     by_id = np.array([shard_of(image_id, shards) for image_id in encoded.dictionary.to_pylist()], np.int64)
@@ -143,7 +143,7 @@ def shards_of(image_ids: pa.ChunkedArray | pa.Array, shards: int) -> np.ndarray:
 
 @contextmanager
 def by_shard(tables: Iterable[pa.Table], schema: pa.Schema, shards: int) -> Iterator[Iterator[pa.Table]]:
-    """Reads all of `tables`, then gives their rows cut by shard: one table per shard."""
+    """Read all `tables`, then iterate over their rows as one table per shard."""
     with tempfile.TemporaryDirectory(prefix="pbe-index-") as folder:
         sorter = ShardSorter(schema, shards, Path(folder))
         for table in tables:

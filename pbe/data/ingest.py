@@ -1,4 +1,4 @@
-"""One shard of a source: its annotations and photos to `images`, `boxes` and `rejects` tables."""
+"""Turn one shard's annotations and photos into `images`, `boxes` and `rejects` tables."""
 
 import hashlib
 from collections import Counter
@@ -17,12 +17,12 @@ FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_insid
 
 
 SHA256_DIGITS = 64
-NO_IDS = ("", ".", "..")  # what is left of a file name like .jpg
+NO_IDS = ("", ".", "..")  # what remains of a file name like .jpg
 
 
 @dataclass(frozen=True)
 class PhotoLimits:
-    """exif: whether boxes are those of the upright picture ("apply") or of the stored one ("ignore")."""
+    """What ingest accepts. exif: boxes refer to the upright picture ("apply") or to the stored one ("ignore")."""
 
     exif: Literal["ignore", "apply"]
     max_pixels: int
@@ -30,11 +30,11 @@ class PhotoLimits:
 
 @dataclass(frozen=True)
 class Photo:
-    """A row of PHOTOS, or an address made up for an image that only boxes name."""
+    """A row of PHOTOS, or the derived address of an image that only boxes name."""
 
     image_id: str
     address: str
-    version: str = ""  # sha256 of the bytes where the source has hashed them (PHOTOS)
+    version: str = ""  # see PHOTOS; sha256 of the bytes if the source hashed them
     license: str | None = None
     author: str | None = None
     source_url: str | None = None
@@ -51,7 +51,7 @@ class _Read:
 
 
 class _Shard:
-    """What read_shard has decided so far."""
+    """Rejects and counts of the shard so far."""
 
     def __init__(self) -> None:
         self.rejects: list[dict[str, str]] = []
@@ -73,17 +73,17 @@ def read_shard(
     limits: PhotoLimits,
     threads: int,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Check every box and read every photo that has one; nothing is dropped without a row in `rejects`.
+    """Check every box and read every photo that has one; whatever is dropped gets a row in `rejects`.
 
-    annotations: ANNOTATIONS. photos: PHOTOS. read: image id and address to bytes, raising PhotoError; called from
-    `threads` threads. lists_all: photos without a box are input too, and rejected.
+    annotations: ANNOTATIONS. photos: PHOTOS. read: takes image id and address, returns bytes, raises PhotoError;
+    called from `threads` threads. lists_all: photos without a box count as input and are rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}
     for row in photos.to_pylist():
         copies = known.setdefault(row["image_id"], [])
-        if all(row["address"] != copy.address for copy in copies):  # a list may name one photo twice
+        if all(row["address"] != copy.address for copy in copies):  # a list may contain duplicates
             copies.append(Photo(**row))
     boxes = _usable_boxes(annotations, known, address_without_photo, shard)
     wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
@@ -128,10 +128,10 @@ def _usable_boxes(
     address_without_photo: Callable[[str, str], str | None],
     shard: _Shard,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose lines are all
-    wrong has an empty list."""
+    """Boxes by image id, in file order; images that only boxes name are added to `known`. An image whose
+    lines are all invalid has an empty list."""
     boxes: dict[str, list[dict[str, Any]]] = {}
-    seen: Counter[tuple[str, str]] = Counter()  # without a line, a box is the n-th of its file and photo
+    seen: Counter[tuple[str, str]] = Counter()  # a box without a line is named as the n-th of its file and photo
     for row in annotations.to_pylist():
         shard.counts["boxes_in"] += 1
         image_id, split = row["image_id"], SPLITS[row["split"]]
@@ -161,17 +161,17 @@ def _usable_boxes(
 
 
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
-    """The IMAGES row of a photo but for its split; decoding it in full is the only way to know that it can be."""
+    """Read a photo as an IMAGES row without its split; only decoding it in full shows that it is readable."""
     hashed = len(photo.version) == SHA256_DIGITS
     try:
         try:
             data = read(photo.image_id, photo.address)
         except PhotoError as error:
-            if hashed and error.reason == "image_unreadable":  # the index could read it a while ago
+            if hashed and error.reason == "image_unreadable":  # it was readable when it was hashed
                 raise PhotoError("image_changed", str(error)) from None
             raise
         sha256 = hashlib.sha256(data).hexdigest()
-        if hashed and sha256 != photo.version:  # the part's name says which bytes it was made from
+        if hashed and sha256 != photo.version:  # the part's name depends on the hashed bytes
             raise PhotoError("image_changed", f"{photo.address}: not the bytes that were there when ingest began")
         header = image_codec.read_header(data)
         if header.width_px * header.height_px > limits.max_pixels:
@@ -201,7 +201,7 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
 
 
 def _one_photo(copies: Sequence[_Read], shard: _Shard) -> dict[str, Any] | None:
-    """The photo among all files of one id: the first that reads, when those that read are the same."""
+    """The first readable file of one id; None if no file is readable or the readable ones differ."""
     read = [copy for copy in copies if copy.row is not None]
     for copy in copies:
         if copy.error is not None:

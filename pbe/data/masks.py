@@ -69,7 +69,7 @@ def bezier_hole(ring: np.ndarray, *, width_px: int, height_px: int) -> np.ndarra
 
 
 def pack_mask(mask: np.ndarray) -> bytes:
-    """(H, W) of 0/1 to 1 bit per pixel, rows padded to bytes."""
+    """Pack an (H, W) mask of 0/1 into 1 bit per pixel, rows padded to bytes."""
     return np.packbits(mask, axis=1).tobytes()
 
 
@@ -80,16 +80,16 @@ def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:
 
 
 def hole_of(row: Mapping[str, Any], kind: str, picture: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 of 0/1, 1 = hole: the mask of a row of TRIPLETS or BENCH, of the size of `picture` (H, W, 3)."""
+    """Hole mask of a TRIPLETS or BENCH row: (H, W) uint8, 1 = hole, of the size of `picture` (H, W, 3)."""
     height_px, width_px = picture.shape[:2]
     return unpack_mask(row[f"{kind}_hole_mask"], width_px=width_px, height_px=height_px)
 
 
 def keep_mask_latent(hole_mask: np.ndarray, cell_px: int, *, resize: MaskResize = "bilinear") -> np.ndarray:
-    """(H, W) 0/1 hole mask to the network's (1, H/cell, W/cell) float32 keep mask in [0, 1].
+    """Turn an (H, W) 0/1 hole mask into the network's (1, H/cell, W/cell) float32 keep mask in [0, 1].
 
     Bilinear without antialias, as upstream's torchvision 0.12 Resize: for an even cell that is the mean of
-    its central 2 x 2 pixels; for an odd cell its central pixel. Nearest, as diffusers' pipeline: the top left pixel.
+    its central 2 x 2 pixels; for an odd cell its central pixel. Nearest, as in diffusers' pipeline: its top left pixel.
     """
     if resize == "nearest":
         return 1.0 - hole_mask[None, ::cell_px, ::cell_px].astype(np.float32)

@@ -1,4 +1,4 @@
-"""One shard of photos and kept boxes to triplet tables, one table per slot."""
+"""Turn one shard of photos and kept boxes into triplet tables, one table per slot."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
 from pbe.data.triplets import box_order, cut, plan_triplet
 
-# one slot of one photo: its row without the two pictures, and the areas of the photo that become them
+# one slot of one photo: its row without the two pictures, and the areas that they are cut from
 _Planned = tuple[dict[str, Any], Box, Box]
 
 
@@ -28,7 +28,7 @@ def triplet_tables(
     boxes_of: dict[str, list[dict[str, Any]]] = {}
     for box in boxes.select(["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax"]).to_pylist():
         boxes_of.setdefault(box["image_id"], []).append(box)
-    # all plans before any pixel: after a photo's megabytes the processor has to fetch this code and its numbers anew
+    # plan all photos before decoding any: each decoded photo pushes this code and its data out of the CPU caches
     planned: list[tuple[int, int, list[_Planned]]] = []
     rejects = []
     for index, image in enumerate(images.drop_columns(["bytes"]).to_pylist()):

@@ -2,8 +2,8 @@
 
 Order and effective values of upstream's pinned albumentations 0.4.3: HorizontalFlip p 0.5, Rotate +-20 degrees
 p 0.5 (reflect-101 border), Blur with box kernel 3, 5 or 7 p 0.3, ElasticTransform p 0.3. The elastic field itself
-(alpha 1, sigma 50) moves pixels by 0.003; what one sees is its random affine part (alpha_affine 50), which
-current albumentations dropped, so that part is OpenCV's getAffineTransform.
+(alpha 1, sigma 50) moves pixels by 0.003; what shows is its random affine part (alpha_affine 50). Current
+albumentations dropped that part, so OpenCV's getAffineTransform does it here.
 """
 
 import random
@@ -17,7 +17,7 @@ AFFINE_PROB = 0.3
 
 
 def make_augmenter() -> A.Compose:
-    """The albumentations part; `augment_reference` re-seeds it per row."""
+    """Make the albumentations steps; `augment_reference` re-seeds them per row."""
     return A.Compose(
         [
             A.HorizontalFlip(p=0.5),
@@ -28,9 +28,9 @@ def make_augmenter() -> A.Compose:
 
 
 def augment_reference(reference: np.ndarray, *, augmenter: A.Compose, rng: np.random.Generator) -> np.ndarray:
-    """(R, R, 3) uint8 RGB to the same shape; a pure function of the image and the generator's state."""
+    """Augment an (R, R, 3) uint8 RGB image, same shape out; a pure function of the image and the generator's state."""
     seed = int(rng.integers(0, 2**31))
-    # one stream for all parts: set_random_seed gives each its own copy, and mirror, turn and blur then come together
+    # one stream for all steps: set_random_seed gives each its own copy, which couples flip, rotation and blur
     augmenter.set_random_state(np.random.default_rng(seed), random.Random(seed))
     image = augmenter(image=reference)["image"]
     if rng.random() < AFFINE_PROB:
@@ -39,7 +39,7 @@ def augment_reference(reference: np.ndarray, *, augmenter: A.Compose, rng: np.ra
 
 
 def _random_affine(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Three points at the centre +- a third of the side, each moved by U(-50, 50) px (scaled from 224 px)."""
+    """Warp so that three points at the centre +- a third of the side move by U(-50, 50) px (scaled from 224 px)."""
     side = image.shape[0]
     centre, third, shift = side // 2, side // 3, AFFINE_SHIFT_PX * side / 224
     before = np.array(

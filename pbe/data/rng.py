@@ -24,5 +24,5 @@ def shard_of(image_id: str, shards: int) -> int:
 
 
 def unit_interval(image_id: str) -> float:
-    """Stable number in [0, 1) of an image, independent of its shard: which split it falls into."""
+    """Stable number in [0, 1) of an image, independent of its shard; decides its split."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8, person=b"split").digest(), "little") / 2**64

@@ -28,22 +28,21 @@ HoleKind = Literal["box", "bezier"]
 ReferenceKind = Literal["exemplar", "own", "foreign"]  # what fills a bench item's hole, see BENCH
 REFERENCE_KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
 
-# Why ingest and materialize may drop a row. A closed list: a reason that is not here is a bug. Those of the filter are
-# its RULES.
+# Why ingest and materialize may drop a row; any other reason is a bug. The filter's reasons are in its RULES.
 IMAGE_REASONS = (
     "image_id_invalid",  # empty, or not a plain name: it must not reach a path or an address
     "image_without_box",  # no usable line names it
     "image_id_duplicated",  # two files have this id and differ: the boxes could mean either
     "image_unreadable",  # the bytes do not decode, or only in part
     "image_too_large",  # more bytes or pixels than ingest.max_image_bytes, ingest.max_image_pixels
-    "image_unpublished",  # the server has no such image (404, 410) or does not give it (401, 403)
-    "download_failed",  # no answer, a cut one, 429 or 5xx, after all attempts
+    "image_unpublished",  # the server has no such image (404, 410) or denies access (401, 403)
+    "download_failed",  # no answer, an incomplete one, 429 or 5xx, after all attempts
     "image_changed",  # the file was replaced or vanished (an unplugged drive) while ingest ran
     "image_without_kept_box",  # the filter left the photo no box
 )
 INGEST_BOX_REASONS = (
-    "box_image_id_invalid",  # as image_id_invalid, in a line of a box file
-    "box_unparsable",  # a cell is missing, left over or not a number
+    "box_image_id_invalid",  # a line of a box file has an id like image_id_invalid
+    "box_unparsable",  # a cell is missing, surplus or not a number
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
     "image_missing",  # the box names an image that the source does not have
     "box_in_other_split",  # an earlier line put its image into another split
@@ -54,18 +53,18 @@ TRANSIENT_REASONS = ("download_failed", "image_changed")
 
 
 def picture_field(name: str, *, nullable: bool = False) -> pa.Field:
-    """An encoded image: JPEG, PNG or as received. Compressed already, and the store reads so in its metadata."""
+    """Field of encoded images: JPEG, PNG or as received. Its metadata stops the store from compressing them again."""
     return pa.field(name, pa.binary(), nullable=nullable, metadata={b"compression": b"none"})
 
 
-# Annotations as ingest reads them, one row per box, typed but not yet joined to an image. A line that is wrong by
-# itself carries a reason and a detail; its coordinates may be null.
+# Annotations as ingest reads them, one row per box, typed but not yet joined to an image. An invalid line
+# carries a reason and a detail; its coordinates may be null.
 ANNOTATIONS = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),  # name of the box file
-        # of that file, or the annotation's id in COCO JSON. In parts only where there is a reason: lines that shift the
-        # ones after them must not make every shard another one
+        # in that file, or the annotation's id in COCO JSON. Parts have it only beside a reason: an inserted line, which
+        # shifts those after it, must not change every shard
         pa.field("line", pa.int64()),
         pa.field("split", pa.int8(), nullable=False),  # index into SPLITS; ingest.val_frac may decide it
         pa.field("listed_split", pa.int8(), nullable=False),  # what the file says: where OpenImages keeps the photo
@@ -80,11 +79,11 @@ ANNOTATIONS = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-# What a source says about its photos before any is read.
+# What a source knows about its photos without reading them.
 PHOTOS = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("address", pa.string(), nullable=False),  # what the source's reader takes, relative to its base
+        pa.field("address", pa.string(), nullable=False),  # relative to the source's base; its `read` takes it
         pa.field("version", pa.string(), nullable=False),  # changes when the file does: sha256, or size and date
         pa.field("license", pa.string()),
         pa.field("author", pa.string()),
@@ -153,26 +152,25 @@ TRIPLETS = pa.schema(
     ]
 )
 
-# What is edited and scored: a crop, its holes, and the references that fill them. Null is what a bench does not have:
-# COCOEE has box holes and exemplars alone.
+# What is edited and scored: a crop, its holes, and the references that fill them. Null: the bench has none;
+# COCOEE has only box holes and exemplars.
 BENCH = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),  # items of one photo err together
+        pa.field("image_id", pa.string(), nullable=False),  # items of one photo have correlated errors
         pa.field("label_name", pa.string(), nullable=False),
         picture_field("source"),  # PNG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("bezier_hole_mask", pa.binary()),  # packed bits, S x S
         picture_field("exemplar"),  # an object like the hidden one, from another photo
         pa.field("exemplar_image_id", pa.string(), nullable=False),
-        pa.field(
-            "exemplar_same_class", pa.bool_()
-        ),  # false: no other photo has the class, the nearest of any stands in
+        # false: no other photo has the class, so the nearest object of any class is used
+        pa.field("exemplar_same_class", pa.bool_()),
         picture_field("own", nullable=True),  # the hidden object itself, as in training
-        picture_field("foreign", nullable=True),  # an object drawn by lot from another photo
+        picture_field("foreign", nullable=True),  # a random object from another photo
     ]
 )
-# Untouched crops that edits are compared with; no hole, no edit.
+# Unedited crops that edits are compared with.
 REAL_IMAGES = pa.schema([pa.field("real_id", pa.string(), nullable=False), picture_field("picture")])
 
 # One edit of one item. Its key is (bench_id, hole_kind, reference_kind, seed).
@@ -181,12 +179,12 @@ EDITS = pa.schema(
         pa.field("bench_id", pa.string(), nullable=False),
         pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
         pa.field("reference_kind", pa.string(), nullable=False),  # of REFERENCE_KINDS
-        pa.field("seed", pa.int64(), nullable=False),  # of the noise; 0 for what needs none
+        pa.field("seed", pa.int64(), nullable=False),  # of the noise; 0 for methods without noise
         picture_field("edit"),  # PNG, S x S
     ]
 )
 
-# What an extractor's network says of one picture; `view` says which part of which picture.
+# An extractor's features of one picture; `view` says which part of which picture.
 FEATURES = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -195,7 +193,7 @@ FEATURES = pa.schema(
     ]
 )
 
-# What is counted on the pixels of one edit, by the same key.
+# Pixel measurements of one edit, with the key of EDITS.
 PIXELS = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
@@ -214,8 +212,7 @@ PIXELS = pa.schema(
     ]
 )
 
-
-# A score of one item, mean over seeds: what paired tests read, and whoever looks for the worst edits.
+# One item's score, mean over seeds, for paired tests and for finding the worst edits.
 SCORES = pa.schema(
     [
         pa.field("method", pa.string(), nullable=False),
@@ -232,7 +229,7 @@ SCORES = pa.schema(
 def encoded_schema(
     latent_shape: tuple[int, int, int], token_shape: tuple[int, int, int], dtype: Dtype = "float16"
 ) -> pa.Schema:
-    """Schema of what training reads.
+    """Schema of the encoded rows that training reads.
 
     latent_shape: (channels, height, width) of one latent. token_shape: (draws, tokens, width) of the
     frozen backbone's output for the K reference draws; draw 0 is the clean reference.
@@ -259,7 +256,7 @@ def encoded_schema(
 
 
 def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16") -> pa.Field:
-    """An array stored as fixed-size binary; its shape and type travel in the field's metadata."""
+    """Field of arrays stored as fixed-size binary; its metadata holds their shape and type."""
     stored = _STORED[dtype]
     metadata = {b"dtype": stored.encode(), b"shape": ",".join(map(str, shape)).encode()}
     return pa.field(name, pa.binary(np.dtype(stored).itemsize * math.prod(shape)), nullable=False, metadata=metadata)
@@ -271,12 +268,12 @@ def array_shape(field: pa.Field) -> tuple[int, ...]:
 
 
 def array_bytes(field: pa.Field, value: np.ndarray) -> bytes:
-    """`value`, of the field's shape, as the field stores it. Raises ValueError for a field that holds no array."""
+    """Encode `value`, which has the field's shape, as the field stores it. Raises ValueError if that holds no array."""
     return value.astype(_array_metadata(field)[b"dtype"].decode()).tobytes()
 
 
 def array_value(field: pa.Field, stored: bytes) -> np.ndarray:
-    """Float32 array of the field's shape. Raises ValueError for a field that holds no array."""
+    """Decode to a float32 array of the field's shape. Raises ValueError if the field holds no array."""
     flat = np.frombuffer(stored, _array_metadata(field)[b"dtype"].decode())
     return flat.reshape(array_shape(field)).astype(np.float32)
 
@@ -288,10 +285,10 @@ def _array_metadata(field: pa.Field) -> dict[bytes, bytes]:
 
 
 def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """pa.Table.from_pylist, but binary columns (pictures, megabytes) are joined in one go.
+    """Like pa.Table.from_pylist, but joins binary columns (megabytes of pictures) in one step.
 
-    pyarrow appends value by value to a buffer that doubles: in a fresh process that is a quarter of a millisecond per
-    triplet, a tenth of all the work.
+    pyarrow appends value by value to a buffer that doubles: 0.25 ms per triplet in a fresh process, a tenth of all
+    the work.
     """
     columns = []
     for field in schema:
@@ -303,14 +300,14 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.
 def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
     present = [value for value in values if value is not None]
     ends = np.cumsum([0, *map(len, present)])
-    if len(present) < len(values) or ends[-1] > np.iinfo(np.int32).max:  # pyarrow makes chunks of it
+    if len(present) < len(values) or ends[-1] > np.iinfo(np.int32).max:  # pyarrow splits it into chunks
         return pa.array(values, pa.binary())
     buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(present))]
     return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def require(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """Return `table` when it has exactly `schema` (names, types, order); ValueError naming `where` otherwise."""
+    """Return `table` if it has exactly `schema` (names, types, order), else raise ValueError naming `where`."""
     if not table.schema.equals(schema, check_metadata=False):
         missing = [field.name for field in schema if field.name not in table.schema.names]
         wrong = [

@@ -1,4 +1,4 @@
-"""Settings of ingest and materialize; those of filter stand in pbe/data/filter.py."""
+"""Settings of ingest and materialize; those of filter are in pbe/data/filter.py."""
 
 from typing import Annotated, Literal
 
@@ -12,11 +12,11 @@ Chroma = Literal["444", "420"]
 
 
 class DownloadConfig(Settings):
-    """Half of each wait is random, so that many clients do not come back together."""
+    """Limits of downloads. Up to half of each wait is random, so that many clients do not retry at once."""
 
-    connections: Int = Field(16, ge=1, le=256, description="at once, per shard. Ours")
-    attempts: Int = Field(5, ge=1, le=20, description="in all. Ours")
-    connect_timeout_s: Float = Field(10, gt=0, description="seconds to a connection. Ours")
+    connections: Int = Field(16, ge=1, le=256, description="parallel, per shard. Ours")
+    attempts: Int = Field(5, ge=1, le=20, description="per photo, in all. Ours")
+    connect_timeout_s: Float = Field(10, gt=0, description="seconds to connect. Ours")
     read_timeout_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
     attempt_timeout_s: Float = Field(
         120, gt=0, description="seconds for one attempt; bounds a server's Retry-After too. Ours"
@@ -34,24 +34,24 @@ class IngestConfig(Settings):
         None, description="source openimages: where the images are, s3://open-images-dataset (unsigned) or a mirror"
     )
     splits: tuple[Split, ...] = Field(
-        SPLITS, min_length=1, description="which to take; a box file's split is in its name"
+        SPLITS, min_length=1, description="which to read; a box file's name gives its split"
     )
     limit: PositiveInt | None = Field(None, description="photos per split, the first in file order; null: all")
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="list of labels or names; boxes of other classes are not read; null: all"
     )
-    image_ids: str | None = Field(None, description="file of image ids, one a line; others are not read; null: all")
+    image_ids: str | None = Field(None, description="file of image ids, one per line; others are not read; null: all")
     val_frac: Float = Field(ge=0, lt=1)
     exif: Literal["ignore", "apply"]
     max_image_bytes: PositiveInt = Field(64 << 20, description="bytes; a larger file is rejected. Ours")
-    # Pillow, which reads the headers, warns from 89,478,485 on
+    # Pillow, which reads the headers, warns above 89,478,485
     max_image_pixels: Int = Field(
         89_000_000, ge=1, le=89_478_485, description="pixels; a larger picture is rejected before it is decoded. Ours"
     )
     shards: Int = Field(ge=1, le=65536)
     per_shard: TaskResources = Field(
         TaskResources(cpus=0.5, memory_gib=0.5),
-        description="what Ray reserves for a task; reading waits more than it computes. Ours",
+        description="what Ray reserves for a task; ingest waits more than it computes. Ours",
     )
     max_reject_frac: Frac = Field(0.05, description="fail above this share of rejected images or boxes. Ours")
     retry_rejected: bool = Field(
@@ -75,7 +75,7 @@ class IngestConfig(Settings):
             if "://" in location:
                 refuse_credentials(f"ingest.{key}", location)
             if location.startswith("~"):
-                raise ValueError(f"{key}: {location}: use an absolute path; DVC, which watches it, does not expand ~")
+                raise ValueError(f"{key}: {location}: use an absolute path: DVC does not expand ~")
         if self.images == self.boxes:
             raise ValueError(
                 "images and boxes must differ (DVC watches both): name the box file itself, or a folder for each"

@@ -1,14 +1,14 @@
-"""Slots: each is one Parquet file per shard, named so that names sort in slot order."""
+"""Slots: one Parquet file per slot and shard, with names that sort in slot order."""
 
 from pbe.errors import UserError
 from pbe.store import File, Manifest
 
-# Of materialize's files: small, as streams are cut by encode.rows_per_group and read triplets group by group too.
+# in materialize's files; small, because training streams read triplets group by group
 TRIPLETS_PER_GROUP = 8
 
 
 class InputError(UserError):
-    """The triplets are not those that the encoded rows were made from."""
+    """The encoded rows were made from other triplets."""
 
 
 def slot_name(slot: int) -> str:
@@ -27,7 +27,7 @@ def slot_files(manifest: Manifest) -> list[list[File]]:
 
 
 def group_rows(file: File, rows_per_group: int) -> list[int]:
-    """Row counts of a file's row groups, which follow from how `Store.write_unit` cuts them."""
+    """Row counts of a file's row groups, as `Store.write_unit` cuts them."""
     full, rest = divmod(file.rows, rows_per_group)
     return [rows_per_group] * full + ([rest] if rest else [])
 

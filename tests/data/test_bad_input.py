@@ -75,14 +75,14 @@ def _claiming(side_px: int) -> bytes:
 
 
 def _photo(name: str, data: bytes, reason: str | None) -> Case:
-    """A photo with one box, which shares its fate."""
+    """A photo with one box, which is kept or rejected with it."""
     image_id = name.rpartition("/")[2].rpartition(".")[0]
     box = {"ImageID": image_id}
     return Case(name, photos=[(name, data, reason)], boxes=[(box, reason and "box_image_rejected")])
 
 
 def _box(name: str, reason: str | None, **cells: str) -> Case:
-    """A line beside a good one, of a good photo."""
+    """A line about a good photo that also has a good line."""
     image_id = name.replace(" ", "_")
     lines = [({"ImageID": image_id}, None), ({"ImageID": image_id} | cells, reason)]
     return Case(name, photos=[(f"{image_id}.jpg", JPEG, None)], boxes=lines)
@@ -90,7 +90,7 @@ def _box(name: str, reason: str | None, **cells: str) -> Case:
 
 JPEG, PNG = _saved("JPEG", quality=90), _saved("PNG")
 HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head></html>"
-# bytes, cells and ids by themselves: test_images.py, test_annotations.py; within one shard: test_ingest.py
+# bytes, cells and ids are tested alone in test_images.py and test_annotations.py, one shard in test_ingest.py
 CASES = [
     _photo("half.jpg", JPEG[: len(JPEG) // 2], "image_unreadable"),
     _photo("almost_png.png", PNG[: int(0.98 * len(PNG))], "image_unreadable"),
@@ -155,7 +155,7 @@ CASES = [
 
 @dataclass
 class Input:
-    """A folder, and what is to become of what it holds. Boxes by the line that says them."""
+    """A folder and the expected result of each photo and box; boxes are identified by their line."""
 
     root: Path
     photos: dict[str, str | None] = field(default_factory=dict)
@@ -241,7 +241,7 @@ def _rows(shards: list[dict[str, pa.Table]], dataset: str) -> list[dict[str, Any
 
 @pytest.mark.parametrize("layout", ["plain", "odd"])
 def test_every_good_row_is_kept_and_every_bad_one_has_its_reason(layout: str, tmp_path: Path) -> None:
-    """And the same photos and boxes in another folder, written in another order, give the same bytes."""
+    """The same photos and boxes in another folder, written in another order, give the same bytes."""
     made = _make(tmp_path / "one", CASES, layout)
     _check(made, _make(tmp_path / "two", CASES, layout, backwards=True), tmp_path)
 
@@ -288,12 +288,12 @@ COCO_CASES: list[tuple[dict[str, Any], str | None]] = [
     ({"image_id": ...}, "box_unparsable"),
     ({"image_id": 10**9}, "image_missing"),  # not in the file's list
     ({"image_id": -1}, "image_missing"),  # in the list, not in the folder
-    ({"image_id": -2}, "box_image_rejected"),  # in both, half of it
+    ({"image_id": -2}, "box_image_rejected"),  # in both, but truncated
 ]
 
 
 def _make_coco(root: Path) -> Input:
-    """As instances JSONs have it: every case on a photo that also has a good box."""
+    """As instances JSON: every case on a photo that also has a good box."""
     made = Input(root)
     for folder in ("photos/train2017", "boxes"):
         (root / folder).mkdir(parents=True)

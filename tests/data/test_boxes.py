@@ -112,7 +112,7 @@ def test_the_extended_box_holds_the_box_stays_inside_and_is_bounded() -> None:
 
 
 def test_the_draws_are_left_top_right_bottom() -> None:
-    """Data made long ago must come out the same: the order of the draws is part of the contract."""
+    """The order of the draws is part of the contract: data must be reproducible later."""
     box, rng, again = Box(30, 40, 60, 55), np.random.default_rng(5), np.random.default_rng(5)
     ext = extended(box, width_px=100, height_px=100, extend_frac=0.4, rng=rng)
     rooms = (30, 40, 40, 45)

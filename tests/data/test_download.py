@@ -1,4 +1,4 @@
-"""Downloads against a real server that misbehaves: what is tried again, what is not, and how each failure is named."""
+"""Downloads against a real server that misbehaves: what is retried, what is not, and the reason of each failure."""
 
 import socket
 import threading
@@ -21,7 +21,7 @@ BODY = b"\xff\xd8\xff" + b"x" * 5000
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # many threads connect at once; of 5 in the queue one was turned away
+    request_queue_size = 128  # many threads connect at once; the default of 5 refused one
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/bucket"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is what these tests are about."""
+        """These tests hang up on purpose: print no traceback."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def _drip(self) -> None:
-        """A byte now and then: never idle for long, never done."""
+        """Send a byte now and then: never idle for long, never done."""
         self.send_response(200)
         self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()

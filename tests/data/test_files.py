@@ -35,7 +35,7 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Put:
     if request.param == "local":
         folder = str(tmp_path / "my files")
         return lambda files: _put(pafs.LocalFileSystem(), folder, folder, files)
-    address = f"{request.getfixturevalue('s3')}/{tmp_path.name}/my%20files"  # a space, as addresses write it
+    address = f"{request.getfixturevalue('s3')}/{tmp_path.name}/my%20files"  # a space, as URLs encode it
     return lambda files: _put_on_s3(address, files)
 
 
@@ -88,7 +88,7 @@ def test_nothing_there_is_one_message_with_the_setting_and_the_place(put: Put) -
     where = put(FILES)
     tree = FileTree(f"{where}/nothing", "ingest.boxes")
     for ask in (lambda: tree.is_folder, tree.names, tree.siblings, lambda: tree.path_of("a")):
-        with pytest.raises(SourceError, match=r"^ingest\.boxes: there is no ") as caught:
+        with pytest.raises(SourceError, match=r"^ingest\.boxes: .*/nothing does not exist$") as caught:
             ask()
         assert f"{where}/nothing" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(SourceError, match=r"^ingest\.images: "):
@@ -123,7 +123,7 @@ def test_an_s3_address_that_cannot_be_opened_is_one_message(s3: str, address: st
 
 @pytest.mark.parametrize("ask", [FileTree.names, FileTree.siblings, FileTree.walk], ids=lambda ask: ask.__name__)
 def test_a_folder_that_cannot_be_listed_is_one_message(tmp_path: Path, ask: Callable[[FileTree], object]) -> None:
-    """It is gone again, or closed to this user."""
+    """The folder was removed, or this user may not read it."""
     tree = FileTree(str(tmp_path / "closed"), "ingest.images")
     (tmp_path / "closed").mkdir()
     assert tree.is_folder
@@ -147,7 +147,7 @@ def _input() -> dict[str, bytes]:
 
 
 def _read(where: str) -> tuple[pa.Table, list[pa.Table], list[dict[str, pa.Table]]]:
-    """Photos, annotations by bucket, and what a bucket becomes."""
+    """Photos, annotations by shard, and the tables of a shard."""
     source = FolderSource(FileTree(f"{where}/photos", "ingest.images"))
     source = pickle.loads(pickle.dumps(source))  # as workers get it
     (listed,) = source.photos()
@@ -204,7 +204,7 @@ def test_a_photo_on_s3_that_is_too_large_or_gone_is_its_own_reject(s3: str, tmp_
 def test_an_s3_server_that_goes_away_is_worth_another_try(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The place itself was there: a photo of it is a failed download, not the end of the stage."""
+    """The folder itself existed, so a missing photo is a failed download and does not end the stage."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))

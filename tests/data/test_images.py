@@ -64,7 +64,7 @@ def _with_alpha(picture: Image.Image) -> Image.Image:
 
 
 def _png(array: np.ndarray) -> bytes:
-    """As OpenCV writes it, which knows 16 bits; RGB in."""
+    """Encode RGB with OpenCV, which supports 16 bits."""
     return cv2.imencode(".png", array[..., ::-1] if array.ndim == 3 else array)[1].tobytes()
 
 
@@ -79,7 +79,7 @@ def _bomb(side_px: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-# name: bytes, the pixels that they mean, by how many levels each may be off
+# name: bytes, expected pixels, tolerance in levels
 GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "jpeg": (JPEG, PHOTO, 16),
     "jpeg progressive": (_saved(PICTURE, "JPEG", quality=92, progressive=True), PHOTO, 16),
@@ -178,7 +178,7 @@ def test_a_damaged_png_is_refused() -> None:
 
 
 def test_an_error_is_the_same_at_every_run() -> None:
-    """It is stored in the table of rejects, whose bytes name it."""
+    """The message is stored in the rejects table and so is part of its digest."""
 
     def message(data: bytes) -> str:
         with pytest.raises(ImageError) as caught:
@@ -193,7 +193,7 @@ def test_an_error_is_the_same_at_every_run() -> None:
 
 
 def test_a_bomb_is_measured_or_refused_without_being_unpacked() -> None:
-    """In a process of its own, whose memory is then its own too."""
+    """In a separate process, so that its peak memory is its own."""
     code = (
         "import resource, sys\n"
         "from pbe.data.images import ImageError, ImageTooLargeError, decode, read_header\n"
@@ -212,7 +212,7 @@ def test_a_bomb_is_measured_or_refused_without_being_unpacked() -> None:
 
 
 def test_the_header_of_a_png_is_read_without_its_pixels() -> None:
-    """So that one with too many can be refused before: the first claims 243 MB, the second is beyond Pillow's limit."""
+    """So that too large images are rejected early: the first claims 243 MB, the second is beyond Pillow's limit."""
     assert read_header(_bomb(9_000)) == Header(9_000, 9_000, 1)
     with pytest.raises(ImageTooLargeError):
         read_header(_bomb(12_000))
@@ -229,7 +229,7 @@ def test_all_orientations_are_turned_as_every_viewer_does(kind: str, more: dict[
         got = decode(data, exif_orientation=orientation)
         assert got.shape == upright.shape == ((HEIGHT_PX, WIDTH_PX, 3) if orientation < 5 else (WIDTH_PX, HEIGHT_PX, 3))
         assert np.abs(got.astype(int) - upright).max() <= (2 if kind == "JPEG" else 0)
-        # OpenImages' boxes match the stored file: without being asked for, nothing is turned
+        # OpenImages' boxes match the stored file: the default is not to rotate
         np.testing.assert_array_equal(decode(data), decode(_saved(PICTURE, kind, **more)))
 
 
@@ -276,7 +276,7 @@ def _exif(kind: int, count: int, value: bytes, order: str = "<") -> bytes:
 )
 def test_an_orientation_that_makes_no_sense_is_upright_and_costs_no_photo(body: bytes, orientation: int) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of damaged tags
+        warnings.simplefilter("ignore")  # Pillow warns about damaged tags
         assert read_header(_tagged(body)) == Header(WIDTH_PX, HEIGHT_PX, orientation)
     np.testing.assert_array_equal(decode(_tagged(body)), decode(JPEG))
 

@@ -1,4 +1,4 @@
-"""The index: every row lands in its shard, in file order, whatever is spilled; selections count what they drop."""
+"""The index: every row lands in its shard, in file order, spilled or not; selections count what they drop."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: kept + rejected = input whatever comes, every reject has a reason, and the tables can be stored."""
+"""Nothing is lost: kept + rejected = input, every reject has a reason, and the tables can be stored."""
 
 import hashlib
 import threading
@@ -38,7 +38,7 @@ REASONS = {*IMAGE_REASONS, *INGEST_BOX_REASONS} - {"image_without_kept_box"}  # 
 LIMITS = PhotoLimits(exif="ignore", max_pixels=10_000)
 HEADER = "ImageID,LabelName,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 GOOD = {"XMin": "0.1", "XMax": "0.5", "YMin": "0.2", "YMax": "0.75", "LabelName": "/m/1"}
-OUTSIDE: list[dict[str, str]] = [{"XMin": "-0.01"}, {"YMin": "0.75"}]  # the second without a pixel
+OUTSIDE: list[dict[str, str]] = [{"XMin": "-0.01"}, {"YMin": "0.75"}]  # the second is empty
 UNPARSABLE: list[dict[str, str]] = [{"XMin": "left"}, {"IsInside": "300"}, {"LabelName": ""}, {"IsInside": "0,more"}]
 
 
@@ -243,7 +243,7 @@ def test_an_image_that_is_gone_or_another_when_it_is_read_may_be_tried_again(pla
     gone.unlink()
     tables, counts = place.check(photos=photos)
     assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_changed")
-    place.photo("gone.png", grey=200)  # the index was made of another file: its part must not hold this one
+    place.photo("gone.png", grey=200)  # the index hashed another file: the part must not contain this one
     tables, counts = place.check(photos=photos)
     assert (counts["images_kept"], _rejects(tables)["gone.png"]) == (1, "image_changed")
     place.photo("gone.png")
@@ -289,7 +289,7 @@ def test_size_and_orientation_are_those_of_the_picture_that_the_boxes_mean(
 def test_files_of_one_id_count_as_one_photo_when_they_are_the_same_and_as_none_when_they_differ(place: Place) -> None:
     for name, grey in (("1/same.png", 1), ("2/same.png", 1), ("3/same.png", 1), ("1/mixed.png", 1), ("2/mixed.png", 2)):
         place.photo(name, grey=grey)
-    place.photo("1/half.png", data=b"no image")  # what cannot be read leaves no doubt
+    place.photo("1/half.png", data=b"no image")  # an unreadable copy causes no ambiguity
     place.photo("2/half.png")
     place.boxes(_line("same"), _line("mixed"), _line("half"))
     tables, _ = place.check()
@@ -315,7 +315,7 @@ def test_the_first_line_of_a_photo_says_its_split_and_lines_of_other_splits_are_
     place.boxes(_line("b"), _line("a"), name="c_val.csv")
     tables, counts = place.check()
     splits = {row["image_id"]: row["split"] for row in tables["images"].to_pylist()}
-    assert splits == {"a": "test", "b": "validation"}  # b's line of the train file is no usable one
+    assert splits == {"a": "test", "b": "validation"}  # b's line in the train file is unusable
     reasons = _rejects(tables)
     assert reasons["b_train.csv:2"] == reasons["c_val.csv:3"] == "box_in_other_split"
     assert counts["boxes_kept"] == 2

@@ -85,7 +85,7 @@ def test_jitter_is_whole_pixels_up_to_its_bound_each_equally_likely(jitter_px: i
     assert values.tolist() == list(range(-jitter_px, jitter_px + 1))
     np.testing.assert_allclose(counts / offsets.size, 1 / len(values), atol=0.02)
     if jitter_px:
-        assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.05  # x and y by themselves
+        assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.05  # x and y are independent
 
 
 def test_the_bezier_hole_covers_the_tight_box_but_for_its_corners() -> None:

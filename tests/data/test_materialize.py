@@ -1,4 +1,4 @@
-"""A photo's triplets depend on the photo, its boxes, the slot and the seed alone; slots take all boxes in turn."""
+"""A photo's triplets depend on the photo, its boxes, the slot and the seed only; slots take all boxes in turn."""
 
 import hashlib
 from collections import Counter
@@ -96,7 +96,7 @@ def test_only_the_train_split_becomes_triplets_and_nothing_is_lost(shard: dict[s
 
 
 def test_slots_take_every_box_of_a_photo_in_turn(shard: dict[str, pa.Table]) -> None:
-    """Any n slots in a row show n different boxes, and over 20 slots no box comes more often than another by two."""
+    """Any n consecutive slots show n different boxes; over 20 slots the counts differ by at most one."""
     rows = _rows(_tables(shard, slots=20)[0])
     for image_id, count in BOX_COUNTS.items():
         taken = [rows[image_id, slot]["box_index"] for slot in range(20)]
@@ -105,11 +105,11 @@ def test_slots_take_every_box_of_a_photo_in_turn(shard: dict[str, pa.Table]) -> 
         shares = Counter(taken).values()
         assert max(shares) - min(shares) <= 1
     firsts = [_rows(_tables(shard, slots=1, seed=seed)[0])["plum", 0]["box_index"] for seed in range(30)]
-    assert set(firsts) == set(range(5))  # which box comes first is drawn
+    assert set(firsts) == set(range(5))  # the first box is random
 
 
 def test_a_row_depends_on_its_own_photo_and_slot_alone(shard: dict[str, pa.Table]) -> None:
-    """Not on the other photos, their order, or how many slots are made."""
+    """A triplet does not depend on other photos, their order, or the number of slots."""
     rows = _rows(_tables(shard)[0])
     reverse = {name: table.take(list(range(table.num_rows))[::-1]) for name, table in shard.items() if name == "images"}
     assert _rows(_tables({**shard, **reverse})[0]) == rows
@@ -131,7 +131,7 @@ def test_slots_of_one_box_differ_in_crop_and_holes(shard: dict[str, pa.Table]) -
 def test_a_photo_is_cut_upright_when_ingest_says_so(shard: dict[str, pa.Table]) -> None:
     """The boxes then mean the upright picture: its triplets are those of a photo that was stored upright."""
     upright = np.random.default_rng(2).integers(0, 256, (60, 40, 3)).astype(np.uint8)
-    stored = np.rot90(upright)  # turned left; 6 says: turn right to view
+    stored = np.rot90(upright)  # rotated left; orientation 6 means: rotate right to view
     rows = []
     for data, orientation in ((images.encode_png(upright), 1), (images.encode_png(stored), 6)):
         photo = _photo("apple", "train", data, orientation)

@@ -1,4 +1,4 @@
-"""A(x_r): the same for the same generator, whatever came before; each part as often and as strong as upstream's."""
+"""A(x_r): the same for the same generator, in any order; each part as often and as strong as upstream's."""
 
 import random
 
@@ -21,7 +21,7 @@ def _draws(image: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def test_it_is_a_function_of_image_and_generator(image: np.ndarray) -> None:
-    """Not of the augmenter's past, nor of the global generators."""
+    """The result does not depend on earlier calls or on the global generators."""
     used = make_augmenter()
     for seed in range(30):
         np.random.seed(seed)
@@ -40,7 +40,7 @@ def test_the_input_stays_and_shape_and_type_are_kept(image: np.ndarray) -> None:
 
 
 def test_no_part_changes_a_plain_colour() -> None:
-    """Every border is a reflection: no black corners come in."""
+    """Borders are reflected: no black corners appear."""
     plain = np.full((48, 48, 3), (10, 200, 90), np.uint8)
     assert all((draw == plain).all() for draw in _draws(plain, 200))
 

@@ -13,7 +13,7 @@ def _first(seed: int, *identity: str | int) -> int:
 
 
 def test_known_values_stay() -> None:
-    """Parts in the storage were made with these draws; other values would change every dataset."""
+    """Existing parts were made with these draws; other values would change every dataset."""
     assert _first(23, "skimage_chelsea", 0, "triplet") == 2074924000551275174
     assert _first(0) == 6324936698514566484
     assert [shard_of(name, 1000) for name in ("", "a", "000002b66c9c498e")] == [756, 928, 409]

@@ -1,4 +1,4 @@
-"""Photos: what each source finds, what it says of them before reading, and one clear error for what is missing."""
+"""Photos: what each source finds, what it knows before reading, and one clear error for what is missing."""
 
 import hashlib
 import importlib.util
@@ -42,7 +42,7 @@ INFO_ROW = (
 
 
 def _photos(source: Any) -> dict[str, dict[str, Any]]:
-    """Rows of `photos` by id, which here are all different."""
+    """Rows of `photos` by id; ids are unique here."""
     rows: list[dict[str, Any]] = []
     for table in source.photos():
         assert table.schema.equals(PHOTOS)
@@ -140,7 +140,7 @@ def test_a_photos_version_follows_its_bytes_not_its_place_or_date(tmp_path: Path
 
 
 def test_two_files_of_one_id_are_both_listed_in_a_fixed_order(tmp_path: Path) -> None:
-    """What becomes of them is said in test_ingest.py."""
+    """test_ingest.py tests how they are rejected."""
     for name in ("two/a.jpg", "one/a.png", "a.jpg"):
         _write(tmp_path / name)
     (table,) = _folder(tmp_path).photos()
@@ -151,7 +151,7 @@ def test_two_files_of_one_id_are_both_listed_in_a_fixed_order(tmp_path: Path) ->
 def test_a_folder_that_is_not_there_is_a_file_or_holds_no_image_is_named(tmp_path: Path) -> None:
     file = _write(tmp_path / "notes.txt")
     for path, message in (
-        (tmp_path / "nothing", "there is no "),
+        (tmp_path / "nothing", f"{tmp_path}/nothing does not exist"),
         (file, f"{file} is not a folder"),
         (tmp_path, "no image (.jpg"),
     ):

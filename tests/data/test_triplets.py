@@ -1,4 +1,4 @@
-"""A triplet shows its box: in the crop, under both holes, in the reference; and it depends on its arguments alone."""
+"""A triplet shows its box: in the crop, under both holes, in the reference; and it depends on its arguments only."""
 
 from dataclasses import dataclass
 

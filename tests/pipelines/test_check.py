@@ -42,7 +42,7 @@ def test_sound_settings_pass_in_silence(root: Path, capsys: pytest.CaptureFixtur
 def test_photos_or_boxes_that_are_not_there_are_named_with_their_key(root: Path, key: str) -> None:
     name = {"images": "photos.csv", "boxes": "boxes_openimages.csv"}[key]
     (root / "pbe" / "data" / "sample" / name).unlink()
-    with pytest.raises(SourceError, match=rf"^ingest\.{key}: there is no .*{name}"):
+    with pytest.raises(SourceError, match=rf"^ingest\.{key}: .*{name} does not exist"):
         check.main()
 
 

@@ -387,8 +387,8 @@ def test_val_frac_moves_no_photo_on_the_server(project: Project) -> None:
         ({"classes": ["Flying cat"]}, r"ingest\.classes: 'Flying cat' is neither a label nor a name"),
         ({"image_ids": "/nowhere/ids.txt"}, r"ingest\.image_ids: /nowhere/ids.txt cannot be read"),
         ({"splits": ["test"]}, r"ingest\.boxes: none of the 48 boxes .* is of ingest\.splits, classes and image_ids"),
-        ({"boxes": "/nowhere/boxes"}, r"ingest\.boxes: there is no /nowhere/boxes"),
-        ({"images": "/nowhere/info.csv"}, r"ingest\.images: there is no /nowhere/info.csv"),
+        ({"boxes": "/nowhere/boxes"}, r"ingest\.boxes: /nowhere/boxes does not exist"),
+        ({"images": "/nowhere/info.csv"}, r"ingest\.images: /nowhere/info.csv does not exist"),
     ],
     ids=str,
 )

@@ -65,7 +65,7 @@ gpu: $(STAMP) ## measure and check training and editing on a GPU; rehearse witho
 	@$(IN_VENV) $(PY) -m tests.gpu --device $(or $(DEVICE),cuda) $(if $(ONLY),--only $(ONLY))
 
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
-	@$(if $(P),,echo "use P=name, one of: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
+	@$(if $(P),,echo "choose with P=name, one of: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
 	@$(IN_VENV) $(PY) -m pipelines profile $(P) $(if $(ROOT),--root "$(ROOT)")
 
 ui: $(STAMP) ## compare runs in MLflow at http://127.0.0.1:5000

@@ -122,7 +122,13 @@ class Project:
     def run(self, **changes: Any) -> tuple[Manifest, Counter[str]]:
         """The manifest, and how often each address was asked for. Keys are ingest's; fails as the stage does."""
         raw = copy.deepcopy(TINY)
-        download = {"attempts": ATTEMPTS, "backoff_s": 0.01, "connect_s": 2, "idle_s": 2, "whole_s": 5}
+        download = {
+            "attempts": ATTEMPTS,
+            "backoff_s": 0.01,
+            "connect_timeout_s": 2,
+            "read_timeout_s": 2,
+            "attempt_timeout_s": 5,
+        }
         raw["ingest"] |= {
             "source": "openimages",
             "images": str(self.root / "info"),
@@ -131,7 +137,7 @@ class Project:
             "shards": 3,
             "max_image_bytes": 20_000,
             "max_reject_frac": 0.5,
-            "download": raw["ingest"]["download"] | download,
+            "download": download,
         }
         raw["ingest"] |= changes
         stage = Stage("ingest", None, Params.model_validate(raw), self.store, self.root)

@@ -1,15 +1,16 @@
-# Every command of this repository. All of them first make the environment: .venv, from requirements.lock.
-# Works in a folder whose name has a space: nothing here is called by a console script or an absolute path.
+# All commands of this repository. Each first makes the environment: .venv, from requirements.lock.
+# The folder's name may have a space: nothing here calls a console script or an absolute path.
 
 PY    := .venv/bin/python
-# The tools run by dvc (python -m pipelines ...) must be those of .venv.
+# What dvc runs (python -m pipelines ...) must come from .venv.
 IN_VENV = exec env PATH="$$PWD/.venv/bin:$$PATH"
-# The environment is up to date when the stamp for these two files, in this folder, is there. By content, not by
-# date, so that a fresh checkout or a switched branch reinstalls only what changed.
+# The environment is up to date if the stamp for these two files, in this folder, exists. The stamp depends on content,
+# not on dates, so a fresh checkout or another branch reinstalls only if the files differ.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd; } | cksum | cut -d' ' -f1)
-# Two at a time: much of what tests do is waiting for processes to start. A file stays in one of them, with its fixtures.
+# Two workers: tests spend much time waiting for processes to start. All tests of a file run in one worker, which shares
+# its fixtures.
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
-# cpu or cuda, by `make bench DEVICE=cuda`. Emptied here, so that a variable of the environment has no say.
+# cpu or cuda: `make bench DEVICE=cuda`. Emptied here, so that an environment variable does not count.
 DEVICE :=
 BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -17,12 +18,12 @@ FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 .DEFAULT_GOAL := help
 .PHONY: help env repro test test-all drill bench gpu profile ui clean
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-env: $(STAMP) ## the environment alone
+env: $(STAMP) ## make only the environment
 
-# PYTHON=... names the interpreter to build .venv with; otherwise the first that fits.
+# PYTHON=... names the interpreter for .venv; default: the first that fits.
 $(STAMP):
 	@$(PY) -c '$(FITS)' 2>/dev/null || { \
 		for python in "$(PYTHON)" python3 python3.11 python3.12 python3.13; do \
@@ -43,35 +44,35 @@ repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and repor
 	@$(IN_VENV) $(PY) -m dvc repro
 	@$(IN_VENV) $(PY) -m pipelines summary
 
-test: $(STAMP) ## lint, types, import contracts, and the tests that take less than ten minutes in all
+test: $(STAMP) ## lint, types, import contracts and the fast tests, in less than ten minutes
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25
 
-# One at a time: they start several Rays and kill processes, and Ray Train complains of any other Ray on the machine.
-test-all: test ## the same, then the long tests
+# One at a time: they start several Rays and kill processes, and Ray Train complains about other Rays on the machine.
+test-all: test ## make test, then the long tests
 	@$(IN_VENV) $(PY) -m pytest --durations=25 -m "slow and not drill"
 
-drill: $(STAMP) ## the long fault drills: kills, restarts, resumes
+drill: $(STAMP) ## long fault drills: kills, restarts, resumes
 	@$(IN_VENV) $(PY) -m pytest -m drill
 
-bench: $(STAMP) ## benchmarks; they print ratios and assert none; on the first GPU: make bench DEVICE=cuda
+bench: $(STAMP) ## benchmarks, which print ratios; on the first GPU: make bench DEVICE=cuda
 	@$(IN_VENV) sh -e -c 'for file in $(BENCHMARKS); do $(PY) "$$file" --device $(or $(DEVICE),cpu); done'
 
-gpu: $(STAMP) ## run, measure and check on a GPU what trains or edits; a rehearsal without one: make gpu DEVICE=cpu
+gpu: $(STAMP) ## measure and check training and editing on a GPU; rehearse without one: make gpu DEVICE=cpu
 	@$(IN_VENV) $(PY) -m tests.gpu --device $(or $(DEVICE),cuda) $(if $(ONLY),--only $(ONLY))
 
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
-	@$(if $(P),,echo "which one? make profile P=name; the names: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
+	@$(if $(P),,echo "choose with P=name, one of: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
 	@$(IN_VENV) $(PY) -m pipelines profile $(P) $(if $(ROOT),--root "$(ROOT)")
 
-ui: $(STAMP) ## MLflow's pages at http://127.0.0.1:5000
+ui: $(STAMP) ## compare runs in MLflow at http://127.0.0.1:5000
 	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 		$(PY) -m mlflow ui --host 127.0.0.1 --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
-clean: ## caches of the tools; data, models, runs and .venv stay
+clean: ## remove the tools' caches; data, models, runs and .venv stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build pbe.egg-info
 	find pbe pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +

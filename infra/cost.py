@@ -1,16 +1,17 @@
-"""Sizes a training run of the paper's network: memory of one GPU, bytes between GPUs, hours and money.
+"""Computes what training the paper's network takes: memory of one GPU, bytes between GPUs, hours and price.
 
-python infra/cost.py prints time for the published A100 rate; --step-s and --step-rows take a step that you measured
-(train with `workers: 1` and add MLflow's forward_s, backward_s and optimizer_s, or run `make gpu`). --memory prints the
-memory of one GPU instead. infra/SCALING.md holds both outputs. Sizes and counts come from infra/scaling.py, the run
-from a profile; nothing here was run at this size.
+python infra/cost.py prints time for the published A100 rate. --step-s and --step-rows take a step that you measured:
+train with `workers: 1` and add MLflow's forward_s, backward_s and optimizer_s, or run `make gpu`. --memory prints the
+memory of one GPU instead. infra/SCALING.md holds both outputs. Sizes and counts come from infra/scaling.py, settings
+from a profile. Nothing here was run at this size.
 
 Memory: one forward and backward pass of the full network runs on fake tensors, which have shapes and lifetimes but no
-memory, and every live storage counts once. Weights, gradients, moments and buckets follow from DeepSpeed 0.19.8's
-source as pbe/train/engine.py configures it. Not counted: the CUDA context, workspaces of kernels and fragmentation.
+memory; every live storage counts once. Weights, gradients, moments and buckets follow from DeepSpeed 0.19.8's source
+and the settings in pbe/train/engine.py. The CUDA context, kernel workspaces and fragmentation are not counted.
 
-Time: a row costs the same however many a GPU has; links reach their nominal speed. tests/benchmarks/link_bytes.py
-measures the bytes that ranks send. The range of a step runs from full overlap of compute and link to none.
+Time: a row costs the same for any number of rows per GPU, and links reach their nominal speed.
+tests/benchmarks/link_bytes.py measures the bytes that ranks send. The range of a step runs from full overlap of compute
+and link to none.
 """
 
 import argparse
@@ -51,12 +52,12 @@ from pbe.train.settings import TrainConfig  # noqa: E402
 GIB = 2**30
 STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = (1, 4, 8)
-# of weights and gradients in the engine, on the link too
+# of weights and gradients, in the engine and on the link
 VALUE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2, "bf16_pure": 2}
 
 # -- DeepSpeed 0.19.8
 ALLREDUCE_BUCKET = 500_000_000  # elements that stage 0 flattens at once: MEMORY_OPT_ALLREDUCE_SIZE in runtime/engine.py
-MAX_LIVE = 2 * GPU_BUCKET  # elements that stage 3 leaves gathered, as pbe/train/engine.py sets it
+MAX_LIVE = 2 * GPU_BUCKET  # elements that stage 3 keeps gathered, as set in pbe/train/engine.py
 
 # -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, seconds of an A100 per 512 px photo
 A100_ROW_S = 8 / A100_PHOTOS_PER_S[8]
@@ -94,7 +95,7 @@ PAPER = Architecture(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are alive, each once; `peak` leaves out the weights of `model` and their gradients."""
+    """Counts bytes of live storages, each once. `peak` excludes the weights of `model` and their gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -158,8 +159,8 @@ def live_bytes_of_a_step(arch: Architecture, *, batch: int, precision: str, chec
 
 
 def activation_bytes(arch: Architecture, precision: str, *, checkpointing: bool) -> dict[int, float]:
-    """By micro-batch, 1 to 8. The ends are counted, the rest interpolated: an upper bound, as a peak is the largest of
-    amounts that each grow in proportion."""
+    """Peak bytes by micro-batch, 1 to 8. 1 and 8 are counted, the others interpolated: an upper bound, because a peak
+    is the largest of amounts that each grow in proportion to the batch."""
     low, high = MICRO_BATCHES[0], MICRO_BATCHES[-1]
     with FakeTensorMode():
         first, last = (
@@ -171,12 +172,12 @@ def activation_bytes(arch: Architecture, precision: str, *, checkpointing: bool)
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank. `step`: what the optimizer's step holds besides parameters and moments; activations and full
-    gradients are gone by then."""
+    """Bytes on one rank. `step`: what the optimizer's step holds besides parameters and moments. Activations and full
+    gradients are freed by then."""
 
     parameters: float
     gradients: float
-    moments: float  # and float32 masters
+    moments: float  # including float32 masters
     buckets: float
     step: float
 
@@ -185,7 +186,7 @@ class States:
 
 
 def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, bucket: int = GPU_BUCKET) -> States:
-    """What ZeRO `stage` of DeepSpeed holds for `count` parameters on one of `ranks`."""
+    """What DeepSpeed holds on one of `ranks` at ZeRO `stage`, for `count` parameters."""
     width = 2 if precision == "bf16" else 4
     share = count / ranks
     if stage == 0:
@@ -198,9 +199,9 @@ def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, b
             buckets=0,
             step=width * count + max(masters, width * min(count, ALLREDUCE_BUCKET)),
         )
-    moments = 12 * share  # a float32 master and two moments, also of float32 weights
-    flat = width * share + (4 * share if width == 2 else 0)  # the step flattens the gradients and turns them to float32
-    # contiguous_gradients: a second copy of this rank's part. overlap_comm: two buckets; one rank alone has none
+    moments = 12 * share  # a float32 master and two moments, even for float32 weights
+    flat = width * share + (4 * share if width == 2 else 0)  # the step flattens gradients and converts to float32
+    # contiguous_gradients: a second copy of this rank's part. overlap_comm: two buckets; off on a single rank
     buckets = (2 if ranks > 1 else 1) * width * bucket
     if stage == 1:
         return States(width * count, width * (count + share), moments, buckets, width * share + flat)
@@ -211,12 +212,13 @@ def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, b
 
 
 def memory_rows(precisions: Sequence[str]) -> list[list[str]]:
-    kinds = {"all kept": False, "checkpointed": True}
-    rows = [["precision", "ZeRO", "GPUs", *(f"{kind}, {batch} rows" for kind in kinds for batch in MICRO_BATCHES)]]
+    kinds = {"kept": False, "checkpointed": True}
+    sizes = [f"{batch} row{'s' if batch > 1 else ''}" for batch in MICRO_BATCHES]
+    rows = [["precision", "ZeRO", "GPUs", *(f"{kind}, {size}" for kind in kinds for size in sizes)]]
     for precision in precisions:
         counted = [activation_bytes(PAPER, precision, checkpointing=on) for on in kinds.values()]
         activations = [by_batch[batch] for by_batch in counted for batch in MICRO_BATCHES]
-        rows.append([precision, "activations alone", "", *(f"{size / GIB:.1f}" for size in activations)])
+        rows.append([precision, "only activations", "", *(f"{size / GIB:.1f}" for size in activations)])
         for stage in STAGES:
             for ranks in (8, 64) if stage else (1,):
                 held = states(precision, stage, ranks)
@@ -229,11 +231,12 @@ def memory_rows(precisions: Sequence[str]) -> list[list[str]]:
 
 
 def bytes_sent(stage: int, *, ranks: int, size: float, micro_batches: int = 1) -> float:
-    """By one rank in an optimizer step, for `size` bytes of gradients or of parameters.
+    """Bytes that one rank sends in an optimizer step, for `size` bytes of gradients or of parameters.
 
-    DeepSpeed 0.19.8 all-reduces buckets of gradients at every stage, 2 (N-1)/N of their size, also where a rank keeps
-    its part alone. Stages 0 and 1 reduce once a step, 2 and 3 after each micro-batch. Stages 1 and 2 gather the new
-    parameters once a step, (N-1)/N; 3 gathers them in each forward and each backward pass (at most: two buckets stay).
+    DeepSpeed 0.19.8 all-reduces buckets of gradients at every stage, 2 (N-1)/N of their size, even if a rank keeps only
+    its part. Stages 0 and 1 reduce once a step, 2 and 3 after each micro-batch. Stages 1 and 2 gather the new
+    parameters once a step, (N-1)/N. Stage 3 gathers them in each forward and each backward pass: an upper bound, as two
+    buckets stay gathered.
     """
     reductions = micro_batches if stage >= 2 else 1
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
@@ -248,18 +251,18 @@ def training_rows(args: argparse.Namespace, params: dict[str, Any]) -> list[list
     if args.step_s is not None:
         row_s = args.step_s / (args.step_rows or batch // train["workers"])
     rows = [["GPUs", "between nodes, Gbit/s", "rows per GPU, micro-batches", "sent, GB", "compute, s", "link, s",
-             "rows/s", "days", "GPU-hours", "storage must give"]]  # fmt: skip
+             "rows/s", "days", "GPU-hours", "storage must deliver"]]  # fmt: skip
     if args.gpu_hour_price:
         rows[0].append("price")
     for gpus in args.gpus:
         if train["streams"] % gpus:
-            sys.exit(f"infra/cost.py: --gpus {gpus} does not divide the profile's {train['streams']} streams")
+            sys.exit(f"infra/cost.py: --gpus {gpus} must divide the profile's {train['streams']} streams")
         micro_batches = math.ceil(batch / gpus / train["micro_batch"])
         sent = bytes_sent(stage, ranks=gpus, size=size, micro_batches=micro_batches)
         one_node = gpus <= args.gpus_per_node
         for speed in args.link_gbit_s[:1] if one_node else sorted(args.link_gbit_s):
             compute = batch / gpus * row_s
-            # a ring visits all GPUs of a node before it leaves it, and is as fast as its slowest hop
+            # a ring visits all GPUs of a node before it leaves the node, and is as fast as its slowest hop
             slowest = args.gpu_link_gbit_s if one_node else min(args.gpu_link_gbit_s, speed)
             sending = 8 * sent / (slowest * 1e9)
             low, high = max(compute, sending), compute + sending
@@ -284,7 +287,7 @@ def training_rows(args: argparse.Namespace, params: dict[str, Any]) -> list[list
 
 
 def other_rows(args: argparse.Namespace, params: dict[str, Any]) -> list[list[str]]:
-    """Stages that share rows over GPUs and send nothing between them, where the seconds of a row are given."""
+    """Encode and edit, if --encode-row-s or --edit-s is given: their GPUs share the rows and exchange nothing."""
     edit = params["edit"]
     edits = params["bench"]["max_items"] * len(edit["holes"]) * len(edit["references"]) * len(edit["seeds"])
     given = [("encode", PHOTOS * params["materialize"]["slots"], args.encode_row_s), ("edit", edits, args.edit_s)]
@@ -298,7 +301,7 @@ def other_rows(args: argparse.Namespace, params: dict[str, Any]) -> list[list[st
 
 
 def span(low: float, high: float, form: str) -> str:
-    """Both bounds, or one number where they print the same."""
+    """Both bounds, or one number if they print the same."""
     first, last = f"{low:{form}}", f"{high:{form}}"
     return first if first == last else f"{first} to {last}"
 
@@ -308,7 +311,7 @@ def span(low: float, high: float, form: str) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"infra/cost.py: {message}")  # one line, not the usage before it
+        sys.exit(f"infra/cost.py: {message}")  # one line, without the usage
 
 
 def positive(text: str) -> float:
@@ -320,21 +323,38 @@ def positive(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", action="store_true", help="memory of one GPU, for all precisions or --precision")
-    parser.add_argument("--profile", choices=PAPER_SIZED, default="openimages-8gpu", help="the run")
-    parser.add_argument("--gpus", type=int, nargs="+", choices=[1 << n for n in range(7)], default=(1, 8, 16, 64))
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--step-s", type=positive, help="seconds of a step of one GPU; default: a published A100 rate")
-    parser.add_argument("--step-rows", type=positive, help="rows in that step; default: those of a GPU in the profile")
-    parser.add_argument("--encode-row-s", type=positive, help="GPU seconds per row of encode. No default")
-    parser.add_argument("--edit-s", type=positive, help="GPU seconds per edit. No default")
-    parser.add_argument("--zero-stage", type=int, choices=STAGES, help="default: the profile's")
-    parser.add_argument("--precision", choices=VALUE_BYTES, help="default: the profile's")
-    parser.add_argument("--gpu-link-gbit-s", type=positive, default=NVLINK_GBIT_S, help="of a GPU in a node; NVLink")
+    parser.add_argument("--memory", action="store_true", help="memory of one GPU; for all precisions or --precision")
     parser.add_argument(
-        "--link-gbit-s", type=positive, nargs="+", default=[100, 400], help="what a node sends to others; several"
+        "--profile", choices=PAPER_SIZED, default="openimages-8gpu", help="profile with the run's settings"
     )
-    parser.add_argument("--gpu-hour-price", type=positive, help="prints what GPUs cost. No default")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        choices=[1 << n for n in range(7)],
+        default=(1, 8, 16, 64),
+        help="numbers of GPUs",
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (8)")
+    parser.add_argument("--step-s", type=positive, help="seconds of one GPU's step; default: a published A100 rate")
+    parser.add_argument("--step-rows", type=positive, help="rows in that step; default: rows per GPU in the profile")
+    parser.add_argument("--encode-row-s", type=positive, help="GPU seconds per encoded row; no default")
+    parser.add_argument("--edit-s", type=positive, help="GPU seconds per edit; no default")
+    parser.add_argument("--zero-stage", type=int, choices=STAGES, help="ZeRO stage; default: the profile's")
+    parser.add_argument("--precision", choices=VALUE_BYTES, help="train.precision; default: the profile's")
+    parser.add_argument(
+        "--gpu-link-gbit-s", type=positive, default=NVLINK_GBIT_S, help="Gbit/s of a GPU inside a node; default: NVLink"
+    )
+    parser.add_argument(
+        "--link-gbit-s",
+        type=positive,
+        nargs="+",
+        default=[100, 400],
+        help="Gbit/s between nodes, one or more (100 400)",
+    )
+    parser.add_argument(
+        "--gpu-hour-price", type=positive, help="price of a GPU-hour: prints what training costs; no default"
+    )
     args = parser.parse_args(arguments)
     if args.memory:
         if args.precision == "bf16_pure":
@@ -342,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(memory_rows([args.precision] if args.precision else ["fp32", "bf16_autocast", "bf16"])))
         return 0
     if args.step_rows and args.step_s is None:
-        parser.error("--step-rows says what is in --step-s, which is missing")
+        parser.error("--step-rows needs --step-s")
     params = profile(args.profile)
     print(table(training_rows(args, params)))
     if args.encode_row_s or args.edit_s:

@@ -1,8 +1,7 @@
-"""What OpenImages costs at full size: python infra/scaling.py prints the tables.
+"""Computes what OpenImages costs at full size: python infra/scaling.py prints the tables.
 
-Arithmetic on measured and cited inputs, nothing else. Every input names where it comes from; "measured" means on two
-cores (AMD EPYC) with coco256 enlarged to 1024 px, the command beside it. Nothing here was run at this size.
-Memory of a GPU and time: infra/cost.py.
+Every input names its source. "Measured" means on two cores (AMD EPYC) with coco256 enlarged to 1024 px, by the command
+beside it. Nothing here was run at this size. infra/cost.py computes memory of a GPU and time.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pbe.config import parse_params
 from pipelines.commands.profile import full_text
 
 GB, TB, HOUR_S, DAY_S = 1e9, 1e12, 3600.0, 86400.0
-PAPER_SIZED = ("openimages-8gpu", "openimages")  # profiles of the paper's sizes; the cited rates are of those
+PAPER_SIZED = ("openimages-8gpu", "openimages")  # profiles of the paper's sizes, which the cited rates are for
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 # -- cited: the data set's own pages
@@ -26,24 +25,24 @@ VALIDATION_BYTES = 12 * GB  # of validation tars, 41,620 photos
 PAPER_GPUS, PAPER_DAYS = 64, 7
 PAPER_RATE = 40 * PHOTOS / (PAPER_GPUS * PAPER_DAYS * DAY_S)  # rows per second and GPU
 # -- cited: README.md of github.com/mosaicml/diffusion at 066e68f, by number of A100: photos per second in training the
-# UNet of Stable Diffusion 2 base at 512 px, latents computed before. A near relative of this network, not this one
+# UNet of Stable Diffusion 2 base at 512 px on precomputed latents. Similar to this network, not equal
 A100_PHOTOS_PER_S = {8: 290, 16: 585, 32: 1195, 64: 2340}
-# -- by the model: trainable parameters; a checkpoint holds their weights, masters and two moments in float32
+# -- of the model: trainable parameters. A checkpoint holds their weights, masters and two moments in float32
 PARAMETERS = 923_306_500
 CHECKPOINT_BYTES = 16 * PARAMETERS
 
 # -- measured: python tests/benchmarks/materialize.py, 234 photos with a kept box
-TRIPLET_BYTES = {"420": 128_700, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; holes are 650 of them
+TRIPLET_BYTES = {"420": 128_700, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; 650 of them are holes
 BOX_BYTES = 53  # a Parquet row of boxes
 
-# -- measured: the same, one core, coco256 at 1024 px
+# -- measured: the same program, one core, coco256 at 1024 px
 CHECKS_PER_S = 449  # photos that ingest opens, decodes and hashes
-TRIPLETS_PER_S = {1: 271, 8: 577}  # by slots: a photo is decoded once for all of them
-RAY_SHARE = 227 / 271  # of that rate through Ray Data with Parquet
-# -- measured: python tests/benchmarks/openimages_csv.py, one core: all box lines and photos cut by shard
+TRIPLETS_PER_S = {1: 271, 8: 577}  # by number of slots: a photo is decoded once for all of them
+RAY_SHARE = 227 / 271  # of that rate, through Ray Data with Parquet
+# -- measured: python tests/benchmarks/openimages_csv.py, one core: all box lines and photos split into shards
 INDEX_S = 97.6
 
-# -- by the schema (pbe/data/schema.py), before compression
+# -- from the schema (pbe/data/schema.py), before compression
 LATENT_CELLS = 4 * 64 * 64  # AutoencoderKL at 512 px
 TOKEN_BYTES = {"class": 2 * 1024, "all": 2 * 257 * 1024}  # float16, CLIP ViT-L/14
 
@@ -52,21 +51,21 @@ SHARDS = 3500
 
 
 def encoded_bytes(draws: int, tokens: str = "class", value_bytes: int = 2) -> int:
-    """A row of `encoded`: mean and std of three latents, two holes at latent size, the exemplar tokens of each draw."""
+    """Bytes of an `encoded` row: mean and std of three latents, two holes, each draw's exemplar tokens."""
     latents = 6 * LATENT_CELLS * value_bytes
     holes = 2 * 64 * 64 * value_bytes
     return latents + holes + draws * TOKEN_BYTES[tokens]
 
 
 def row_bytes(params: dict[str, Any]) -> int:
-    """A row of `encoded` as a profile asks for it."""
+    """Bytes of an `encoded` row with the settings of a profile."""
     encode = params["encode"]
     value_bytes = {"float16": 2, "float32": 4}[encode["dtype"]]
     return encoded_bytes(encode["reference_draws"], encode["backbone"]["tokens"], value_bytes)
 
 
 def materialize_core_s(slots: int) -> float:
-    """Seconds of one core for all photos, taken as decode + slots * rest, from the rates at 1 and 8 slots."""
+    """Seconds of one core for all photos: decode + slots * rest, fitted to the rates at 1 and 8 slots."""
     rest_s = (8 / TRIPLETS_PER_S[8] - 1 / TRIPLETS_PER_S[1]) / 7
     decode_s = 1 / TRIPLETS_PER_S[1] - rest_s
     return PHOTOS * (decode_s + slots * rest_s) / RAY_SHARE
@@ -74,7 +73,7 @@ def materialize_core_s(slots: int) -> float:
 
 def main() -> None:
     print("## Disk\n")
-    rows = [["dataset", "bytes per row", "rows per slot", *(f"{slots} slots" for slots in SLOTS)]]
+    rows = [["dataset", "bytes per row", "rows per slot", *slot_columns()]]
     once = [
         ("images", PHOTO_BYTES, PHOTOS),
         ("boxes", BOX_BYTES, BOXES),
@@ -121,12 +120,12 @@ def main() -> None:
 
 
 def profile(name: str) -> dict[str, Any]:
-    """Every setting of a profile."""
+    """All settings of a profile."""
     return parse_params(full_text(PROFILES, name), name).model_dump()
 
 
 def profiles() -> list[list[str]]:
-    """Disk and days of infra/profiles/openimages*.yaml, a column each."""
+    """Table of disk and days, one column per profile in PAPER_SIZED."""
     named = {name: profile(name) for name in PAPER_SIZED}
     columns = [profile_rows(params) for params in named.values()]
     return [["", *named], *([label, *(column[label] for column in columns)] for label in columns[0])]
@@ -153,20 +152,24 @@ def profile_rows(params: dict[str, Any]) -> dict[str, str]:
         "rows seen": f"{seen / 1e6:.1f} million in {train['steps']:,} steps",
         f"days, V100 at the paper's {PAPER_RATE:.1f} rows/s each": f"{seen / PAPER_RATE / gpus / DAY_S:.1f}",
         "days, A100 at a published rate": f"{seen / rate / DAY_S:.2f} ({rate:,} rows/s)",
-        "storage must give, at that rate": f"{volume(rate * row)}/s",
+        "storage must deliver, at that rate": f"{volume(rate * row)}/s",
     }
 
 
 def cpu_hours() -> list[list[str]]:
-    rows = [["stage", *(f"{slots} slots" for slots in SLOTS)]]
+    rows = [["stage", *slot_columns()]]
     rows.append(["ingest: index", *([f"{INDEX_S / HOUR_S:.2f}"] * len(SLOTS))])
     rows.append(["ingest: check of the photos", *([f"{PHOTOS / CHECKS_PER_S / HOUR_S:.1f}"] * len(SLOTS))])
     rows.append(["materialize", *(f"{materialize_core_s(slots) / HOUR_S:.1f}" for slots in SLOTS)])
     return rows
 
 
+def slot_columns() -> list[str]:
+    return [f"{slots} slot{'s' if slots > 1 else ''}" for slots in SLOTS]
+
+
 def volume(size: float) -> str:
-    """Bytes in the unit that fits."""
+    """Bytes as text in the largest unit that fits."""
     for unit, name in ((TB, "TB"), (GB, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

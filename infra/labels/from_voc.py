@@ -1,6 +1,6 @@
-"""Pascal VOC labels to an OpenImages-style box CSV: python infra/labels/from_voc.py LABELS > boxes.csv
+"""Converts Pascal VOC labels to an OpenImages box CSV: python infra/labels/from_voc.py LABELS > boxes.csv
 
-LABELS: folder of .xml files, one per photo and of its name; boxes in pixels that start at 1, as VOC counts them.
+LABELS: folder of .xml files, one per photo, named like it. Boxes are in pixels that start at 1, as in VOC.
 """
 
 import csv
@@ -12,7 +12,7 @@ from pathlib import Path
 def main(folder: str) -> None:
     files = sorted(path for path in Path(folder).rglob("*.xml") if path.is_file())
     if not files:
-        sys.exit(f"{folder}: no .xml annotation there")
+        sys.exit(f"{folder}: contains no .xml annotation")
     rows = []
     for path in files:
         try:
@@ -24,11 +24,11 @@ def main(folder: str) -> None:
                 ends = (x0 / width, x1 / width, y0 / height, y1 / height)
                 clipped = [round(min(max(end, 0.0), 1.0), 6) for end in ends]
                 truncated = entry.findtext("truncated", "").strip()
-                flag = truncated if truncated in ("0", "1") else "-1"  # also "Unspecified"
+                flag = truncated if truncated in ("0", "1") else "-1"  # also for "Unspecified"
                 rows.append([path.stem, entry.findtext("name", ""), *clipped, flag])
         except (ElementTree.ParseError, ValueError, ZeroDivisionError) as error:
             sys.exit(f"{path}: not a VOC annotation: {error}")
-    out = csv.writer(sys.stdout)  # after all was read: `> boxes.csv` then never holds a part
+    out = csv.writer(sys.stdout)  # after all files are read, so that `> boxes.csv` is never incomplete
     out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsTruncated"])
     out.writerows(rows)
 

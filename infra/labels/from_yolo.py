@@ -1,8 +1,8 @@
-"""YOLO labels to an OpenImages-style box CSV: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv
+"""Converts YOLO labels to an OpenImages box CSV: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv
 
-LABELS: folder of .txt files, one per photo and of its name; a line is `class cx cy width height`, fractions (of a
-polygon's line, longer, the bounds are taken). NAMES: a text file with a class name per line, in order, or the data
-set's .yaml, of which `names` is taken; without it the class numbers stay.
+LABELS: folder of .txt files, one per photo, named like it. A line is `class cx cy width height`, in fractions; a longer
+line is a polygon, which gives its bounds. NAMES: a text file with one class name per line, in order, or the dataset's
+.yaml, whose `names` is used. Without NAMES the class numbers stay.
 """
 
 import csv
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import yaml
 
-NOT_LABELS = ("classes.txt", "obj.names")  # tools leave these among the labels
+NOT_LABELS = ("classes.txt", "obj.names")  # tools write these beside the labels
 
 
 def main(folder: str, names_file: str | None = None) -> None:
     names = names_of(Path(names_file)) if names_file else {}
     files = [path for path in sorted(Path(folder).rglob("*.txt")) if path.name not in NOT_LABELS]
     if not files:
-        sys.exit(f"{folder}: no .txt label file there")
+        sys.exit(f"{folder}: contains no .txt label file")
     rows = []
     for path in files:
         for number, line in enumerate(text_of(path).splitlines(), start=1):
@@ -36,13 +36,13 @@ def main(folder: str, names_file: str | None = None) -> None:
             except ValueError as error:
                 sys.exit(f"{path}:{number}: not `class cx cy width height`: {line!r} ({error})")
             rows.append([path.stem, name, *(round(min(max(end, 0.0), 1.0), 6) for end in (x0, x1, y0, y1))])
-    out = csv.writer(sys.stdout)  # after all was read: `> boxes.csv` then never holds a part
+    out = csv.writer(sys.stdout)  # after all files are read, so that `> boxes.csv` is never incomplete
     out.writerow(["ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"])
     out.writerows(rows)
 
 
 def names_of(path: Path) -> dict[int, str]:
-    """Class names by number."""
+    """Class names by class number."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         return dict(enumerate(text_of(path).splitlines()))
     try:
@@ -51,7 +51,7 @@ def names_of(path: Path) -> dict[int, str]:
             int(number): str(name) for number, name in (names.items() if isinstance(names, dict) else enumerate(names))
         }
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        sys.exit(f"{path}: no list of class names under `names` in it: {' '.join(str(error).split())}")
+        sys.exit(f"{path}: `names` is not a list of class names: {' '.join(str(error).split())}")
 
 
 def text_of(path: Path) -> str:

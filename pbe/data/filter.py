@@ -24,20 +24,24 @@ class FilterConfig(Settings):
 
     min_area_frac: Frac
     max_area_frac: Frac
-    min_side_px: Int = Field(0, ge=0, description="shorter side of the box in the photo; 0: no limit, as upstream")
+    min_side_px: Int = Field(
+        0, ge=0, description="px, least shorter side of the box in the photo; 0: no limit, as upstream"
+    )
     max_aspect: Annotated[Float, Field(ge=1)] | None = Field(
-        None, description="longer side / shorter side; null: no limit, as upstream"
+        None, description="greatest longer side / shorter side; null: no limit, as upstream"
     )
     include_classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None, description="list of labels or names; null: all, as upstream"
+        None, description="labels or names of the classes to keep; null: all, as upstream"
     )
-    exclude_classes: tuple[str, ...] = Field((), description="list of labels or names; none, as upstream")
+    exclude_classes: tuple[str, ...] = Field(
+        (), description="labels or names of the classes to drop; none, as upstream"
+    )
     exclude_flags: tuple[Flag, ...] = Field(
         (),
-        description="of is_occluded, is_truncated, is_group_of, is_depiction, is_inside; none, as upstream",
+        description="drops is_occluded, is_truncated, is_group_of, is_depiction or is_inside boxes; none, as upstream",
     )
     max_iou: Annotated[Float, Field(gt=0, le=1)] | None = Field(
-        None, description="drop the smaller of two boxes of a photo that overlap more; null: keep both, as upstream"
+        None, description="IoU of two boxes of a photo above which the smaller is dropped; null: no limit, as upstream"
     )
     exclude_images: tuple[str, ...] = Field(
         (
@@ -49,7 +53,7 @@ class FilterConfig(Settings):
             "1366cde3b480a15c",
             "03a53ed6ab408b9f",
         ),
-        description="image ids. upstream ldm/data/open-images.py",
+        description="ids of images to drop. Upstream: ldm/data/open-images.py",
     )
 
     @model_validator(mode="after")

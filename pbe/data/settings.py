@@ -1,4 +1,4 @@
-"""Settings of ingest and materialize; those of filter are in pbe/data/filter.py."""
+"""Settings of ingest and materialize. Those of filter are in pbe/data/filter.py."""
 
 from typing import Annotated, Literal
 
@@ -12,17 +12,17 @@ Chroma = Literal["444", "420"]
 
 
 class DownloadConfig(Settings):
-    """Limits of downloads. Up to half of each wait is random, so that many clients do not retry at once."""
+    """Limits of a download. Half of each wait is random, so that many clients do not retry at the same moment."""
 
-    connections: Int = Field(16, ge=1, le=256, description="parallel, per shard. Ours")
-    attempts: Int = Field(5, ge=1, le=20, description="per photo, in all. Ours")
+    connections: Int = Field(16, ge=1, le=256, description="connections at once, per shard. Ours")
+    attempts: Int = Field(5, ge=1, le=20, description="attempts per photo, the first included. Ours")
     connect_timeout_s: Float = Field(10, gt=0, description="seconds to connect. Ours")
     read_timeout_s: Float = Field(30, gt=0, description="seconds without a byte. Ours")
     attempt_timeout_s: Float = Field(
-        120, gt=0, description="seconds for one attempt; bounds a server's Retry-After too. Ours"
+        120, gt=0, description="seconds per attempt; also bounds a server's Retry-After. Ours"
     )
     backoff_s: Float = Field(
-        0.5, ge=0, description="seconds before the second attempt, doubled before each further one. Ours"
+        0.5, ge=0, description="seconds to wait before the second attempt, doubled before each later one. Ours"
     )
 
 
@@ -31,31 +31,35 @@ class IngestConfig(Settings):
     images: str = Field(min_length=1)
     boxes: str = Field(min_length=1)
     image_base: str | None = Field(
-        None, description="source openimages: where the images are, s3://open-images-dataset (unsigned) or a mirror"
+        None,
+        description="URL of the images for source openimages: s3://open-images-dataset, read unsigned, or a mirror",
     )
     splits: tuple[Split, ...] = Field(
-        SPLITS, min_length=1, description="which to read; a box file's name gives its split"
+        SPLITS, min_length=1, description="splits to read; a box file's name says its split"
     )
     limit: PositiveInt | None = Field(None, description="photos per split, the first in file order; null: all")
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None, description="list of labels or names; boxes of other classes are not read; null: all"
+        None, description="labels or names of the classes whose boxes are read; null: all"
     )
-    image_ids: str | None = Field(None, description="file of image ids, one per line; others are not read; null: all")
+    image_ids: str | None = Field(None, description="file of the image ids to read, one per line; null: all")
     val_frac: Float = Field(ge=0, lt=1)
     exif: Literal["ignore", "apply"]
-    max_image_bytes: PositiveInt = Field(64 << 20, description="bytes; a larger file is rejected. Ours")
-    # Pillow, which reads the headers, warns above 89,478,485
+    max_image_bytes: PositiveInt = Field(64 << 20, description="bytes above which a file is rejected. Ours")
+    # Pillow, which reads the headers, warns from 89,478,485 on
     max_image_pixels: Int = Field(
-        89_000_000, ge=1, le=89_478_485, description="pixels; a larger picture is rejected before it is decoded. Ours"
+        89_000_000,
+        ge=1,
+        le=89_478_485,
+        description="pixels above which a picture is rejected, before it is decoded. Ours",
     )
     shards: Int = Field(ge=1, le=65536)
     per_shard: TaskResources = Field(
         TaskResources(cpus=0.5, memory_gib=0.5),
-        description="what Ray reserves for a task; ingest waits more than it computes. Ours",
+        description="what Ray reserves for a task; half a CPU, because reading mostly waits. Ours",
     )
-    max_reject_frac: Frac = Field(0.05, description="fail above this share of rejected images or boxes. Ours")
+    max_reject_frac: Frac = Field(0.05, description="share of rejected images or boxes above which ingest fails. Ours")
     retry_rejected: bool = Field(
-        False, description="true: retry the photos that failed for a transient reason, and only those"
+        False, description="true: retry the photos that were rejected for a transient reason, and only those. Ours"
     )
     download: DownloadConfig = DownloadConfig()
 
@@ -87,21 +91,29 @@ class MaterializeConfig(Settings):
     image_px: Int = Field(ge=8, le=2048, multiple_of=8)
     slots: Int = Field(ge=1, le=4096)
     reference_px: Int = Field(ge=16, le=1024)
-    reference_pad_px: Int = Field(10, ge=0, description="px of the photo around the box. upstream open-images.py")
+    reference_pad_px: Int = Field(10, ge=0, description="px of the photo kept around the box. Upstream: open-images.py")
     box_extend_frac: Frac = Field(
-        0.4, description="each side grows by up to this share of the room beside it. upstream open-images.py"
+        0.4,
+        description="greatest share of the room beside it by which each side grows. Upstream: open-images.py",
     )
     crop_shrink_frac: Frac = Field(
-        0.6, description="the square shrinks by up to this share of its free margin. upstream open-images.py"
+        0.6, description="greatest share of its free margin by which the square crop shrinks. Upstream: open-images.py"
     )
-    bezier_points_per_side: Int = Field(18, ge=2, le=200, description="upstream code; the paper's text says 20")
+    bezier_points_per_side: Int = Field(
+        18, ge=2, le=200, description="points per side of a Bezier hole. Upstream's code; the paper says 20"
+    )
     bezier_jitter_px: Int = Field(
-        5, ge=0, le=100, description="px, uniform in [-5, 5]. upstream code; the paper's text says 1-5"
+        5,
+        ge=0,
+        le=100,
+        description="px by which each point moves at most, uniformly. Upstream's code; the paper says 1 to 5",
     )
     jpeg_chroma: Chroma = Field(
-        "444", description="444: small crops keep their colours | 420: a fifth smaller, for 512 px. Ours"
+        "444", description="444: keeps the colours of small crops | 420: a fifth smaller, for 512 px. Ours"
     )
-    jpeg_quality: Int = Field(95, ge=1, le=100, description="0-100. Ours: upstream crops from the original")
+    jpeg_quality: Int = Field(
+        95, ge=1, le=100, description="JPEG quality, 1 to 100. Ours; upstream crops from the original"
+    )
     per_shard: TaskResources = Field(
         TaskResources(cpus=1, memory_gib=0.5), description="what Ray reserves for a task. Ours"
     )

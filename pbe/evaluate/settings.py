@@ -1,4 +1,4 @@
-"""Settings of what is edited, scored and swept: bench, edit, baselines, evaluate, sweep."""
+"""Settings of bench, edit, baselines, evaluate and sweep."""
 
 from typing import Annotated, Literal
 
@@ -46,7 +46,7 @@ ExtractorConfig = Annotated[
 
 class BenchConfig(Settings):
     source: Literal["heldout", "cocoee"]
-    cocoee: str | None = Field(None, description="source cocoee: the folder test_bench of the unpacked archive")
+    cocoee: str | None = Field(None, description="folder test_bench of the unpacked COCOEE archive, for source cocoee")
     split: Split
     crops_per_box: PositiveInt = Field(1, description="bench items per kept box. Ours")
     max_items: PositiveInt
@@ -62,20 +62,21 @@ class BenchConfig(Settings):
 class EditConfig(Settings):
     protocol: Protocol = Field(
         "ours",
-        description="ours: pixels outside the hole stay | upstream: the whole square is what the codec decodes",
+        description="ours: pixels outside the hole stay | upstream: the codec decodes the whole square",
     )
     sampler: SamplerName | None = Field(
         None,
-        description="null: as the model names it (DDIM for x0, PLMS for Stable Diffusion) | ddim | pndm (PLMS) | dpm++ "
-        "| unipc",
+        description="null: the model's own (DDIM for x0, PLMS for Stable Diffusion) | ddim | pndm (PLMS, upstream) | "
+        "dpm++ | unipc",
     )
     guidance_scale: GuidanceScale
     steps: Int = Field(ge=1, le=1000)
     precision: Precision = Field(
-        "fp32", description="of the networks on a GPU: fp32 | tf32 | bf16. upstream: float16 by autocast"
+        "fp32",
+        description="precision of the networks on a GPU: fp32 | tf32 | bf16. Ours; upstream: float16 by autocast",
     )
     compile: bool = Field(
-        False, description="torch.compile of the UNet: minutes at the start of every actor; left out on CPU"
+        False, description="torch.compile of the UNet, only on a GPU: takes minutes at the start of every actor. Ours"
     )
     seeds: tuple[NoiseSeed, ...] = Field(min_length=1)
     holes: tuple[HoleKind, ...] = Field(min_length=1)
@@ -95,29 +96,32 @@ class EditConfig(Settings):
 
 
 class StatisticsConfig(Settings):
-    """Of the intervals and p-values."""
+    """Settings of the intervals and p-values."""
 
-    resamples: Int = Field(2000, ge=100, le=1_000_000, description="of the bootstrap. Ours")
-    subsets: Int = Field(200, ge=20, le=100_000, description="of the delete-half jackknife. Ours")
+    resamples: Int = Field(2000, ge=100, le=1_000_000, description="resamples of the bootstrap. Ours")
+    subsets: Int = Field(200, ge=20, le=100_000, description="subsets of the delete-half jackknife. Ours")
     # scikit-learn takes no larger one
-    seed: Int = Field(42, ge=0, lt=2**32, description="of resampling and of the mixture. Ours")
+    seed: Int = Field(42, ge=0, lt=2**32, description="seed of resampling and of qs_rank's mixture. Ours")
 
 
 class EvaluateConfig(Settings):
     extractors: tuple[ExtractorConfig, ...] = Field(min_length=1)
     real_images: str | None = Field(
         None,
-        description="folder of photos that Frechet, KID and QS rank compare with; null: untouched crops of the bench's "
-        "boxes",
+        description="folder of photos that the Frechet distance, KID and QS rank compare with; null: untouched crops "
+        "of the bench's boxes. Paper: COCO test2017",
     )
     real_images_px: Annotated[Int, Field(ge=8, le=2048)] | None = Field(
-        None, description="side of the square cut from each of them. Paper: 512, of COCO test2017"
+        None, description="px, side of the square cut from each of them. Paper: 512"
     )
     clip_region: Region = Field(
-        "whole", description="of clip_score. whole: all of the hole's box | upstream: without its last row and column"
+        "whole",
+        description="region for clip_score. whole: all of the hole's box | upstream: without its last row and column",
     )
-    quality_components: PositiveInt = Field(5, description="Gaussian mixture of qs_rank. GIQA: 5, upstream: 20")
-    quality_pca_dims: PositiveInt = Field(16, description="features are reduced to this first. Ours")
+    quality_components: PositiveInt = Field(
+        5, description="components of qs_rank's Gaussian mixture. GIQA: 5; upstream: 20"
+    )
+    quality_pca_dims: PositiveInt = Field(16, description="PCA dimensions of the features for qs_rank. Ours")
     statistics: StatisticsConfig = StatisticsConfig()
     batch_rows: PositiveInt = Field(16, description="pictures per extractor call. Ours")
     actors: PositiveInt
@@ -163,7 +167,7 @@ class FolderBaseline(Settings):
 
     kind: Literal["folder"]
     folder: str = Field(min_length=1)
-    allow_missing: bool = Field(False, description="true: score the items that the folder has")
+    allow_missing: bool = Field(False, description="true: score only the items that the folder has")
 
 
 BaselineConfig = Annotated[FilledBaseline | FolderBaseline, Field(discriminator="kind")]

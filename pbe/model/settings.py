@@ -51,35 +51,36 @@ class EncodeConfig(Settings):
         2,
         ge=1,
         le=256,
-        description="draw 0 clean, the rest augmented; one fresh draw per slot here. Upstream: fresh each epoch",
+        description="encoded references per row: one clean, the others augmented. Ours; upstream: fresh each epoch",
     )
     precision: Precision = Field(
         "fp32",
-        description="of the frozen networks on a GPU: fp32 as upstream | tf32 | bf16, of AutoencoderKL and CLIP alone",
+        description="precision of the frozen networks on a GPU: fp32 (upstream) | tf32 | bf16 (AutoencoderKL, CLIP)",
     )
     dtype: Dtype = Field(
-        "float16", description="of the stored arrays. float32: twice the space, to compare with train.input: pixels"
+        "float16", description="type of the stored arrays. float32: twice the space, equal to train.input: pixels. Ours"
     )
     rows_per_group: PositiveInt = Field(
-        1, description="Parquet row group; row groups are dealt to train.streams, so at least one each. Ours"
+        1,
+        description="rows per Parquet row group; each group goes to one of train.streams, and each needs one. Ours",
     )
-    batch_rows: PositiveInt = Field(16, description="images per backbone call. Ours")
+    batch_rows: PositiveInt = Field(16, description="images per forward pass. Ours")
     actors: PositiveInt
     per_actor: ActorResources
 
 
 class UNetConfig(Settings):
     block_channels: tuple[PositiveInt, ...] = Field(
-        (48, 96, 96), min_length=1, description="Paper: 320, 640, 1280, 1280"
+        (48, 96, 96), min_length=1, description="channels per level. Ours; paper: 320, 640, 1280, 1280"
     )
     attention: tuple[bool, ...] = Field(
-        (False, False, True), description="which levels have cross-attention. Paper: all but the last"
+        (False, False, True), description="whether each level has cross-attention. Ours; paper: all but the last"
     )
-    layers_per_block: PositiveInt = Field(1, description="Paper: 2")
-    attention_heads: PositiveInt = Field(2, description="Paper: 8")
-    norm_groups: PositiveInt = Field(16, description="GroupNorm groups. Paper: 32")
-    context_width: PositiveInt = Field(128, description="width of the exemplar token. Paper: 768")
-    class_embedding: bool = Field(True, description="the token also goes to the time embedding. Ours; paper: no")
+    layers_per_block: PositiveInt = Field(1, description="ResNet layers per level. Ours; paper: 2")
+    attention_heads: PositiveInt = Field(2, description="heads per attention layer. Ours; paper: 8")
+    norm_groups: PositiveInt = Field(16, description="GroupNorm groups. Ours; paper: 32")
+    context_width: PositiveInt = Field(128, description="width of the exemplar token. Ours; paper: 768")
+    class_embedding: bool = Field(True, description="whether the token is added to the time embedding. Ours; paper: no")
 
     @model_validator(mode="after")
     def _divides(self) -> "UNetConfig":
@@ -98,9 +99,10 @@ class ExemplarConfig(Settings):
     """From the backbone's features to the exemplar token."""
 
     tokens: Tokens = Field(
-        "class", description="which are read. class: the bottleneck (paper) | all: the naive baseline"
+        "class", description="tokens that the network reads. class: the bottleneck (paper) | all: the naive baseline"
     )
     mapper_width: PositiveInt = Field(
-        256, description="of its blocks; narrower than the backbone: standardised and projected first. Paper: 1024"
+        256,
+        description="width of its transformer blocks; the backbone's features are projected to it. Ours; paper: 1024",
     )
-    mapper_blocks: Int = Field(1, ge=0, le=48, description="transformer blocks. Paper: 5")
+    mapper_blocks: Int = Field(1, ge=0, le=48, description="transformer blocks. Ours; paper: 5")

@@ -12,41 +12,42 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class KernelsConfig(Settings):
-    """How the same mathematics runs; no part of a run's digest, and no result differs but for rounding."""
+    """How the same mathematics runs. Results differ only by rounding, and a run's digest does not include these."""
 
     sdpa: bool = Field(
-        True, description="torch's fused attention: no matrix of all pairs of cells. upstream: written out"
+        True,
+        description="torch's fused attention, without the matrix of all pairs of cells. Ours; upstream: without fusion",
     )
     tf32: bool = Field(
-        False, description="float32 products with 10 bits of mantissa, on Ampere and newer. upstream: V100, without"
+        False, description="float32 products with 10 bits of mantissa, on Ampere and newer. Upstream: no (V100)"
     )
-    channels_last: bool = Field(False, description="convolutions on NHWC; helps on GPUs with bf16")
-    compile: bool = Field(False, description="torch.compile of the UNet; left out on CPU")
-    fused_adamw: bool = Field(True, description="one kernel per AdamW step")
+    channels_last: bool = Field(False, description="convolutions in NHWC; for GPUs with bf16. Ours")
+    compile: bool = Field(False, description="torch.compile of the UNet, only on a GPU. Ours")
+    fused_adamw: bool = Field(True, description="one kernel per AdamW step. Ours")
     activation_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, a third more time. upstream: true"
+        False, description="recompute activations: less memory, a third more time. Ours; upstream: true"
     )
 
 
 class TrainConfig(Settings):
     input: Literal["encoded", "pixels"] = Field(
         "encoded",
-        description="encoded: as the encode stage stored it | pixels: encoders run at every step, references always "
-        "fresh (paper)",
+        description="encoded: what the encode stage stored | pixels: encoders run at every step, with fresh references "
+        "(paper). Ours",
     )
     init: Weights  # or: random, sd
     resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None = Field(
         None,
-        description="null | a run of the storage, RUN or RUN@STEP: resumes from its checkpoint, under changed settings",
+        description="null | RUN or RUN@STEP: start from that run's checkpoint in the storage, under other settings",
     )
     seed: Seed | None = Field(
         None,
-        description="of first weights, order and noise of training. null: the seed above, which also draws the data",
+        description="seed of the first weights, order and noise of training; null: `seed`, which also draws the data",
     )
     steps: Int = Field(ge=0)  # 0: the untrained model
     batch: PositiveInt
     streams: PositiveInt = Field(
-        2, description="fixed sequences of rows; workers must divide them, they must divide batch. Ours"
+        2, description="fixed sequences of rows; a multiple of workers, and batch is a multiple of it. Ours"
     )
     workers: PositiveInt
     per_worker: ActorResources
@@ -54,17 +55,17 @@ class TrainConfig(Settings):
     lr: Float = Field(gt=0, le=1)
     warmup_steps: Int = Field(ge=0)
     final_lr_frac: Frac
-    weight_decay: Float = Field(0.01, ge=0, description="upstream (torch default)")
-    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="upstream (torch default)")
-    adam_eps: Float = Field(1e-8, gt=0, description="upstream (torch default)")
+    weight_decay: Float = Field(0.01, ge=0, description="AdamW's weight decay. Upstream (torch's default)")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas. Upstream (torch's default)")
+    adam_eps: Float = Field(1e-8, gt=0, description="AdamW's epsilon. Upstream (torch's default)")
     grad_clip: Annotated[Float, Field(gt=0)] | None = Field(
-        1.0, description="max gradient norm; null: none, as upstream. Ours"
+        1.0, description="maximum gradient norm. Ours; upstream: null, no limit"
     )
     zero_stage: Int = Field(ge=0, le=3)
     precision: Literal["fp32", "bf16_autocast", "bf16", "bf16_pure"]
     objective: Objective
     min_snr_gamma: Annotated[Float, Field(gt=0)] | None = Field(
-        None, description="bound of the loss weight by signal to noise, e.g. 5; null: none, as upstream"
+        None, description="gamma of min-SNR loss weights, e.g. 5; null: none, as upstream"
     )
     beta_schedule: BetaSchedule
     bezier_prob: Prob
@@ -72,12 +73,14 @@ class TrainConfig(Settings):
     context_dropout_prob: Prob
     reference_augmentation: bool
     checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt = Field(2, description="newest complete ones kept. Ours")
+    keep_checkpoints: PositiveInt = Field(2, description="newest complete checkpoints to keep. Ours")
     log_every: PositiveInt = Field(10, description="steps per point of the loss curve. Ours")
     validate_every: PositiveInt
-    validation_rows: PositiveInt = Field(64, description="fixed rows, timesteps and noise of the validation loss. Ours")
-    grid_rows: Int = Field(6, ge=0, le=64, description="fixed edits shown in MLflow; 0: none. Ours")
-    max_failures: Int = Field(2, ge=0, description="restarts of the worker group after a lost worker. Ours")
+    validation_rows: PositiveInt = Field(
+        64, description="rows of the validation loss, always with the same timesteps and noise. Ours"
+    )
+    grid_rows: Int = Field(6, ge=0, le=64, description="edits shown in MLflow, always of the same rows; 0: none. Ours")
+    max_failures: Int = Field(2, ge=0, description="restarts of the worker group after a worker is lost. Ours")
     kernels: KernelsConfig = KernelsConfig()
     unet: UNetConfig = UNetConfig()
     exemplar: ExemplarConfig = ExemplarConfig()

@@ -1,6 +1,6 @@
-"""Where a benchmark runs: its --device, and what that changes of clocks and the process group. Not a benchmark itself.
+"""Shared by the benchmarks: their --device, and the clocks and process group that depend on it. Not a benchmark.
 
-torch is imported only where it is needed: openimages_csv.py measures the memory of its imports.
+torch is imported only where it is needed, because openimages_csv.py measures the memory of its imports.
 """
 
 import argparse
@@ -19,13 +19,13 @@ CHOICES = ("cpu", "cuda")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, the same for every benchmark, so that `make bench` can pass one to all."""
-    parser.add_argument("--device", choices=CHOICES, default=CHOICES[0], help="the processor, or the first GPU")
+    """Adds --device, the same for every benchmark, so that `make bench` can pass it to all."""
+    parser.add_argument("--device", choices=CHOICES, default=CHOICES[0], help="cpu, or cuda: the first GPU (cpu)")
 
 
 def open_device(name: str) -> "torch.device":
-    """The processor, or the first GPU made current and named in a line of its own. Call it before DeepSpeed is
-    imported, which else chooses for itself. Raises SystemExit with status 2 where there is no GPU."""
+    """The processor, or the first GPU, which it makes current and prints. Call it before importing DeepSpeed, which
+    otherwise chooses a device itself. Raises SystemExit with status 2 if there is no GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def open_device(name: str) -> "torch.device":
 
 
 def one_thread(device: "torch.device") -> None:
-    """For a steady clock on the processor; beside a GPU, what threads torch has are left alone."""
+    """Limit torch to one thread on the processor, for steady times; on a GPU, leave its threads alone."""
     import torch
 
     if device.type == "cpu":
@@ -49,8 +49,8 @@ def one_thread(device: "torch.device") -> None:
 
 
 def now(device: "torch.device", on_processor: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds by the clock `on_processor`; on a GPU by the wall clock, once the GPU has done all that it was given:
-    kernels run on while the processor's clock stands."""
+    """Seconds by the clock `on_processor`; on a GPU by the wall clock, after the GPU has finished, because kernels do
+    not advance the processor's clock."""
     import torch
 
     if device.type == "cpu":
@@ -61,10 +61,10 @@ def now(device: "torch.device", on_processor: Callable[[], float] = time.perf_co
 
 @contextmanager
 def one_rank(device: "torch.device") -> Iterator[None]:
-    """A process group of this process alone: gloo on the processor, nccl on a GPU."""
+    """A process group of only this process: gloo on the processor, nccl on a GPU."""
     import torch.distributed as dist
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed asks for them
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed needs them
     backend = "nccl" if device.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory(prefix="pbe-meeting-") as meeting:
         dist.init_process_group(backend, init_method=f"file://{meeting}/ranks", rank=0, world_size=1)
@@ -73,6 +73,6 @@ def one_rank(device: "torch.device") -> Iterator[None]:
 
 
 def say_processor_alone(device: str, why: str) -> None:
-    """One line where a GPU was asked for and nothing could run on it; the benchmark then runs as it always does."""
+    """Print a line if --device cuda was given to a benchmark that cannot use it; the benchmark then runs as usual."""
     if device != "cpu":
-        print(f"runs on the processor alone, as {why}", flush=True)
+        print(f"runs only on the processor, because {why}", flush=True)

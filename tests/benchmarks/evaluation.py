@@ -1,12 +1,12 @@
-"""What evaluation spends its time on: edits, features of them, and all that is computed on features.
+"""Where does evaluation spend its time? Edits, their features, and everything computed from features.
 
     python tests/benchmarks/evaluation.py [--quick] [--items N] [--device cuda]
 
-One method on N items (48; --quick 16) with box holes, exemplars and foreign references, at the sample's sizes: an
-untrained network of its shape (weights do not matter for time), 20 DDIM steps at guidance scale 3; both EfficientNet
-extractors and the pixel counts; every metric with its interval as the sample resamples them, and the paired tests.
-Smooth random pictures; one process, one thread. The last line has the shares of the whole; nothing is asserted.
---device cuda puts the editor and the extractors on the first GPU; pixel counts, metrics and tests are numpy there too.
+One method on N items (48; --quick: 16), with box holes, exemplars and foreign references, at the sample's sizes: an
+untrained network of the sample's shape (weights do not change the time), 20 DDIM steps at guidance scale 3, both
+EfficientNet extractors, pixel counts, every metric with the sample's resampling, and the paired tests. Pictures are
+smooth and random; one process, one thread. The last line has each part's share; nothing is asserted. --device cuda
+moves the editor and the extractors to the first GPU; pixel counts, metrics and tests stay in numpy.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from tests.benchmarks.device import add_device, now, one_thread, open_device
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
 KINDS = ("exemplar", "foreign")
-SIZES = StatisticsConfig(resamples=2000, subsets=200, seed=42)  # as the sample's params.yaml
+SIZES = StatisticsConfig(resamples=2000, subsets=200, seed=42)  # as in the sample profile
 
 
 def picture(rng: np.random.Generator, side_px: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def fill(editor: Editor, bench: list[dict[str, Any]], seed: int) -> list[dict[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 items: below 50 s")
+    parser.add_argument("--quick", action="store_true", help="16 items: less than 50 s")
     parser.add_argument("--items", type=int, default=48)
     add_device(parser)
     args = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> int:
         name: EfficientNetExtractor(load_backbone(name).to(device))
         for name in ("efficientnet_lite2", "efficientnet_lite0")
     }
-    fill(editor, bench[:1], 0)  # what happens once
+    fill(editor, bench[:1], 0)  # work that happens only once
     started = now(device)
     methods = {seed: fill(editor, bench, seed) for seed in (0, 1)}
     generated = now(device)

@@ -1,19 +1,19 @@
-"""Real optimiser steps of the paper's network on this machine: python tests/benchmarks/full_size.py [--full]
+"""Real optimizer steps of the paper's network on this machine: python tests/benchmarks/full_size.py [--full]
 
-Encoded rows as the encode stage writes them (Parquet in a temporary storage; latents and tokens are noise, 4 x 64 x 64
-and 1024 wide) go through pbe's own batches, objective and DeepSpeed engine, on one rank with gloo, with random weights:
-micro-batch 1, fused AdamW, activation checkpointing, lr 1e-5 from the first step. Everything else is
-infra/profiles/openimages.yaml. Without --full the network is narrower (--channels of the first level, 320 in the
-paper), latents stay 64 px.
+Encoded rows like those of the encode stage (Parquet in a temporary storage; latents of 4 x 64 x 64 and tokens of 1024
+are noise) go through pbe's batches, objective and DeepSpeed engine, on one rank with gloo, with random weights:
+micro-batch 1, fused AdamW, activation checkpointing, lr 1e-5 from the first step. All other settings are those of
+profile openimages. Without --full the network is narrower (--channels of the first level; 320 in the paper); latents
+stay 64 px.
 
-Prints per step its seconds and loss; per phase the peak resident memory; and the peak as bytes per trainable parameter,
-counted from what was resident before the network was built. Nothing is asserted.
+Prints the seconds and loss of each step, the peak resident memory of each phase, and the peak as bytes per trainable
+parameter, above what was resident before the network was built. Nothing is asserted.
 
-With --device cuda the engine is on the first GPU, over nccl; memory is then what torch has allocated there at its peak,
-and every part of a step is timed until the GPU has done it, which keeps it from running ahead as it does in training.
+With --device cuda the engine runs on the first GPU, over nccl. Memory is then the peak of torch's allocator, and the
+clock waits for the GPU after each part of a step, so the CPU cannot run ahead as it does in training.
 
---precision bf16 keeps float32 masters, bf16_pure keeps masters and moments in bfloat16, too coarse for a step of 1e-5
-on most weights: that shows that the chain runs, not that it learns.
+--precision bf16 keeps float32 masters. bf16_pure keeps masters and moments in bfloat16, too coarse for most weights to
+move by a step of 1e-5: it tests that the code runs, not that the network learns.
 """
 
 import argparse
@@ -49,9 +49,11 @@ ROWS, ROWS_PER_GROUP = 8, 2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--full", action="store_true", help="the paper's widths: 923 M parameters; some 20 GiB, with bf16_pure 12"
+        "--full", action="store_true", help="the paper's widths: 923 M parameters, about 20 GiB (bf16_pure: 12)"
     )
-    parser.add_argument("--channels", type=int, default=128, help="of the first level, a multiple of 32; 320 = --full")
+    parser.add_argument(
+        "--channels", type=int, default=128, help="channels of the first level, a multiple of 32; 320 = --full"
+    )
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16_autocast", "bf16", "bf16_pure"])
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
@@ -75,7 +77,7 @@ def main() -> int:
         workers=1,
         kernels={**train.kernels.model_dump(), "activation_checkpointing": not args.no_checkpointing},
     )
-    import deepspeed  # noqa: F401 - its 0.1 GiB are not the network's
+    import deepspeed  # noqa: F401 - imported before measuring: its 0.1 GiB do not count
 
     channels = 320 if args.full else args.channels
     with tempfile.TemporaryDirectory(prefix="pbe-full-size-") as folder, one_rank(device):
@@ -93,7 +95,7 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     encoded = encoded_noise(store, arch, patch_px=8, rows=ROWS, per_group=ROWS_PER_GROUP)
     torch.manual_seed(23)
     peak_gib(device)
-    empty_gib = peak_gib(device)  # what is there now
+    empty_gib = peak_gib(device)  # before the network is built
 
     # build
     low = build == "bf16" and cfg.precision in ("bf16", "bf16_pure")
@@ -111,7 +113,7 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
         f"{torch.get_num_threads()} threads",
         flush=True,
     )
-    peaks = {"build": peak_gib(device)}  # in main memory, as training does: nothing of it on a GPU
+    peaks = {"build": peak_gib(device)}  # built in main memory, as in training, even for a GPU
     engine = make_engine(model, cfg, device=device)
     del model
     gc.collect()
@@ -119,7 +121,7 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
 
     # steps
     alpha_bar = alphas_cumprod(scheduler_config(cfg.beta_schedule, cfg.objective))
-    grey_latent = torch.zeros(1, arch.latent_channels, arch.latent_px, arch.latent_px)  # no row hides its photo
+    grey_latent = torch.zeros(1, arch.latent_channels, arch.latent_px, arch.latent_px)  # unused: no row hides its photo
     diffusion = Diffusion(cfg, grey_latent.to(device), alpha_bar.to(device), device)
     rows = EncodedRows(encoded, tokens="class", device=device)
     share = Share(rank=0, world=1, start_step=0)
@@ -160,7 +162,7 @@ def spent(lap: dict[str, float], key: str, since: float, device: torch.device) -
 
 
 def peak_gib(device: torch.device) -> float:
-    """Since the last call: resident memory of this process, or what torch has allocated on the GPU."""
+    """Peak since the last call: resident memory of this process, or torch's allocations on the GPU."""
     if device.type == "cpu":
         return peak_bytes() / GIB
     peak = torch.cuda.max_memory_allocated(device)
@@ -169,7 +171,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def narrower(arch: Architecture, channels: int) -> Architecture:
-    """All widths in proportion to `channels`, a multiple of 32, of the first level; depth and latents stay."""
+    """Scale all widths to `channels` of the first level, a multiple of 32; depth and latents stay the same."""
     first = arch.unet.block_channels[0]
 
     def scaled(width: int) -> int:
@@ -190,13 +192,13 @@ def narrower(arch: Architecture, channels: int) -> Architecture:
 
 
 def give_memory_back() -> None:
-    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks are given back when freed. By default that threshold
-    grows to 32 MiB, and what was freed below it still counts as resident."""
+    """glibc's mallopt(M_MMAP_THRESHOLD, 1 MiB): larger blocks go back to the system when freed. By default the
+    threshold grows to 32 MiB, and smaller freed blocks still count as resident."""
     ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 
 def peak_bytes() -> int:
-    """The kernel's high-water mark of this process since the last call; it then starts again from what is resident."""
+    """The kernel's high-water mark of this process since the last call, which resets it to what is resident."""
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     Path("/proc/self/clear_refs").write_text("5")

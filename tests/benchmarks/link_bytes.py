@@ -1,15 +1,16 @@
-"""What does a training step send? python tests/benchmarks/link_bytes.py [--quick]
+"""How many bytes does a training step send? python tests/benchmarks/link_bytes.py [--quick]
 
-Real ranks with gloo take steps of a small network through pbe/train/engine.py, and each asks the kernel what its own
-sockets have sent (TCP_INFO: bytes that arrived, each counted once). Beside it what infra/cost.py reckons, and what the
-ZeRO paper would have sent. The collectives that DeepSpeed calls are the same on GPUs; NCCL sends them its own way, by
-rings as here or by trees.
+Real ranks with gloo take steps of a small network through pbe/train/engine.py. Each rank asks the kernel what its own
+sockets have sent (TCP_INFO: bytes that arrived, each counted once). The table also has what infra/cost.py computes and
+what the ZeRO paper would send. On GPUs DeepSpeed calls the same collectives; NCCL may send them by trees instead of by
+rings, as gloo does.
 
-Stage 3 keeps up to two buckets of parameters gathered (engine.CPU_BUCKET): the network is smaller than one, so buckets
-are set here: tiny, where all is gathered twice, and as large a part of the network as GPU_BUCKET is of the paper's.
+Stage 3 keeps up to two buckets of parameters gathered. One bucket of engine.CPU_BUCKET exceeds this network, so the
+benchmark sets smaller buckets: tiny ones, with which all parameters are gathered twice, and one that is as large a part
+of this network as GPU_BUCKET is of the paper's.
 
---device cuda is skipped, as nothing could be counted: nccl wants a GPU for each rank, and sends between those of one
-machine by NVLink, PCIe or shared memory, which no socket sees.
+--device cuda is skipped, because nothing could be counted: nccl needs one GPU per rank, and sends between the GPUs of a
+machine by NVLink, PCIe or shared memory, not by sockets.
 """
 
 import argparse
@@ -35,7 +36,7 @@ NETWORK = replace(
     unet=ARCH.unet.model_copy(update={"block_channels": (32, 64), "context_width": 32}),
     exemplar=ARCH.exemplar.model_copy(update={"mapper_width": 64}),
 )
-WARM_STEPS, STEPS = 2, 3  # stage 3 learns the order of parameters in the first
+WARM_STEPS, STEPS = 2, 3  # in the first step stage 3 records the order of parameters
 TINY_BUCKET, WHOLE_BUCKET = 20_000, 4_000_000
 BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux' struct tcp_info
 
@@ -47,19 +48,19 @@ class Case:
     micro_batches: int = 1
     bucket: int = WHOLE_BUCKET  # elements
 
-    def reckoned(self, count: int, ranks: int) -> float:
+    def computed(self, count: int, ranks: int) -> float:
         size = count * VALUE_BYTES[self.precision]
         return bytes_sent(self.stage, ranks=ranks, size=size, micro_batches=self.micro_batches)
 
     def paper(self, count: int, ranks: int) -> float:
-        """Section 7 of the ZeRO paper (arXiv 1910.02054): reduce-scatter and all-gather cost (N-1)/N of the size each.
-        Stages 0 to 2 make two of them, 3 makes three."""
+        """Bytes by section 7 of the ZeRO paper (arXiv 1910.02054): reduce-scatter and all-gather each send (N-1)/N of
+        the size. Stages 0 to 2 call two, stage 3 calls three."""
         size = count * VALUE_BYTES[self.precision]
         return (3 if self.stage == 3 else 2) * size * (ranks - 1) / ranks
 
 
 def cases() -> list[Case]:
-    """Each stage alone and with accumulation; each precision."""
+    """Each stage without and with accumulation, and each precision."""
     return [
         *(Case(stage, micro_batches=micro) for stage in (0, 1, 2) for micro in (1, 2)),
         *(Case(3, micro_batches=micro, bucket=TINY_BUCKET) for micro in (1, 2)),
@@ -71,14 +72,14 @@ def cases() -> list[Case]:
 
 
 def measured(wanted: Sequence[Case], *, world: int, tmp: Path) -> tuple[int, list[float]]:
-    """Parameters of the network, and per case the bytes that a rank sends per optimizer step, mean over ranks."""
+    """Number of parameters, and for each case the bytes that a rank sends per optimizer step, as a mean over ranks."""
     results = run_ranks(sent_by_rank, wanted, world, world=world, tmp=tmp, timeout_s=60 + 30 * len(wanted))
     count = results[0][0]
     return count, [sum(sent) / world for sent in zip(*(values for _, values in results), strict=True)]
 
 
 def sent_by_rank(wanted: Sequence[Case], world: int) -> tuple[int, list[float]]:
-    """In a process of the group."""
+    """The same on one rank."""
     import torch
     import torch.distributed as dist
 
@@ -95,7 +96,7 @@ def sent_by_rank(wanted: Sequence[Case], world: int) -> tuple[int, list[float]]:
             micro_batch=1,
             batch=world * case.micro_batches,
         )
-        engines.CPU_BUCKET = case.bucket  # this process ends with the measurement
+        engines.CPU_BUCKET = case.bucket  # only in this process, which ends after the measurement
         network = new_network(NETWORK)
         count = sum(parameter.numel() for parameter in network.parameters())
         engine = engines.make_engine(network, cfg, device=torch.device("cpu"))
@@ -123,14 +124,14 @@ def sent_by_rank(wanted: Sequence[Case], world: int) -> tuple[int, list[float]]:
 
 
 def sent_bytes() -> int:
-    """By all TCP connections of this process, so that nothing else on the machine is in it."""
+    """Bytes sent by all TCP connections of this process; other processes do not count."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
             if not str(entry.readlink()).startswith("socket:"):
                 continue
             connection = socket.socket(fileno=os.dup(int(entry.name)))
-        except OSError:  # closed since it was listed
+        except OSError:  # closed after it was listed
             continue
         with connection:
             if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
@@ -141,13 +142,13 @@ def sent_bytes() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two ranks alone")
+    parser.add_argument("--quick", action="store_true", help="only two ranks, not four")
     add_device(parser)
     args = parser.parse_args()
     if args.device == "cuda":
         print(
-            "skipped: bytes are counted in gloo's sockets, and nccl sends between the GPUs of a machine through none; "
-            "ZeRO calls the same collectives on GPUs, so run it with --device cpu"
+            "skipped: it counts bytes in gloo's sockets, and nccl uses none between the GPUs of a machine; "
+            "ZeRO calls the same collectives on GPUs, so use --device cpu"
         )
         return 0
     open_device(args.device)  # ranks fork from a server that imports DeepSpeed
@@ -156,7 +157,7 @@ def main() -> int:
     from pbe.model.unet import new_network
     from pbe.train.engine import GPU_BUCKET
 
-    rows = [["ranks", "precision", "ZeRO", "micro-batches", "sent per step, MB", "reckoned, MB", "sent / reckoned",
+    rows = [["ranks", "precision", "ZeRO", "micro-batches", "sent per step, MB", "computed, MB", "sent / computed",
              "sent / ZeRO paper"]]  # fmt: skip
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in new_network(NETWORK).parameters())
@@ -166,10 +167,10 @@ def main() -> int:
             count, sent = measured(wanted, world=world, tmp=Path(tmp))
         for case, size in zip(wanted, sent, strict=True):
             note = f", buckets of {case.bucket:,}" if case.stage == 3 else ""
-            reckoned, paper = case.reckoned(count, world), case.paper(count, world)
+            computed, paper = case.computed(count, world), case.paper(count, world)
             rows.append(
                 [f"{world}", case.precision, f"{case.stage}{note}", f"{case.micro_batches}", f"{size / 1e6:.2f}",
-                 f"{reckoned / 1e6:.2f}", f"{size / reckoned:.3f}", f"{size / paper:.2f}"]
+                 f"{computed / 1e6:.2f}", f"{size / computed:.3f}", f"{size / paper:.2f}"]
             )  # fmt: skip
     print(f"{count:,} parameters\n")
     print(table(rows))

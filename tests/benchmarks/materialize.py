@@ -1,15 +1,15 @@
 """How fast is materialize? python tests/benchmarks/materialize.py [--quick] [--photos FOLDER] [--device cuda]
 
-Compares, in one process and turn by turn, on the same photos and the same crops, at the paper's sizes (512 and 224 px,
-JPEG quality 95, one triplet per photo):
+Compares in turns, in one process, on the same photos and crops, at the paper's sizes (512 and 224 px, JPEG quality 95,
+one triplet per photo):
 
-roofline   decode, crop, resize to 512 and 224, encode both: what nobody can leave out. By OpenCV alone, one thread.
-plain      triplet_tables: all of that, and geometry, both holes, row generators and Arrow tables. One core.
-ray        the stage itself through Ray Data with Parquet writing: one task at a time, then two.
+roofline   decode, crop, resize to 512 and 224, encode both: the unavoidable work. OpenCV alone, one thread.
+plain      triplet_tables: the same, and geometry, both holes, row generators and Arrow tables. One core.
+ray        the stage itself, through Ray Data with Parquet writing: one task at a time, then two.
 
-The last line has the ratios; nothing is asserted. Photos: coco256 as they are, and enlarged to 1024 px at quality 90.
-Two sets of photos give two lines of ratios; the last is the smaller ratio of each. The stage has no network:
---device cuda moves nothing, and says so.
+The last line has the ratios; nothing is asserted. Photos: coco256 as it is, and enlarged to 1024 px at quality 90. Each
+of the two sets gives a line of ratios; the last line has the smaller ratio of each kind. The stage runs no network:
+--device cuda changes nothing, and says so.
 """
 
 import argparse
@@ -73,7 +73,7 @@ UPSTREAM = FilterConfig(min_area_frac=0.02, max_area_frac=0.8)
 
 @dataclass(frozen=True)
 class Photos:
-    """images and kept boxes of one shard, all in the train split; windows: the crops that slot 0 takes."""
+    """Images and kept boxes of one shard, all in the train split. windows: the crops of slot 0."""
 
     name: str
     images: pa.Table
@@ -84,13 +84,15 @@ class Photos:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ROOT.parent / "shared" / "data" / "coco256"
-    parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, half the part: below 50 s on two cores")
+    parser.add_argument("--photos", type=Path, default=default, help="folder with the layout of coco256")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, half the photos of a part: less than 50 s on two cores"
+    )
     add_device(parser)
     args = parser.parse_args()
     say_processor_alone(args.device, "photos are decoded, cut and encoded by OpenCV and libjpeg")
     if not args.photos.is_dir():
-        print(f"skipped: needs the photos and boxes of coco256 at {args.photos}; name such a folder with --photos")
+        print(f"skipped: no photos and boxes of coco256 in {args.photos}; name their folder with --photos")
         return 0
     cv2.setNumThreads(1)
     repeats = 2 if args.quick else 7
@@ -118,7 +120,7 @@ def main() -> int:
 
 
 def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
-    """Through the project's own ingest and filter, without Ray; every photo counts as train."""
+    """Read the folder with pbe's ingest and filter, without Ray; every photo counts as train."""
     boxes_tree = FileTree(str(folder), "--photos")
     annotations = [table for file in box_files(boxes_tree) for table in read_annotations(boxes_tree, file)]
     source = FolderSource(FileTree(str(folder / "images"), "--photos"))
@@ -141,13 +143,13 @@ def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
 
 
 def without_versions(photos: pa.Table) -> pa.Table:
-    """Enlarged photos are not the files that were hashed."""
+    """Empty the version column, because enlarged photos are not the files that were hashed."""
     index = photos.schema.get_field_index("version")
     return photos.set_column(index, photos.schema.field(index), pa.repeat("", photos.num_rows))
 
 
 def enlarged(data: bytes, side_px: int | None) -> bytes:
-    """The photo with its longer side `side_px`, JPEG quality 90; None: as it is."""
+    """The photo with its longer side resized to `side_px`, JPEG quality 90; None: unchanged."""
     if side_px is None:
         return data
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -164,7 +166,7 @@ def as_train(table: pa.Table) -> pa.Table:
 
 
 def windows_of_slot_0(images: pa.Table, boxes: pa.Table) -> list[tuple[bytes, Box, Box]]:
-    """Per photo its bytes, source window and reference box: the draws that triplet_tables makes for slot 0."""
+    """For each photo its bytes, source window and reference box, as triplet_tables draws them for slot 0."""
     mine: dict[str, list[dict]] = {}
     for box in boxes.to_pylist():
         mine.setdefault(box["image_id"], []).append(box)
@@ -182,7 +184,7 @@ def windows_of_slot_0(images: pa.Table, boxes: pa.Table) -> list[tuple[bytes, Bo
 
 
 def roofline(photos: Photos) -> int:
-    """OpenCV alone, BGR throughout, its default JPEG settings at quality 95; returns samples."""
+    """The work in OpenCV alone, in BGR, with its default JPEG settings at quality 95; returns the samples."""
     for data, window, reference in photos.windows:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         assert image is not None
@@ -199,19 +201,19 @@ def ours(photos: Photos) -> int:
 
 
 def plain_rates(photos: Photos, repeats: int) -> tuple[float, float]:
-    """Samples per second of roofline and of triplet_tables: medians of turn-by-turn runs, processor time."""
+    """Samples per second of roofline and of triplet_tables: medians of alternating runs, processor time."""
     rates: dict[Callable[[Photos], int], list[float]] = {roofline: [], ours: []}
     for turn in range(repeats + 1):
         for run, found in rates.items():
             started = time.process_time()
             samples = run(photos)
-            if turn:  # the first warms up
+            if turn:  # the first is a warm-up
                 found.append(samples / (time.process_time() - started))
     return statistics.median(rates[roofline]), statistics.median(rates[ours])
 
 
 def more_rates(photos: Photos, repeats: int) -> str:
-    """What infra/scaling.py reckons with: one core, processor time, medians."""
+    """The rates that infra/scaling.py uses: one core, processor time, medians."""
 
     def seconds(run: Callable[[], object]) -> float:
         run()
@@ -238,10 +240,10 @@ def more_rates(photos: Photos, repeats: int) -> str:
 def ray_rates(
     sets: Sequence[Photos], *, repeats: int, parts: int, times_per_part: int
 ) -> dict[str, tuple[float, float]]:
-    """Samples per second of the stage's own tasks, one at a time and two, by name of the set: medians, wall clock.
+    """Samples per second of the stage's own tasks, one and two at a time, by name of the set: medians, wall clock.
 
-    From the end of the first part (or pair) to the end of the last: that Ray starts a run and its workers costs the
-    same second or two however many photos there are. What a run writes is deleted before the next.
+    Timed from the end of the first part (or pair) to the end of the last, because Ray takes a second or two to start a
+    run and its workers, for any number of photos. What a run writes is deleted before the next.
     """
     import ray
 
@@ -255,7 +257,7 @@ def ray_rates(
         with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
             store = Store(folder)
             inputs = write_inputs(store, photos, parts + 2, times_per_part)
-            rate(store, inputs[:4], at_once=2, cores=cores)  # starts both workers; an idle one would be ended
+            rate(store, inputs[:4], at_once=2, cores=cores)  # starts both workers; Ray would end an idle one
             for _ in range(repeats):
                 for at_once in (2, 1):
                     rates[at_once].append(rate(store, inputs[: parts + at_once], at_once=at_once, cores=cores))
@@ -282,8 +284,8 @@ def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) ->
 
 
 def write_inputs(store: Store, photos: Photos, copies: int, times: int) -> list[Record]:
-    """`copies` equal shards of all photos. Twice the 234 of coco256 are a shard of OpenImages (1.74 million photos in
-    3,500 shards: 498)."""
+    """`copies` equal shards, each of all photos. Twice the 234 of coco256 are about a shard of OpenImages (1.74 million
+    photos in 3,500 shards: 498)."""
 
     def repeated(table: pa.Table) -> pa.Table:
         index = table.schema.get_field_index("image_id")
@@ -295,8 +297,8 @@ def write_inputs(store: Store, photos: Photos, copies: int, times: int) -> list[
 
 
 def touch_memory(size_bytes: int) -> None:
-    """Once through as much memory as the runs will fill with files. A virtual machine gets its memory on first touch:
-    until then, writing a file of 30 MB took 77 ms here, and 6 ms ever after."""
+    """Touch as much memory as the runs will fill with files. A virtual machine gets its memory on first touch: until
+    then writing a file of 30 MB took 77 ms here, afterwards 6 ms."""
     block = mmap.mmap(-1, size_bytes)
     for start in range(0, size_bytes, mmap.PAGESIZE):
         block[start] = 1
@@ -304,7 +306,7 @@ def touch_memory(size_bytes: int) -> None:
 
 
 def task(store: Store) -> Callable[["Unit"], Record]:
-    """What pipelines/materialize.py does with one shard, one slot."""
+    """The work of pipelines/materialize.py on one shard, one slot."""
     cv2.setNumThreads(1)
 
     def work(unit: "Unit") -> Record:

@@ -1,10 +1,10 @@
 """Does memory grow with the number of photos? python tests/benchmarks/memory.py [--photos FOLDER] [--times 8]
 
-Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a project of its own) on the
-photos of FOLDER enlarged to 1024 px, and on `--times` as many, in shards of the same size. Prints per stage the peak
-resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet). The
-last line has the ratios of the larger to the smaller run; nothing is asserted. None of these stages has a network:
---device cuda moves nothing, and says so.
+Runs ingest, filter and materialize as a user would (`python -m pipelines ...`, real Ray, a separate project) on the
+photos of FOLDER enlarged to 1024 px, and on `--times` as many, in shards of the same size. Prints for each stage the
+peak resident memory of the driver, of its largest worker, and of Ray's object store (the shared pages of the raylet).
+The last line has the ratios of the larger to the smaller run; nothing is asserted. These stages run no network:
+--device cuda changes nothing, and says so.
 """
 
 import argparse
@@ -33,13 +33,13 @@ SIDE_PX = 1024
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ROOT.parent / "shared" / "data" / "coco256"
-    parser.add_argument("--photos", type=Path, default=default, help="folder laid out as coco256")
+    parser.add_argument("--photos", type=Path, default=default, help="folder with the layout of coco256")
     parser.add_argument("--times", type=int, default=8)
     add_device(parser)
     args = parser.parse_args()
     say_processor_alone(args.device, "ingest, filter and materialize have no network")
     if not args.photos.is_dir():
-        print(f"skipped: needs the photos and boxes of coco256 at {args.photos}; name such a folder with --photos")
+        print(f"skipped: no photos and boxes of coco256 in {args.photos}; name their folder with --photos")
         return 0
     peaks = []
     for times in (1, args.times):
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
-    """`times` copies of every photo, each with its boxes under an id of its own, and a project that reads them."""
+    """A project that reads `times` copies of every photo, each with its own id and its boxes."""
     (folder / "photos").mkdir()
     count = 0
     for path in sorted((photos / "images").rglob("*.jpg")):
@@ -86,7 +86,7 @@ def make_input(photos: Path, folder: Path, times: int) -> tuple[int, Project]:
 
 
 def run(project: Project, stage: str) -> dict[str, float]:
-    """Peak MiB of the driver, the largest worker and the object store while the stage runs."""
+    """Run a stage; peak MiB of the driver, the largest worker and the object store meanwhile."""
     process = project.start("pipelines", stage)
     driver = psutil.Process(process.pid)
     peak = {"driver": 0.0, "worker": 0.0, "object store": 0.0}

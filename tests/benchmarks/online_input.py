@@ -1,9 +1,9 @@
-"""What training from pixels costs: python tests/benchmarks/online_input.py [--rounds 6] [--device cuda]
+"""What does training from pixels cost? python tests/benchmarks/online_input.py [--rounds 6] [--device cuda]
 
-One process of one thread trains params.yaml's network (the sample profile's) on the same rows with the same draws, from
-stored arrays and from pixels in turn: next(), forward, backward. Prints the median time of each, and how much the loss
-differs where arrays are stored in float32 and in float16. --device cuda puts the network, codec and backbone on the
-first GPU, the encoding of what is stored included; decoding and augmentation stay on the processor.
+One process with one thread trains the network of params.yaml on the same rows with the same draws, alternately from
+stored arrays and from pixels: next(), forward, backward. Prints the median time of each, and how much the loss differs
+if arrays are stored in float32 and in float16. --device cuda moves the network, codec and backbone to the first GPU,
+also for encoding the stored arrays; decoding and augmentation stay on the processor.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from tests.benchmarks.device import add_device, now, one_thread, open_device
 from tests.tiny_weights import lively
 from tests.train.pixels import SEED, SLOTS, Networks, encoded_of, triplets_of
 
-WARM_UP_ROUNDS = 1  # the first calls of a kernel choose how it runs
+WARM_UP_ROUNDS = 1  # the first calls of a kernel select its algorithm
 
 
 def measure(rounds: int, device: torch.device) -> tuple[float, float]:
-    """(time of a micro-batch from pixels / from stored arrays, largest difference of the loss with float32 arrays)."""
+    """(time of a micro-batch from pixels / from stored arrays, largest loss difference with float32 arrays)."""
     params = load_params()
     codec_cfg = params.encode.codec
     assert codec_cfg.kind == "patch" and params.encode.backbone.kind == "efficientnet_lite0", "the sample profile's"
@@ -50,7 +50,7 @@ def measure(rounds: int, device: torch.device) -> tuple[float, float]:
         with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
             store = Store(folder)
             image_px = params.materialize.image_px
-            # at a second visit references are drawn afresh online, and the losses rightly differ
+            # on a second visit pixels draw fresh references, so the losses must differ
             steps = -(-(WARM_UP_ROUNDS + rounds) * _micro_batch(params) // params.train.batch)
             rows = steps * params.train.batch
             triplets = triplets_of(
@@ -101,11 +101,11 @@ def _measure(
         opened(encoded["float16"], "encoded") as half,
         opened(encoded["float32"], "pixels") as online,
     ):
-        time.sleep(0.5)  # until all have filled their queues
+        time.sleep(0.5)  # until all queues are full
         for number in range(WARM_UP_ROUNDS + rounds):
             losses = {}
             pairs = [("encoded", half), ("pixels", online)]
-            for name, source in pairs[:: 1 if number % 2 else -1]:  # neither is always the second
+            for name, source in pairs[:: 1 if number % 2 else -1]:  # so that neither is always second
                 start = now(device)
                 losses[name] = _step(network, source, diffusion)
                 if number >= WARM_UP_ROUNDS:
@@ -125,7 +125,7 @@ def _measure(
 
 
 def _micro_batch(params: Params) -> int:
-    """Rows; an even number, so that every slot and stream has as many."""
+    """Random rows, an even number, so that all slots and streams have equally many."""
     return min(8, params.train.micro_batch)
 
 
@@ -137,7 +137,7 @@ def _step(network: ConditionedUNet, source: TrainInput[Any], diffusion: Diffusio
 
 
 def _network(params: Params, networks: Networks) -> ConditionedUNet:
-    """With random weights everywhere: some layers start at zero, and hide what they read."""
+    """Give every layer random weights: some start at zero, which would hide their input."""
     cfg: TrainConfig = params.train
     unet = cfg.unet
     arch = Architecture(

@@ -1,9 +1,9 @@
-"""The box CSV of OpenImages' size through the index: python tests/benchmarks/openimages_csv.py [--rows N] [--quick]
+"""Index a box CSV of OpenImages' size: python tests/benchmarks/openimages_csv.py [--rows N] [--quick]
 
-Generates a file with the 21 columns of the train boxes (14,610,229 rows, 1,743,042 photos unless --rows says else) and
-image-info for its photos, then cuts both by shard as the ingest stage does, in a process of its own. Prints time, rows
-per second, and the peak memory of that process beside what it is with nothing but the imports. Needs 6 GB of disk.
---device cuda moves nothing, and says so.
+Generates a file with the 21 columns of the train boxes (14,610,229 rows, 1,743,042 photos, unless --rows is given) and
+image-info for its photos, then splits both into shards like the ingest stage, in a separate process. Prints time, rows
+per second, and the peak memory of that process, also with nothing but the imports. Needs 6 GB of disk. --device cuda
+changes nothing, and says so.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def generate(folder: Path, rows: int) -> int:
-    """train boxes and image-info below `folder`; returns how many photos."""
+    """Write train boxes and image-info below `folder`; returns the number of photos."""
     photos = max(1, rows * TRAIN_PHOTOS // TRAIN_ROWS)
     rng = np.random.default_rng(0)
     ids = np.unique(rng.integers(0, 2**64 - 1, photos, dtype=np.uint64))
@@ -101,7 +101,7 @@ def generate(folder: Path, rows: int) -> int:
 
 
 class Writer:
-    """A CSV written block by block, as OpenImages writes it: no quotes where none are needed."""
+    """Writes a CSV block by block, like OpenImages: quoted only where needed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,7 +120,7 @@ class Writer:
 
 
 def index(folder: Path, shards: int) -> int:
-    """Cut by shard and write, as pipelines/ingest.py does; shards 0: import only."""
+    """Split into shards and write, like pipelines/ingest.py; shards 0: only import."""
     from pbe.config import load_params
     from pbe.data.download import Downloader
     from pbe.data.files import FileTree

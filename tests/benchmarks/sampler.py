@@ -1,12 +1,12 @@
 """Is sampling here as fast as diffusers' pipeline? python tests/benchmarks/sampler.py [--quick] [--device cuda]
 
-One edit at guidance scale 5 with PNDM, one thread, a UNet small enough for a processor and large enough that a step
-takes more than 50 ms: PaintByExamplePipeline against `sample` with `ConditionedUNet.denoise`, turn by turn, on the same
-UNet, noise and conditions (those that the pipeline prepares). Measured is, on both sides, processor time from one entry
-into the UNet to the next, the median of an edit's steps: network, guidance and scheduler, not the encoding of pictures
-before nor the decoding after, which a pipeline does once per call. With --device cuda all networks are on the first GPU
-and the wall clock is read once the GPU has done its work. The network is then so small that launching kernels is most
-of a step.
+One edit at guidance scale 5 with PNDM, one thread, with a UNet small enough for a processor and large enough that a
+step takes more than 50 ms. PaintByExamplePipeline and `sample` with `ConditionedUNet.denoise` run in turns, on the same
+UNet, noise and conditions (those that the pipeline prepares). On both sides the benchmark measures processor time from
+one call of the UNet to the next, as the median of an edit's steps: network, guidance and scheduler, without encoding
+the pictures and decoding the result, which a pipeline does once per call. With --device cuda all networks are on the
+first GPU, and the wall clock is read after the GPU has finished. The network is so small that launching kernels then
+takes most of a step.
 
 The last line has the median of the pairs' ratios and the largest difference of the final latents; nothing is asserted.
 """
@@ -55,19 +55,21 @@ IMAGE_PX, SCALE = 8 * ARCH.latent_px, 5.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs: below 50 s")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs: less than 50 s")
     add_device(parser)
     args = parser.parse_args()
     device = open_device(args.device)
     try:
         from tests.diffusers_pipeline import conditions_seen, pipeline_of
     except ImportError as error:
-        print(f"skipped: this diffusers has no PaintByExamplePipeline any more ({error})")
+        print(f"skipped: this diffusers no longer has PaintByExamplePipeline ({error})")
         return 0
     one_thread(device)
     torch.manual_seed(0)
     model = replace(paper_model(), network=new_network(ARCH).eval())
-    pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler)).to(device)  # the model's UNet too
+    pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler)).to(
+        device
+    )  # also moves the model's UNet
     rng = np.random.default_rng(0)
     photo, reference = (rng.integers(0, 256, (side, side, 3)).astype(np.uint8) for side in (IMAGE_PX, REFERENCE_PX))
     hole = np.zeros((IMAGE_PX, IMAGE_PX), np.uint8)
@@ -111,7 +113,7 @@ def main() -> int:
         latents = {}
         for run in (ours, theirs) if pair % 2 else (theirs, ours):
             seconds, latents[run] = seconds_per_step(run, steps)
-            if pair:  # the first warms up
+            if pair:  # the first is a warm-up
                 found[run].append(seconds)
         differences.append(float((latents[ours] - latents[theirs]).abs().max()))
     for name, run in (("ours", ours), ("diffusers", theirs)):

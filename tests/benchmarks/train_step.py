@@ -1,8 +1,8 @@
-"""What does a training step cost beside its arithmetic? python tests/benchmarks/train_step.py [--quick] [--device cuda]
+"""What does a training step cost beyond its arithmetic? python tests/benchmarks/train_step.py [--quick] [--device cuda]
 
 One rank, one core, the sample profile's network on 72 rows, so that a step takes over half a second; ZeRO 2, float32.
-With --device cuda on the first GPU, over nccl, by the wall clock once the GPU has done its work; a step is then short,
-and the ratios say more of the processor beside the GPU. In turns, in one process:
+With --device cuda it runs on the first GPU, over nccl, by the wall clock after the GPU has finished. A step is then
+short, and the ratios say more about the processor beside the GPU. In turns, in one process:
 
 ours           a step of `train_worker`: rows from encoded Parquet, loss, backward, the step, guards, a log point
 bare           DeepSpeed alone: the same UNet and optimizer on random tensors of the same shapes, made once
@@ -107,7 +107,7 @@ def unet_step(cfg: TrainConfig, arch: Architecture, device: torch.device) -> Cal
 
 @dataclass
 class Turns:
-    """on_progress of the run: after each of its steps, one of every other kind."""
+    """on_progress of the run: after each step of ours, runs one step of each other kind."""
 
     others: dict[str, Callable[[], None]]
     device: torch.device
@@ -120,7 +120,7 @@ class Turns:
             before = now(self.device)
             run()
             took[name] = now(self.device) - before
-        if point["step"] > 2:  # the first ones allocate
+        if point["step"] > 2:  # the first steps allocate
             for name, value in took.items():
                 self.seconds.setdefault(name, []).append(value)
         self.since = now(self.device)
@@ -142,7 +142,7 @@ def step_times(rounds: int, device: torch.device) -> dict[str, list[float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer turns: below 50 s")
+    parser.add_argument("--quick", action="store_true", help="fewer turns: less than 50 s")
     add_device(parser)
     args = parser.parse_args()
     device = open_device(args.device)

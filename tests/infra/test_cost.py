@@ -1,4 +1,4 @@
-"""infra/cost.py: its laws, and two real ranks against the bytes that it computes."""
+"""infra/cost.py: its properties, and the bytes that two real ranks send against those that it computes."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_a_storage_counts_once_and_while_it_lives() -> None:
         assert live.peak == 4000
         del numbers
         torch.zeros(500).add_(1)
-        assert live.peak == 6000  # the row keeps all of it
+        assert live.peak == 6000  # the row keeps the whole storage
         del row
         torch.zeros(1200)
         assert live.peak == 6000
@@ -58,15 +58,15 @@ def test_one_rank_sends_nothing_and_many_what_deepspeed_reduces() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel what sockets have sent")
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel how many bytes sockets sent")
 def test_two_real_ranks_send_these_bytes(tmp_path: Path) -> None:
     wanted = [Case(1, micro_batches=2), Case(2, "bf16", 2), Case(3, micro_batches=2, bucket=TINY_BUCKET)]
     count, sent = measured(wanted, world=2, tmp=tmp_path)
-    assert sent == pytest.approx([case.reckoned(count, 2) for case in wanted], rel=0.03)
+    assert sent == pytest.approx([case.computed(count, 2) for case in wanted], rel=0.03)
 
 
 def test_your_own_step_and_price(capsys: pytest.CaptureFixture[str]) -> None:
-    """32 rows in 2 s are 16 rows/s: 272,350 steps of 256 rows take 1,210 GPU-hours; at 2 each they cost 2,421."""
+    """32 rows in 2 s are 16 rows/s: 272,350 steps of 256 rows take 1,210 GPU-hours, which cost 2,421 at 2 each."""
     arguments = "--gpus 1 --step-s 2 --step-rows 32 --gpu-hour-price 2 --encode-row-s 0.1"
     assert main(arguments.split()) == 0
     printed = capsys.readouterr().out

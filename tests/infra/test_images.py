@@ -1,4 +1,4 @@
-"""Images and the MLflow stack, offline: what .dockerignore lets in, the compose file, the options of its server."""
+"""Offline tests of the images and the MLflow stack: what .dockerignore lets in, the compose file, server options."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ COMPOSE = INFRA / "mlflow" / "compose.yaml"
 
 
 def _instructions(path: Path, word: str) -> list[str]:
-    """What follows `word` in a Dockerfile, its lines joined."""
+    """The arguments of each `word` instruction in a Dockerfile, with continued lines joined."""
     text = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
     return re.findall(rf"^{word} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
 
@@ -28,7 +28,7 @@ def _copied(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
-def test_dockerfiles_copy_what_is_there_and_run_shell(path: Path) -> None:
+def test_dockerfiles_copy_existing_files_and_run_valid_shell(path: Path) -> None:
     assert set(_copied(path)) <= exclude_paths(str(ROOT), IGNORE)
     for rest in _instructions(path, "RUN"):
         subprocess.run(["sh", "-n"], input=re.sub(r"^(--\S+ )*", "", rest), text=True, check=True)
@@ -62,7 +62,7 @@ def test_nothing_that_is_secret_or_large_reaches_the_docker_daemon(tmp_path: Pat
 
 
 def test_what_the_image_holds_is_enough_to_run_a_stage(tmp_path: Path) -> None:
-    """The tree that COPY makes, without the repository around it."""
+    """Runs in the tree that COPY makes, outside the repository."""
     let_in, sources = exclude_paths(str(ROOT), IGNORE), _copied(DOCKERFILES[0])
     for name in sorted(let_in):
         if (ROOT / name).is_file() and any(name == source or name.startswith(f"{source}/") for source in sources):
@@ -116,6 +116,6 @@ def test_git_ignores_the_filled_file_and_keeps_the_example() -> None:
 @pytest.mark.parametrize("path", sorted(p for p in INFRA.rglob("*") if p.is_file() and "__pycache__" not in p.parts))
 def test_no_file_of_infra_holds_a_credential(path: Path) -> None:
     if path.name == ".env":
-        pytest.skip("yours, and ignored by git")
+        pytest.skip("your own file, which git ignores")
     text = path.read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:$]+:[^@\s$]+@", text)

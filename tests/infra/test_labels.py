@@ -1,4 +1,4 @@
-"""Label recipes: YOLO and VOC files become the boxes that the CSV of the same photos has."""
+"""The label converters: YOLO and VOC files give the same boxes as the CSV of the same photos."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ def _boxes(text: str) -> list[tuple[str, list[float]]]:
 
 def test_yolo_labels_of_coco256_give_the_boxes_of_its_csv() -> None:
     if not COCO256.is_dir():
-        pytest.skip(f"{COCO256} is not there")
+        pytest.skip(f"{COCO256} does not exist")
     got = _boxes(_run("from_yolo.py", str(COCO256 / "object_detection" / "labels" / "val2017")).stdout)
     expected = _boxes((COCO256 / "boxes_openimages_val.csv").read_text())
     assert [image_id for image_id, _ in got] == [image_id for image_id, _ in expected] and len(got) == 898
@@ -36,18 +36,18 @@ def test_yolo_labels_of_coco256_give_the_boxes_of_its_csv() -> None:
 
 def test_yolo_names_polygons_and_a_wrong_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 0.5 0.5 0.5 0.25\n\n0 0.1 0.2 0.9 0.2 0.5 0.8\n")
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")  # labelImg puts it beside the labels
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")  # labelImg writes it beside the labels
     names = tmp_path / "classes.names"
     names.write_text("cat\ndog\n")
     rows = list(csv.reader(io.StringIO(_run("from_yolo.py", str(tmp_path), str(names)).stdout)))
     assert rows[1:] == [["a", "dog", "0.25", "0.75", "0.375", "0.625"], ["a", "cat", "0.1", "0.9", "0.2", "0.8"]]
-    for text in ("names: [cat, dog]\n", "path: x\nnames:\n  0: cat\n  1: dog\n"):  # the data set's own file
+    for text in ("names: [cat, dog]\n", "path: x\nnames:\n  0: cat\n  1: dog\n"):  # the dataset's own file
         (tmp_path / "data.yaml").write_text(text)
         again = _run("from_yolo.py", str(tmp_path), str(tmp_path / "data.yaml")).stdout
         assert list(csv.reader(io.StringIO(again))) == rows
     (tmp_path / "data.yaml").write_text("train: images\n")
     failed = _run("from_yolo.py", str(tmp_path), str(tmp_path / "data.yaml"), check=False)
-    assert failed.returncode == 1 and "data.yaml: no list of class names" in failed.stderr
+    assert failed.returncode == 1 and "data.yaml: `names` is not a list of class names" in failed.stderr
     for line, word in (
         ("0 0.5 0.5 wide 0.25", "wide"),
         ("0 0.5 nan 0.2 0.2", "finite"),

@@ -1,4 +1,4 @@
-"""The cluster recipes of infra/, offline: each file against its tool's own validator, and against what pbe asks for."""
+"""Offline tests of the cluster recipes in infra/: each file against its tool's validator and against what pbe needs."""
 
 import os
 import re
@@ -28,12 +28,12 @@ GROUPS = [CLUSTER["spec"]["headGroupSpec"], *CLUSTER["spec"]["workerGroupSpecs"]
 POOLS = {name: kind for name, kind in LAUNCHER["available_node_types"].items() if name != LAUNCHER["head_node_type"]}
 SLURM = (INFRA / "slurm.sh").read_text()
 
-KUBERNETES = "1.33"  # whose schema pods are checked against
+KUBERNETES = "1.33"  # the version whose schema checks pods
 (RAY,) = re.findall(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 RAY_OPTIONS = {option for parameter in ray_start.params for option in parameter.opts}
 
 
-# -- each file by its tool
+# -- each file against its tool
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_slurm_script_parses() -> None:
     subprocess.run(["bash", "-n"], input=SLURM, text=True, check=True)
 
 
-# -- what no validator sees
+# -- what validators do not check
 
 
 def test_a_job_gets_the_cluster_of_the_other_manifest() -> None:
@@ -87,7 +87,7 @@ def test_ray_start_has_the_options_that_the_recipes_give() -> None:
 
 
 def test_the_object_store_fits_shared_memory_and_that_the_pod() -> None:
-    """/dev/shm is a volume in memory, and counts as the pod's."""
+    """/dev/shm is a volume in memory, and counts as the pod's memory."""
     for group in GROUPS:
         spec = group["template"]["spec"]
         (shm,) = (v["emptyDir"]["sizeLimit"] for v in spec["volumes"] if v.get("emptyDir", {}).get("medium"))
@@ -100,7 +100,7 @@ def test_the_rayjob_runs_a_stage_as_the_bridge_does() -> None:
     assert words[:3] == ["python", "-m", "pipelines"] and words[3] in CLUSTER_STAGES and words[-2] == "--as-job"
     runtime_env = yaml.safe_load(JOB["spec"]["runtimeEnvYAML"])
     assert runtime_env["env_vars"].keys() <= job_env(open_stage("materialize"), "job-1").keys()
-    assert all(isinstance(value, str) for value in runtime_env["env_vars"].values())  # Ray takes nothing else
+    assert all(isinstance(value, str) for value in runtime_env["env_vars"].values())  # Ray accepts nothing else
 
 
 def _bytes(quantity: str) -> float:
@@ -116,13 +116,13 @@ def _pod_resources(group: dict[str, Any]) -> Bundle:
 
 NODES: dict[str, list[Bundle]] = {
     "kuberay": [_pod_resources(group) for group in GROUPS[1:] for _ in range(group["maxReplicas"])],
-    "launcher": [  # Ray finds a node's memory when it starts
+    "launcher": [  # Ray detects a node's memory when it starts
         {"CPU": 0, "GPU": 0, **kind["resources"], "memory": 1e15}
         for kind in POOLS.values()
         for _ in range(kind["max_workers"])
     ],
 }
-AT_ONCE = ("openimages-8gpu", "openimages-mini", "coco")  # whose actors and ranks the pools hold together
+AT_ONCE = ("openimages-8gpu", "openimages-mini", "coco")  # the pools hold all their actors and ranks at once
 
 
 @pytest.mark.parametrize("recipe", NODES)
@@ -140,12 +140,12 @@ def test_the_pools_hold_what_the_profiles_ask_for(recipe: str, name: str) -> Non
         assert fits(ray_resources(demand.each), count, NODES[recipe]), demand
 
 
-# -- the Slurm script, on one pretended node
+# -- the Slurm script, on one simulated node
 
 
 @pytest.fixture
 def allocation(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs slurm.sh on one pretended node: srun runs its command here, `ray symmetric-run` what stands behind --."""
+    """Runs slurm.sh on one simulated node: srun runs its command here, `ray symmetric-run` the command after --."""
     (tmp_path / "dvc.yaml").touch()
     programs = {
         ".venv/bin/ray": 'echo "auth $RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH")"\n'
@@ -172,7 +172,7 @@ def allocation(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             "DVC_CODE": str(dvc),
             "NO_RAY": "" if ray else "1",
         }
-        script = shutil.copy(INFRA / "slurm.sh", tmp_path / "slurm_script")  # slurmd runs a copy elsewhere
+        script = shutil.copy(INFRA / "slurm.sh", tmp_path / "slurm_script")  # slurmd runs a copy in another folder
         return subprocess.run(["bash", script, *arguments], env=variables, capture_output=True, text=True)
 
     return run
@@ -181,19 +181,23 @@ def allocation(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 def test_slurm_runs_dvc_repro_on_the_cluster_of_its_nodes(allocation: Callable, tmp_path: Path) -> None:
     done = allocation("-s", "train@full")
     assert done.returncode == 0, done.stderr
-    assert "auth token 600" in done.stdout and "address none" in done.stdout  # symmetric-run itself starts a cluster
+    assert (
+        "auth token 600" in done.stdout and "address none" in done.stdout
+    )  # symmetric-run must start a cluster, not join one
     assert "ran repro -s train@full at 10.0.0.7:22424" in done.stdout
-    assert [path.name for path in (tmp_path / ".store/slurm/4242424").iterdir()] == ["exit-code"]  # no token stays
+    assert [path.name for path in (tmp_path / ".store/slurm/4242424").iterdir()] == [
+        "exit-code"
+    ]  # the token is deleted
 
 
-@pytest.mark.parametrize(("how", "code", "told"), [({"dvc": 7}, 7, ""), ({"ray": False}, 1, "Ray did not start")])
+@pytest.mark.parametrize(("how", "code", "message"), [({"dvc": 7}, 7, ""), ({"ray": False}, 1, "Ray did not start")])
 def test_slurm_ends_as_dvc_does_and_fails_when_ray_does_not_start(
-    allocation: Callable, how: dict[str, Any], code: int, told: str
+    allocation: Callable, how: dict[str, Any], code: int, message: str
 ) -> None:
     done = allocation("evaluate", **how)
-    assert done.returncode == code and told in done.stderr
+    assert done.returncode == code and message in done.stderr
 
 
-def test_slurm_names_a_folder_that_is_no_checkout(allocation: Callable, tmp_path: Path) -> None:
+def test_slurm_names_a_folder_that_is_not_a_checkout(allocation: Callable, tmp_path: Path) -> None:
     done = allocation(folder=tmp_path / "bin")
-    assert done.returncode == 1 and "is no checkout" in done.stderr
+    assert done.returncode == 1 and "is not a checkout" in done.stderr

@@ -1,4 +1,4 @@
-"""infra/SCALING.md holds what infra/scaling.py and infra/cost.py print."""
+"""infra/SCALING.md contains what infra/scaling.py and infra/cost.py print."""
 
 import subprocess
 import sys

@@ -137,7 +137,7 @@ class Project:
             "shards": 3,
             "max_image_bytes": 20_000,
             "max_reject_frac": 0.5,
-            "download": raw["ingest"]["download"] | download,
+            "download": download,
         }
         raw["ingest"] |= changes
         stage = Stage("ingest", None, Params.model_validate(raw), self.store, self.root)

@@ -215,9 +215,12 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["train.lr"].split(None, 1) == [
         "0.0014",
-        "# AdamW. upstream 1e-5 (fine-tuning); ours trains from scratch",
+        "# AdamW's learning rate. Upstream: 1e-5 (fine-tuning); ours trains from scratch",
     ]
-    assert lines["train.adam_eps"].split(None, 1) == ["1.0e-08", "# (default) upstream (torch default)"]
+    assert lines["train.adam_eps"].split(None, 1) == [
+        "1.0e-08",
+        "# (default) AdamW's epsilon. Upstream (torch's default)",
+    ]
     assert lines["encode.codec"].startswith("{kind: patch, patch_px: 4") and "AutoencoderKL" in lines["encode.codec"]
     assert lines["variants.untrained"] == "{train: {steps: 0}}"
     params_command.main("tiny")

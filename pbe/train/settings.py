@@ -12,7 +12,7 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class KernelsConfig(Settings):
-    """How the same mathematics runs; no part of a run's digest, and no result differs but for rounding."""
+    """How the same mathematics is computed. Results differ by rounding alone, so these are not in a run's digest."""
 
     sdpa: bool = Field(
         True, description="torch's fused attention: no matrix of all pairs of cells. upstream: written out"
@@ -21,7 +21,7 @@ class KernelsConfig(Settings):
         False, description="float32 products with 10 bits of mantissa, on Ampere and newer. upstream: V100, without"
     )
     channels_last: bool = Field(False, description="convolutions on NHWC; helps on GPUs with bf16")
-    compile: bool = Field(False, description="torch.compile of the UNet; left out on CPU")
+    compile: bool = Field(False, description="torch.compile of the UNet; ignored on CPU")
     fused_adamw: bool = Field(True, description="one kernel per AdamW step")
     activation_checkpointing: bool = Field(
         False, description="recompute activations: less memory, a third more time. upstream: true"
@@ -31,22 +31,22 @@ class KernelsConfig(Settings):
 class TrainConfig(Settings):
     input: Literal["encoded", "pixels"] = Field(
         "encoded",
-        description="encoded: as the encode stage stored it | pixels: encoders run at every step, references always "
+        description="encoded: what the encode stage stored | pixels: encoders run at every step, references are always "
         "fresh (paper)",
     )
     init: Weights  # or: random, sd
     resume_from: Annotated[str, Field(pattern=r"^[a-z0-9_]+-[0-9a-f]+(@[0-9]+)?$")] | None = Field(
         None,
-        description="null | a run of the storage, RUN or RUN@STEP: resumes from its checkpoint, under changed settings",
+        description="null | a run in the storage, RUN or RUN@STEP: resume from its checkpoint with changed settings",
     )
     seed: Seed | None = Field(
         None,
-        description="of first weights, order and noise of training. null: the seed above, which also draws the data",
+        description="for initial weights, order and noise of training. null: the seed above, which also draws the data",
     )
     steps: Int = Field(ge=0)  # 0: the untrained model
     batch: PositiveInt
     streams: PositiveInt = Field(
-        2, description="fixed sequences of rows; workers must divide them, they must divide batch. Ours"
+        2, description="fixed sequences of rows; a multiple of workers, and a divisor of batch. Ours"
     )
     workers: PositiveInt
     per_worker: ActorResources
@@ -64,7 +64,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16_autocast", "bf16", "bf16_pure"]
     objective: Objective
     min_snr_gamma: Annotated[Float, Field(gt=0)] | None = Field(
-        None, description="bound of the loss weight by signal to noise, e.g. 5; null: none, as upstream"
+        None, description="cap of the loss weight by signal-to-noise ratio, e.g. 5; null: no weight, as upstream"
     )
     beta_schedule: BetaSchedule
     bezier_prob: Prob
@@ -72,11 +72,11 @@ class TrainConfig(Settings):
     context_dropout_prob: Prob
     reference_augmentation: bool
     checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt = Field(2, description="newest complete ones kept. Ours")
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest to keep. Ours")
     log_every: PositiveInt = Field(10, description="steps per point of the loss curve. Ours")
     validate_every: PositiveInt
-    validation_rows: PositiveInt = Field(64, description="fixed rows, timesteps and noise of the validation loss. Ours")
-    grid_rows: Int = Field(6, ge=0, le=64, description="fixed edits shown in MLflow; 0: none. Ours")
+    validation_rows: PositiveInt = Field(64, description="rows of the validation loss, with fixed noise. Ours")
+    grid_rows: Int = Field(6, ge=0, le=64, description="fixed rows whose edits MLflow shows; 0: none. Ours")
     max_failures: Int = Field(2, ge=0, description="restarts of the worker group after a lost worker. Ours")
     kernels: KernelsConfig = KernelsConfig()
     unet: UNetConfig = UNetConfig()
@@ -94,11 +94,11 @@ class TrainConfig(Settings):
                 f"{self.batch // self.workers}"
             )
         if self.per_worker.gpus not in (0, 1):
-            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank drives one GPU at most")
+            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank uses at most one GPU")
         if self.precision == "bf16_pure" and self.zero_stage == 0:
-            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed has it nowhere else")
+            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed does not support it at 0")
         if self.kernels.compile and self.zero_stage == 3:
-            raise ValueError("kernels.compile does not go with zero_stage 3, which gathers weights as modules run")
+            raise ValueError("kernels.compile does not work with zero_stage 3, which gathers weights as modules run")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of the frozen networks (the encode stage) and of the trained one's shape."""
+"""Settings of the frozen networks (the encode stage) and of the trained network's architecture."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pbe.settings import ActorResources, Dtype, Int, PositiveInt, Settings, Weights
 
-Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained: pbe/model/precision.py
+Precision = Literal["fp32", "tf32", "bf16"]  # of inference: pbe/model/precision.py
 Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
 BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]  # from pip packages
 
@@ -27,7 +27,7 @@ class PatchCodecConfig(Settings):
 
 
 class PretrainedCodecConfig(Settings):
-    """AutoencoderKL as Stable Diffusion has it, or the codec of a model folder."""
+    """Stable Diffusion's AutoencoderKL, or the codec of a model folder."""
 
     kind: Literal["pretrained"]
     weights: Weights
@@ -55,13 +55,13 @@ class EncodeConfig(Settings):
     )
     precision: Precision = Field(
         "fp32",
-        description="of the frozen networks on a GPU: fp32 as upstream | tf32 | bf16, of AutoencoderKL and CLIP alone",
+        description="of the frozen networks on a GPU: fp32, as upstream | tf32 | bf16, for AutoencoderKL and CLIP only",
     )
     dtype: Dtype = Field(
         "float16", description="of the stored arrays. float32: twice the space, to compare with train.input: pixels"
     )
     rows_per_group: PositiveInt = Field(
-        1, description="Parquet row group; row groups are dealt to train.streams, so at least one each. Ours"
+        1, description="per Parquet row group; each of train.streams needs at least one group. Ours"
     )
     batch_rows: PositiveInt = Field(16, description="images per backbone call. Ours")
     actors: PositiveInt
@@ -95,12 +95,13 @@ class UNetConfig(Settings):
 
 
 class ExemplarConfig(Settings):
-    """From the backbone's features to the exemplar token."""
+    """The mapper, from the backbone's features to the exemplar tokens."""
 
     tokens: Tokens = Field(
-        "class", description="which are read. class: the bottleneck (paper) | all: the naive baseline"
+        "class", description="the tokens to read. class: the bottleneck (paper) | all: the naive baseline"
     )
     mapper_width: PositiveInt = Field(
-        256, description="of its blocks; narrower than the backbone: standardised and projected first. Paper: 1024"
+        256,
+        description="width of its blocks; features of another width are standardised and projected first. Paper: 1024",
     )
     mapper_blocks: Int = Field(1, ge=0, le=48, description="transformer blocks. Paper: 5")

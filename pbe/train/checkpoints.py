@@ -116,7 +116,7 @@ class Saver:
         self._pending = step, _Upload(self._run.store, folder, path)
 
     def poll(self) -> None:
-        """Mark the pending checkpoint complete if every rank has finished its upload; does not wait."""
+        """Mark the pending checkpoint complete if every rank has finished its upload; else return."""
         if self._pending is not None and self._ranks.all_true(self._pending[1].done()):
             self.finish()
 

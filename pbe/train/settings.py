@@ -75,7 +75,9 @@ class TrainConfig(Settings):
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest to keep. Ours")
     log_every: PositiveInt = Field(10, description="steps per point of the loss curve. Ours")
     validate_every: PositiveInt
-    validation_rows: PositiveInt = Field(64, description="rows of the validation loss, with fixed noise. Ours")
+    validation_rows: PositiveInt = Field(
+        64, description="rows of the validation loss, at fixed timesteps and noise. Ours"
+    )
     grid_rows: Int = Field(6, ge=0, le=64, description="fixed rows whose edits MLflow shows; 0: none. Ours")
     max_failures: Int = Field(2, ge=0, description="restarts of the worker group after a lost worker. Ours")
     kernels: KernelsConfig = KernelsConfig()

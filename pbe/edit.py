@@ -1,11 +1,12 @@
-"""Editor: the one public door to inference. `pbe edit`, the evaluate stage and your own code all use it.
+"""Editor, the only public entry to inference. `pbe edit`, the evaluate stage and your own code all use it.
 
     editor = Editor.load("models/full")
     edited, other = editor.edit(photo, hole_mask, reference, seed=7, n=2)
 
-Differences from upstream's scripts/inference.py, on purpose: any photo size (the square around the hole is edited and
-pasted back), pixels outside the hole are returned untouched, noise comes from one generator per item so that an item's
-result does not depend on its batch. `UPSTREAM` and `DIFFUSERS` do as those do.
+Deliberate differences from upstream's scripts/inference.py: photos may have any size (the square around the hole is
+edited and pasted back); pixels outside the hole stay unchanged; each item has its own noise generator, so that its
+result does not depend on its batch. The protocols `UPSTREAM` and `DIFFUSERS` reproduce upstream and
+diffusers' pipeline.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from pbe.model.settings import Precision
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_SAMPLING = Sampling()
-CONTEXT_FACTOR = 1.6  # side of the edited square over the hole's longer side, when the photo has room
+CONTEXT_FACTOR = 1.6  # side of the edited square / longer side of the hole, if the photo has room
 BATCH_ROWS = 8  # edits per forward
 PAD_GREY = 128
 
@@ -38,11 +39,11 @@ OnStep = Callable[[], object]
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """What happens around the network."""
+    """How inputs and outputs are processed before and after the network."""
 
-    paste_back: bool = True  # pixels outside the hole stay; False: the whole square is what the codec decodes
-    feather_frac: float = 0.01  # of the square's side: over so much of it, inside the hole's edge, the fill comes in
-    reference_fit: Literal["squash", "pad", "crop"] = "squash"  # to the encoder's square
+    paste_back: bool = True  # keep pixels outside the hole; False: the whole square is decoded
+    feather_frac: float = 0.01  # width of the blend inside the hole's edge / side of the square
+    reference_fit: Literal["squash", "pad", "crop"] = "squash"  # how references become the encoder's square
     masked_latent: Literal["mean", "sample"] = "mean"  # of the codec's posterior
     mask_resize: MaskResize = "bilinear"  # to latent cells
 
@@ -54,7 +55,7 @@ DIFFUSERS = EditProtocol(paste_back=False, masked_latent="sample", reference_fit
 
 @dataclass(frozen=True)
 class EditTask:
-    """photo (H, W, 3) uint8; hole_mask (H, W), non-zero where the edit goes; reference any (h, w, 3) uint8."""
+    """One edit: photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference, any (h, w, 3) uint8."""
 
     photo: np.ndarray
     hole_mask: np.ndarray
@@ -64,7 +65,7 @@ class EditTask:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The square of a photo that is edited, at the model's size."""
+    """The square of a photo that is edited, resized to the model's size."""
 
     window: Box  # in the photo
     source: np.ndarray  # (S, S, 3) uint8
@@ -72,17 +73,19 @@ class _Cut:
 
 
 class Editor:
+    """Edits photos with one model on one device."""
+
     def __init__(
         self, model: Model, device: torch.device, *, precision: Precision = "fp32", compile_unet: bool = False
     ) -> None:
-        """Takes the model over: its networks move to `device` and to `precision`."""
+        """Takes ownership of the model: its networks are moved to `device` and converted to `precision`."""
         self.card = model.card
         self._device, self._precision = device, precision
         self._network = model.network.to(device).eval()
         self._codec, self._backbone = model.codec.to(device), model.backbone.to(device)
         if precision == "bf16":
             self._codec, self._backbone = self._codec.bfloat16(), self._backbone.bfloat16()
-            for parameter in self._network.parameters():  # not the buffers: features are standardised in float32
+            for parameter in self._network.parameters():  # not buffers: features are standardised in float32
                 parameter.data = parameter.data.bfloat16()
         if compile_unet:
             self._network.unet.compile()
@@ -98,9 +101,9 @@ class Editor:
     ) -> "Editor":
         """Open a model folder, or org/name@revision on the hub.
 
-        device: default "cuda" when there is one, else "cpu". precision: pbe/model/precision.py; upstream's scripts
+        device: "cuda" by default if available, else "cpu". precision: pbe/model/precision.py; upstream's scripts
         compute in float16 by autocast. compile_unet: torch.compile, which takes minutes at the first edit and again
-        when the number of edits per forward or their size changes. Raises ModelError, WeightsError.
+        if the number of edits per forward or their size changes. Raises ModelError, WeightsError.
         """
         parts = ["unet", "vae", "image_encoder", "scheduler"]
         on_hub = not Path(model).exists() and is_on_hub(str(model))
@@ -121,12 +124,14 @@ class Editor:
         protocol: EditProtocol = OURS,
         on_step: OnStep | None = None,
     ) -> list[np.ndarray]:
-        """n edits (H, W, 3) uint8 of one photo; edit k is the one of seed + k, drawn alone or with others.
+        """n edits (H, W, 3) uint8 of one photo. Edit k uses seed + k and is the same for any n.
 
-        As `edit_batch` otherwise.
+        photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference (h, w, 3) uint8. size_px: side at which
+        the network works; None: the model's own. on_step: called after every forward. Raises ValueError for n < 1, and
+        the errors of `edit_batch`.
         """
         if n < 1:
-            raise ValueError(f"n = {n}: at least one edit")
+            raise ValueError(f"n = {n}: must be at least 1")
         return self.edit_batch(
             [EditTask(photo, hole_mask, reference, seed + k) for k in range(n)],
             sampling=sampling,
@@ -147,14 +152,13 @@ class Editor:
         """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
 
         With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
-        None for the model's own. on_step: called after every forward, `sampling.steps` times for every BATCH_ROWS
-        tasks. Raises ValueError for a hole that is empty or the whole photo, or for shapes that do not fit, and
-        SamplerError.
+        None: the model's own. on_step: called after every forward, `sampling.steps` times per BATCH_ROWS tasks. Raises
+        ValueError if a hole is empty or the whole photo or if shapes do not match, and SamplerError.
         """
         side = self.card.image_px if size_px is None else size_px
-        self._refuse_odd_size(side)
+        self._check_size(side)
         for task in tasks:
-            _refuse_misshaped(task)
+            _check_task(task)
         edits = []
         for start in range(0, len(tasks), BATCH_ROWS):
             batch = tasks[start : start + BATCH_ROWS]
@@ -181,9 +185,10 @@ class Editor:
         sampling: Sampling,
         protocol: EditProtocol = OURS,
     ) -> np.ndarray:
-        """A batch at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
+        """Edit crops at the model's own size: sources (B, S, S, 3) uint8, hole_masks (B, S, S) of 0/1, 1 = hole.
 
-        Returns (B, S, S, 3) uint8; pasting back, where the protocol asks for it, has a hard edge.
+        Returns (B, S, S, 3) uint8. With `protocol.paste_back` the hole has a hard edge. Raises ModelError for another
+        size.
         """
         if sources.shape[1:] != (self.card.image_px, self.card.image_px, 3):
             raise ModelError(
@@ -211,7 +216,7 @@ class Editor:
         protocol: EditProtocol,
         on_step: OnStep | None,
     ) -> np.ndarray:
-        """What the codec decodes, (B, S, S, 3) uint8. Waits for the device once, at its end."""
+        """The decoded squares (B, S, S, 3) uint8, before pasting back. Waits for the device once, at its end."""
         with float32_products(tf32=self._precision == "tf32"):
             side = self.card.reference_px
             fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
@@ -244,32 +249,32 @@ class Editor:
             return to_images(self._codec.decode(latent))
 
     def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
-        """(B, *shape): each row from its own seed, drawn on the CPU, so that it is the same on every device."""
+        """Noise (B, *shape), each row from its own seed; drawn on the CPU, so that all devices get the same."""
         rows = [row_rng(seed, purpose).standard_normal(shape, dtype=np.float32) for seed in seeds]
         return to_device(torch.from_numpy(np.stack(rows)), self._device)
 
-    def _refuse_odd_size(self, side_px: int) -> None:
+    def _check_size(self, side_px: int) -> None:
         levels = len(self._network.unet.config.block_out_channels)
         multiple = self._codec.patch_px * 2 ** (levels - 1)
         if side_px < multiple or side_px % multiple:
-            raise ValueError(f"size {side_px} px: this model works at multiples of {multiple} px")
+            raise ValueError(f"size {side_px} px: this model needs a multiple of {multiple} px")
 
 
-def _refuse_misshaped(task: EditTask) -> None:
+def _check_task(task: EditTask) -> None:
     photo, hole_mask = task.photo, task.hole_mask
     for name, picture in (("photo", photo), ("reference", task.reference)):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
             raise ValueError(f"{name} must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
     if hole_mask.shape != photo.shape[:2]:
-        raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: they must match")
+        raise ValueError(f"hole_mask is {hole_mask.shape}, the photo {photo.shape[:2]}: the sizes must match")
     if not hole_mask.any():
         raise ValueError("hole_mask is empty: nothing to edit")
     if hole_mask.all():
-        raise ValueError("hole_mask is the whole photo: nothing is left that the edit could fit to; is it inverted?")
+        raise ValueError("hole_mask covers the whole photo, so there is no context for the edit; is it inverted?")
 
 
 def _cuts(tasks: Sequence[EditTask], side_px: int) -> list[_Cut]:
-    """Several edits of one photo are cut once."""
+    """The cut of each task; tasks that share a photo and a hole share the cut."""
     made: dict[tuple[int, int], _Cut] = {}
     for task in tasks:
         key = id(task.photo), id(task.hole_mask)
@@ -282,7 +287,7 @@ def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int) -> _Cut:
     window = _window(hole_mask)
     rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
     source = images.resize(photo[rows, columns], width_px=side_px, height_px=side_px)
-    # any cover counts: a cell that the model took for known would bring the old content back into the hole
+    # a pixel with any hole in it is hole: if the model saw it as known, hidden content would return
     cover = images.resize((hole_mask[rows, columns] != 0).astype(np.float32), width_px=side_px, height_px=side_px)
     return _Cut(window, source, (cover > 0).astype(np.uint8))
 
@@ -302,9 +307,9 @@ def _pasted(task: EditTask, cut: _Cut, fill: np.ndarray, protocol: EditProtocol)
 
 
 def _feather(fill: np.ndarray, photo: np.ndarray, hole: np.ndarray, feather_px: int) -> None:
-    """Inside the edge of the hole, blend the fill, in place, with the nearest known pixel's colour.
+    """Inside the hole's edge, blend the fill in place with the colour of the nearest known pixel.
 
-    Not with what the hole hides: that must not come back.
+    Never with the hidden pixels, which must not reappear.
     """
     if not feather_px or hole.all():
         return
@@ -317,11 +322,11 @@ def _feather(fill: np.ndarray, photo: np.ndarray, hole: np.ndarray, feather_px: 
 
 
 def _fitted(reference: np.ndarray, side_px: int, fit: Literal["squash", "pad", "crop"]) -> np.ndarray:
-    """(side, side, 3): squashed, as upstream; whole on grey; or its middle, as diffusers' pipeline."""
+    """The reference as (side, side, 3): squashed, as upstream; padded with grey; or centre-cropped, as in diffusers."""
     height_px, width_px = reference.shape[:2]
     if fit == "squash":
         return images.resize(reference, width_px=side_px, height_px=side_px)
-    if fit == "crop":  # cut first: a strip would become enormous
+    if fit == "crop":  # crop first: resizing a whole narrow strip would make it enormous
         side = min(height_px, width_px)
         top, left = (height_px - side) // 2, (width_px - side) // 2
         middle = reference[top : top + side, left : left + side]
@@ -335,7 +340,7 @@ def _fitted(reference: np.ndarray, side_px: int, fit: Literal["squash", "pad", "
 
 
 def _window(hole: np.ndarray) -> Box:
-    """The square around the hole (H, W) that is edited; the whole photo when no square holds the hole."""
+    """The square to edit around the hole (H, W), or the whole photo if no square in it contains the hole."""
     height_px, width_px = hole.shape
     ys, xs = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
     x0, x1, y0, y1 = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[-1]) + 1

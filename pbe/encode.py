@@ -1,6 +1,6 @@
-"""The one encode function: pixels to what the network reads. Used by the encode stage, the editor and online training.
+"""Encodes pixels into the network's inputs, for the encode stage, the editor and training from pixels.
 
-Posterior mean and std are returned, so that training draws a fresh sample at every step.
+It returns posterior mean and std, so that training can draw a new sample at every step.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Posterior:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`. To a GPU it goes through pinned memory: from any other, the copy would first wait for
-    the GPU's queued work."""
+    """Copy a CPU tensor to `device`; to a GPU through pinned memory, because the copy from any other memory would wait
+    for the GPU's queued work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -58,7 +58,7 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def encode_source(codec: Codec, sources: np.ndarray, *, device: torch.device = CPU) -> Posterior:
-    """sources: (B, S, S, 3) uint8."""
+    """The latents' posterior of sources (B, S, S, 3) uint8."""
     return Posterior(*codec.posterior(to_device(to_pixels(sources), device)))
 
 
@@ -73,8 +73,8 @@ def encode_masked(
 ) -> tuple[Posterior, Tensor]:
     """The masked photo's posterior and the keep mask at latent size (B, 1, h, w) in [0, 1].
 
-    sources: (B, S, S, 3) uint8. hole_masks: (B, S, S) of 0/1, 1 = hole. The hole is 0.0 in
-    [-1, 1], mid grey, before encoding (upstream).
+    sources: (B, S, S, 3) uint8. hole_masks: (B, S, S) of 0/1, 1 = hole. As upstream, the hole
+    is set to 0.0 in [-1, 1], mid grey, before encoding.
     """
     keep_px = 1.0 - torch.from_numpy(hole_masks.astype(np.float32))[:, None]
     posterior = Posterior(*codec.posterior(to_device(to_pixels(sources) * keep_px, device)))
@@ -88,7 +88,7 @@ def encode_references(
 ) -> Tensor:
     """(B, R, R, 3) uint8 references to (B, T, width) float32: the class token alone (T = 1), or all, class token first.
 
-    The paper's bottleneck is the class token; all of them are its naive baseline (section 4.1).
+    The class token is the paper's bottleneck; all tokens are its naive baseline (section 4.1).
     """
     pixels = to_device(torch.from_numpy(np.ascontiguousarray(references.transpose(0, 3, 1, 2))), device)
     return backbone(pixels)[:, None] if tokens == "class" else backbone.tokens(pixels)
@@ -109,10 +109,11 @@ def encode_triplets(
     dtype: Dtype = "float16",
     device: torch.device = CPU,
 ) -> pa.Table:
-    """A TRIPLETS table to the `encoded` table with the same rows in the same order.
+    """Encode a TRIPLETS table; the encoded table has the same rows in the same order.
 
-    clean_tokens: cache of draw 0 by reference bytes; many slots share a box, hence its clean reference.
-    Images go through the networks in batches of `batch_rows`. dtype: of the stored arrays.
+    draws: references per row; draw 0 is clean, the others are augmented. clean_tokens: cache of draw 0 by reference
+    bytes, updated here, because slots that share a box share its clean reference. Images go through the networks in
+    batches of `batch_rows`. dtype: of the stored arrays.
     """
 
     def encoded_tokens(references: list[np.ndarray]) -> list[np.ndarray]:
@@ -156,7 +157,7 @@ def encode_triplets(
 def _latent_columns(
     rows: list[dict[str, Any]], codec: Codec, batch_rows: int, device: torch.device
 ) -> dict[str, list[np.ndarray]]:
-    """Posteriors and holes at latent size, by column name of the `encoded` schema."""
+    """Posteriors and hole masks at latent size, by column name of the encoded schema."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in LATENT_COLUMNS}
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows]

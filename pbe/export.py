@@ -1,7 +1,7 @@
-"""`pbe export`: a trained model as a folder to give away, in the hub's layout, with a model card.
+"""`pbe export`: writes a trained model as a folder to publish, in the hub's layout, with a model card.
 
-Weights go through `load_model` and `save_model`, so what is written is whole and safetensors. The card says what is
-known: data digest, settings as dvc.lock has them, metrics of exactly these weights. What is not known is left out.
+Weights go through `load_model` and `save_model`, so the result is complete and in safetensors. The card states what is
+known: data digest, settings from dvc.lock, metrics of exactly these weights. It omits what is not known.
 """
 
 import hashlib
@@ -26,29 +26,29 @@ pipe = diffusers.PaintByExamplePipeline.from_pretrained("this folder")
 
 
 class ExportError(UserError):
-    """There is nothing to export, or no place for it; the message says which."""
+    """There is no such model to export, or the output folder is taken; the message says which."""
 
 
 def export_model(root: Path, name: str, out: Path) -> Model:
-    """Write the model of variant `name` (models/<name> below root), or of the folder `name`, to `out`, new or empty.
+    """Write the model of variant `name` (models/<name> below root) or of folder `name` to `out`, which is new or empty.
 
     Raises ExportError, ModelError.
     """
     source = root / "models" / name if (root / "models" / name).is_dir() else Path(name)
     if not source.is_dir():
         known = sorted(path.name for path in (root / "models").glob("*") if path.is_dir())
-        raise ExportError(f"{name}: no variant and no folder; models/ has: {', '.join(known) or 'none yet'}")
+        raise ExportError(f"{name}: no such variant or folder; models/ has: {', '.join(known) or 'none yet'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out}: is there already; name a new folder")
+        raise ExportError(f"{out}: already exists and is not an empty folder; name a new one")
     model = load_model(source)
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    save_model(beside, model)
-    lines = _card(root, source, model, _file_hashes(beside))
-    (beside / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(temporary, model)
+    lines = _card(root, source, model, _file_hashes(temporary))
+    (temporary / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if out.is_dir():
         out.rmdir()
-    os.replace(beside, out)
+    os.replace(temporary, out)
     return model
 
 
@@ -67,15 +67,15 @@ def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> 
     yield from ("---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "")
     yield f"# Paint by Example{': ' + run['variant'] if run.get('variant') else ''}"
     yield ""
-    yield "Fills the hole of a photo after a reference picture (arXiv 2211.13227). Made by pbe."
-    yield "The licence of these weights is that of the weights and photos they were made from."
+    yield "Fills a hole in a photo with the object of a reference image (arXiv 2211.13227). Made by pbe."
+    yield "These weights have the licence of the weights and photos that they were made from."
     yield from ("", "## Use", "", "```python", "from pbe.edit import Editor", "")
     yield 'edited, = Editor.load("this folder").edit(photo, hole_mask, reference, seed=7)'
     yield from ("```", "")
     if in_diffusers:
         yield OPEN_IN_DIFFUSERS
     else:
-        yield "Opens in pbe alone: PaintByExamplePipeline has no class for its codec, its backbone or its mapper."
+        yield "Opens only in pbe: PaintByExamplePipeline does not support its codec, backbone or mapper."
     yield from ("", "## What it is", "")
     trained = sum(value.numel() for value in network.parameters())
     yield f"- {model.card.image_px} px; UNet and mapper have {trained:,} parameters"
@@ -83,14 +83,14 @@ def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> 
     yield from (f"- {key.replace('_', ' ')}: {value}" for key, value in run.items() if key != "variant")
     made = _made_here(root, source, run)
     if made is None:
-        yield from ("", "Neither its settings nor metrics of it are here.")
+        yield from ("", "Its settings and metrics are not known.")
     else:
         yield from made
     yield from ("", "## Files", "", *(f"- `{name}` sha256 {value}" for name, value in hashes.items()))
 
 
 def _made_here(root: Path, source: Path, run: Mapping[str, Any]) -> list[str] | None:
-    """Settings and metrics of the run in this repository that made exactly this folder; None where there is none."""
+    """Settings and metrics of the run in this repository that made exactly these weights; None if there is none."""
     variant = run.get("variant")
     manifest = root / "data" / "train" / str(variant) / "manifest.json"
     if not manifest.is_file():
@@ -110,7 +110,7 @@ def _made_here(root: Path, source: Path, run: Mapping[str, Any]) -> list[str] | 
 
 
 def _metrics(root: Path, variant: str, manifest: Path) -> list[str]:
-    """Those of this training run."""
+    """Lines with the metrics of the training run of `manifest`, or a line that says there are none."""
     path = root / "data" / "evaluate" / "metrics.json"
     metrics = json.loads(path.read_text()) if path.is_file() else {}
     scored = metrics.get(variant, {"protocol": {}})

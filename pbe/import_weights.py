@@ -1,10 +1,10 @@
-"""`pbe import`: published weights, as a checkpoint of the original code or a folder of the hub, to folders of ours.
+"""`pbe import`: converts published weights, a checkpoint of the original code or a hub folder, to pbe's folders.
 
     Paint by Example, one file      a model folder, as `train` exports it
-    Paint by Example, hub folder    the same folder with safetensors, names and types as this project writes them
+    Paint by Example, hub folder    the same folder, with safetensors, names and types as pbe writes them
     Stable Diffusion 1.x, one file  unet/ and vae/ in diffusers' layout, to start training from
 
-Nothing in a pickle is executed. Weights go in whole or not at all: the folder is written beside and renamed.
+Nothing in a pickle is executed. The import is all or nothing: the folder is written under another name and renamed.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.errors import one_line
 from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
 from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files_of
@@ -32,22 +33,22 @@ from pbe.model.weights import (
     save_model,
 )
 
-# the schedule in the file is float32, or float16 where someone halved it
+# the schedule in the file is float32, or float16 in a half-precision copy
 ALPHAS_TOLERANCE = 1e-3
 _LAYOUT = ("unet", "image_encoder", "vae", "codec", "scheduler", "feature_extractor", "model_index.json", "pbe.json")
 _PARTS = {"unet": "unet", "backbone": "image encoder: backbone", "mapper": "image encoder: mapper", "vae": "vae"}
 
 
 class ImportRefusedError(WeightsError):
-    """The source is not what can be imported, or --out cannot take it; the message says which and why."""
+    """The source cannot be imported, or --out cannot be written; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read. Nothing was missing or unexpected, or there would be an error instead."""
+    """What was imported. Missing or unexpected tensors are an error, so there are none."""
 
     kind: str
-    sha256: dict[str, str]  # by weight file, as named below the source
+    sha256: dict[str, str]  # by weight file, relative to the source
     found: dict[str, int]  # tensors of the source by part: unet, backbone, mapper, vae
     left_out: dict[str, int]  # tensors, or files of a folder, by family
     notes: tuple[str, ...] = field(default=())
@@ -62,7 +63,7 @@ def import_weights(source: Path, out: Path) -> Imported:
 
 
 def table_text(imported: Imported) -> str:
-    """For people: the parts with their counts, what was left out, where it came from."""
+    """The text that `pbe import` prints: tensors by part, what was left out, and the source's hashes."""
     lines = [imported.kind, *imported.notes, "", f"{'part':<42} {'found':>7} {'missing':>8} {'unexpected':>11}"]
     lines += [f"{_PARTS[part]:<42} {count:>7} {0:>8} {0:>11}" for part, count in imported.found.items()]
     if imported.left_out:
@@ -79,8 +80,8 @@ def _import_checkpoint(source: Path, out: Path) -> Imported:
     except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
         if isinstance(error, WeightsError):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ImportRefusedError(f"{source}: its tensors do not fit one another ({reason})") from error
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ImportRefusedError(f"{source}: its tensors do not match each other ({reason})") from error
     if parts.encoder is not None:
         _refuse_schedule(tensors, source)
     sha256 = _sha256(source)
@@ -110,13 +111,13 @@ def _model(parts: LdmParts, sha256: str) -> Model:
 
 
 def _save_stable_diffusion(folder: Path, parts: LdmParts) -> None:
-    """Through diffusers; float32, as everything this project writes."""
+    """Write with diffusers, in float32 like everything that pbe writes."""
     parts.unet.float().save_pretrained(folder / "unet")
     parts.vae.float().save_pretrained(folder / "vae")
 
 
 def _refuse_schedule(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """A checkpoint carries the schedule it was trained with, and sampling with another would be noise."""
+    """Reject a checkpoint trained with another noise schedule: sampling with ours would give noise."""
     got, ours = tensors.get("alphas_cumprod"), alphas_cumprod(scheduler_config("scaled_linear", "eps"))
     if got is not None and not (got.shape == ours.shape and (got.float() - ours).abs().max() < ALPHAS_TOLERANCE):
         raise ImportRefusedError(
@@ -127,7 +128,7 @@ def _refuse_schedule(tensors: Mapping[str, Tensor], source: Path) -> None:
 def _import_folder(source: Path, out: Path) -> Imported:
     if (source / "unet").is_dir() and not (source / "image_encoder").is_dir():
         raise ImportRefusedError(
-            f"{source}: no image_encoder in it, so it is Stable Diffusion or another, not Paint by Example; "
+            f"{source}: no image_encoder in it, so it is not Paint by Example; "
             "Stable Diffusion in diffusers' layout needs no import"
         )
     model = load_model(source)
@@ -138,7 +139,7 @@ def _import_folder(source: Path, out: Path) -> Imported:
         "backbone": len(backbone),
         "mapper": len(model.network.exemplar.state_dict()),
     }
-    # load_model takes from this file what it knows
+    # load_model ignores unknown tensors of this file
     flat = {name.removeprefix("model.").removeprefix("vision_model."): value for name, value in encoder.items()}
     counters = [name for name in flat if name.endswith("position_ids")]
     rest = {name: v for name, v in flat.items() if name not in counters and not name.startswith(MAPPER_PARTS)}
@@ -158,28 +159,28 @@ def _import_folder(source: Path, out: Path) -> Imported:
 
 
 def _refuse_out(out: Path) -> None:
-    """Before any work: the end of a long one is late to learn it."""
+    """Check --out first, before any long work."""
     if out.is_dir() and any(out.iterdir()):
-        raise ImportRefusedError(f"--out {out}: is not empty; name a new folder")
+        raise ImportRefusedError(f"--out {out}: this folder is not empty; name a new one")
     if out.exists() and not out.is_dir():
-        raise ImportRefusedError(f"--out {out}: is a file; name a new folder")
+        raise ImportRefusedError(f"--out {out}: this is a file; name a new folder")
     if not out.absolute().parent.is_dir():
-        raise ImportRefusedError(f"--out {out}: there is no folder {out.parent}")
+        raise ImportRefusedError(f"--out {out}: there is no folder {out.parent}; create it first")
 
 
 def _write(out: Path, save: Callable[[Path], None]) -> None:
-    """`save` into a folder beside, then rename it to `out`; on any error nothing stays."""
+    """Save into a temporary folder next to `out`, then rename it; an error leaves nothing behind."""
     out = out.absolute()
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        beside.mkdir()
-        save(beside)
-        os.replace(beside, out)
-    except SafetensorError as error:  # its word for a full disk
-        raise ImportRefusedError(f"--out {out}: could not be written ({error})") from None
+        temporary.mkdir()
+        save(temporary)
+        os.replace(temporary, out)
+    except SafetensorError as error:  # safetensors raises it on a full disk
+        raise ImportRefusedError(f"--out {out}: cannot be written ({error})") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -100,7 +100,7 @@ def _white_mask(path: Path) -> None:
     [
         (_grey_mask, "mask.png: mostly greys where it is not black"),
         (_transparent_mask, "mask.png: has transparent parts"),
-        (_white_mask, "hole_mask is the whole photo"),
+        (_white_mask, "hole_mask covers the whole photo"),
     ],
 )
 def test_a_mask_that_says_nothing_clear_is_refused(

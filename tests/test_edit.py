@@ -1,4 +1,4 @@
-"""The editor: any photo size, nothing changes outside the hole, nothing hidden comes back, each item by itself."""
+"""The editor: any photo size; nothing changes outside the hole; nothing hidden reappears; items are independent."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ SCHEDULER = scheduler_config("squaredcos_cap_v2", "x0")
 def editor(
     tmp_path_factory: pytest.TempPathFactory, arch: Architecture, codec: PatchCodec, backbone: EfficientNetLite
 ) -> Editor:
-    """A tiny network with random weights, through a model folder; the real backbone."""
+    """An editor with a tiny random network, loaded from a model folder, and the real backbone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         network = new_network(arch)
@@ -78,7 +78,7 @@ def _photo(height_px: int, width_px: int, seed: int = 0) -> np.ndarray:
 
 
 def _hole(height_px: int, width_px: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """1 in x0, y0, x1, y1; by default off the middle."""
+    """A mask that is 1 in the box x0, y0, x1, y1, which is off-centre by default."""
     x0, y0, x1, y1 = box or (width_px // 3, height_px // 4, width_px // 3 + width_px // 4 + 1, height_px // 2 + 1)
     hole_mask = np.zeros((height_px, width_px), np.uint8)
     hole_mask[y0:y1, x0:x1] = 1
@@ -96,13 +96,13 @@ def test_any_photo_keeps_its_size_and_every_pixel_outside_the_hole(size: tuple[i
     assert out.shape == photo.shape and out.dtype == np.uint8
     np.testing.assert_array_equal(out[hole_mask == 0], photo[hole_mask == 0])
     assert (out[hole_mask > 0] != photo[hole_mask > 0]).any(axis=-1).mean() > 0.9
-    np.testing.assert_array_equal(photo, before[0])  # the caller's arrays stay
+    np.testing.assert_array_equal(photo, before[0])  # the caller's arrays are unchanged
     np.testing.assert_array_equal(hole_mask, before[1])
 
 
 @pytest.mark.parametrize("size", [(97, 131), (131, 97), (23, 29), (12, 12)], ids=str)
 def test_what_the_hole_hides_does_not_come_back(size: tuple[int, int], edit: Edit) -> None:
-    """Whatever the hole's edge cuts of a model pixel: the result is the same for any content under the hole."""
+    """The result is the same for any content under the hole, even if its edge cuts through a model pixel."""
     for seed in range(2):
         rng = np.random.default_rng(seed)
         x0, y0 = (int(v) for v in rng.integers(0, (size[1] // 2, size[0] // 2)))
@@ -115,7 +115,7 @@ def test_what_the_hole_hides_does_not_come_back(size: tuple[int, int], edit: Edi
 
 @pytest.mark.parametrize("box", [(10, 150, 290, 151), (150, 10, 151, 290), (150, 150, 151, 151)], ids=str)
 def test_a_hole_of_one_pixels_width_is_edited_too(box: tuple[int, int, int, int], edit: Edit) -> None:
-    """Shrunk to the model's size it covers a twentieth of a pixel."""
+    """At the model's size the hole covers a twentieth of a pixel."""
     photo, hole_mask = _photo(300, 300), _hole(300, 300, box)
     other = np.where(hole_mask[..., None] > 0, np.uint8(255) - photo, photo)
     out = edit(photo, hole_mask)
@@ -125,7 +125,7 @@ def test_a_hole_of_one_pixels_width_is_edited_too(box: tuple[int, int, int, int]
 
 @pytest.mark.parametrize("hole_mask", [np.zeros((20, 30)), np.ones((20, 30))], ids=["empty", "everything"])
 def test_a_hole_of_nothing_or_of_everything_is_refused(hole_mask: np.ndarray, edit: Edit) -> None:
-    with pytest.raises(ValueError, match=r"hole_mask is (empty|the whole photo)"):
+    with pytest.raises(ValueError, match=r"hole_mask (is empty|covers the whole photo)"):
         edit(_photo(20, 30), hole_mask)
 
 
@@ -180,7 +180,7 @@ def test_the_network_works_at_another_size_when_asked(edit: Edit) -> None:
     assert (one != two).any()
     np.testing.assert_array_equal(two[hole_mask == 0], photo[hole_mask == 0])
     for size_px in (0, 12, 33):
-        with pytest.raises(ValueError, match=rf"size {size_px} px: this model works at multiples of 8 px"):
+        with pytest.raises(ValueError, match=rf"size {size_px} px: this model needs a multiple of 8 px"):
             edit(photo, hole_mask, size_px=size_px)
 
 
@@ -196,7 +196,7 @@ def test_the_reference_is_squashed_padded_or_cropped() -> None:
 
 
 def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:
-    """On AutoencoderKL, whose posterior is one; a different sample is a different edit."""
+    """With AutoencoderKL, whose posterior has a width, a different sample is a different edit."""
     editor = Editor(paper_model(), torch.device("cpu"))
     photos = np.stack([_photo(32, 32, seed=k) for k in range(3)])
     holes, references = np.stack([_hole(32, 32)] * 3), [_photo(30, 20, seed=k) for k in range(3)]
@@ -235,7 +235,7 @@ def test_reference_scale_and_steps_matter(edit: Edit) -> None:
 
 
 def test_the_shape_of_the_reference_does_not_matter_to_a_plain_colour(edit: Edit) -> None:
-    """It is squashed to the encoder's size."""
+    """The reference is squashed to the encoder's size."""
     photo, hole_mask = _photo(40, 64), _hole(40, 64)
     wide, tall = (np.full((*shape, 3), (200, 30, 30), np.uint8) for shape in ((10, 300), (224, 224)))
     np.testing.assert_array_equal(edit(photo, hole_mask, wide), edit(photo, hole_mask, tall))
@@ -251,7 +251,7 @@ def test_non_zero_is_the_hole_in_any_type(convert: Callable[[np.ndarray], np.nda
 
 
 def test_an_item_is_the_same_alone_and_in_a_batch(editor: Editor, crops: np.ndarray) -> None:
-    """To one grey level: the sums of a convolution depend on the batch in their last bits."""
+    """Equal to one grey level, because the last bits of a convolution's sums depend on the batch."""
     sources, references = crops[:5], [_photo(30 + 10 * k, 40, seed=20 + k) for k in range(5)]
     hole_masks = np.stack([_hole(SIZE_PX, SIZE_PX, (k, 2, k + 8, 12)) for k in range(5)])
     run = partial(editor.edit_crops, sampling=SAMPLING)
@@ -270,7 +270,7 @@ def test_an_item_is_the_same_alone_and_in_a_batch(editor: Editor, crops: np.ndar
 def test_the_edit_is_the_sampler_with_guidance_between_condition_and_unconditional_vector(
     editor: Editor, codec: PatchCodec, backbone: EfficientNetLite, crops: np.ndarray
 ) -> None:
-    """Built here from its parts, the two predictions by separate calls of the network. At scale 40 most predicted x_0
+    """The edit is rebuilt from its parts, with two calls of the network per step. At scale 40 most predicted x_0
     are far from valid pixels, so that the projection matters."""
     sources, hole_masks, reference = crops[:2], np.stack([_hole(16, 16), _hole(16, 16).T]), _photo(224, 224, seed=4)
     masked, keep = encode_masked(codec, sources, hole_masks)
@@ -335,7 +335,7 @@ def test_edit_k_of_n_is_the_one_of_seed_plus_k_drawn_alone(editor: Editor, edit:
     )  # fmt: skip
     assert len(together) == 4 and len(spent) == STEPS
     assert len({out.tobytes() for out in together}) == 4
-    for k, out in enumerate(together):  # batches of another size may round another way in the last bit
+    for k, out in enumerate(together):  # batches of another size may differ in the last bit
         np.testing.assert_allclose(out.astype(int), edit(photo, hole_mask, seed=7 + k), atol=1)
 
 
@@ -358,8 +358,8 @@ def test_a_sampler_that_cannot_do_what_the_model_predicts_and_no_edit_at_all_are
     ("photo", "hole_mask", "words"),
     [
         (_photo(20, 30), np.zeros((20, 30)), "hole_mask is empty"),
-        (_photo(20, 30), np.ones((30, 20)), r"hole_mask is \(30, 20\), the photo \(20, 30\): they must match"),
-        (_photo(20, 30), np.ones((20, 30, 3)), "they must match"),
+        (_photo(20, 30), np.ones((30, 20)), r"hole_mask is \(30, 20\), the photo \(20, 30\): the sizes must match"),
+        (_photo(20, 30), np.ones((20, 30, 3)), "the sizes must match"),
         (_photo(20, 30)[..., 0], np.ones((20, 30)), r"photo must be \(H, W, 3\) uint8"),
         (_photo(20, 30).astype(np.float32), np.ones((20, 30)), "not .* float32"),
         (np.zeros((20, 30, 4), np.uint8), np.ones((20, 30)), "not .*4"),
@@ -440,5 +440,5 @@ def test_in_bfloat16_every_network_computes_in_it_and_edits_stay_near() -> None:
             photos, holes, [_photo(30, 20)], seeds=[1], sampling=Sampling(3.0, steps=4), protocol=UPSTREAM
         ).astype(float)
         assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert (edits["tf32"] == edits["fp32"]).all()  # on a processor
+    assert (edits["tf32"] == edits["fp32"]).all()  # no TF32 on a CPU
     assert 0 < np.abs(edits["bf16"] - edits["fp32"]).mean() < 4  # of 255

@@ -1,4 +1,4 @@
-"""The one encode function: what the network reads of a triplet, row by row, with the codec and backbone it is given."""
+"""Encoding: the network's inputs for each row of a triplet table, with any codec and backbone."""
 
 import numpy as np
 import pyarrow as pa
@@ -185,13 +185,13 @@ def test_draw_zero_is_the_clean_reference_and_the_others_are_augmented(
     tokens = np.stack([row["exemplar_tokens"] for row in rows])
     np.testing.assert_array_equal(tokens[:2, 0], tokens[2:, 0])  # one box, one clean reference
     assert not np.array_equal(tokens[:2, 0], tokens[[1, 0], 0])
-    assert len({draw.tobytes() for draw in tokens[:, 1:].reshape(8, -1)}) > 4  # rows of one box draw by themselves
+    assert len({draw.tobytes() for draw in tokens[:, 1:].reshape(8, -1)}) > 4  # rows of a box draw independently
 
 
 def test_a_row_does_not_depend_on_the_others_or_on_their_order(
     encoded: pa.Table, crops: np.ndarray, codec: PatchCodec, backbone: EfficientNetLite
 ) -> None:
-    """To the last bits of the backbone's sums, which depend on the batch."""
+    """Equal up to the last bits of the backbone's sums, which depend on the batch."""
     rows = _arrays(encoded)
     for k, row in zip([3, 1], _arrays(_encode(_triplets(crops, [3, 1]), codec, backbone)), strict=True):
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""`pbe export`: the same weights to the last bit, and a card that says what is known and nothing else."""
+"""`pbe export`: the same weights to the last bit, and a card that states only what is known."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def test_every_tensor_is_the_same_and_the_card_says_how_it_was_made(project: Pat
     assert before.keys() == after.keys() and all((before[name] - after[name]).abs().max() == 0 for name in before)
     card = (out / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "pbe"
-    assert "Opens in pbe alone" in card and "lr: 0.25" in card
+    assert "Opens only in pbe" in card and "lr: 0.25" in card
     assert "| box | exemplar | exemplar_gain_x | 0.1235 | 0.1 to 0.2 | 74 |" in card and "steps 20, seeds [42]" in card
     for path in out.rglob("*.safetensors"):
         assert f"`{path.relative_to(out)}` sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in card
@@ -63,7 +63,7 @@ def test_a_model_of_the_papers_parts_says_how_diffusers_opens_it(project: Path, 
     card = (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
     assert "PaintByExamplePipeline.from_pretrained" in card and "moved" in card
-    assert "Neither its settings nor metrics" in card
+    assert "Its settings and metrics are not known" in card
     assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "PaintByExamplePipeline"
 
 
@@ -82,12 +82,12 @@ def test_settings_of_another_model_are_left_out(project: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_exported_is_refused_before_work(project: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="fulll: no variant and no folder; models/ has: tiny"):
+    with pytest.raises(ExportError, match="fulll: no such variant or folder; models/ has: tiny"):
         export_model(project, "fulll", tmp_path / "out")
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match="taken: is there already"):
+    with pytest.raises(ExportError, match="taken: already exists"):
         export_model(project, "tiny", taken)
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
 
@@ -97,4 +97,4 @@ def test_the_command_says_what_opens_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 0
     assert "diffusers and pbe open it" in capsys.readouterr().out
     assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`pbe import`: a checkpoint computes what it computed before; anything else is one line, and nothing is written."""
+"""`pbe import`: an imported checkpoint computes the same; anything else is a one-line error, and nothing is written."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def stable_diffusion() -> dict[str, Tensor]:
 
 @pytest.fixture
 def lightning() -> Iterator[type]:
-    """A class that only the process that wrote the checkpoint knows."""
+    """A class that only the writing process knows."""
     fake = types.ModuleType("pytorch_lightning_like")
 
     class ModelCheckpoint(dict):
@@ -67,7 +67,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> Path:
 
 
 def _same(got: Model, expected: Model, tolerance: float = 0) -> None:
-    """All tensors, and what every part makes of random input."""
+    """All tensors, and every part's output for random input."""
     a, b = state_of(got), state_of(expected)
     assert a.keys() == b.keys()
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) <= tolerance
@@ -149,7 +149,7 @@ def test_an_empty_folder_may_be_the_target(tensors: dict[str, Tensor], tmp_path:
 
 
 def test_another_noise_schedule_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """Cosine, and SD's betas without their square roots."""
+    """Stable Diffusion's betas without their square roots, and a schedule of 500 steps."""
     linear = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000), 0)
     for alphas in (linear, tensors["alphas_cumprod"][:500]):
         _refused(_save({**tensors, "alphas_cumprod": alphas}, tmp_path / "a.ckpt"), tmp_path, "noise schedule")
@@ -194,7 +194,7 @@ def test_stable_diffusion_becomes_unet_and_vae_without_text_encoder_and_ema(
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """As published: pickles, old names in the VAE, no card, a folder of no use here, half precision in the UNet."""
+    """A folder as published: pickles, old names in the VAE, no card, an unused folder, a half-precision UNet."""
     folder = tmp_path / "hub"
     save_model(folder, paper_model())
     (folder / "pbe.json").unlink()
@@ -223,7 +223,7 @@ def test_a_hub_folder_with_pickles_becomes_one_with_safetensors(hub: Path, tmp_p
     files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not any(name.endswith(".bin") for name in files) and "model.safetensors" in files
     _same(load_model(tmp_path / "out"), load_model(hub))
-    _same(load_model(tmp_path / "out"), paper_model(), tolerance=1e-3)  # the UNet was halved
+    _same(load_model(tmp_path / "out"), paper_model(), tolerance=1e-3)  # the UNet was in half precision
     expected = paper_model()
     assert imported.found == {
         "unet": len(expected.network.unet.state_dict()),
@@ -260,7 +260,7 @@ def test_stable_diffusions_folder_is_told_from_paint_by_examples(tmp_path: Path)
 
 
 def _refused(source: Path, tmp_path: Path, *words: str, out: str = "refused") -> None:
-    """One line that names the source, and nothing new on disk."""
+    """The import fails with one line that names the source, and writes nothing."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
         import_weights(source, tmp_path / out)
@@ -270,14 +270,14 @@ def _refused(source: Path, tmp_path: Path, *words: str, out: str = "refused") ->
 
 
 def test_a_partial_file_is_refused_and_leaves_nothing(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """tests/model/test_ldm.py has every kind of it."""
+    """tests/model/test_ldm.py covers every kind."""
     some = {name: value for name, value in tensors.items() if name != "learnable_vector"}
     _refused(_save(some, tmp_path / "a.ckpt"), tmp_path, "missing 1 such as uncond_vector")
     _refused(_save({**tensors, "more": torch.zeros(1)}, tmp_path / "b.ckpt"), tmp_path, "unexpected 1 such as more")
     whole = _save(tensors, tmp_path / "c.ckpt").read_bytes()
     (tmp_path / "c.ckpt").write_bytes(whole[: len(whole) // 2])
-    _refused(tmp_path / "c.ckpt", tmp_path, "not a whole weight file")
-    _refused(tmp_path / "nothing.ckpt", tmp_path, "not a whole weight file")
+    _refused(tmp_path / "c.ckpt", tmp_path, "damaged or incomplete weight file")
+    _refused(tmp_path / "nothing.ckpt", tmp_path, "damaged or incomplete weight file")
 
 
 def test_tensors_that_are_no_layers_at_all_are_one_line(tensors: dict[str, Tensor], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ SCHEDULERS = {"pndm": PNDMScheduler, "ddim": DDIMScheduler}
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """With noise on what starts at zero in the mapper and the VAE as well."""
+    """A model whose zero-initialised weights, also in mapper and VAE, have noise added."""
     model = paper_model()
     lively(model.network.exemplar, 5)
     lively(vae_of(model), 6)
@@ -58,7 +58,7 @@ def _pil(pictures: np.ndarray) -> list[Image.Image]:
 
 
 def _condition(model: Model, sources: np.ndarray, holes: np.ndarray, references: np.ndarray, scale: float) -> Condition:
-    """references: (B, R, R, 3) uint8, as the encoder takes them."""
+    """references: (B, R, R, 3) uint8, at the encoder's size."""
     masked, _ = encode_masked(model.codec, sources, holes)
     generator = torch.Generator().manual_seed(POSTERIOR_SEED)
     drawn = masked.mean + masked.std * torch.randn(masked.mean.shape, generator=generator)
@@ -115,7 +115,7 @@ def test_conditions_latents_and_pictures_are_those_of_diffusers(
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_the_editor_fills_holes_as_diffusers_does(sampler: SamplerName, model: Model) -> None:
-    """Where both mean the same: the posterior a point, holes of whole cells, references of the encoder's size."""
+    """Inputs on which both agree: a posterior without width, holes of whole cells, references of the encoder's size."""
     vae = copy.deepcopy(vae_of(model))
     with torch.no_grad():
         vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30  # the log variance

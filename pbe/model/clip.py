@@ -1,8 +1,8 @@
-"""CLIP's vision transformer as exemplar backbone: the paper's (ViT-L/14), by transformers.
+"""CLIP's vision transformer, from transformers, as exemplar backbone. The paper uses ViT-L/14.
 
-Upstream: ldm/modules/encoders/modules.py `FrozenCLIPImageEmbedder`. Files name the network's parts in three ways
-(`vision_model.*`; flat since transformers 5.6; either of them below `model.` in Paint by Example's image encoder); all
-are read.
+Upstream: ldm/modules/encoders/modules.py `FrozenCLIPImageEmbedder`. Files spell tensor names in three ways, and all
+are read: `vision_model.*`; flat, since transformers 5.6; and either of these below `model.`, in Paint by Example's
+image encoder.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,15 @@ from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_f
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]; upstream open-images.py, OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
-STEMS = ("model", "pytorch_model")  # of its weight files
+STEMS = ("model", "pytorch_model")  # of the weight files
 _PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the misspelling is CLIP's
 
 
 class ClipBackbone(nn.Module):
-    """In eval mode, no gradients. float32; after `bfloat16()` it computes in that and still returns float32. `digest`
-    names the weights."""
+    """A CLIP vision model in eval mode, without gradients.
+
+    Computes in float32, or in bfloat16 after `bfloat16()`; always returns float32. `digest` identifies the weights.
+    """
 
     name = "clip"
     pixel_mean: Tensor
@@ -50,7 +52,7 @@ class ClipBackbone(nn.Module):
 
     @property
     def token_count(self) -> int:
-        """Class token and patches: 257 for ViT-L/14."""
+        """The class token and the patches: 257 for ViT-L/14."""
         return 1 + (self.config.image_size // self.config.patch_size) ** 2
 
     def train(self, mode: bool = True) -> "ClipBackbone":
@@ -81,7 +83,7 @@ class ClipBackbone(nn.Module):
 
 
 def load_clip(folder: Path) -> ClipBackbone:
-    """From a CLIP model (its vision part), a CLIP vision model, or the image_encoder of a Paint by Example folder.
+    """Load a CLIP model (its vision part), a CLIP vision model, or the image_encoder of a Paint by Example folder.
 
     Raises WeightsError.
     """
@@ -92,9 +94,9 @@ def load_clip(folder: Path) -> ClipBackbone:
 
 
 def vision_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
-    """The vision part of a CLIP config. Raises WeightsError for another family.
+    """The vision part of a CLIP config. Raises WeightsError for any other model.
 
-    An image encoder that diffusers saves again has its own values at the top, and a `vision_config` of defaults.
+    An image encoder that diffusers has saved again has its values at the top level, and defaults in `vision_config`.
     """
     inner = raw if "hidden_size" in raw else raw.get("vision_config", raw)
     if raw.get("model_type", "clip_vision_model") not in ("clip", "clip_vision_model"):
@@ -102,18 +104,18 @@ def vision_config(raw: Mapping[str, Any], where: str) -> CLIPVisionConfig:
     known = set(CLIPVisionConfig().to_dict()) - {"architectures", "model_type", "torch_dtype", "dtype"}
     missing = [key for key in ("hidden_size", "num_hidden_layers", "patch_size") if key not in inner]
     if missing:
-        raise WeightsError(f"{where}: not a CLIP vision config, it lacks {', '.join(missing)}")
+        raise WeightsError(f"{where}: not a CLIP vision config: missing {', '.join(missing)}")
     return CLIPVisionConfig(**{key: value for key, value in inner.items() if key in known})
 
 
 def new_clip(config: CLIPVisionConfig) -> CLIPVisionModel:
-    """Random weights; sdpa attention."""
+    """A network with random weights and sdpa attention."""
     config._attn_implementation = "sdpa"
     return CLIPVisionModel(config)
 
 
 def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's vision part under flat names, from any of the three spellings; everything else is left out."""
+    """The tensors of CLIP's vision part, float32, under flat names, from any of the three spellings."""
     out = {}
     for name, value in tensors.items():
         flat = name.removeprefix("model.").removeprefix("vision_model.")
@@ -123,7 +125,7 @@ def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_clip_tensors(network: CLIPVisionModel, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Flat names into this transformers' own. Raises WeightsError."""
+    """Load tensors with flat names, whatever names the installed transformers uses. Raises WeightsError."""
     nested = any(name.startswith("vision_model.") for name in network.state_dict())
     load_strictly(
         network, {f"vision_model.{name}" if nested else name: value for name, value in tensors.items()}, where

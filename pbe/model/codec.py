@@ -1,8 +1,8 @@
-"""Pixels to latents and back: what a codec is, and the sample profile's. Stable Diffusion's is in vae.py.
+"""Codecs, pixels to latents and back: the protocol, and the sample profile's codec. Stable Diffusion's is in vae.py.
 
-The sample profile's codec is closed-form: PCA of p x p x 3 patches, fitted on training crops, with one global scale
-that gives latents unit rms. It stands where the paper has Stable Diffusion's AutoencoderKL, which cannot be
-trained in minutes. Deviation from the paper, named in the report.
+The sample profile's codec has a closed form: PCA of p x p x 3 patches, fitted on training crops, with one global scale
+that gives latents unit rms. It replaces the paper's AutoencoderKL (Stable Diffusion), which cannot be trained in
+minutes. The report lists this deviation.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,21 +20,21 @@ CODEC_FILE = "codec/codec.safetensors"  # the patch codec's, in a model folder
 
 
 class Codec(Protocol):
-    """Frozen. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), about unit rms."""
+    """A frozen codec. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), about unit rms."""
 
     @property
     def patch_px(self) -> int:
-        """p, pixels per latent cell and side."""
+        """p, the side of a latent cell in pixels."""
         ...
 
     @property
     def channels(self) -> int:
-        """C."""
+        """C, the channels of a latent."""
         ...
 
     @property
     def project(self) -> Callable[[Tensor], Tensor] | None:
-        """Latents to the latents of valid pixels; None where the decoder gives valid pixels anyway."""
+        """Maps latents to latents of valid pixels; None if the decoder always gives valid pixels."""
         ...
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class CodecError(UserError, ValueError):
 
 
 class PatchCodec(nn.Module):
-    """Orthonormal linear codec. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), unit rms."""
+    """An orthonormal linear codec. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, C, S/p, S/p), unit rms."""
 
     mean: Tensor  # (3 p p,)
     basis: Tensor  # (C, 3 p p), orthonormal rows
@@ -78,7 +78,7 @@ class PatchCodec(nn.Module):
         return self.basis.shape[0]
 
     def bfloat16(self) -> "PatchCodec":
-        return self  # one small matrix product
+        return self  # one small matrix product gains nothing
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent's posterior; this codec is deterministic, so std is 0."""
@@ -102,19 +102,19 @@ def codec_bytes(codec: PatchCodec) -> bytes:
 
 
 def codec_from_bytes(data: bytes, where: str) -> PatchCodec:
-    """Inverse of codec_bytes. Raises CodecError naming `where` for anything else."""
+    """Inverse of codec_bytes. Raises CodecError, which names `where`, if the data is damaged."""
     try:
         tensors = load(data)
         return PatchCodec(tensors["mean"], tensors["basis"], tensors["rms"])
     except (SafetensorError, KeyError) as error:
-        raise CodecError(f"{where}: not a whole codec ({error}); delete it, and what wrote it makes it again") from None
+        raise CodecError(f"{where}: damaged codec ({error}); delete it and repeat the stage that wrote it") from None
 
 
 def fit_patch_codec(crops: Iterable[np.ndarray], *, patch_px: int, channels: int) -> tuple[PatchCodec, float]:
-    """Fit on (S, S, 3) uint8 crops; also returns the share of variance that the kept components explain.
+    """Fit a codec on (S, S, 3) uint8 crops; also returns the fraction of variance that its components explain.
 
-    Moments are summed in integers, so the result does not depend on the order of the crops.
-    Each component's sign is fixed by its largest entry. Raises ValueError without crops.
+    Moments are summed in integers, so the result does not depend on the order of the crops. Each component's largest
+    entry is positive, which fixes its sign. Raises ValueError without crops.
     """
     dims = 3 * patch_px**2
     count = 0

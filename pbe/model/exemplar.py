@@ -1,11 +1,11 @@
-"""The exemplar condition: features of a frozen backbone to context tokens, with a learned unconditional vector.
+"""The exemplar mapper: features of a frozen backbone to context tokens, with a learned unconditional vector.
 
     (B, T, width)  ->  N blocks: x + attn(LN x), then x + mlp(LN x)  ->  LayerNorm  ->  Linear to context_width
 
 Source: paper section 3.3 (bottleneck: T = 1, the class token alone); upstream ldm/modules/encoders/modules.py, xf.py.
-Parameter names are those of diffusers' `PaintByExampleImageEncoder` but for its `model.*`, the backbone. The paper:
-width 1024, 5 blocks, 1 head, context 768. With one token a block is a deep MLP: softmax over one key is 1, so its
-queries and keys have no gradient but zero (upstream issue 14).
+Parameter names are those of diffusers' `PaintByExampleImageEncoder` without its `model.*`, the backbone. The paper:
+width 1024, 5 blocks, 1 head, context 768. With one token a block is a deep MLP: softmax over one key is 1, so the
+gradients of queries and keys are zero (upstream issue 14).
 """
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class StandardisedProjection(nn.Module):
-    """Features to zero mean and unit variance over training references, then a linear map to the mapper's width.
+    """Standardises features over training references, then maps them linearly to the mapper's width.
 
-    Ours, for backbones wider than the mapper (sample profile). CLIP's class token comes after a LayerNorm and the
-    paper's mapper is as wide as it, so there is none there.
+    Ours, for backbones wider than the mapper (sample profile). The paper needs none: CLIP's class token comes out of a
+    LayerNorm, and the mapper has its width.
     """
 
     feature_mean: Tensor
@@ -30,17 +30,17 @@ class StandardisedProjection(nn.Module):
         self.linear = nn.Linear(width_in, width_out)
 
     def set_statistics(self, tokens: Tensor) -> None:
-        """tokens: (N, width_in) of training references. The std is floored at 0.05."""
+        """Take mean and std from tokens (N, width_in) of training references. The std is at least 0.05."""
         self.feature_mean.copy_(tokens.mean(0))
         self.feature_std.copy_(tokens.std(0, correction=min(1, len(tokens) - 1)).clamp_min(0.05))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        standardised = (tokens - self.feature_mean) / self.feature_std  # float32 buffers, also in a bfloat16 network
+        standardised = (tokens - self.feature_mean) / self.feature_std  # buffers stay float32 in a bfloat16 network
         return self.linear(standardised.to(self.linear.weight.dtype))
 
 
 class Mapper(nn.Module):
-    """Holds the blocks under diffusers' name, `mapper.blocks`."""
+    """A stack of transformer blocks, under diffusers' name `mapper.blocks`."""
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Mapper(nn.Module):
 
 
 class ExemplarMapper(nn.Module):
-    """Trainable part of the condition: (B, T, backbone_width) tokens to (B, T, context_width)."""
+    """The trainable part of the condition: tokens (B, T, backbone_width) to (B, T, context_width)."""
 
     def __init__(self, *, backbone_width: int, mapper_width: int, mapper_blocks: int, context_width: int) -> None:
         super().__init__()
@@ -68,14 +68,15 @@ class ExemplarMapper(nn.Module):
         self.uncond_vector = nn.Parameter(torch.randn(1, 1, context_width))
 
     def set_statistics(self, tokens: Tensor) -> None:
-        """Standardise by training references, tokens (N, backbone_width); nothing to do for a mapper of that width."""
+        """Standardise by tokens (N, backbone_width) of training references; no effect without a projection."""
         if self.projection is not None:
             self.projection.set_statistics(tokens)
 
     def forward(self, tokens: Tensor, drop_condition: Tensor) -> Tensor:
-        """drop_condition: (B,) bool, True replaces all the row's tokens by the unconditional vector.
+        """Tokens (B, T, backbone_width) to context (B, T, context_width).
 
-        Deviation: upstream drops whole batches; per row keeps every parameter in every graph.
+        drop_condition: (B,) bool; True replaces all tokens of a row by the unconditional vector. Deviation: upstream
+        drops whole batches; dropping rows keeps every parameter in every graph.
         """
         if self.projection is not None:
             tokens = self.projection(tokens)

@@ -1,9 +1,10 @@
-"""Weights named in params.yaml or on the command line: a folder here, or a model on the Hugging Face hub.
+"""Finds weights named in params.yaml or on the command line: a local folder, or a model on the Hugging Face hub.
 
     /models/sd-v1-4                               a folder; relative to the repository
-    CompVis/stable-diffusion-v1-4@133a221b...     the hub, at a revision; downloaded once, to the hub's own cache
+    CompVis/stable-diffusion-v1-4@133a221b...     the hub, at a revision; downloaded once, to the hub's cache
 
-A revision must be given: a name alone would be other weights next year. Nothing is downloaded at import or in a loop.
+A revision is required, because a name alone may mean other weights next year. Nothing is downloaded
+at import or in a loop.
 """
 
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from pbe.errors import one_line
 from pbe.model.tensors import WeightsError
 from pbe.places import repo_root
 
-# what the paper starts from
+# the paper's initial weights
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"
 OTHER_PRECISION = ("*.fp16.*", "*.non_ema.*")
-PARTS = ("unet", "vae", "image_encoder", "text_encoder", "safety_checker")  # of diffusers' layout, those with weights
+PARTS = ("unet", "vae", "image_encoder", "text_encoder", "safety_checker")  # diffusers' parts that have weights
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
@@ -28,34 +30,34 @@ def is_on_hub(name: str) -> bool:
 
 
 def weights_folder(name: str, *, parts: Sequence[str]) -> Path:
-    """The folder of the named weights. parts: its subfolders that may hold what is needed, "" the folder itself; of a
-    hub model only they are downloaded. Raises WeightsError."""
+    """The local folder of the named weights, downloaded from the hub if necessary.
+
+    parts: the subfolders needed, "" for the folder itself; only these are downloaded. Raises WeightsError.
+    """
     folder = _folder(name)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise WeightsError(f"{name}: is a file; `pbe import {name} --out FOLDER` makes a folder of it")
+        raise WeightsError(f"{name}: this is a file; convert it with `pbe import {name} --out FOLDER`")
     found = _HUB.fullmatch(name)
     if found is None:
-        raise WeightsError(
-            f"{name}: no such folder ({folder}), and no name on the hub either, which is written org/name@revision"
-        )
+        raise WeightsError(f"{name}: no such folder ({folder}); a model on the hub is written org/name@revision")
     try:
         return _download(found["repo"], found["revision"], parts)
     except RepositoryNotFoundError:
-        raise WeightsError(f"{name}: the hub has no such model, or does not show it without a login") from None
+        raise WeightsError(f"{name}: the hub has no such model, or requires a login for it") from None
     except (HfHubHTTPError, OSError) as error:
         raise WeightsError(
-            f"{name}: not in the hub's cache and not to be had now ({' '.join(str(error).split())[:200]}); name a "
-            "folder instead, or try again with a network"
+            f"{name}: not in the hub's cache, and cannot be downloaded now ({one_line(error, 200)}); connect to the "
+            "network and try again, or name a folder"
         ) from None
 
 
 def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
-    """Safetensors, or pickles where a part has none of them: a model usually has both, and others in half precision."""
+    """Download safetensors, or pickles if a part has none: a model often has both, and copies in half precision."""
     for suffix in (".safetensors", ".bin"):
         wanted = ["*.json", *(f"{part}/*{suffix}".removeprefix("/") for part in parts)]
-        # a pattern's * reaches into subfolders, so those that are not wanted are named
+        # `*` also matches across subfolders, so exclude the unwanted ones
         unwanted = [*OTHER_PRECISION, *(f"{part}/*" for part in PARTS if part not in parts)]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
         there = [folder / part for part in parts if (folder / part / "config.json").is_file()]
@@ -65,7 +67,7 @@ def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
 
 
 def part_folder(folder: Path, part: str) -> Path:
-    """`folder/part` of a whole model's folder, or the folder itself where it is that part."""
+    """`folder/part` in the folder of a whole model; otherwise the folder itself, which is that part."""
     return folder / part if (folder / part / "config.json").is_file() else folder
 
 

@@ -1,7 +1,7 @@
-"""First weights of training: Stable Diffusion's UNet (the paper), or a whole Paint by Example model (fine-tuning).
+"""Initial weights of training: Stable Diffusion's UNet (the paper), or a whole Paint by Example model (fine-tuning).
 
-Stable Diffusion's first convolution has 4 input channels; the five new ones (masked latent, keep mask) start at zero,
-so that the network computes at first what it did (upstream scripts/modify_checkpoints.py). The mapper then starts
+Stable Diffusion's first convolution has 4 input channels. The five new ones (masked latent, keep mask) start at zero,
+so that the network's output is unchanged at first (upstream scripts/modify_checkpoints.py). The mapper then starts
 random.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from pbe.errors import one_line
 from pbe.model.clip import STEMS
 from pbe.model.tensors import WeightsError, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet, widened
@@ -21,7 +22,7 @@ from pbe.model.weight_store import stored_folder
 from pbe.model.weights import MAPPER_PARTS
 from pbe.store import Store
 
-# the keys of params.yaml that set them; what else a UNet config holds is as diffusers has it
+# keys of params.yaml that set a UNet's config; its other values are diffusers' defaults
 _SETTINGS = {
     "block_out_channels": "train.unet.block_channels",
     "down_block_types": "train.unet.attention",
@@ -37,52 +38,52 @@ _MAY_DIFFER = {"in_channels", "sample_size", "projection_class_embeddings_input_
 
 
 def load_stored(network: ConditionedUNet, store: Store, paths: tuple[str, str | None]) -> None:
-    """`load_initial` from the storage paths of a UNet and of an image encoder. Raises WeightsError."""
+    """`load_initial` from the storage paths of a UNet and an image encoder. Raises WeightsError."""
     unet, encoder = paths
     with stored_folder(store, unet) as at, stored_folder(store, encoder) if encoder else nullcontext() as encoder_at:
         load_initial(network, at, encoder_at)
 
 
 def load_initial(network: ConditionedUNet, unet: Path, image_encoder: Path | None) -> None:
-    """Fill `network` from a `unet` folder and, where there is one, the `image_encoder` folder beside it.
+    """Load a `unet` folder and, unless it is None, an `image_encoder` folder into `network`.
 
-    The sizes must be those of the network, and what no size shows (heads, norm groups) too. Raises WeightsError.
+    Raises WeightsError if sizes, attention heads or norm groups differ from those of the network.
     """
     config = _full_config(read_json(unet / "config.json"), unet)
-    _refuse_other_sizes(config, network.unet.config, unet)
+    _check_sizes(config, network.unet.config, unet)
     tensors = {name: value.float() for name, value in read_folder(unet, STEM).items()}
     given, wanted = config["in_channels"], network.unet.config.in_channels
     if image_encoder is None:
         if given != config["out_channels"]:
             raise WeightsError(
-                f"{unet}: {given} input channels and no image_encoder beside it: neither Stable Diffusion, which has "
-                f"{config['out_channels']}, nor Paint by Example. The inpainting model of Stable Diffusion orders its "
-                "channels otherwise and marks the hole with 1"
+                f"{unet}: {given} input channels and no image_encoder next to it: neither Stable Diffusion, which has "
+                f"{config['out_channels']}, nor Paint by Example. Stable Diffusion's inpainting model does not fit: it "
+                "orders its channels differently and marks the hole with 1"
             )
         tensors["conv_in.weight"] = widened(tensors["conv_in.weight"], wanted)
     load_strictly(network.unet, tensors, str(unet))
     if image_encoder is not None:
         encoder = read_folder(image_encoder, *STEMS)
         mapper = {name: value.float() for name, value in encoder.items() if name.startswith(MAPPER_PARTS)}
-        load_strictly(network.exemplar, mapper, f"{image_encoder} (train.exemplar must have its sizes)")
+        load_strictly(network.exemplar, mapper, f"{image_encoder} (train.exemplar must match its sizes)")
 
 
 def _full_config(raw: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
-    """With diffusers' defaults for what a file leaves out, which old ones do."""
+    """A UNet's config, completed by diffusers' defaults, because old files omit keys."""
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(dict(raw)).config
     except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{where}: not the config of a UNet ({' '.join(str(error).split())[:200]})") from None
+        raise WeightsError(f"{where}: not a UNet's config ({one_line(error, 200)})") from None
 
 
-def _refuse_other_sizes(given: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
+def _check_sizes(given: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
     for key in sorted(set(ours) - _MAY_DIFFER):
         theirs = given.get(key)
         if key.startswith("_") or _plain(theirs) == _plain(ours[key]):
             continue
-        setting = f"; set {_SETTINGS[key]} accordingly" if key in _SETTINGS else ", which this project's UNet has not"
-        raise WeightsError(f"{where}: its {key} is {theirs}, here it is {ours[key]}{setting}")
+        setting = f"; set {_SETTINGS[key]} accordingly" if key in _SETTINGS else ", and pbe supports no other value"
+        raise WeightsError(f"{where}: {key} is {theirs}, but {ours[key]} here{setting}")
 
 
 def _plain(value: Any) -> Any:

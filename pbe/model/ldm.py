@@ -1,14 +1,14 @@
-"""Checkpoints of the original code (LDM's names, one file) to this project's parts: Paint by Example, and Stable
-Diffusion 1.x without its text encoder.
+"""Converts checkpoints of the original code (one file, LDM's names) to this project's parts: Paint by Example, and
+Stable Diffusion 1.x without its text encoder.
 
     model.diffusion_model.*                                       the UNet, renamed by diffusers
     first_stage_model.*                                           AutoencoderKL, renamed by diffusers
     cond_stage_model.transformer.*                                CLIP: vision in Paint by Example, text in SD
     cond_stage_model.{mapper,final_ln}.*, proj_out.*, learnable_vector      the exemplar mapper
 
-Sizes are read off the tensors' shapes. What shapes cannot tell is SD 1.x's (CompVis v1-inference.yaml, upstream
+Sizes follow from the tensors' shapes. What shapes do not show is taken from SD 1.x (CompVis v1-inference.yaml, upstream
 configs/v1.yaml): 8 heads, 32 norm groups, 512 px, latents scaled by 0.18215. Every tensor is either used or belongs to
-a family that is known to be of no use here; all others, and any that is missing or of another shape, are an error.
+a family known to be unused here; any other, and any that is missing or has another shape, is an error.
 """
 
 import math
@@ -48,7 +48,7 @@ _MAPPER_LAYERS = {
 _EXEMPLAR = ("cond_stage_model.mapper.", "cond_stage_model.final_ln.", "proj_out.", "learnable_vector")
 _LEFT_OUT = {
     "model_ema.* (running mean of the UNet)": re.compile(r"model_ema\."),
-    "first_stage_model.loss.* (what trained the VAE)": re.compile(r"first_stage_model\.loss\."),
+    "first_stage_model.loss.* (training loss of the VAE)": re.compile(r"first_stage_model\.loss\."),
     "position_ids (a counter in CLIP)": re.compile(r"cond_stage_model\.transformer\..*\bposition_ids$"),
     "noise schedule (betas, alphas_cumprod ...)": re.compile(
         r"(betas|logvar|scale_factor|lvlb_weights|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod(_prev)?"
@@ -58,7 +58,7 @@ _LEFT_OUT = {
 _TEXT = re.compile(
     r"cond_stage_model\.(transformer\.(text_model|embeddings|encoder|final_layer_norm)\.|(logit_scale|text_projection)$)"
 )
-# what else people have in such files, told by how a name begins
+# other models found in such files, recognised by a name prefix
 _OTHERS = {
     "lora_": "a LoRA: changes to a model, not a model",
     "conditioner.": "Stable Diffusion XL; this project builds on 1.x",
@@ -75,20 +75,20 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class LdmParts:
-    """unet and vae keep the file's dtype and its mapped memory; the rest is float32."""
+    """The parts of a checkpoint. unet and vae keep the file's dtype and mapped memory; the rest is float32."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     encoder: tuple[ExemplarMapper, CLIPVisionModel] | None  # None: Stable Diffusion
-    found: dict[str, int]  # tensors of the file, by part
-    left_out: dict[str, int]  # by family; with `found`, all there are
+    found: dict[str, int]  # number of tensors, by part
+    left_out: dict[str, int]  # number of unused tensors, by family
     notes: tuple[str, ...]
 
 
 def ldm_parts(tensors: Mapping[str, Tensor], where: str) -> LdmParts:
-    """Paint by Example or Stable Diffusion 1.x from the tensors of a checkpoint, by LDM's names.
+    """The parts of Paint by Example or Stable Diffusion 1.x, from a checkpoint's tensors under LDM's names.
 
-    Raises WeightsError, which names `where`, for another model, and for any tensor missing, unknown or misshapen.
+    Raises WeightsError, which names `where`, for any other model and for any missing, unknown or misshapen tensor.
     """
     exemplar = any(name.startswith((*_EXEMPLAR, f"{CLIP}vision_model.")) for name in tensors)
     _refuse_others(tensors, exemplar, where)
@@ -97,7 +97,7 @@ def ldm_parts(tensors: Mapping[str, Tensor], where: str) -> LdmParts:
     notes = []
     if not exemplar and tensors[FIRST_CONVOLUTION].shape[1] == 9:
         parts["unet"][FIRST_CONVOLUTION] = tensors[FIRST_CONVOLUTION][:, :4].contiguous()
-        notes.append("its UNet has 9 channels of which 5 are zero: Stable Diffusion as upstream widened it, cut to 4")
+        notes.append("5 of the UNet's 9 input channels are zero: Stable Diffusion as widened by upstream; reduced to 4")
     unet = _unet(parts["unet"], where)
     vae = _vae(parts["vae"], where)
     encoder = None
@@ -119,7 +119,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], exemplar: bool, where: str) ->
         raise WeightsError(f"{where}: this is {_OTHERS['lora_']}")
     if not any(name.startswith(UNET) for name in tensors):
         raise WeightsError(
-            f"{where}: neither Paint by Example nor Stable Diffusion 1.x: no {UNET}* in it; its names are such as "
+            f"{where}: neither Paint by Example nor Stable Diffusion 1.x: no {UNET}* in it, but names such as "
             f"{some_names(tensors)}"
         )
     if any(name.startswith(UNET) and name.endswith(".proj_in.weight") and t.ndim == 2 for name, t in tensors.items()):
@@ -131,16 +131,16 @@ def _refuse_others(tensors: Mapping[str, Tensor], exemplar: bool, where: str) ->
     if channels == 9:
         raise WeightsError(
             f"{where}: this is an inpainting model of Stable Diffusion, not Paint by Example: no exemplar encoder "
-            "(learnable_vector, cond_stage_model.mapper.*), and such a UNet takes latent, mask, masked latent with 1 = "
-            "hole, where Paint by Example takes latent, masked latent, mask with 1 = known; start from Stable Diffusion"
+            "(learnable_vector, cond_stage_model.mapper.*), and its UNet takes latent, mask (1 = hole), masked latent, "
+            "while Paint by Example takes latent, masked latent, mask (1 = known); start from Stable Diffusion"
         )
-    raise WeightsError(f"{where}: a UNet of {channels} input channels; Stable Diffusion 1.x has 4")
+    raise WeightsError(f"{where}: a UNet with {channels} input channels; Stable Diffusion 1.x has 4")
 
 
 def _by_part(
     tensors: Mapping[str, Tensor], exemplar: bool, where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
-    """Every tensor into its part, or counted in a family that is left out. Raises WeightsError for any other."""
+    """Tensors by part, and the number of unused ones by family. Raises WeightsError for any other tensor."""
     parts: dict[str, dict[str, Tensor]] = {"unet": {}, "backbone": {}, "mapper": {}, "vae": {}}
     left_out: dict[str, int] = {}
     families = _LEFT_OUT if exemplar else _LEFT_OUT | {"text encoder": _TEXT}
@@ -160,7 +160,9 @@ def _by_part(
         else:
             unknown.append(name)
     if unknown:
-        raise WeightsError(f"{where}: unexpected {len(unknown)} such as {some_names(unknown)}: of no model known here")
+        raise WeightsError(
+            f"{where}: unexpected {len(unknown)} such as {some_names(unknown)}: from a model unknown to this project"
+        )
     return parts, left_out
 
 
@@ -168,12 +170,12 @@ def _refuse_mismatch(unet: UNet2DConditionModel, vae: AutoencoderKL, exemplar: E
     latent = vae.config.latent_channels
     if (unet.config.in_channels, unet.config.out_channels) != (2 * latent + 1, latent):
         raise WeightsError(
-            f"{where}: a UNet of {unet.config.in_channels} channels in and {unet.config.out_channels} out; Paint by "
-            f"Example on latents of {latent} has {2 * latent + 1} in, {latent} out"
+            f"{where}: the UNet has {unet.config.in_channels} channels in, {unet.config.out_channels} out; Paint by "
+            f"Example with {latent} latent channels has {2 * latent + 1} in, {latent} out"
         )
     if unet.config.cross_attention_dim != exemplar.proj_out.out_features:
         raise WeightsError(
-            f"{where}: the UNet takes tokens of {unet.config.cross_attention_dim}, proj_out makes "
+            f"{where}: the UNet takes tokens of width {unet.config.cross_attention_dim}, proj_out makes width "
             f"{exemplar.proj_out.out_features}"
         )
 
@@ -183,7 +185,7 @@ def _refuse_mismatch(unet: UNet2DConditionModel, vae: AutoencoderKL, exemplar: E
 
 def _unet(tensors: dict[str, Tensor], where: str) -> UNet2DConditionModel:
     config = unet_config(tensors, where)
-    with torch.device("meta"):  # no memory and no random numbers: it gets the file's own tensors
+    with torch.device("meta"):  # costs no memory and no random numbers; the file's tensors replace its own
         unet = UNet2DConditionModel(**config)
     return _filled(unet, tensors, _renamed(convert_ldm_unet_checkpoint, tensors, config, where), f"{where}: UNet")
 
@@ -198,14 +200,14 @@ def _vae(tensors: dict[str, Tensor], where: str) -> AutoencoderKL:
 def _renamed(convert: Any, tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:
     try:
         renamed = convert(tensors, config)
-    except KeyError as error:  # diffusers takes some biases for granted
+    except KeyError as error:  # diffusers assumes some biases exist
         raise WeightsError(f"{where}: missing {error.args[0]}; the file is incomplete") from None
     return {name: value for name, value in renamed.items() if value is not None}
 
 
 def _filled(module: Any, source: dict[str, Tensor], renamed: dict[str, Tensor], where: str) -> Any:
-    """The module with the file's tensors as its own, not copies of them."""
-    # diffusers drops names that it does not know; what it took has kept its address
+    """The module with the file's tensors as parameters, without copying."""
+    # diffusers drops unknown names; the tensors that it used keep their addresses
     taken = {value.data_ptr() for value in renamed.values()}
     dropped = {name: value for name, value in source.items() if value.data_ptr() not in taken}
     check_fit(module.state_dict(), renamed | dropped, where)
@@ -214,16 +216,17 @@ def _filled(module: Any, source: dict[str, Tensor], renamed: dict[str, Tensor], 
 
 
 def unet_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """diffusers' config of a UNet by LDM's names, from its shapes. Raises WeightsError."""
+    """diffusers' config of a UNet, from the shapes of its tensors under LDM's names. Raises WeightsError."""
     blocks = sorted(_numbers(tensors, rf"{re.escape(UNET)}input_blocks\.(\d+)\."))
-    levels: list[list[int]] = [[]]  # of blocks; block 0 is the first convolution, and a convolution ends each level
+    # blocks by level; block 0 is the first convolution, and a convolution ends each level
+    levels: list[list[int]] = [[]]
     for block in blocks[1:]:
         if f"{UNET}input_blocks.{block}.0.op.weight" in tensors:
             levels.append([])
         else:
             levels[-1].append(block)
     if not all(levels):
-        raise WeightsError(f"{where}: the UNet's input_blocks are incomplete: {len(blocks)} of them are there")
+        raise WeightsError(f"{where}: the UNet's input_blocks are incomplete: {len(blocks)} found")
 
     def channels(block: int) -> int:
         return _get(tensors, f"{UNET}input_blocks.{block}.0.out_layers.3.weight", where).shape[0]
@@ -247,13 +250,13 @@ def unet_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 
 def vae_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """diffusers' config of an AutoencoderKL by LDM's names, from its shapes. Raises WeightsError."""
+    """diffusers' config of an AutoencoderKL, from the shapes of its tensors under LDM's names. Raises WeightsError."""
     levels = len(_numbers(tensors, rf"{re.escape(VAE)}encoder\.down\.(\d+)\."))
     widths = tuple(
         _get(tensors, f"{VAE}encoder.down.{level}.block.0.conv1.weight", where).shape[0] for level in range(levels)
     )
     if not widths:
-        raise WeightsError(f"{where}: no VAE in it ({VAE}encoder.down.0.*); a whole checkpoint is needed")
+        raise WeightsError(f"{where}: no VAE in it ({VAE}encoder.down.0.*); use a whole checkpoint")
     _refuse_width("VAE", widths, where)
     return {
         "sample_size": IMAGE_PX,
@@ -271,7 +274,7 @@ def vae_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 def _refuse_width(what: str, widths: tuple[int, ...], where: str) -> None:
     if any(width % NORM_GROUPS for width in widths):
-        raise WeightsError(f"{where}: {what} levels of {widths} channels; LDM's are multiples of {NORM_GROUPS}")
+        raise WeightsError(f"{where}: {what} levels have {widths} channels; they must be multiples of {NORM_GROUPS}")
 
 
 # -- the exemplar encoder --------------------------------------------------------------------------------------------

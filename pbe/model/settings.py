@@ -1,4 +1,4 @@
-"""Settings of the frozen networks (the encode stage) and of the trained one's shape."""
+"""Settings of the frozen networks (the encode stage) and of the trained network's architecture."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pbe.settings import ActorResources, Dtype, Int, PositiveInt, Settings, Weights
 
-Precision = Literal["fp32", "tf32", "bf16"]  # of networks that are not trained: pbe/model/precision.py
+Precision = Literal["fp32", "tf32", "bf16"]  # of inference: pbe/model/precision.py
 Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
 BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]  # from pip packages
 
@@ -27,7 +27,7 @@ class PatchCodecConfig(Settings):
 
 
 class PretrainedCodecConfig(Settings):
-    """AutoencoderKL as Stable Diffusion has it, or the codec of a model folder."""
+    """Stable Diffusion's AutoencoderKL, or the codec of a model folder."""
 
     kind: Literal["pretrained"]
     weights: Weights
@@ -96,7 +96,7 @@ class UNetConfig(Settings):
 
 
 class ExemplarConfig(Settings):
-    """From the backbone's features to the exemplar token."""
+    """The mapper, from the backbone's features to the exemplar tokens."""
 
     tokens: Tokens = Field(
         "class", description="tokens that the network reads. class: the bottleneck (paper) | all: the naive baseline"

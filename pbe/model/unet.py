@@ -1,8 +1,8 @@
 """The denoiser: diffusers' UNet2DConditionModel on [noisy latent, masked latent, keep mask], with the exemplar mapper.
 
-Channel order and polarity are upstream's (ldm/models/diffusion/ddpm.py): noisy latent first, then the masked photo's
-latent, then the keep mask with 1 = known. SD-inpainting differs in both.
-Deviation of the sample profile: a class embedding feeds the same token to the time embedding as well.
+Channel order and mask polarity are upstream's (ldm/models/diffusion/ddpm.py): noisy latent, masked photo's latent, keep
+mask with 1 = known. Stable Diffusion's inpainting model differs in both.
+Deviation of the sample profile: a class embedding also feeds the token to the time embedding.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from pbe.model.settings import ExemplarConfig, UNetConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network with random weights is built from. The paper's values: infra/profiles/openimages.yaml."""
+    """The sizes and settings that define a network. The paper's values: infra/profiles/openimages.yaml."""
 
     latent_channels: int
     latent_px: int
@@ -33,7 +33,7 @@ class Architecture:
 def architecture_of(
     unet: UNetConfig, exemplar: ExemplarConfig, *, image_px: int, encoded: Mapping[str, Any]
 ) -> Architecture:
-    """What params.yaml and the encode manifest's config say together."""
+    """The architecture that params.yaml and the encode manifest's config define."""
     codec = encoded["codec"]
     return Architecture(
         latent_channels=int(codec["channels"]),
@@ -45,7 +45,10 @@ def architecture_of(
 
 
 class ConditionedUNet(nn.Module):
-    """unet: 2 C + 1 channels in, C out, as wide in its cross-attention as the mapper's context."""
+    """The UNet and the exemplar mapper.
+
+    unet: 2 C + 1 channels in, C out; its cross-attention has the width of the mapper's context.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, exemplar: ExemplarMapper) -> None:
         super().__init__()
@@ -56,16 +59,18 @@ class ConditionedUNet(nn.Module):
         self._autocast = False
 
     def use_kernels(self, *, sdpa: bool, channels_last: bool, activation_checkpointing: bool) -> None:
-        """How the UNet computes, not what: the results differ by rounding alone."""
+        """Choose how the UNet computes; results differ by rounding alone."""
         self.unet.set_attn_processor(AttnProcessor2_0() if sdpa else AttnProcessor())
-        if channels_last:  # of the activations: DeepSpeed lays the weights out itself
+        if channels_last:  # activations only: DeepSpeed lays out the weights
             self._memory_format = torch.channels_last
         if activation_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
     def use_autocast(self) -> None:
-        """Compute `forward` in bfloat16 by autocast. Inside the network, as on a GPU DeepSpeed's engine turns off an
-        autocast that is around it."""
+        """Compute `forward` in bfloat16 by autocast.
+
+        Autocast is inside the network, because on a GPU DeepSpeed's engine turns off one around it.
+        """
         self._autocast = True
 
     @property
@@ -82,9 +87,9 @@ class ConditionedUNet(nn.Module):
         exemplar_tokens: Tensor,
         drop_condition: Tensor,
     ) -> Tensor:
-        """Latents (B, C, h, w), keep mask (B, 1, h, w) in [0, 1], tokens (B, T, width), drop (B,) bool.
+        """The prediction (B, C, h, w); the objective defines what is predicted.
 
-        Returns the prediction (B, C, h, w); the objective says of what.
+        Latents (B, C, h, w), keep mask (B, 1, h, w) in [0, 1], tokens (B, T, width), drop_condition (B,) bool.
         """
         device = noisy_latent.device.type
         with torch.autocast(device, torch.bfloat16) if self._autocast else nullcontext():
@@ -105,7 +110,7 @@ class ConditionedUNet(nn.Module):
         keep_mask_latent: Tensor,
         context: Tensor,
     ) -> Tensor:
-        """As forward, with the context (B, T, context_width) at hand: sampling needs it once, not at every step."""
+        """`forward` with a given context (B, T, context_width), which sampling computes once for all steps."""
         channels = torch.cat([noisy_latent, masked_latent, keep_mask_latent], dim=1)
         channels = channels.contiguous(memory_format=self._memory_format)
         labels = context[:, 0] if self._class_embedding else None
@@ -113,7 +118,7 @@ class ConditionedUNet(nn.Module):
 
 
 def new_network(arch: Architecture) -> ConditionedUNet:
-    """Random weights, from torch's generator."""
+    """A network with random weights from torch's global generator."""
     cfg = arch.unet
     unet = UNet2DConditionModel(
         sample_size=arch.latent_px,
@@ -140,8 +145,10 @@ def new_network(arch: Architecture) -> ConditionedUNet:
 
 
 def widened(weight: Tensor, in_channels: int) -> Tensor:
-    """A first convolution (out, C, k, k) for `in_channels`: the new ones zero, so that it computes what it did whatever
-    they see (upstream scripts/modify_checkpoints.py)."""
+    """The weight (out, C, k, k) of a first convolution, extended to `in_channels` by zeros.
+
+    The output stays the same for any input in the new channels (upstream scripts/modify_checkpoints.py).
+    """
     out = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
     out[:, : weight.shape[1]] = weight
     return out

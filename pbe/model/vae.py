@@ -1,4 +1,4 @@
-"""Stable Diffusion's image codec, diffusers' AutoencoderKL, frozen. The paper's; 8 px per cell, 4 channels."""
+"""Stable Diffusion's frozen image codec, diffusers' AutoencoderKL, as in the paper: 8 px per cell, 4 channels."""
 
 from pathlib import Path
 
@@ -12,12 +12,13 @@ STEM = "diffusion_pytorch_model"
 
 
 class KlCodec(nn.Module):
-    """Pixels (B, 3, S, S) float in [-1, 1]; latents (B, 4, S/8, S/8), scaled to about unit rms (0.18215 for SD 1.x).
+    """An AutoencoderKL as codec. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, 4, S/8, S/8) of about unit rms.
 
-    Takes and returns float32, also after `bfloat16()`, when it computes in bfloat16. `digest` names the weights.
+    Latents are scaled by the VAE's factor, 0.18215 for SD 1.x. Takes and returns float32, and computes in
+    bfloat16 after `bfloat16()`. `digest` identifies the weights.
     """
 
-    project = None  # nothing to hold to: the decoder's range is that of images
+    project = None  # not needed: the decoder's output is in the range of images
 
     def __init__(self, vae: AutoencoderKL, *, digest: str) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class KlCodec(nn.Module):
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latent's posterior, scaled (upstream draws from it at every step)."""
+        """Scaled mean and standard deviation of the latent's posterior (upstream samples it at every step)."""
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
         return distribution.mean.float() * scale, distribution.std.float() * scale
@@ -49,14 +50,14 @@ class KlCodec(nn.Module):
 
 
 def load_vae(folder: Path) -> KlCodec:
-    """From a `vae` folder of the hub layout. Raises WeightsError."""
+    """Load the `vae` folder of a model in the hub's layout. Raises WeightsError."""
     vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
     load_strictly(vae, vae_tensors(read_folder(folder, STEM)), str(folder))
     return KlCodec(vae, digest=folder_digest(folder, STEM))
 
 
 def vae_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under today's names: before diffusers 0.15 the middle attention was query, key, value and proj_attn."""
+    """The tensors under today's names. Before diffusers 0.15 the middle attention had query, key, value, proj_attn."""
     new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     out = {}
     for name, value in tensors.items():

@@ -1,7 +1,7 @@
-"""The frozen networks of a run: kept in the storage by their content, opened again from what the encode manifest says.
+"""Stores the frozen networks of a run by content, and opens them as the encode manifest says.
 
-Where `params.yaml` names weights, the encode stage copies them to `<storage>/parts/weights/<part>-<sha256>` once. From
-then on every worker, and whoever continues the run next year, reads those, whatever became of the name.
+If `params.yaml` names weights, the encode stage copies them once to `<storage>/parts/weights/<part>-<sha256>`. From
+then on every worker reads the copy, even if the original changes or disappears.
 """
 
 import json
@@ -18,25 +18,27 @@ from pbe.model.tensors import folder_digest, weight_files_of
 from pbe.model.vae import load_vae
 from pbe.store import Store
 
-Entry = Mapping[str, Any]  # of the encode manifest's config: "kind", and "path" below the storage root
+Entry = Mapping[str, Any]  # in the encode manifest's config: "kind", and "path" below the storage root
 
 
 def store_weights(store: Store, folder: Path, part: str, *stems: str) -> str:
-    """Copy config.json and the weight files of `folder` to the storage; returns their path there. A folder that is
-    there already is left alone. stems: of the weight files, the first that is there counts. Raises WeightsError."""
+    """Copy config.json and the weight files of `folder` to the storage, unless it has them; returns the path there.
+
+    stems: names of the weight files; the first that exists is used. Raises WeightsError.
+    """
     path = f"parts/weights/{part}-{folder_digest(folder, *stems)}"
     if not store.exists(f"{path}/record.json"):
         files = [folder / "config.json", *weight_files_of(folder, *stems)]
         for file in files:
             store.copy_file_in(file, f"{path}/{file.name}")
-        # last: what is half copied must not look complete
+        # written last, so that an interrupted copy does not look complete
         store.write_bytes(f"{path}/record.json", json.dumps({"files": [file.name for file in files]}).encode())
     return path
 
 
 @contextmanager
 def stored_folder(store: Store, path: str) -> Iterator[Path]:
-    """The folder of `store_weights` as a local one: itself, or for a remote storage a copy until the block ends."""
+    """A local folder with the contents of a stored one: the folder itself, or for a remote storage a temporary copy."""
     if store.is_local:
         yield Path(store.path(path))
         return
@@ -46,7 +48,7 @@ def stored_folder(store: Store, path: str) -> Iterator[Path]:
 
 
 def open_codec(store: Store, entry: Entry) -> Codec:
-    """Raises CodecError, StoreError or WeightsError."""
+    """Open the codec of an encode manifest. Raises CodecError, StoreError or WeightsError."""
     path = str(entry["path"])
     if entry["kind"] == "patch":
         return codec_from_bytes(store.read_bytes(path), store.full_uri(path))
@@ -55,7 +57,7 @@ def open_codec(store: Store, entry: Entry) -> Codec:
 
 
 def open_backbone(store: Store, entry: Entry) -> Backbone:
-    """Raises BackboneError, StoreError or WeightsError."""
+    """Open the backbone of an encode manifest. Raises BackboneError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
         with stored_folder(store, str(entry["path"])) as folder:
             return load_clip(folder)

@@ -1,13 +1,13 @@
-"""A model folder, in the layout of diffusers' Paint by Example pipeline: what `train` exports and `Editor.load` opens.
+"""Model folders, in the layout of diffusers' Paint by Example pipeline. `train` exports them, `Editor.load` opens them.
 
-    pbe.json                                     what the layout has no place for; a published folder lacks it
-    model_index.json                             diffusers' index, where all parts are its own (CLIP and AutoencoderKL)
+    pbe.json                                     values without a place in the layout; a published folder lacks it
+    model_index.json                             diffusers' index, if diffusers has all parts (CLIP, AutoencoderKL)
     unet/config.json, diffusion_pytorch_model.safetensors
-    image_encoder/config.json, model.safetensors the exemplar mapper, and CLIP's vision part where that is the backbone
+    image_encoder/config.json, model.safetensors the exemplar mapper, and CLIP's vision part if it is the backbone
     vae/...  or  codec/codec.safetensors         AutoencoderKL, or the patch codec of the sample profile
     scheduler/scheduler_config.json, feature_extractor/preprocessor_config.json
 
-Weights are written as float32 safetensors, never as a pickle. CLIP's part is named `model.vision_model.*`, which
+Weights are written as float32 safetensors, never as a pickle. CLIP's tensors are named `model.vision_model.*`, which
 transformers 4 and 5 both read.
 """
 
@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 from pbe.model.backbone import Backbone, load_backbone
 from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
 from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
@@ -37,19 +37,19 @@ REFERENCE_PAD_PX = 10  # upstream open-images.py
 
 
 class ModelError(UserError, ValueError):
-    """A model folder is missing, incomplete or does not fit; the message says what."""
+    """A model folder is missing or incomplete, or its parts do not match; the message says what."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What using the model needs besides its parts."""
+    """What a model needs for inference besides its networks."""
 
     image_px: int
     reference_px: int
     reference_pad_px: int
-    tokens: Tokens  # what the mapper reads of the backbone
-    scheduler: dict[str, Any]  # diffusers' config: betas, what the network predicts, spacing of the timesteps
-    run: dict[str, Any]  # variant, digest, steps, data digest; empty for foreign weights
+    tokens: Tokens  # the backbone's tokens that the mapper reads
+    scheduler: dict[str, Any]  # diffusers' config: betas, prediction type, spacing of the timesteps
+    run: dict[str, Any]  # variant, digest, steps, data digest; empty for imported weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Model:
 
 
 def save_model(folder: Path, model: Model) -> None:
-    """Write the folder; tensors are copied to contiguous float32 on the CPU."""
+    """Write a model folder. Tensors are copied to contiguous float32 on the CPU."""
     unet = model.network.unet
     _write_json(folder / "unet" / "config.json", _plain(unet.config) | {"_class_name": "UNet2DConditionModel"})
     _save(folder / "unet" / f"{STEM}.safetensors", unet.state_dict())
@@ -96,8 +96,8 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def opens_in_diffusers(model: Model) -> bool:
-    """Whether PaintByExamplePipeline has a class for every part, builds the mapper as large as it is, and gives it the
-    tokens that it reads."""
+    """Whether PaintByExamplePipeline can load the model: it has a class for every part, builds a mapper of this size,
+    and gives it the same tokens."""
     if not (isinstance(model.backbone, ClipBackbone) and isinstance(model.codec, KlCodec)):
         return False
     exemplar = model.network.exemplar
@@ -121,7 +121,7 @@ def _encoder_config(model: Model) -> dict[str, Any]:
 
 
 def _preprocessor(side_px: int) -> dict[str, Any]:
-    """CLIP's. The pipeline of diffusers crops the reference to its middle; upstream, and this project, squash it."""
+    """CLIP's preprocessing. diffusers' pipeline centre-crops the reference; upstream and this project squash it."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "feature_extractor_type": "CLIPFeatureExtractor",
@@ -154,7 +154,7 @@ def _model_index(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers config without where it was read from."""
+    """A diffusers config without the path that it was read from."""
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}
 
 
@@ -173,11 +173,11 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def load_model(folder: Path) -> Model:
-    """Read a model folder, strictly: a missing, unknown or misshaped tensor is an error. Raises ModelError."""
+    """Read a model folder strictly: a missing, unknown or misshapen tensor is an error. Raises ModelError."""
     if not (folder / "unet" / "config.json").is_file():
         raise ModelError(
-            f"{folder}: no unet/config.json; a model folder is what the train stage exports (models/<variant>), or has "
-            "the layout of Paint by Example on the hub"
+            f"{folder}: no unet/config.json; name a model folder that the train stage exported (models/<variant>), or "
+            "one in the layout of Paint by Example on the hub"
         )
     try:
         return _read_model(folder)
@@ -185,8 +185,8 @@ def load_model(folder: Path) -> Model:
         message = str(error)
         raise ModelError(message if str(folder) in message else f"{folder}: {message}") from None
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ModelError(f"{folder}: its files are damaged or do not fit one another ({reason})") from error
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ModelError(f"{folder}: its files are damaged or do not match each other ({reason})") from error
 
 
 def _read_model(folder: Path) -> Model:
@@ -197,12 +197,12 @@ def _read_model(folder: Path) -> Model:
     if unet.config.in_channels != 2 * codec.channels + 1 or unet.config.out_channels != codec.channels:
         raise ModelError(
             f"{folder}/unet: {unet.config.in_channels} channels in, {unet.config.out_channels} out; Paint by Example "
-            f"on latents of {codec.channels} has {2 * codec.channels + 1} in, {codec.channels} out"
+            f"with {codec.channels} latent channels has {2 * codec.channels + 1} in, {codec.channels} out"
         )
     if unet.config.cross_attention_dim != exemplar.proj_out.out_features:
         raise ModelError(
-            f"{folder}: the UNet takes tokens of {unet.config.cross_attention_dim}, the image encoder makes "
-            f"{exemplar.proj_out.out_features}"
+            f"{folder}: the UNet takes tokens of width {unet.config.cross_attention_dim}, the image encoder makes "
+            f"width {exemplar.proj_out.out_features}"
         )
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     card = ModelCard(scheduler=scheduler, **_sizes(folder, unet, codec, backbone))
@@ -225,11 +225,11 @@ def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
     raw = read_json(folder / "config.json")
     tensors = _float32(read_folder(folder, *STEMS))
     backbone: Backbone
-    if "backbone" in raw:  # from a package of its own
+    if "backbone" in raw:  # its weights come in a pip package
         backbone, blocks = load_backbone(raw["backbone"]), raw["mapper_blocks"]
         if backbone.digest != raw["backbone_digest"]:
             raise ModelError(
-                f"{folder}: made with {raw['backbone']} {raw['backbone_digest']}, here is {backbone.digest}"
+                f"{folder}: made with {raw['backbone']} {raw['backbone_digest']}, but {backbone.digest} is installed"
             )
     else:
         network = new_clip(vision_config(raw, str(folder)))
@@ -252,7 +252,7 @@ def _read_codec(folder: Path) -> Codec:
         return load_vae(folder / "vae")
     path = folder / CODEC_FILE
     if not path.is_file():
-        raise ModelError(f"{folder}: no vae and no {CODEC_FILE} in it")
+        raise ModelError(f"{folder}: neither vae/ nor {CODEC_FILE} in it")
     return codec_from_bytes(path.read_bytes(), str(path))
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints of one run: complete or absent.
+"""Checkpoints of one run. A checkpoint counts only once its marker is written.
 
 <run>/checkpoints/step-00000200/engine/<files of every rank>
-<run>/checkpoints/step-00000200/history.json      the loss curve up to there
+<run>/checkpoints/step-00000200/history.json      the loss curve up to that step
 <run>/checkpoints/step-00000200/COMPLETE.json     written last: run, step, ranks, stage, sizes and hashes
-<run>/mlflow.json        the MLflow run that this training logs to, through any number of restarts
-<run>/origin.json        the checkpoint that `train.resume_from` began with
+<run>/mlflow.json        the MLflow run that this training logs to, the same after every restart
+<run>/origin.json        the checkpoint that `train.resume_from` started from
 <run>/stopped.json       why the last attempt stopped, in one line
 <run>/export/            the finished model
-<run>/finished.json      written last: a finished run is exported again, not trained again
+<run>/finished.json      written last: a finished run is not trained again, only exported
 """
 
 import hashlib
@@ -34,11 +34,11 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    run: str  # name of the run that it belongs to
+    run: str  # name of its run
     step: int
     world: int
     zero_stage: int
-    files: Mapping[str, tuple[int, str]]  # bytes and sha256 by path below its folder
+    files: Mapping[str, tuple[int, str]]  # size in bytes and sha256, by path within the checkpoint's folder
 
     @property
     def path(self) -> str:
@@ -61,44 +61,47 @@ class Run:
         self.store.write_bytes(f"{self.folder}/{name}", json.dumps(value, sort_keys=True).encode())
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Those with a marker, oldest first. Raises CheckpointError for one that another run has written."""
+        """The complete checkpoints, oldest first. Raises CheckpointError if another run wrote one of them."""
         found = []
         for name in self.store.list_names(f"{self.folder}/checkpoints"):
             marker = self.read_json(f"checkpoints/{name}/{MARKER}")
             if marker is not None:
                 if marker["run"] != self.name:
                     raise CheckpointError(
-                        f"{self.store.full_uri(self.folder)}/checkpoints/{name}: written by run {marker['run']}, under "
-                        "other settings, data or code; remove it, and to go on from it set train.resume_from"
+                        f"{self.store.full_uri(self.folder)}/checkpoints/{name}: written by run {marker['run']}, with "
+                        "other settings, data or code; remove it, or set train.resume_from to resume from it"
                     )
                 files = {path: (size, sha256) for path, (size, sha256) in marker["files"].items()}
                 found.append(Checkpoint(self.name, marker["step"], marker["world"], marker["zero_stage"], files))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def clear(self, step: int) -> None:
-        """Make room for a checkpoint of this step: what an earlier attempt left must not mix with it."""
+        """Delete the checkpoint of this step, or what an interrupted attempt left of it."""
         path = f"checkpoints/step-{step:08d}"
         self.store.delete_file(f"{self.folder}/{path}/{MARKER}")
         self.store.delete_tree(f"{self.folder}/{path}")
 
     def complete(self, checkpoint: Checkpoint, *, keep: int) -> None:
-        """Mark a checkpoint whose files are all there, then remove all but the newest `keep` complete ones."""
+        """Mark a checkpoint, whose files are all written, as complete; then delete all but the newest `keep`."""
         self.write_json(f"checkpoints/step-{checkpoint.step:08d}/{MARKER}", vars(checkpoint))
         for old in self.checkpoints()[:-keep]:
             self.clear(old.step)
 
 
 class Saver:
-    """Writes checkpoints of one run, collectively; files go to a remote storage while training goes on."""
+    """Writes the checkpoints of one run. All methods are collective; uploads run while training continues."""
 
     def __init__(self, run: Run, ranks: Ranks, *, zero_stage: int, keep: int, newest: int | None) -> None:
-        """newest: step of the checkpoint that training went on from."""
+        """newest: step of the checkpoint that training resumed from."""
         self._run, self._ranks, self._zero_stage, self._keep = run, ranks, zero_stage, keep
         self.newest = newest
         self._pending: tuple[int, _Upload] | None = None
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """`write` puts this rank's files into the folder that it is given. Raises what it raises, CheckpointError."""
+        """Start a checkpoint: `write(folder)` writes this rank's files, and a thread uploads them.
+
+        First waits for the previous checkpoint. Raises CheckpointError, and any error of `write`.
+        """
         self.finish()
         if self._ranks.rank == 0:
             self._run.clear(step)
@@ -108,17 +111,17 @@ class Saver:
         try:
             write(folder)
         except UserError:
-            shutil.rmtree(folder, ignore_errors=True)  # makes room again; the checkpoint before is not touched
+            shutil.rmtree(folder, ignore_errors=True)  # frees disk space; earlier checkpoints stay as they are
             raise
         self._pending = step, _Upload(self._run.store, folder, path)
 
     def poll(self) -> None:
-        """Collective: completes the checkpoint on its way as soon as every rank's files are there."""
+        """Mark the pending checkpoint complete if every rank has finished its upload; else return."""
         if self._pending is not None and self._ranks.all_true(self._pending[1].done()):
             self.finish()
 
     def finish(self) -> None:
-        """Collective: waits for the checkpoint on its way, then marks it complete. Raises CheckpointError."""
+        """Wait for the pending checkpoint and mark it complete. Raises CheckpointError if an upload failed."""
         if self._pending is None:
             return
         (step, upload), self._pending = self._pending, None
@@ -127,11 +130,11 @@ class Saver:
         if self._ranks.rank == 0:
             found = Checkpoint(self._run.name, step, self._ranks.world, self._zero_stage, files)
             self._run.complete(found, keep=self._keep)
-        self._ranks.barrier()  # no rank goes on, and perhaps ends, before the marker is there
+        self._ranks.barrier()  # no rank may continue, or exit, before the marker is written
 
 
 class _Upload:
-    """One rank's files on their way from its staging folder into the checkpoint's: hashed, then moved or sent."""
+    """A thread that hashes one rank's files and moves or uploads them from its staging folder to the checkpoint."""
 
     def __init__(self, store: Store, local: Path, path: str) -> None:
         self._store, self._local, self._path = store, local, path
@@ -144,10 +147,10 @@ class _Upload:
         return not self._thread.is_alive()
 
     def finish(self) -> dict[str, tuple[int, str]]:
-        """Bytes and sha256 by name, once all are there. Raises CheckpointError."""
+        """Wait for the upload; returns size in bytes and sha256 by name. Raises CheckpointError if it failed."""
         self._thread.join()
         if self._error is not None:
-            raise CheckpointError(f"{self._path}: the checkpoint cannot be stored: {self._error}") from self._error
+            raise CheckpointError(f"{self._path}: cannot store the checkpoint: {self._error}") from self._error
         return self._files
 
     def _run(self) -> None:
@@ -157,12 +160,12 @@ class _Upload:
                 self._files[name] = file.stat().st_size, _sha256(file)
                 self._store.move_file_in(file, f"{self._path}/{name}")
             shutil.rmtree(self._local)
-        except Exception as error:  # raised in finish(), by the rank that waits for it
+        except Exception as error:  # finish() raises it
             self._error = error
 
 
 def _staging_folder(run: Run, rank: int) -> Path:
-    """An empty folder that this rank alone writes to, on the storage's own disk where that is local: moving is free."""
+    """An empty folder for this rank alone. If the storage is local it is on the same disk, so that moving is free."""
     if not run.store.is_local:
         return Path(tempfile.mkdtemp(prefix="pbe-checkpoint-"))
     folder = Path(run.store.path(f"{run.folder}/staging/rank-{rank:04d}"))
@@ -174,11 +177,11 @@ def _staging_folder(run: Run, rank: int) -> Path:
 def newest_whole(
     store: Store, candidates: Sequence[Checkpoint], ranks: Ranks, scratch: Path
 ) -> tuple[Checkpoint, Path] | None:
-    """The first of the candidates whose files are what its marker says, and a folder of this node that holds them.
+    """The first undamaged candidate, and a folder on this node that holds its files; None without candidates.
 
-    Collective. A damaged one is named and passed over. Once per node, the node's first rank compares every hash, on a
-    copy in its `scratch` where the storage is remote. None without candidates. Raises CheckpointError when there are
-    some and none is whole.
+    Collective. The first rank of each node compares every file with the marker's size and hash, on a copy in its
+    `scratch` if the storage is remote. Damaged checkpoints are reported and skipped. Raises CheckpointError if all are
+    damaged.
     """
     damaged = []
     for candidate in ranks.all_gather(list(candidates))[0]:
@@ -186,15 +189,17 @@ def newest_whole(
         if ranks.leads_node:
             folder = _local_copy(store, candidate, scratch / f"step-{candidate.step}")
             problem = _damage(candidate, folder)
-        said = ranks.all_gather((ranks.node, folder, problem))
-        problems = [text for _, _, text in said if text]
+        reports = ranks.all_gather((ranks.node, folder, problem))
+        problems = [text for _, _, text in reports if text]
         if not problems:
-            return candidate, next(path for node, path, _ in said if path is not None and node == ranks.node)
+            return candidate, next(path for node, path, _ in reports if path is not None and node == ranks.node)
         damaged.append(f"{store.full_uri(candidate.path)}: {problems[0]}")
         if ranks.rank == 0:
-            print(f"train: {damaged[-1]}; it is passed over for the one before", flush=True)
+            print(f"train: {damaged[-1]}; skipping this checkpoint", flush=True)
     if damaged:
-        raise CheckpointError(f"no checkpoint is whole: {'; '.join(damaged)}. Remove the run's folder to start again")
+        raise CheckpointError(
+            f"every checkpoint is damaged: {'; '.join(damaged)}. Remove the run's folder to start again"
+        )
     return None
 
 
@@ -206,19 +211,19 @@ def _local_copy(store: Store, checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def _damage(checkpoint: Checkpoint, folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty when nothing is."""
+    """What is wrong with a checkpoint's files; empty if nothing is."""
 
-    def look(entry: tuple[str, tuple[int, str]]) -> str:
+    def check(entry: tuple[str, tuple[int, str]]) -> str:
         name, (size, sha256) = entry
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
-        return "" if _sha256(file) == sha256 else f"{name} is not what was written"
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        return "" if _sha256(file) == sha256 else f"{name} has the wrong sha256"
 
     with ThreadPoolExecutor(4) as pool:
-        return next(filter(None, pool.map(look, checkpoint.files.items())), "")
+        return next(filter(None, pool.map(check, checkpoint.files.items())), "")
 
 
 def _sha256(file: Path) -> str:

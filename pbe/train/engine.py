@@ -1,7 +1,7 @@
-"""The DeepSpeed engine; the only file that imports deepspeed.
+"""The DeepSpeed engine. Only this file imports deepspeed.
 
-Its config dict is derived from the train settings, there is no ds_config.json. A client torch.optim.AdamW is
-passed in: DeepSpeed's own would compile a kernel at first use.
+The config dict is derived from the train settings; there is no ds_config.json. The optimizer is torch's AdamW, because
+DeepSpeed's own would compile a kernel at first use.
 """
 
 import os
@@ -21,31 +21,32 @@ from pbe.train.settings import TrainConfig
 CPU_BUCKET = 4_000_000
 GPU_BUCKET = 100_000_000
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
-# what ds_to_universal asks for; without it ZeRO 1 and 2 cannot go on at another number of ranks
+# ds_to_universal requires it; without it ZeRO 1 and 2 cannot resume on another number of ranks
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 class EngineError(UserError, RuntimeError):
-    """DeepSpeed cannot do what was asked; the message says what and why."""
+    """DeepSpeed cannot write, read or convert a checkpoint; the message says which and why."""
 
 
 def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False) -> dict[str, Any]:
-    """train_batch_size = micro_batch * accumulation_steps * workers, constant whatever the worker count.
+    """DeepSpeed's config dict for these settings.
 
-    universal: the checkpoint that will be loaded is one of `to_universal`; DeepSpeed wants to know beforehand.
+    train_batch_size = micro_batch * accumulation_steps * workers, the same for any number of workers. universal: the
+    checkpoint to be loaded comes from `to_universal`; DeepSpeed must know this beforehand.
     """
     bucket = GPU_BUCKET if on_gpu else CPU_BUCKET
     zero: dict[str, Any] = {
         "stage": cfg.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # DeepSpeed stops the whole device at every bucket to overlap; one rank alone has nothing to overlap
+        # to overlap, DeepSpeed synchronizes the device at every bucket; a single rank has nothing to overlap
         "overlap_comm": on_gpu and cfg.workers > 1,
         "contiguous_gradients": True,
     }
     if cfg.zero_stage == 3:
-        # Parameters below the threshold stay whole on every rank: fewer, larger gathers. On CPU all are cut, so that
-        # a tiny network tests what a large one does.
+        # Parameters below the threshold stay whole on every rank: fewer, larger gathers. On CPU all are partitioned,
+        # so that tests on a tiny network cover what a large one does.
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": 100_000 if on_gpu else 0,
@@ -59,7 +60,7 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         "gradient_accumulation_steps": cfg.accumulation_steps,
         "gradient_clipping": cfg.grad_clip or 0.0,
         "steps_per_print": 1_000_000_000,
-        # on by default, it stops the device at both ends of every micro-batch; pbe/train/timing.py does not
+        # on by default, but it synchronizes the device twice per micro-batch; pbe/train/timing.py does not
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
@@ -69,8 +70,8 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
             {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if pure else {}
         )
     if cfg.precision == "bf16" and cfg.zero_stage == 2:
-        # gradients go into one flat float32 partition: summed there, and 3.5 bytes per parameter less at the peak;
-        # at the other stages DeepSpeed gains nothing by it
+        # sums gradients in one flat float32 partition and saves 3.5 bytes per parameter at the peak;
+        # at the other stages it saves nothing
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if universal:
         config["checkpoint"] = {"load_universal": True}
@@ -78,17 +79,17 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
 
 
 def make_engine(model: nn.Module, cfg: TrainConfig, *, device: torch.device, universal: bool = False) -> Any:
-    """A DeepSpeedEngine over the process group that is there already (gloo on CPU, nccl on GPU). Collective."""
+    """A DeepSpeedEngine on the existing process group (gloo on CPU, nccl on GPU). Collective."""
     on_gpu = device.type == "cuda"
     if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it searches for one and warns
     import deepspeed
     import deepspeed.ops
 
-    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed, and torch says so at every call
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed, and torch warns at every call
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     if not on_gpu:
-        # this op is compiled at first use and needs g++ and ninja; without it DeepSpeed uses plain gloo
+        # this op would be compiled at first use, with g++ and ninja; without it DeepSpeed uses plain gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -108,28 +109,31 @@ def make_engine(model: nn.Module, cfg: TrainConfig, *, device: torch.device, uni
 
 
 def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
-    """Collective. Each rank writes its own shard below `folder`, which may differ between ranks. Raises EngineError."""
+    """Write each rank's shard below `folder`, which may differ between ranks. Collective. Raises EngineError."""
     try:
         engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state | _UNIVERSAL, save_latest=False)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise EngineError(f"{folder}: the checkpoint cannot be written: {_first_line(error)}") from error
+        raise EngineError(f"{folder}: cannot write the checkpoint: {_first_line(error)}") from error
 
 
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
-    """Collective. `folder` holds the files of all ranks; returns the client state. Raises EngineError."""
+    """Load a checkpoint from `folder`, which holds the files of all ranks; returns the client state.
+
+    Collective. Raises EngineError.
+    """
     try:
         loaded, client_state = engine.load_checkpoint(str(folder), tag=TAG)
     except (RuntimeError, KeyError, AssertionError) as error:
-        raise EngineError(f"{folder}: this checkpoint does not fit the settings: {_first_line(error)}") from error
+        raise EngineError(f"{folder}: this checkpoint does not match the settings: {_first_line(error)}") from error
     if loaded is None:
-        raise EngineError(f"{folder}: DeepSpeed found no checkpoint there")
+        raise EngineError(f"{folder}: DeepSpeed found no checkpoint in this folder")
     return client_state
 
 
 def to_universal(folder: Path, out: Path) -> None:
-    """Rewrite a checkpoint of ZeRO 1 to 3 below `folder` so that any number of ranks can load it from `out`.
+    """Convert a checkpoint of ZeRO 1 to 3 below `folder` so that any number of ranks can load it from `out`.
 
-    Not collective. In a process of its own: DeepSpeed's converter forks, which a training rank must not. Raises
+    Not collective. Runs in a separate process, because DeepSpeed's converter forks and a training rank must not. Raises
     EngineError.
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers=2"]
@@ -141,18 +145,20 @@ def to_universal(folder: Path, out: Path) -> None:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EngineError(f"{folder}: cannot be rewritten for another number of ranks: {last}")
+        raise EngineError(f"{folder}: cannot convert the checkpoint to another number of ranks: {last}")
 
 
 def step_engine(engine: Any) -> Tensor | None:
-    """After every backward. On the last micro-batch of a step it moves the weights, and returns the 2-norm of the
-    gradient over all parameters and ranks before clipping, a scalar on the training device, infinite where a gradient
-    is; None on the others."""
+    """Call after every backward. The last micro-batch of a step updates the weights.
+
+    Returns None, or on that micro-batch the 2-norm of the gradient over all parameters and ranks before clipping: a
+    scalar on the training device, infinite if any gradient is.
+    """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     norm = None
-    if engine.zero_optimization_stage() == 0:  # nothing is cut, and DeepSpeed keeps no norm of plain float32
+    if engine.zero_optimization_stage() == 0:  # gradients are whole, and DeepSpeed computes no norm for plain float32
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
@@ -160,8 +166,10 @@ def step_engine(engine: Any) -> Tensor | None:
 
 
 def full_parameters(engine: Any) -> dict[str, Tensor]:
-    """Collective: every trainable parameter whole, in float32 on the CPU on rank 0 (the masters under bf16); elsewhere
-    an empty dict."""
+    """Every trainable parameter, gathered, by name: float32 on the CPU on rank 0, an empty dict on other ranks.
+
+    Under bf16 these are the master weights. Collective.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters = _unfused_masters(engine.optimizer)
@@ -176,7 +184,7 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def _unfused_masters(optimizer: Any) -> dict[int, Tensor]:
-    """float32 masters by id of their bfloat16 parameter, where stage 0 keeps them beside each other."""
+    """The float32 master weights by id of their bfloat16 parameter, which stage 0 keeps in parallel lists."""
     groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
     return {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
 

@@ -1,9 +1,8 @@
-"""Guards against NaN and infinity that let the GPU work on while they look.
+"""Guards against NaN and infinity that do not stall the GPU.
 
-Reading a value of the GPU makes the CPU wait until the GPU has computed it; meanwhile nothing new is queued. So a value
-that a guard needs is copied to the CPU as soon as it exists, behind the kernels that make it, and read only after more
-work has been queued: the count of broken losses after the step's last backward, the gradient's norm after the next
-step's last backward or before anything is logged or saved.
+Reading a GPU value makes the CPU wait for the GPU, and meanwhile nothing new is queued. So a value that a guard needs
+is copied to the CPU asynchronously and read only after more work has been queued: the count of non-finite losses after
+the step's last backward, the gradient's norm after the next step's last backward or before anything is logged or saved.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 class OnHost:
-    """A scalar tensor on its way to the CPU. Making it does not wait for the device; `read` does, if it must."""
+    """A scalar copied to the CPU asynchronously: the constructor does not wait for the device, `read` may."""
 
     def __init__(self, value: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -24,7 +23,7 @@ class OnHost:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         else:
-            self._value = value.detach().clone()  # the caller's tensor may change before it is read
+            self._value = value.detach().clone()  # the caller may change its tensor before `read`
 
     def read(self) -> float:
         if self._arrived is not None:
@@ -33,7 +32,7 @@ class OnHost:
 
 
 def count_non_finite(losses: Sequence[Tensor]) -> OnHost:
-    """How many of the losses, over all ranks, are NaN or infinite. losses: (B,) each. Collective."""
-    broken = (~torch.cat(list(losses)).isfinite()).sum()
-    dist.all_reduce(broken)
-    return OnHost(broken)
+    """The number of losses, over all ranks, that are NaN or infinite. losses: (B,) each. Collective."""
+    non_finite = (~torch.cat(list(losses)).isfinite()).sum()
+    dist.all_reduce(non_finite)
+    return OnHost(non_finite)

@@ -1,4 +1,4 @@
-"""The loss of one batch, by pbe/diffusion/objective.py: what training lowers and validation reports."""
+"""The loss of one batch, which training minimizes and validation reports. Formulas: pbe/diffusion/objective.py."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +13,21 @@ from pbe.train.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Diffusion:
-    """The process that is learned, and the number format it is learned in."""
+    """The diffusion process to learn, and the precision of training."""
 
     cfg: TrainConfig
-    grey_latent: Tensor  # (1, C, h, w) of a photo that is hidden altogether
+    grey_latent: Tensor  # (1, C, h, w): the latent of a wholly hidden photo
     alpha_bar: Tensor  # (T,)
     device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's inputs."""
+        """The dtype of the network's inputs."""
         return torch.bfloat16 if self.cfg.precision in ("bf16", "bf16_pure") else torch.float32
 
 
 def row_losses(network: Any, batch: Batch, diffusion: Diffusion) -> Tensor:
-    """(B,) float32: each row's loss, min-SNR weighted where that is on. `batch` is on the diffusion's device.
+    """(B,) float32: each row's loss, min-SNR weighted if `min_snr_gamma` is set. `batch` is on the diffusion's device.
 
     network: a ConditionedUNet, or the engine around it.
     """

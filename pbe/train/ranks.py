@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and what all of them must decide together."""
+"""Rank and world size of this process, and small collectives."""
 
 import os
 from dataclasses import dataclass
@@ -9,12 +9,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ray Train and torchrun set LOCAL_RANK and NODE_RANK (or GROUP_RANK); one process alone needs neither."""
+    """This process's place in the process group.
+
+    Read from torch.distributed and from LOCAL_RANK and NODE_RANK (or GROUP_RANK), which Ray Train and torchrun set; a
+    single process needs none of them.
+    """
 
     rank: int
     world: int
     node: int
-    leads_node: bool  # the one that does what a node needs once: downloads, conversions
+    leads_node: bool  # this rank does what is done once per node: downloads, conversions
 
     @staticmethod
     def of_this_process() -> "Ranks":
@@ -23,15 +27,15 @@ class Ranks:
         return Ranks(dist.get_rank(), dist.get_world_size(), node, local == 0)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank. Collective; for small things."""
+        """Every rank's value, in rank order, on every rank. Collective; for small objects."""
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
 
     def barrier(self) -> None:
-        """Wait until every rank is here. Collective; torch's own asks for a device under nccl."""
+        """Wait for every rank. Collective. torch's own barrier wants a device under nccl."""
         self.all_gather(None)
 
     def all_true(self, value: bool) -> bool:
-        """Collective."""
+        """Whether `value` is true on every rank. Collective."""
         return all(self.all_gather(value))

@@ -97,11 +97,11 @@ class TrainConfig(Settings):
                 f"{self.batch // self.workers}"
             )
         if self.per_worker.gpus not in (0, 1):
-            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank drives one GPU at most")
+            raise ValueError(f"per_worker.gpus: {self.per_worker.gpus:g} must be 0 or 1: a rank uses at most one GPU")
         if self.precision == "bf16_pure" and self.zero_stage == 0:
-            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed has it nowhere else")
+            raise ValueError("precision bf16_pure needs zero_stage 1, 2 or 3: DeepSpeed does not support it at 0")
         if self.kernels.compile and self.zero_stage == 3:
-            raise ValueError("kernels.compile does not go with zero_stage 3, which gathers weights as modules run")
+            raise ValueError("kernels.compile does not work with zero_stage 3, which gathers weights as modules run")
         return self
 
     @property

@@ -1,7 +1,7 @@
-"""Where a step's time goes, without stopping the device for it.
+"""Measures where a step's time goes, without synchronizing the device at every step.
 
-On a GPU the CPU runs ahead, so its clock says nothing about kernels: there CUDA events mark the laps, read when a
-window is summed up. `data_s` is then the time in which the device had nothing to do.
+On a GPU the CPU runs ahead, so its clock says nothing about kernels. There, CUDA events mark the laps and are read when
+a window is summed up; `data_s` is then the time in which the device was idle.
 """
 
 import resource
@@ -12,20 +12,22 @@ import torch
 
 
 class StepTimer:
+    """Sums up the time between marks, by name."""
+
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Begin to measure: what follows up to the next lap counts to that."""
+        """Start measuring; the time until the next lap belongs to that lap."""
         self._marks.append(("", self._now()))
 
     def lap(self, name: str) -> None:
-        """What happened since the last mark was `name`."""
+        """End a lap: the time since the last mark belongs to `name`."""
         self._marks.append((name, self._now()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call."""
+        """Seconds by name since the last call. On a GPU it waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
         out: dict[str, float] = {}
@@ -51,7 +53,7 @@ def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) 
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Since the process began: of the GPU's allocator, or of the whole process on CPU."""
+    """Peak memory since the process began, in GiB: of the GPU's allocator, or on CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux

@@ -1,7 +1,7 @@
-"""What training is judged by on the way: the loss on fixed rows, timesteps and noise, and a grid of fixed edits.
+"""Validation during training: the loss on fixed rows, timesteps and noise, and a grid of fixed edits.
 
-The rows are training rows (only photos of the train split are materialized): the loss shows whether the run learns
-and whether two runs differ, on less noise than the training loss; it does not show what unseen photos do.
+The rows are training rows, as only photos of the train split are materialized. The loss shows, with less noise than the
+training loss, whether the run learns and whether two runs differ; it says nothing about unseen photos.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from pbe.train.data.batch import Batch
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 
-GRID_SAMPLING = Sampling(guidance_scale=3.0, steps=20)  # few steps: the grid is for the eye, not for metrics
+GRID_SAMPLING = Sampling(guidance_scale=3.0, steps=20)  # few steps: the grid is for a quick look, not for metrics
 
 
 class Validation:
-    """Holds `train.validation_rows` rows, the same on every rank whatever their number."""
+    """Holds `train.validation_rows` rows, the same on every rank and for any number of ranks."""
 
     def __init__(self, card: ModelCard, codec: Codec, diffusion: Diffusion, batch: Batch) -> None:
         """batch: all rows, on the CPU."""
@@ -38,7 +38,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, network: Any, ranks: Ranks) -> float:
-        """Mean over all rows. Collective: every rank runs the network equally often, as ZeRO 3 demands."""
+        """Mean loss over all rows. Collective: every rank runs the network equally often, as ZeRO 3 requires."""
         total = torch.zeros((), dtype=torch.float64, device=self._diffusion.device)
         for first in range(0, len(self._chunks), ranks.world):
             mine = first + ranks.rank
@@ -51,8 +51,10 @@ class Validation:
 
     @torch.no_grad()
     def grid(self, network: Any) -> np.ndarray | None:
-        """(H, W, 3) uint8: rows of photos, the same with their holes, and what the network fills in; None when
-        `train.grid_rows` is 0. Collective, every rank doing the same work."""
+        """(H, W, 3) uint8: a row of photos, one of the masked photos, one of the edits; None if `train.grid_rows` is 0.
+
+        Collective: every rank does the same work.
+        """
         if self._shown is None:
             return None
         batch, codec = self._on_device(self._shown), self._codec.to(self._diffusion.device)
@@ -61,14 +63,14 @@ class Validation:
         return sheet([list(row) for row in pictures])
 
     def _filled(self, network: Any, batch: Batch, codec: Codec) -> Tensor:
-        """(B, C, h, w) float32 latents: what the network makes of the batch's holes, from the batch's own noise."""
+        """(B, C, h, w) float32 latents of the batch's rows with their holes filled, sampled from the batch's noise."""
         dtype = self._diffusion.dtype
         given = Condition.of_rows(
             batch.masked_latent, batch.keep_mask_latent, batch.exemplar_tokens, sampling=GRID_SAMPLING, dtype=dtype
         )
 
         def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-            # the engine itself, not its module: under ZeRO 3 it gathers the weights
+            # call the engine, not its module: under ZeRO 3 the engine gathers the weights
             return network(
                 noisy.to(dtype),
                 timestep,

@@ -1,8 +1,8 @@
 """The training loop of one rank: build, resume, loop, log, save, finish. Ray Train runs it on every worker.
 
-Reads rows through pbe/train/data/input.py in the order of pbe/train/data/order.py. Same rows, same noise and same
-dropout on any number of workers. The loss is pbe/train/loss.py; deviations from the paper (objective, context dropout,
-class embedding, cosine learning rate) are switches in params.yaml.
+pbe/train/data/input.py reads the rows, in the order of pbe/train/data/order.py: rows, noise and dropout are the same on
+any number of workers. The loss is in pbe/train/loss.py. Deviations from the paper (objective, context dropout, class
+embedding, cosine learning rate) are switches in params.yaml.
 """
 
 import json
@@ -41,40 +41,44 @@ from pbe.train.settings import TrainConfig
 from pbe.train.timing import StepTimer, peak_memory_gib
 from pbe.train.validation import Validation
 
-STATISTICS_ROWS = 2048  # references that standardise the exemplar features
+STATISTICS_ROWS = 2048  # references whose statistics standardise the exemplar features
 LAPS = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s")
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """The loss, or the gradient, is NaN or infinite; trying again would meet it again."""
+    """The loss or the gradient is NaN or infinite; a retry would fail the same way."""
 
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """All that a worker needs; pickled to every rank."""
+    """Everything a worker needs; pickled and sent to every rank."""
 
     cfg: TrainConfig
     seed: int
     store_uri: str
     encoded: Manifest
-    triplets: Manifest | None  # for train.input: pixels
+    triplets: Manifest | None  # needed for train.input: pixels
     arch: Architecture
-    initial: tuple[str, str | None] | None  # storage paths of a UNet and of an image encoder, or random weights
+    initial: tuple[str, str | None] | None  # storage paths of a UNet and an image encoder; None: random weights
     card: ModelCard
     run_name: str
-    origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` begins with
-    tracking_uri: str | None  # None: nothing is logged
+    origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` names
+    tracking_uri: str | None  # None: no logging
     mlflow_run_id: str
     on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
 
 
 def train_worker(spec: TrainSpec, device: torch.device) -> None:
-    """Raises NonFiniteError, CheckpointError, EngineError, StoreError."""
+    """Train one rank from the newest undamaged checkpoint to `cfg.steps`; rank 0 exports the finished model.
+
+    Collective: every rank calls it, in an initialized process group. Logs, validates and saves at the intervals that
+    the settings give. Raises NonFiniteError, CheckpointError, EngineError, StoreError.
+    """
     # build
     cfg, ranks, store = spec.cfg, Ranks.of_this_process(), Store(spec.store_uri)
     run = Run(store, spec.run_name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # nccl moves objects through the current one
+        torch.cuda.set_device(device)  # nccl sends objects through the current device
     torch.manual_seed(spec.seed)  # same initial weights on every rank
     model = new_network(spec.arch)
     model.exemplar.set_statistics(_reference_features(store, spec.encoded))
@@ -98,9 +102,10 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
             state = load_engine(engine, _rewritten(folder, Path(scratch), ranks) if universal else folder)
             start, window = state["step"], state["window"]
             if ranks.rank == 0:
-                ranks_then = f", written by {checkpoint.world} ranks" if checkpoint.world != ranks.world else ""
-                print(f"train: goes on from the checkpoint of step {start}{ranks_then}", flush=True)
-        ranks.barrier()  # the others read from this rank's scratch
+                resized = checkpoint.world != ranks.world
+                written_by = f" (checkpoint written by {checkpoint.world} ranks)" if resized else ""
+                print(f"train: resuming from step {start}{written_by}", flush=True)
+        ranks.barrier()  # other ranks of the node read from this rank's scratch
 
     # loop
     with ExitStack() as stack:
@@ -114,9 +119,9 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
         laps = StepTimer(device)
-        # since the last log point: its step, the sum of this rank's losses, and what has been timed here
+        # step of the last log point; since then, the sum of this rank's losses and the steps that this process timed
         logged, loss_sum, timed = window[0], torch.tensor(window[1], device=device), 0
-        norm: OnHost | None = None  # of the newest step's gradient
+        norm: OnHost | None = None  # of the newest gradient
         for step in range(start, cfg.steps):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
@@ -134,15 +139,15 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
                 engine.backward(losses.mean())
                 laps.lap("backward_s")
                 if broken is not None:
-                    # of the step before, first: else the weights that it broke would be saved
+                    # check the previous step first: otherwise the weights that it broke would be saved
                     _require_finite_norm(norm, step, saver, run)
                     if broken.read():
                         saver.finish()
-                        if saver.newest != step:  # as it was before this step
+                        if saver.newest != step:  # save the state before this step
                             _save(saver, engine, step, history, (logged, loss_sum), ranks)
                             saver.finish()
                         bad = _non_finite_rows(seen, ranks)
-                        raise NonFiniteError(_what_was_not_finite(step, bad, seen_rows=cfg.batch))
+                        raise NonFiniteError(_non_finite_message(step, bad, seen_rows=cfg.batch))
                 gradient_norm = step_engine(engine)
                 laps.lap("optimizer_s")
             assert gradient_norm is not None
@@ -198,9 +203,9 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Linear warm-up over warmup_steps, then a cosine to final_lr_frac * lr at the last step.
+    """Learning rate of a step: linear warm-up over warmup_steps, then a cosine to final_lr_frac * lr at the last step.
 
-    final_lr_frac = 1 is upstream's warm-up then constant.
+    final_lr_frac = 1 is upstream's schedule: warm-up, then constant.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -222,11 +227,11 @@ def _use_kernels(model: ConditionedUNet, cfg: TrainConfig, device: torch.device)
     if kernels.compile and device.type == "cuda":
         model.unet.compile()
     elif kernels.compile:
-        print("train: kernels.compile is left out: there is no GPU", flush=True)
+        print("train: kernels.compile is ignored: there is no GPU", flush=True)
 
 
 def _candidates(run: Run, origin: tuple[str, int] | None) -> list[Any]:
-    """Checkpoints to go on from, best first: the run's own, then those of the run that it continues."""
+    """Checkpoints to resume from, best first: the run's own, then those of the run that it continues."""
     own = run.checkpoints()[::-1]
     if origin is None:
         return own
@@ -235,13 +240,15 @@ def _candidates(run: Run, origin: tuple[str, int] | None) -> list[Any]:
 
 
 def _needs_rewriting(world_then: int, stage_then: int, world: int, cfg: TrainConfig) -> bool:
-    """ZeRO 0 keeps everything whole; the other stages cut it for one number of ranks. Of the stages only 1 and 2 can
-    follow each other, which the train stage sees to."""
+    """Whether a checkpoint must be converted first: stages 1 to 3 partition it for one number of ranks.
+
+    Only stages 1 and 2 can resume from each other; the train stage checks that.
+    """
     return (world_then != world or stage_then != cfg.zero_stage) and stage_then > 0
 
 
 def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
-    """The checkpoint as a universal one, made once per node in the scratch of the node's first rank. Collective."""
+    """The checkpoint after `to_universal`, run once per node in the scratch of the node's first rank. Collective."""
     mine = None
     if ranks.leads_node:
         mine = scratch / "universal"
@@ -250,20 +257,20 @@ def _rewritten(folder: Path, scratch: Path, ranks: Ranks) -> Path:
 
 
 def _require_finite_norm(norm: OnHost | None, step: int, saver: Saver, run: Run) -> None:
-    """norm: of the gradient that optimizer step `step`, counted from 1, was made with; None before the first.
+    """Raise NonFiniteError if the gradient norm of optimizer step `step`, counted from 1, is NaN or infinite.
 
-    Collective where it raises: it first completes the checkpoint that is on its way.
+    norm: None before the first step. If it raises it is collective: it first completes the pending checkpoint.
     """
     if norm is not None and not math.isfinite(norm.read()):
         saver.finish()
         raise NonFiniteError(
-            f"train: the gradient's norm is {norm.read()} at step {step}, though the loss is finite; lower train.lr. "
-            f"Checkpoints of earlier steps stay, see {run.store.full_uri(run.folder)}"
+            f"train: the gradient norm is {norm.read()} at step {step}, although the loss is finite; lower train.lr. "
+            f"Earlier checkpoints are in {run.store.full_uri(run.folder)}"
         )
 
 
 def _non_finite_rows(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -> list[str]:
-    """The rows of the step, of all ranks, whose loss is NaN or infinite. Collective."""
+    """The step's rows, over all ranks, whose loss is NaN or infinite. Collective."""
     losses = torch.cat([losses for _, losses in seen])
     names = [name for batch, _ in seen for name in batch.rows]
     times = [int(t) for batch, _ in seen for t in batch.timestep]
@@ -275,16 +282,17 @@ def _non_finite_rows(seen: Sequence[tuple[Batch, torch.Tensor]], ranks: Ranks) -
     return [row for rows in ranks.all_gather(mine) for row in rows]
 
 
-def _what_was_not_finite(step: int, rows: Sequence[str], *, seen_rows: int) -> str:
+def _non_finite_message(step: int, rows: Sequence[str], *, seen_rows: int) -> str:
     shown = "; ".join(rows[:8]) + (f"; and {len(rows) - 8} more" if len(rows) > 8 else "")
     advice = (
-        "every row: the weights are broken, so lower train.lr and begin from an earlier checkpoint (train.resume_from)"
+        "All rows are affected: training has diverged; lower train.lr and resume from an earlier checkpoint "
+        "(train.resume_from)"
         if len(rows) == seen_rows
-        else "these rows alone: look at their photos with `pbe show`"
+        else "Only these rows are affected: check their photos with `pbe show`"
     )
     return (
         f"train: the loss is not finite at step {step + 1}; the state before that step is saved as step {step}. "
-        f"{len(rows)} of {seen_rows} rows: {shown}. It is {advice}"
+        f"{len(rows)} of {seen_rows} rows: {shown}. {advice}"
     )
 
 
@@ -298,12 +306,12 @@ def _log(spec: TrainSpec, point: dict[str, float], grid: np.ndarray | None) -> N
         track.log_metrics(spec.tracking_uri, spec.mlflow_run_id, point, step=seen, prefix="train/")
         if grid is not None:
             track.log_image_at(spec.tracking_uri, spec.mlflow_run_id, grid, key="edits", step=seen)
-    except track.TrackError as error:  # days of training do not end for a curve; the run's history has every point
-        print(f"train: step {int(point['step'])} is not in MLflow: {error}", flush=True)
+    except track.TrackError as error:  # not worth ending the training: history.json has every point
+        print(f"train: cannot log step {int(point['step'])} to MLflow: {error}", flush=True)
 
 
 def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
-    """(N, width) clean class tokens of the first rows in manifest order: the same on every rank."""
+    """(N, width) clean class tokens of the first rows in manifest order, the same on every rank."""
     rows: list[np.ndarray] = []
     for files in slot_files(encoded):
         for file in files:
@@ -316,7 +324,7 @@ def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
 
 
 def _mean_over_ranks(loss: float, seconds: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:
-    """The loss, seconds per step by lap, and step_s: all that a step itself takes."""
+    """The loss, seconds per step by lap, and step_s: the laps without checkpoints and validation. Collective."""
     total = torch.tensor([loss, *(seconds.get(lap, 0.0) / steps for lap in LAPS)], device=device)
     dist.all_reduce(total)
     out = dict(zip(("loss", *LAPS), (total / dist.get_world_size()).tolist(), strict=True))
@@ -332,10 +340,10 @@ def _save(
     window: tuple[int, torch.Tensor],
     ranks: Ranks,
 ) -> None:
-    """window: step of the last log point, and the sum of this rank's losses since."""
+    """Start the checkpoint of `step`. window: step of the last log point, and the sum of this rank's losses since."""
     logged, loss_sum = window
     mean = loss_sum.detach().clone()
-    dist.all_reduce(mean)  # of all ranks, as another number of them may go on
+    dist.all_reduce(mean)  # over all ranks, because another number of them may resume
     state = {"step": step, "window": (logged, float(mean) / ranks.world)}
 
     def write(folder: Path) -> None:

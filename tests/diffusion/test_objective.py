@@ -1,4 +1,4 @@
-"""The objective: one example by hand for each target, and x_0 recovered from every one of them."""
+"""The objective: one example by hand for each target, from which x_0 is recovered."""
 
 from typing import get_args
 
@@ -55,7 +55,7 @@ def test_min_snr_by_hand(objective: Objective, gamma: float, expected: float) ->
 
 
 def test_min_snr_weighs_one_error_of_x0_alike_whatever_is_predicted() -> None:
-    """The three losses are the same loss on x_0, each in its own unit."""
+    """The three losses are the same loss on x_0, each in other units."""
     generator = torch.Generator().manual_seed(0)
     bars = torch.tensor([0.01, 0.3, 0.9, 0.999], dtype=torch.float64)
     x0, noise, error = (torch.randn(4, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The sampling loop: told the true x_0 it returns it; guidance, projection and rows do what their names say."""
+"""The sampling loop: a network that knows x_0 gets it back; guidance, projection and row order are right."""
 
 from functools import partial
 from typing import Any, get_args
@@ -23,7 +23,7 @@ def _normal(seed: int) -> Tensor:
 
 
 def _oracle(objective: Objective, schedule: BetaSchedule, cond: Tensor, uncond: Tensor | None = None) -> Denoiser:
-    """Predicts as a network would that knows x_0: `cond`, and where there are twice as many rows, `uncond` first."""
+    """A network that knows x_0: predicts `cond`, or with twice as many rows `uncond` for the first half."""
 
     def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
         x0 = cond if len(noisy) == len(cond) else torch.cat([cond if uncond is None else uncond, cond])
@@ -63,7 +63,7 @@ def test_told_the_truth_it_returns_the_truth(objective: Objective, steps: int) -
 
 @pytest.mark.parametrize("objective", get_args(Objective))
 def test_scaled_linear_ends_at_the_noise_of_its_first_timestep_as_upstream(objective: Objective) -> None:
-    """set_alpha_to_one is False there: the result keeps sqrt(1 - alpha_bar_0) = 0.029 of the noise."""
+    """With set_alpha_to_one False the result keeps sqrt(1 - alpha_bar_0) = 0.029 of the noise."""
     bars = alphas_cumprod(scheduler_config("scaled_linear", objective)).double()
     truth, first = _normal(1), bars[[0, 961]]  # 25 steps: 961, 921 .. 1
     out = _sample(
@@ -129,7 +129,7 @@ def test_it_is_deterministic_and_rows_do_not_touch_each_other() -> None:
         assert torch.equal(torch.random.get_rng_state(), state)
     alone = torch.cat([run(noise=row[None], sampler=sampler) for row in noise])
     torch.testing.assert_close(alone, together)
-    assert torch.equal(noise, _normal(0))  # the caller's noise stays
+    assert torch.equal(noise, _normal(0))  # the caller's noise is unchanged
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -140,7 +140,7 @@ def test_without_gradients(schedule: BetaSchedule) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_reads_a_value_of_the_device(sampler: SamplerName) -> None:
-    """On a GPU each read would wait for the forward before it. A meta tensor has no values: reading one raises."""
+    """On a GPU each read would wait for the previous forward. Reading a meta tensor, which has no values, raises."""
     noise = torch.empty(SHAPE, device="meta")
     out = sample(
         lambda noisy, timestep: noisy * timestep[:, None, None, None],
@@ -184,7 +184,7 @@ def test_guiding_x0_is_guiding_the_prediction(objective: Objective) -> None:
     "changes", [{"steps": 0}, {"steps": -1}, {"steps": 1001}, {"guidance_scale": float("nan")}], ids=str
 )
 def test_settings_without_a_meaning_are_refused(changes: dict[str, Any]) -> None:
-    """PNDM would take more steps than there are timesteps, and go through some timesteps twice."""
+    """With PRK steps PNDM would take more steps than there are timesteps, and repeat some."""
     (value,) = changes.values()
     with pytest.raises(ValueError, match=str(value)):
         Sampling(**changes)

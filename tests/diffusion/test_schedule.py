@@ -1,4 +1,4 @@
-"""The noise schedules equal their formulas, computed here in float64; samplers take the model's own settings."""
+"""The noise schedules equal their formulas, computed here in float64; samplers use the model's settings."""
 
 from typing import get_args
 
@@ -48,7 +48,7 @@ def test_every_sampler_has_the_same_betas(name: BetaSchedule, sampler: SamplerNa
 
 @pytest.mark.parametrize("steps", [1, 2, 25, 50, 1000])
 def test_squaredcos_starts_at_the_noisiest_timestep_in_even_steps(steps: int) -> None:
-    """Trailing timesteps: training's last one is the sampler's first."""
+    """Trailing timesteps: the last one of training is the sampler's first."""
     sampler = make_sampler(scheduler_config("squaredcos_cap_v2", "x0"), "ddim")
     sampler.set_timesteps(steps, torch.device("cpu"))
     assert sampler.timesteps.tolist() == [round(1000 - index * 1000 / steps) - 1 for index in range(steps)]

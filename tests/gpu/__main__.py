@@ -59,18 +59,18 @@ class Run:
         return self._ladder
 
     def limit(self, seconds: float) -> float:
-        """Seconds that a case may take: so many, or what is left."""
+        """Time limit of a case in seconds: the given one, or what is left if that is less."""
         return max(1.0, min(seconds, self.deadline - time.monotonic()))
 
     def row(self, case: str, function: Callable[..., Any], *args: Any, limit_s: float) -> dict[str, Any]:
-        """Of a case with one result; its failure is the row's."""
+        """The row of a case with one result; a failure goes into the row."""
         try:
             return {"case": case, **self.here.result(function, *args, limit_s=self.limit(limit_s))}
         except CaseError as error:
             return {"case": case, "failed": str(error)}
 
     def rows(self, case: str, function: Callable[..., Any], *args: Any, limit_s: float) -> Rows:
-        """Of a function that yields rows."""
+        """The rows that a function yields."""
         try:
             yield from self.here.results(function, *args, limit_s=self.limit(limit_s))
         except CaseError as error:
@@ -130,7 +130,7 @@ def measure(run: Run, parts: list[str]) -> dict[str, Any]:
         if part not in parts:
             continue
         if part == "parity" and "doctor" in parts:
-            _start_doctor(run)  # beside it: neither is timed
+            _start_doctor(run)  # in parallel, because neither is timed
         rows = results["parts"][part] = []
         for row in _until(run.deadline, part, COMMANDS[part](run)):
             rows.append(row)
@@ -141,7 +141,7 @@ def measure(run: Run, parts: list[str]) -> dict[str, Any]:
 
 
 def _until(deadline: float, part: str, rows: Rows) -> Rows:
-    """The rows until the time is up, and one that says so. Whatever fails in a part, the next one runs."""
+    """All rows until the time is up, then one that says so. If a part fails, the next one still runs."""
     while True:
         if time.monotonic() > deadline:
             yield {"case": "the rest", "failed": "not run: the time was up"}
@@ -226,7 +226,7 @@ def _start_doctor(run: Run) -> None:
 
 
 def doctor(run: Run) -> Rows:
-    """Findings that are not `ok`, and all of the device. What it says of packages and DVC is no failure of a GPU."""
+    """Findings that are not `ok`, and all of the device. Findings about packages and DVC are not GPU failures."""
     if run.doctor is None:
         _start_doctor(run)
     assert run.doctor is not None
@@ -245,7 +245,7 @@ def doctor(run: Run) -> Rows:
 
 
 def compiled(run: Run) -> Rows:
-    """Each in a fresh process: in one that has compiled another shape, torch would compile for shapes of any size."""
+    """Each runs in a fresh process: after another shape, torch would compile for shapes of any size."""
     from tests.gpu.editing import measure_compiled_edits
     from tests.gpu.peers import LARGEST_MICRO_BATCH, in_turns
 

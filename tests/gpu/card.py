@@ -1,4 +1,4 @@
-"""What the machine is and what its device can do at best: the measure of everything else."""
+"""The machine, and the peak performance of its device, with which all else is compared."""
 
 import importlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from tests.gpu.sizes import Sizes
 # Dense bfloat16 with float32 sums, by the makers' data sheets, in TFLOP/s: other products of a name are slower
 DATASHEET_BF16 = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "ray", "pyarrow", "numpy")
-# imported late by what runs here: better missed at once than in the last part
+# imported late by other parts: a missing package should fail at once, not in the last part
 NEEDED = [
     "albumentations",
     "deepspeed",
@@ -76,7 +76,7 @@ def measure_card(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]
 
 def _seconds(device: torch.device, run: Any) -> float:
     since = time.perf_counter()
-    while time.perf_counter() - since < WARM_UP_S:  # from idle clocks up
+    while time.perf_counter() - since < WARM_UP_S:  # let the clocks rise from idle
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()

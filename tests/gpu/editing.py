@@ -1,4 +1,4 @@
-"""Edit: seconds for one and for several edits at once, by precision, beside diffusers' pipeline on the same weights."""
+"""Edit: seconds for one or several edits at once, by precision, and for diffusers' pipeline on the same weights."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SCALE, WARM_UP_STEPS = 5.0, 3
 
 
 def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """float32 first: bfloat16 casts the same weights for good."""
+    """float32 comes first, because bfloat16 casts the shared weights permanently."""
     model, made = new_model(device, sizes), Inputs(sizes)
     for precision in ("fp32", "tf32"):
         editor = Editor(model, device, precision=precision)
@@ -35,7 +35,7 @@ def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]
 
 
 def measure_compiled_edits(device: torch.device, sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
-    """A process of its own compiles for one number of edits."""
+    """A separate process compiles for one number of edits."""
     if device.type != "cuda":
         yield {"case": f"edit, ours, bf16, {count} at once", "skipped": "on a GPU alone"}
         return
@@ -48,7 +48,7 @@ def measure_compiled_edits(device: torch.device, sizes: Sizes, count: int) -> It
 
 
 def stops_of_edits(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """What makes the CPU wait between two sampling steps of one edit."""
+    """The places where the CPU waits between two sampling steps of one edit."""
     editor, made = Editor(new_model(device, sizes), device, precision="bf16"), Inputs(sizes)
     made.ours(editor, 1, WARM_UP_STEPS)
     seen_by_step: list[int] = []
@@ -58,7 +58,7 @@ def stops_of_edits(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 class Inputs:
-    """One photo with a hole and one reference, of noise."""
+    """A photo with a hole and a reference, all noise."""
 
     def __init__(self, sizes: Sizes) -> None:
         rng, side = np.random.default_rng(0), sizes.image_px
@@ -110,7 +110,7 @@ def _diffusers_rows(
                 made.diffusers(pipeline, count, steps)
 
         yield from _rows(device, sizes, f"diffusers, {precision}", run)
-    except Exception as error:  # theirs; ours are still to be measured
+    except Exception as error:  # from diffusers; ours must still be measured
         said = one_line(error, 200)
         yield {"case": f"diffusers, {precision}", "failed": f"{type(error).__name__}: {said}"}
 

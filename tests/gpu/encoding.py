@@ -1,4 +1,4 @@
-"""Encode: rows per second of the one encode function, and of its networks alone."""
+"""Encode: rows per second of `encode_triplets`, and of its networks alone."""
 
 import statistics
 import time
@@ -24,7 +24,7 @@ REPEATS, BATCH_ROWS = 2, 16
 
 def measure_encode(device: torch.device, sizes: Sizes, precision: Precision) -> Iterator[dict[str, Any]]:
     """Every row is a photo, two masked photos and `reference_draws` references, as profile openimages asks for. The
-    first is the networks alone on arrays in memory, the second the whole: JPEG, augmentation, networks, Arrow."""
+    first result is the networks alone on arrays in memory, the second all: JPEG, augmentation, networks, Arrow."""
     codec, backbone = new_kl_codec(device, sizes), new_clip_backbone(device, sizes)
     if precision == "bf16":
         codec, backbone = codec.bfloat16(), backbone.bfloat16()

@@ -1,4 +1,4 @@
-"""The ladder: what each setting of training gives at the paper's size, each on top of what has helped before it."""
+"""The ladder: the gain of each training setting at the paper's size, on top of the settings that helped before."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from tests.gpu.training import measure_training, paper_config
 
 LIMIT_S, FIRST_LIMIT_S = 60.0, 120.0
 COMPILE_LIMIT_S = 240.0
-ZERO_STAGE = 1  # of the ladder; the other stages are compared at its end
+ZERO_STAGE = 1  # used by the ladder, which compares the other stages at its end
 
 NAIVE: dict[str, bool] = {
     "sdpa": False,
@@ -66,7 +66,7 @@ class Settings:
 
 
 class Ladder:
-    """Climbs; `best` is the fastest so far, and what the parts after it use."""
+    """Climbs the ladder; `best` is the fastest setting so far, and later parts use it."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Ladder:
 
     @property
     def best(self) -> Settings:
-        """Without a ladder: what the openimages profile sets, but in bf16 with float32 masters."""
+        """The choice without a ladder: the openimages profile's settings, but in bf16 with float32 masters."""
         if not self._rates:
             kernels = paper_config(self._sizes).kernels.model_dump()
             return Settings("bf16", ZERO_STAGE, self._sizes.micro_batch, 1, tuple(kernels.items()))
@@ -148,7 +148,7 @@ def forward_flops(arch: Architecture) -> int:
 
 
 def predicted_gib(arch: Architecture, settings: Settings) -> float | None:
-    """What infra/cost.py --memory says of one rank; None where attention is written out, which it does not count."""
+    """The estimate of infra/cost.py --memory for one rank; None if attention is written out: it does not count that."""
     kernels = dict(settings.kernels)
     if not kernels["sdpa"]:
         return None
@@ -162,5 +162,5 @@ def predicted_gib(arch: Architecture, settings: Settings) -> float | None:
 
 @cache
 def _activations(arch: Architecture, precision: str, checkpointing: bool) -> dict[int, float]:
-    """Bytes by micro-batch; seconds to count."""
+    """Bytes by micro-batch, and the seconds that counting took."""
     return activation_bytes(arch, precision, checkpointing=checkpointing)

@@ -1,5 +1,5 @@
-"""Networks of the published sizes with random weights, made on the device: what they compute means nothing, what it
-takes does."""
+"""Networks of the published sizes with random weights, made on the device: their outputs mean nothing,
+their costs do."""
 
 import torch
 from diffusers import AutoencoderKL

@@ -20,7 +20,7 @@ FP32_BOUND, BF16_BOUND, LEAST_BF16_DIFFERENCE = 1e-3, 2e-2, 1e-5
 
 
 def parity(device: str, here: DeviceProcess, cpu: DeviceProcess, ray: DeviceProcess, work: Path) -> Iterator[dict]:
-    """Rows of a case, its difference and its bound. here: the process of `device`. ray: the one that starts Ray."""
+    """Rows with a case, its difference and its bound. here: the process on `device`. ray: the one that starts Ray."""
     want = cpu.result(train_straight, work, "cpu", "fp32", 0, limit_s=LIMIT_S)
     for precision, stage, bound in (
         ("fp32", 0, FP32_BOUND),
@@ -55,7 +55,7 @@ def _row(name: str, want: Sequence[float], bound: float, process: DeviceProcess,
     except CaseError as error:
         return {"case": name, "failed": str(error)}
     difference = float(np.max(np.abs(np.array(losses) - want) / np.abs(want)))
-    # a bfloat16 curve as near as float32's was not computed in bfloat16
+    # a bfloat16 curve as near as float32's cannot have been computed in bfloat16
     least = LEAST_BF16_DIFFERENCE if bound == BF16_BOUND else 0.0
     return {"case": name, "difference": difference, "bound": bound, "missed": not least <= difference <= bound}
 
@@ -65,7 +65,7 @@ def train_straight(device: torch.device, work: Path, name: str, precision: str, 
 
 
 def train_half(device: torch.device, work: Path, run: str, steps: int) -> list[float]:
-    """Up to `steps`, from the run's checkpoint where there is one."""
+    """Train up to `steps`, from the run's checkpoint if it has one."""
     return _train(device, work, run, steps=steps)
 
 
@@ -89,7 +89,7 @@ def train_through_ray(device: torch.device, work: Path, name: str, stage: int) -
 
 
 def _train(device: torch.device, work: Path, run: str, *, steps: int = STEPS, **changes: Any) -> list[float]:
-    """With a constant learning rate after the warm-up, so that a half is the first half of the whole."""
+    """A constant learning rate after the warm-up, so that half a run equals the first half of a whole one."""
     join_one_rank(device, work)
     store = Store(str(work / "parity"))
     cfg = tiny_config(steps=steps, final_lr_frac=1.0, **changes)

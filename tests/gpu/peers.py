@@ -1,4 +1,4 @@
-"""Our training beside other people's, in turns in one process on one card.
+"""Our training against other people's, taking turns in one process on one card.
 
 bare       the same UNet, optimizer and precision in a plain torch loop on tensors that are on the device already
 official   written as upstream's loop runs (ldm/models/diffusion/ddpm.py, configs/v1.yaml): float32, photos and
@@ -28,7 +28,7 @@ from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
 from tests.gpu.training import EnoughError, Windows, measured_on, paper_job
 
-TURNS, TURN_STEPS = 3, 20  # so many steps that a few prefetched batches do not hide the reading
+TURNS, TURN_STEPS = 3, 20  # enough steps that a few prefetched batches do not hide the reading
 LARGEST_MICRO_BATCH = 16  # two networks with their optimizers are on the card
 Step = Callable[[], None]
 
@@ -83,7 +83,7 @@ def _inputs(device: torch.device, arch: Architecture, rows: int, dtype: torch.dt
 
 
 def bare_step(device: torch.device, arch: Architecture, cfg: TrainConfig) -> Step:
-    """One optimizer step of a plain loop in the precision of `cfg`; bf16 with float32 masters beside the weights."""
+    """One optimizer step of a plain loop in the precision of `cfg`; bf16 keeps float32 masters of the weights."""
     low = torch.bfloat16 if cfg.precision in ("bf16", "bf16_pure") else torch.float32
     network = _network(device, arch, cfg, low)
     parameters: list[Tensor] = list(network.parameters())

@@ -1,5 +1,5 @@
-"""A process of its own for everything that touches a device. What hangs, crashes or runs out of memory there costs its
-own result alone: the process is killed, and the next call starts another."""
+"""A separate process for everything that touches a device. A hang, a crash or lack of memory there costs one result:
+the process is killed, and the next call starts another."""
 
 import ctypes
 import gc
@@ -61,22 +61,22 @@ class DeviceProcess:
             self._idle = True
             if kind == "failed":
                 if self._device == "cuda":
-                    self.close()  # what it holds of the GPU would fail the next one
+                    self.close()  # the GPU memory that it holds would make the next call fail
                 raise CaseError(value)
-            if value > LEFT_OVER_GIB:  # done, and so much is still allocated
+            if value > LEFT_OVER_GIB:  # finished, but this much is still allocated
                 self.close()
             return
 
     def result(self, function: Callable[..., Any], *args: Any, limit_s: float) -> Any:
-        """Of a function that returns once."""
+        """The result of a function that returns once."""
         [value] = self.results(function, *args, limit_s=limit_s)
         return value
 
     def close(self) -> None:
-        """End the process with all that it has started: ranks, compilers, Ray."""
+        """End the process and everything that it started: ranks, compilers, Ray."""
         if self._process is None:
             return
-        self._pipe.close()  # an idle process ends by itself then
+        self._pipe.close()  # an idle process then ends by itself
         self._process.join(timeout=END_S if self._idle else 0)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ class DeviceProcess:
         self._process = None
 
     def start(self) -> None:
-        """Begin to start the process where there is none; it imports while others work."""
+        """Start the process if there is none, without waiting; it imports while others work."""
         if self._process is not None and self._process.is_alive():
             return
         context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
@@ -97,14 +97,14 @@ class DeviceProcess:
 
 def _serve(pipe: Connection, device_name: str, log: Path) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive the program that is cut
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive a killed program
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "NODE_RANK": "0"}
     if device_name == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    import deepspeed  # noqa: F401 - with torch the most of what every case imports
+    import deepspeed  # noqa: F401 - with torch, most of the import time of every case
     import torch
 
     device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
@@ -141,7 +141,7 @@ def _answer(pipe: Connection, function: Callable[..., Any], device: Any, args: t
 
 
 def join_one_rank(device: Any, folder: Path) -> None:
-    """A process group of this process alone, once: nccl for a GPU, gloo for the processor."""
+    """Join a process group of this process alone, once: nccl on a GPU, gloo on a CPU."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

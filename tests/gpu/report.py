@@ -1,4 +1,4 @@
-"""The results as JSON and as a Markdown page; written after every row, so that a run that is cut keeps what it has."""
+"""The results as JSON and as a Markdown page; written after every row, so that an interrupted run keeps its results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def cost_command(results: Mapping[str, Any], fastest: Mapping[str, Any]) -> str:
-    """infra/cost.py with a step of the fastest rung, and a row of encode and an edit where they were measured."""
+    """The infra/cost.py command with the step of the fastest rung, and encode and edit times if they were measured."""
     settings = fastest["settings"]
     rows = settings["micro_batch"] * settings["accumulation"]
     options = {"step-s": rows / fastest["rows_per_s"], "step-rows": rows}
@@ -106,7 +106,7 @@ def _setting(value: Any) -> str:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """What did not run to its end, or broke a bound of parity: the program then ends with 1."""
+    """Rows that did not finish or broke a parity bound; with any, the program exits with 1."""
     rows = [(part, row) for part, found in results["parts"].items() for row in found]
     return [
         f"{part}, {row['case']}: {row.get('failed') or 'beyond its bound'}"
@@ -116,7 +116,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def missed(results: Mapping[str, Any]) -> list[str]:
-    """Targets, of a GPU."""
+    """The targets for a GPU that the results miss."""
     if results["machine"].get("device") != "cuda":
         return []
     parts = results["parts"]

@@ -1,4 +1,4 @@
-"""How large everything is: the paper's sizes for a GPU, and tiny ones that rehearse the program on a processor."""
+"""Sizes: the paper's for a GPU, and tiny ones to rehearse the program on a CPU."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ class Sizes:
     encode_rows: int
     edit_steps: int
     edits: tuple[int, ...]  # how many at once
-    product_side: int  # of the matrix product that says what the device can do
+    product_side: int  # of the matrix product that measures peak performance
 
 
 PAPER_SIZES = Sizes(
@@ -77,7 +77,7 @@ TINY_SIZES = replace(
             context_width=24,
             class_embedding=False,
         ),
-        exemplar=ExemplarConfig(mapper_width=64, mapper_blocks=2),  # as diffusers has for nine layers of CLIP
+        exemplar=ExemplarConfig(mapper_width=64, mapper_blocks=2),  # diffusers' number for nine layers of CLIP
     ),
     image_px=64,
     encoded_rows=64,

@@ -1,4 +1,4 @@
-"""Where a program makes the CPU wait for the device, by the line of pbe, DeepSpeed or diffusers that does it."""
+"""Finds the lines of pbe, DeepSpeed or diffusers that make the CPU wait for the device."""
 
 import traceback
 import warnings
@@ -21,10 +21,10 @@ ROOMS = (f"{repo_root()}/pbe/", "/deepspeed/", "/diffusers/", "/transformers/")
 
 @contextmanager
 def stops(device: torch.device) -> Iterator[Counter[str]]:
-    """PixelTable by place while it is open.
+    """Counts the waits within the block, by place.
 
-    On a GPU: what torch's sync debug mode reports, and explicit synchronisation of device, streams and events. On a
-    processor, where nothing waits, as a rehearsal: every read of a tensor's value, and the device's `synchronize`.
+    On a GPU: what torch's sync debug mode reports, and explicit synchronisation of device, streams and events. As a
+    rehearsal on a CPU, where nothing waits: every read of a tensor's value, and the device's `synchronize`.
     """
     seen: Counter[str] = Counter()
 
@@ -64,7 +64,7 @@ class _Reads(TorchDispatchMode):
 
 @contextmanager
 def _explicit(note: Any) -> Iterator[None]:
-    """Notes every call of the methods that wait, and lets it through."""
+    """Records every call of a method that waits, and passes it on."""
     with (
         patch.object(torch.cuda, "synchronize", _noting(torch.cuda.synchronize, note)),
         patch.object(torch.cuda.Stream, "synchronize", _noting(torch.cuda.Stream.synchronize, note)),
@@ -91,17 +91,17 @@ def _place() -> str:
 
 
 class _EnoughStepsError(Exception):
-    """Ends a training from inside, once enough was seen."""
+    """Ends a training from inside once enough has been recorded."""
 
 
 def stops_of_steps(device: torch.device, spec: Any, *, skip: int = 2, steps: int = 4) -> list[Counter[str]]:
-    """Of each of `steps` optimizer steps of `train_worker` after the first `skip`, which log and save nothing."""
+    """The waits in each of `steps` steps of `train_worker` after the first `skip`; none of them logs or saves."""
     from pbe.train import worker
 
     by_step: list[Counter[str]] = []
     learning_rate = worker.learning_rate
 
-    def at_each_step(cfg: Any, step: int) -> float:  # the loop asks for it once, when a step begins
+    def at_each_step(cfg: Any, step: int) -> float:  # the loop calls it once, at the start of a step
         by_step.append(Counter(seen))
         if len(by_step) > skip + steps:
             raise _EnoughStepsError

@@ -1,4 +1,4 @@
-"""`make gpu` itself: its processes end what hangs or dies, its pages tell failures, and every part can be rehearsed."""
+"""`make gpu` itself: hanging or dying processes are ended, pages show failures, and every part can be rehearsed."""
 
 import json
 import os
@@ -49,9 +49,9 @@ def test_what_fails_costs_its_own_result_alone(process: DeviceProcess) -> None:
     assert (kind, value) == ("cpu", 8)
     with pytest.raises(CaseError, match="ValueError: two lines"):
         process.result(raise_an_error, limit_s=60)
-    assert process.result(double, 5, limit_s=60) == ("cpu", 10, first)  # the process is still good
+    assert process.result(double, 5, limit_s=60) == ("cpu", 10, first)  # the process still works
     hanging = process.results(count_then_hang, limit_s=1)
-    assert next(hanging) == 1  # what came before stays
+    assert next(hanging) == 1  # earlier results stay
     with pytest.raises(CaseError, match="stopped after 1 s"):
         next(hanging)
     with pytest.raises(CaseError, match="its process died"):
@@ -93,7 +93,7 @@ def test_the_program_is_rehearsed(tmp_path: Path) -> None:
     rows = {part: {row["case"]: row for row in found} for part, found in results["parts"].items()}
     assert all(rows.values()) and not failures(results)
     assert rows["ladder"]["naive float32"]["rows_per_s"] > 0
-    # its steps and ours compute the same sort of loss: of noise predicted by an untrained network
+    # both losses are of the same kind: noise predicted by an untrained network
     assert 0.8 < rows["ladder"]["+ TF32"]["loss"] < 1.3
     finite = [place for place in rows["stops"]["training"]["places"] if place.startswith("pbe/train/finite.py")]
     assert finite, "the guards' reads are among what is counted"

@@ -1,4 +1,4 @@
-"""Trainings that are measured: `train_worker` itself on encoded Parquet, ended from inside after enough steps."""
+"""Measured trainings: `train_worker` on encoded Parquet, ended from inside after enough steps."""
 
 import statistics
 import time
@@ -45,7 +45,7 @@ def write_encoded_rows(device: torch.device, work: Path, sizes: Sizes) -> None:
 
 
 def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int, per_group: int) -> Manifest:
-    """Rows of noise in one slot, by the store and the schema of the encode stage; a patch codec beside them."""
+    """Rows of noise in one slot, written by the store with the encode stage's schema, and a patch codec."""
     crops = np.random.default_rng(0).integers(0, 256, (8, 4 * patch_px, 4 * patch_px, 3)).astype(np.uint8)
     codec, _ = fit_patch_codec(crops, patch_px=patch_px, channels=arch.latent_channels)
     path = "parts/encode/codec.safetensors"
@@ -78,7 +78,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
 
 
 def paper_config(sizes: Sizes, **changes: Any) -> TrainConfig:
-    """The openimages profile on one rank with one micro-batch a step, unless `changes` say otherwise. `kernels` are
+    """The openimages profile on one rank with one micro-batch per step, unless `changes` say otherwise. `kernels` are
     merged."""
     base = profile("openimages").train.model_dump()
     kernels = base["kernels"] | changes.pop("kernels", {})
@@ -120,7 +120,7 @@ class Windows:
         self._since = time.perf_counter()
 
     def __call__(self, point: Mapping[str, float]) -> None:
-        # the device has been waited for: the point holds its seconds
+        # the device is in sync here, because the point has its seconds
         self.seconds.append(time.perf_counter() - self._since)
         self.points.append(point)
         if len(self.points) > 1 and self._between is not None:
@@ -132,8 +132,8 @@ class Windows:
 
 @contextmanager
 def measured_on(device: torch.device) -> Iterator[None]:
-    """For `train_worker`: networks are made on the device, as on the processor the paper's takes six seconds and which
-    weights it begins with is not measured; and the engine, which its hooks keep alive, is destroyed at the end."""
+    """Within the block, `train_worker` makes its network on the device, because the paper's takes six seconds on a CPU
+    and initial weights do not matter here. At the end the engine, which its hooks keep alive, is destroyed."""
     engines: list[Any] = []
 
     def new(arch: Architecture) -> ConditionedUNet:
@@ -175,7 +175,7 @@ def measure_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainC
 
 
 def stops_of_training(device: torch.device, work: Path, sizes: Sizes, cfg: TrainConfig) -> dict[str, Any]:
-    """How often a step makes the CPU wait, and where."""
+    """How often a step makes the CPU wait, and in which lines."""
     join_one_rank(device, work)
     with measured_on(device):
         steps = stops_of_steps(device, paper_job(work, sizes, cfg.model_copy(update={"log_every": NEVER}), "stops"))

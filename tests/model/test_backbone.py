@@ -1,4 +1,4 @@
-"""The backbone is the package's own network: same weights, same features, frozen, and silent."""
+"""The backbone equals the package's network: same weights, same features, frozen, and no output."""
 
 import builtins
 import hashlib
@@ -44,7 +44,7 @@ def _weights(name: str) -> Path:
 
 
 def _plain_network(name: str) -> Any:
-    """The package's network with its padding computed at each call, contiguous memory, classifier kept."""
+    """The package's network as it comes: padding computed at each call, contiguous memory, with classifier."""
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=None)

@@ -13,7 +13,7 @@ def _pixels(crops: np.ndarray) -> Tensor:
 
 
 def _patches(crops: np.ndarray, patch_px: int) -> np.ndarray:
-    """(N, 3 p p): colour planes one after the other, each by rows; written without torch."""
+    """Patches (N, 3 p p): colour planes one after the other, each row by row; written without torch."""
     count, side = len(crops), crops.shape[1] // patch_px
     cut = crops.reshape(count, side, patch_px, side, patch_px, 3)
     return cut.transpose(0, 1, 3, 5, 2, 4).reshape(-1, 3 * patch_px**2).astype(float)
@@ -66,7 +66,7 @@ def test_on_its_span_the_round_trip_is_exact_and_the_rest_is_lost_best(codec: Pa
     pixels = _pixels(crops)
     once = codec.decode(codec.posterior(pixels)[0])
     torch.testing.assert_close(codec.decode(codec.posterior(once)[0]), once, atol=1e-4, rtol=0)
-    # no other code of that many numbers loses less: moving a latent in any direction loses more
+    # no code of this size loses less: moving a latent in any direction loses more
     error = (once - pixels).pow(2).sum()
     moved = codec.decode(codec.posterior(pixels)[0] + 0.1 * torch.ones(1, 8, 1, 1))
     assert 0 < error < (moved - pixels).pow(2).sum()
@@ -99,7 +99,7 @@ def test_projection_keeps_what_decodes_to_valid_pixels_and_pulls_the_rest_closer
     once = codec.project(outside)
     twice = codec.project(once)
     assert excess(outside) > 2 * excess(once) > 0
-    # a clamp and an orthogonal projection in turn: each step is shorter than the one before
+    # clamp and orthogonal projection alternate, so each step is shorter than the one before
     assert (twice - once).norm() < 0.5 * (once - outside).norm()
 
 
@@ -128,5 +128,5 @@ def test_crops_of_one_colour_give_finite_latents() -> None:
 
 @pytest.mark.parametrize("cut", [0, 100, -1])
 def test_a_damaged_file_is_one_error_with_its_place(codec: PatchCodec, cut: int) -> None:
-    with pytest.raises(CodecError, match=r"^parts/codec: not a whole codec"):
+    with pytest.raises(CodecError, match=r"^parts/codec: damaged codec"):
         codec_from_bytes(codec_bytes(codec)[:cut], "parts/codec")

@@ -48,7 +48,7 @@ def test_of_many_tokens_each_sees_the_others_of_its_row_alone(mapper: ExemplarMa
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("drop", [[True, True], [False, False], [True, False]])
 def test_every_parameter_is_in_every_graph(drop: list[bool], tokens: int, mapper: ExemplarMapper) -> None:
-    """ZeRO needs a gradient for each parameter at each step; zero where the row took the other branch."""
+    """ZeRO needs a gradient for each parameter at each step; it is zero if the row took the other branch."""
     mapper(_tokens(2, tokens), torch.tensor(drop)).square().sum().backward()
     grads = {}
     for name, parameter in mapper.named_parameters():
@@ -90,7 +90,7 @@ def test_statistics_are_stored_with_the_weights_but_not_trained(mapper: Exemplar
     assert names <= set(mapper.state_dict()) and not names & {name for name, _ in mapper.named_parameters()}
 
 
-# -- upstream's encoder, as diffusers has it ------------------------------------------------------------------------
+# -- upstream's encoder, from diffusers -----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -128,7 +128,7 @@ def test_it_is_diffusers_encoder_in_names_and_numbers(layers: int) -> None:
 
 
 def test_the_papers_mapper_has_upstreams_parameter_counts() -> None:
-    """As counted in the official code: the trainable part besides the UNet has 63,771,136."""
+    """Counted in the official code: the trainable part besides the UNet has 63,771,136 parameters."""
     with torch.device("meta"):
         mapper = ExemplarMapper(backbone_width=1024, mapper_width=1024, mapper_blocks=5, context_width=768)
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Weights by name: folders, and models of the hub by id and revision, from a hub on loopback."""
+"""Weights by name: folders, and hub models by id and revision, served by a local hub."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ FILES = {
 
 @dataclass
 class Hub:
-    """Serves what huggingface_hub asks for of one model, org/model: its files by revision."""
+    """Serves one model, org/model, to huggingface_hub: its files by revision."""
 
     address: str
     files: dict[str, bytes]
@@ -93,7 +93,7 @@ def _etag(data: bytes) -> str:
 
 
 def _fetch(hub: Hub, cache: Path, name: str, parts: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    """Run in a separate process, because huggingface_hub reads its settings at import."""
     code = (
         "import sys\nfrom pbe.model.hub import weights_folder\nfrom pbe.errors import UserError\n"
         f"try: print(weights_folder({name!r}, parts={parts!r}))\n"

@@ -1,4 +1,4 @@
-"""First weights of training: Stable Diffusion's UNet widened to 9 channels, or all of a Paint by Example model."""
+"""Initial weights of training: Stable Diffusion's UNet widened to 9 channels, or all of a Paint by Example model."""
 
 import json
 from collections.abc import Callable
@@ -99,13 +99,16 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        # no shape shows the number of heads
-        (_config(attention_head_dim=4), "attention_head_dim is 4, here it is 8; set train.unet.attention_heads"),
-        (_smaller, "cross_attention_dim is 16, here it is 24; set train.unet.context_width"),
-        (_config(use_linear_projection=True), "use_linear_projection is True, here it is False, which this project"),
-        (_config(block_out_channels=[32, 64, 64]), "not the config of a UNet"),
-        (_inpainting, "9 input channels and no image_encoder beside it: neither Stable Diffusion, which has 4, nor"),
-        (_cut, "not a whole weight file"),
+        # shapes do not show the number of heads
+        (_config(attention_head_dim=4), "attention_head_dim is 4, but 8 here; set train.unet.attention_heads"),
+        (_smaller, "cross_attention_dim is 16, but 24 here; set train.unet.context_width"),
+        (
+            _config(use_linear_projection=True),
+            "use_linear_projection is True, but False here, and pbe supports no other value",
+        ),
+        (_config(block_out_channels=[32, 64, 64]), "not a UNet's config"),
+        (_inpainting, "9 input channels and no image_encoder next to it: neither Stable Diffusion, which has 4, nor"),
+        (_cut, "damaged or incomplete weight file"),
     ],
 )
 def test_other_weights_are_refused_in_one_line(
@@ -120,5 +123,5 @@ def test_other_weights_are_refused_in_one_line(
 def test_a_mapper_of_another_size_is_refused(tmp_path: Path) -> None:
     folder = write_paint_by_example(tmp_path / "model")
     other = new_network(replace(ARCH, exemplar=ARCH.exemplar.model_copy(update={"mapper_blocks": 1})))
-    with pytest.raises(WeightsError, match=r"train\.exemplar must have its sizes"):
+    with pytest.raises(WeightsError, match=r"train\.exemplar must match its sizes"):
         load_initial(other, folder / "unet", folder / "image_encoder")

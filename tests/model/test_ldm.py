@@ -1,4 +1,4 @@
-"""Names and sizes of the original code's checkpoints, at the published sizes without their memory, and what is refused.
+"""Checkpoints of the original code: names, published sizes (without their memory), and what is rejected.
 
 The names in the tables were read in public lists of Stable Diffusion 1.x' names, not made by code of this repository.
 """
@@ -86,7 +86,7 @@ VAE_NAMES = {
 
 @pytest.fixture(scope="module")
 def full_size() -> dict[str, Tensor]:
-    """Stable Diffusion 1.x by LDM's names: tensor k is full of k, in the memory of one number."""
+    """Stable Diffusion 1.x under LDM's names: tensor k has the value k everywhere, in the memory of one number."""
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**STABLE_DIFFUSION), AutoencoderKL(**STABLE_DIFFUSION_VAE)
     tensors = ldm_layout.unet_names(unet) | ldm_layout.vae_names(vae)
@@ -100,7 +100,7 @@ def parts(full_size: dict[str, Tensor]) -> LdmParts:
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Tensor]:
-    """Paint by Example."""
+    """The same for Paint by Example."""
     return ldm_layout.paint_by_example(ldm_layout.ldm_model())
 
 
@@ -161,7 +161,7 @@ def test_every_tensor_is_used_or_counted_in_a_family(tiny: dict[str, Tensor], ti
 
 
 def test_the_unet_has_the_files_own_memory(tiny_sd: dict[str, Tensor]) -> None:
-    """A real one has 3.4 GB: no copy, and no random weights to begin with."""
+    """A real file has 3.4 GB, so it is not copied, and no random weights are made first."""
     unet = ldm_parts(tiny_sd, "sd.ckpt").unet
     assert unet.conv_in.weight.data_ptr() == tiny_sd[FIRST_CONVOLUTION].data_ptr()
     assert not any(value.is_meta for value in (*unet.parameters(), *unet.buffers()))
@@ -286,4 +286,4 @@ def test_other_models_are_called_by_their_names(tiny_sd: dict[str, Tensor]) -> N
 
 
 def test_channels_that_32_groups_do_not_divide_are_refused(tiny_sd: dict[str, Tensor]) -> None:
-    _refused({**tiny_sd, **ldm_layout.vae_names(tiny_vae(8, 4))}, "VAE levels of (8, 8, 8, 8) channels")
+    _refused({**tiny_sd, **ldm_layout.vae_names(tiny_vae(8, 4))}, "VAE levels have (8, 8, 8, 8) channels")

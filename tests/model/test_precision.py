@@ -1,4 +1,4 @@
-"""float32_products: what is asked for holds inside, what was set before holds after, also after an error."""
+"""float32_products sets the precision inside the block and restores it afterwards, even after an error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weight files: tensors come out, code does not run, and what is no weight file is one line that names it."""
+"""Weight files: tensors are read, code is not run, and any other file gives one line that names it."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ def _same(got: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def lightning() -> Iterator[type]:
-    """A class that only the process that wrote the checkpoint knows, as Lightning's callbacks in the official file."""
+    """A class that only the writing process knows, like Lightning's callbacks in the official file."""
     module = types.ModuleType("pytorch_lightning_like")
 
     class ModelCheckpoint(dict):
@@ -52,7 +52,7 @@ def lightning() -> Iterator[type]:
 
 
 class _Attack:
-    """On loading by pickle, it would make a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -104,7 +104,7 @@ def test_code_in_a_pickle_is_not_executed(where: str, zipped: bool, tmp_path: Pa
     else:
         _same(read_tensors(path))
     assert not (tmp_path / "owned").exists()
-    torch.load(path, weights_only=False)  # the attack is a real one
+    torch.load(path, weights_only=False)  # proves that the attack works
     assert (tmp_path / "owned").exists()
 
 
@@ -117,7 +117,7 @@ def test_a_plain_pickle_is_not_executed_either(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_large_memo_index_takes_no_memory(zipped: bool, tmp_path: Path) -> None:
-    """Python's own unpickler, which is C, allocates 16 bytes for each index up to the largest."""
+    """Python's C unpickler allocates 16 bytes for each index up to the largest."""
     path = tmp_path / "weights.ckpt"
     pickled = pickle.PROTO + b"\x02}" + pickle.LONG_BINPUT + (2**31 - 1).to_bytes(4, "little") + pickle.STOP
     if zipped:

@@ -34,7 +34,7 @@ def _inputs(arch: Architecture, rows: int = 3, seed: int = 0) -> dict[str, Any]:
 
 
 def _alive(model: ConditionedUNet) -> ConditionedUNet:
-    """Some diffusers layers start at zero; give every parameter a say."""
+    """Some diffusers layers start at zero; make every parameter matter."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def test_every_input_matters_to_its_own_row_alone(name: str, class_embedding: bo
 
 @torch.no_grad()
 def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architecture) -> None:
-    """Equal to a row whose condition is that vector, whatever its reference."""
+    """A dropped row equals a row whose condition is that vector, for any reference."""
     model, inputs = _build(arch), _inputs(arch)
     drop = torch.tensor([True, False, True])
     out = model(**{**inputs, "drop_condition": drop})

@@ -1,4 +1,4 @@
-"""Frozen networks are kept in the storage by content and open again, locally and from S3."""
+"""Frozen networks are stored by content and open again, locally and from S3."""
 
 import shutil
 from pathlib import Path

@@ -108,7 +108,7 @@ def test_diffusers_opens_the_folder_and_what_it_saves_opens_here(
 ) -> None:
     name = "diffusers.pipelines.deprecated.paint_by_example"
     theirs = pytest.importorskip(name, reason="this diffusers has no PaintByExamplePipeline any more")
-    # the README's two lines: diffusers 0.38 moved the module, and no longer finds what model_index.json names
+    # the two lines of the README: diffusers 0.38 moved the module that model_index.json names
     monkeypatch.setattr("diffusers.pipelines.paint_by_example", theirs, raising=False)
     pipeline = theirs.PaintByExamplePipeline.from_pretrained(paper_folder)
     for part, file in (("unet", UNET), ("image_encoder", ENCODER), ("vae", "vae/diffusion_pytorch_model.safetensors")):
@@ -122,7 +122,7 @@ def test_diffusers_opens_the_folder_and_what_it_saves_opens_here(
 
 
 def test_the_sizes_of_an_encoder_that_diffusers_saved_are_at_the_top_of_its_config(paper_folder: Path) -> None:
-    """Its class takes CLIP's whole config, so a saved one has the defaults of a vision_config beside its own sizes."""
+    """diffusers' class takes CLIP's whole config, so a saved one has a default vision_config next to its own sizes."""
     expected = load_model(paper_folder)
     defaults = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "projection_dim": 512}
     _edit_json(paper_folder / "image_encoder" / "config.json", model_type="clip", vision_config=defaults)
@@ -133,10 +133,11 @@ def test_the_sizes_of_an_encoder_that_diffusers_saved_are_at_the_top_of_its_conf
 @pytest.mark.parametrize("name", SAMPLE_FILES)
 def test_a_missing_file_is_named(name: str, model_folder: Path) -> None:
     (model_folder / name).unlink()
-    if name == "pbe.json":  # as a published folder
+    if name == "pbe.json":  # a published folder has none
         return
     parent, _, file = name.rpartition("/")
-    _refused(model_folder, parent, file if "config" in name else f"no {file}" if parent != "codec" else "no vae")
+    missing = f"no {file}" if parent != "codec" else "neither vae/ nor codec/"
+    _refused(model_folder, parent, file if "config" in name else missing)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     [(UNET, "missing"), (ENCODER, "unexpected"), ("vae/diffusion_pytorch_model.safetensors", "another shape")],
 )
 def test_tensors_must_fit_one_by_one(file: str, change: str, paper_folder: Path) -> None:
-    """Every way of it: test_tensors.py."""
+    """test_tensors.py covers every kind of damage."""
     tensors = load_file(paper_folder / file)
     name = next(name for name in sorted(tensors) if name.endswith("weight") and "mapper" not in name)
     if change == "unexpected":

@@ -237,7 +237,7 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
         result = changeable.run("pipelines", "train", "--variant", "full")
         changeable.edit_params(f"workers: {workers}", "workers: 2")
         said = result.stdout + result.stderr
-        assert "goes on from the checkpoint of step 8" + (", written by 2 ranks" if workers == 1 else "") in said
+        assert "resuming from step 8" + (" (checkpoint written by 2 ranks)" if workers == 1 else "") in said
         resumed = _last_losses(changeable)
         assert resumed == pytest.approx(straight, rel=1e-5)
         (run / "finished.json").unlink()
@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(changeable
         "the loss is not finite at step 1; the state before that step is saved as step 0. 8 of 8 rows" in result.stderr
     )
     assert "Traceback" not in result.stderr
-    assert "goes on from the checkpoint" not in result.stdout + result.stderr  # as each of two more tries would
+    assert "resuming from step" not in result.stdout + result.stderr  # as each of two retries would
 
 
 @pytest.mark.drill

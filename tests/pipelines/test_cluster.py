@@ -384,7 +384,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
     (at_work,) = [node for node in cluster.nodes.running if trains(node)]
     cluster.nodes.kill(at_work)
     assert process.wait(timeout=2 * STEP_S) == 0, laptop.said()
-    assert "goes on from the checkpoint of step" in laptop.said()
+    assert "resuming from step" in laptop.said()
     cluster.nodes.add(cpus=2)
 
     local.run("dvc", "repro", "train@full")

@@ -46,7 +46,7 @@ def test_three_ranks_and_the_driver_are_killed_and_the_loss_is_the_same(tmp_path
     second = project.run("dvc", "repro", "-f", "-s", "train@full")
     disturbed_s, disturbed = time.monotonic() - started, _curve(project)
 
-    resumed = (first_log + second.stdout + second.stderr).count("goes on from the checkpoint")
+    resumed = (first_log + second.stdout + second.stderr).count("resuming from step")
     goodput = 100 * undisturbed_s / disturbed_s
     print(f"\nkilled ranks after steps {[round(blow) for blow in blows]}, the driver after {round(0.85 * STEPS)}")
     print(

@@ -28,7 +28,7 @@ def straight_curve(folder: Path, store: Store, encoded: Manifest) -> list[float]
 
 
 def verdict(losses: Sequence[float]) -> str:
-    """What to do about losses that are not the stored ones; empty when they are."""
+    """What to do if the losses differ from the stored ones; empty if they do not."""
     known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {"version": 0, "losses": []}
     if known["version"] != VERSION:
         return "VERSION of pipelines/train.py is new: `python -m tests.train.golden` writes down its losses"

@@ -1,4 +1,4 @@
-"""Triplets cut by pbe.data from painted photos, and the same encoded as the encode stage does it."""
+"""Triplets that pbe.data cuts from painted photos, and the same triplets encoded as the encode stage does."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class Networks:
 
 
 def photo(number: int) -> np.ndarray:
-    """(48, 64, 3) uint8: smooth blobs, another picture for each number."""
+    """(48, 64, 3) uint8: smooth blobs, a different picture for each number."""
     coarse = np.random.default_rng(number).integers(0, 256, (4, 5, 3)).astype(np.uint8)
     return images.resize(coarse, width_px=64, height_px=48)
 
@@ -43,7 +43,7 @@ def triplets_of(
     reference_px: int = 224,
     photos_of_shard: tuple[int, ...] = PHOTOS_OF_SHARD,
 ) -> Manifest:
-    """Two triplets of each photo, one a slot."""
+    """Two triplets of each photo, one per slot."""
     units, number = [], 0
     for shard, count in enumerate(photos_of_shard):
         photos, boxes = [], []
@@ -88,8 +88,7 @@ def encoded_of(
     draws: int = DRAWS,
     device: torch.device = CPU,
 ) -> Manifest:
-    """As the encode stage does it. The codec, if it is the patch codec, is kept in the storage. `device` is where the
-    networks are."""
+    """Encode triplets as the encode stage does; a patch codec is also stored. The networks are on `device`."""
     units = []
     for unit in triplets.units:
         slots = [file for file in unit.files if file.dataset.startswith("slot-")]

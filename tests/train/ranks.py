@@ -54,7 +54,7 @@ _PRELOAD = ["torch", "diffusers", "deepspeed", "mlflow", "pyarrow.parquet", "pbe
 
 
 class RankDiedError(Exception):
-    """A rank ended without a result: killed, or with an error, whose text this is."""
+    """A rank was killed, or raised the error whose text this is."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class KillAt:
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Processes that have met and take one call after the other."""
+    """Joined processes that serve one call after the other."""
 
     processes: list[BaseProcess]
     pipes: list[Connection]
@@ -93,16 +93,19 @@ class _Ranks:
             process.join(timeout=20)
 
 
-_waiting: dict[int, _Ranks] = {}  # for the next call, by how many they are
+_waiting: dict[int, _Ranks] = {}  # for the next call, by world size
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, timeout_s: float = 120) -> list[Any]:
     """What `function(*args)` returns on each rank. Raises RankDiedError.
 
-    The same processes take the next call of that `world`. After an error they are killed: the next call has others.
+    The same processes serve the next call with this `world`. After an error they are killed and the next call starts
+    new ones.
     """
     ranks = _waiting.pop(world, None) or _started(world, tmp)
-    aws = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the server forked before
+    aws = {
+        key: value for key, value in os.environ.items() if key.startswith("AWS_")
+    }  # the fork server started before they were set
     results: dict[int, Any] = {}
     try:
         for pipe in ranks.pipes:
@@ -129,7 +132,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int, tmp: Path, t
 
 
 def end_ranks() -> None:
-    """Of all that wait for a call."""
+    """End all processes that wait for a call."""
     while _waiting:
         _waiting.popitem()[1].end()
 
@@ -201,7 +204,7 @@ def train_with_broken_weights(spec: TrainSpec) -> None:
 
 
 def loss_curve(store: Store, run_name: str) -> list[float]:
-    """Of every step, and the validation loss after the last."""
+    """The loss of every step, then the validation loss after the last."""
     history = Run(store, run_name).read_json("history.json")
     assert history is not None, "the run is not finished"
     points = history["history"]
@@ -239,7 +242,7 @@ def tiny_encoded(
     channels: int = CHANNELS,
     latent_px: int = LATENT_PX,
 ) -> Manifest:
-    """24 rows a slot of random latents, in 4 shards; a real codec beside them."""
+    """24 rows per slot of random latents, in 4 shards, and a real codec."""
     crops = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     codec, _ = fit_patch_codec(crops, patch_px=PATCH_PX, channels=channels)
     store.write_bytes("parts/encode/codec.safetensors", codec_bytes(codec))

@@ -1,4 +1,4 @@
-"""Batches: the same rows and draws for any number of ranks and any restart; draws have their shares and statistics."""
+"""Batches: same rows and draws for any number of ranks and any restart; draws have the right distributions."""
 
 import io
 import threading
@@ -57,7 +57,7 @@ def _table(shard: int, slot: int, count: int, latent: tuple[int, int, int] = LAT
 
 @pytest.fixture
 def encoded(store: Store) -> Manifest:
-    """Four shards of unequal size, one of them empty; two slots; ten rows a slot."""
+    """Four shards of unequal size, one of them empty; two slots; ten rows per slot."""
     units = [
         store.write_unit(
             "encode",

@@ -1,4 +1,4 @@
-"""Number formats and kernels: bfloat16 in DeepSpeed's ways stays near float32; kernels change rounding alone."""
+"""Number formats and kernels: bfloat16 under DeepSpeed stays near float32; kernels change rounding alone."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -100,7 +100,7 @@ def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], gold
     cfg = tiny_config(zero_stage=2, workers=2, kernels=kernels)
     run_ranks(train, tiny_spec(store, encoded, cfg, "kernels"), world=2, tmp=folder)
     np.testing.assert_allclose(loss_curve(store, "kernels"), golden, rtol=0, atol=1e-5)
-    assert "kernels.compile is left out: there is no GPU" in take_said(folder)
+    assert "kernels.compile is ignored: there is no GPU" in take_said(folder)
 
 
 def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
@@ -124,8 +124,10 @@ def test_what_deepspeed_is_told_follows_from_the_settings() -> None:
 
 
 def dtypes_seen_as_on_a_gpu(spec: TrainSpec) -> list[torch.dtype]:
-    """Of what the network's last convolution gives in each forward, where torch says that an autocast around the
-    engine is on, as it says of CUDA's alone."""
+    """The output dtype of the network's last convolution in each forward.
+
+    torch is patched to report an autocast around the engine as on, which it otherwise does for CUDA alone.
+    """
     seen: list[torch.dtype] = []
     asked = torch.is_autocast_enabled
 

@@ -1,4 +1,4 @@
-"""One loss curve of 30 steps, whatever the ZeRO stage, the number of ranks, or how often it was killed and resumed.
+"""One loss curve of 30 steps, for every ZeRO stage, any number of ranks, and any number of kills and resumes.
 
 Real gloo ranks, real SIGKILLs, DeepSpeed's real checkpoints; float32, so that only summation order may differ.
 """
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_the_curve_shows_what_training_does(place: tuple[Path, Store, Manifest], golden: list[float]) -> None:
-    """Else equal curves would mean nothing: another learning rate is told from rounding."""
+    """Otherwise equal curves would mean nothing: another learning rate differs by far more than rounding."""
     folder, store, encoded = place
     assert len(golden) == 30 + 1
     other = tiny_config(zero_stage=0, lr=2.1e-3)
@@ -87,5 +87,5 @@ def test_killed_and_resumed(
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=1e-5)
     said = take_said(folder)
     for number, (before, world) in enumerate(pairwise(worlds), start=1):
-        other = f", written by {before} ranks" if before != world else ""
-        assert f"goes on from the checkpoint of step {8 * number}{other}\n" in said
+        other = f" (checkpoint written by {before} ranks)" if before != world else ""
+        assert f"resuming from step {8 * number}{other}\n" in said

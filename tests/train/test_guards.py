@@ -1,4 +1,4 @@
-"""What must never pass unseen: a loss that is not finite, a parameter that does not learn, a frozen one that does."""
+"""Failures that must not go unnoticed: a non-finite loss, a parameter that does not learn, a frozen one that does."""
 
 import math
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_rows_after_saving(tmp_path: Pa
         assert attempt == 0 or said == str(died.value).splitlines()[-1]
         said = str(died.value).splitlines()[-1]
     assert "1 of 8 rows: image2_3 slot 0 epoch 0 t " in said
-    assert "these rows alone" in said
+    assert "Only these rows are affected" in said
     saved = Run(store, "nan").checkpoints()
     assert len(saved) == 1
     assert f"not finite at step {saved[0].step + 1}; the state before that step is saved" in said
@@ -67,7 +67,9 @@ def test_broken_weights_are_told_from_broken_rows(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     encoded = tiny_encoded(store)
     spec = tiny_spec(store, encoded, tiny_config(), "burst")
-    with pytest.raises(RankDiedError, match=r"8 of 8 rows: .*every row: the weights are broken, so lower train\.lr"):
+    with pytest.raises(
+        RankDiedError, match=r"8 of 8 rows: .*All rows are affected: training has diverged; lower train\.lr"
+    ):
         run_ranks(train_with_broken_weights, spec, world=1, tmp=tmp_path)
 
 

@@ -225,7 +225,7 @@ def _tokens_by_epoch(place: Place, steps: int, **changes: object) -> dict[str, t
 
 
 def test_references_are_drawn_afresh_at_each_visit_of_a_slot(place: Place) -> None:
-    """Three passes of 32 rows. Few draws leave a picture as it is; so most must differ, not all."""
+    """Three passes of 32 rows. A few draws leave a picture unchanged, so most must differ, not all."""
     tokens = _tokens_by_epoch(place, 13)
     visits = [
         [tokens[f"photo{number} slot {slot} epoch {slot + SLOTS * visit}"] for visit in range(3)]
@@ -258,7 +258,7 @@ def test_ranks_and_resumes_see_the_same_rows(place: Place) -> None:
 
 
 def test_triplet_files_have_small_row_groups(place: Place) -> None:
-    """Else this file would not see a file of several groups."""
+    """Otherwise these tests would never read a file of several groups."""
     for file in slot_files(place.triplets)[0]:
         with place.store.open_parquet(file) as parquet:
             assert parquet.num_row_groups == -(-file.rows // TRIPLETS_PER_GROUP)

@@ -49,7 +49,7 @@ def kept(place: tuple[Path, Store, Manifest]) -> tuple[Run, Path]:
 
 @pytest.fixture
 def killed(kept: tuple[Run, Path]) -> Run:
-    """As the kill left it."""
+    """The run as the kill left it."""
     run, copy = kept
     shutil.rmtree(run.store.path(run.folder))
     shutil.copytree(copy, run.store.path(run.folder))
@@ -86,7 +86,7 @@ def _remove(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_flip_a_byte, "is not what was written"),
+        (_flip_a_byte, "has the wrong sha256"),
         pytest.param(_cut_short, "has 1000 of", marks=pytest.mark.slow),
         pytest.param(_remove, "is missing", marks=pytest.mark.slow),
     ],
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage: Callable[[Path], None],
     said: str,
 ) -> None:
-    """And of the checkpoints that follow, the newest are kept: the last step is one of them."""
+    """Later checkpoints are written, and the newest are kept, including the last step."""
     folder, store, encoded = place
     (folder / "said.txt").unlink(missing_ok=True)
     damage(_optimizer_file(killed, 16))
@@ -106,8 +106,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     run_ranks(train, tiny_spec(store, encoded, cfg, killed.name), world=1, tmp=folder)
     out = take_said(folder)
     assert said in out
-    assert "it is passed over for the one before" in out
-    assert "goes on from the checkpoint of step 8" in out
+    assert "skipping this checkpoint" in out
+    assert "resuming from step 8" in out
     np.testing.assert_allclose(loss_curve(store, killed.name), golden, rtol=0, atol=1e-5)
     assert [found.step for found in killed.checkpoints()] == [24, 30]
 
@@ -117,7 +117,9 @@ def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, St
     folder, store, encoded = place
     for step in (8, 16):
         _flip_a_byte(_optimizer_file(killed, step))
-    with pytest.raises(RankDiedError, match=r"CheckpointError: no checkpoint is whole: .*step-00000016.*step-00000008"):
+    with pytest.raises(
+        RankDiedError, match=r"CheckpointError: every checkpoint is damaged: .*step-00000016.*step-00000008"
+    ):
         run_ranks(train, tiny_spec(store, encoded, tiny_config(), killed.name), world=1, tmp=folder)
 
 
@@ -125,7 +127,7 @@ def test_when_every_checkpoint_is_damaged_one_line_says_so(place: tuple[Path, St
 def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
     place: tuple[Path, Store, Manifest], golden: list[float]
 ) -> None:
-    """And a log point that kills cut in two is whole again: that of step 20 begins before the checkpoint of step 16."""
+    """A log point that the kill cut in two is whole again: that of step 20 begins before the checkpoint of step 16."""
     folder, store, encoded = place
     rare = {"log_every": 5, "checkpoint_every": 8}
     run = _killed(place, "half", world=2, log_every=5)
@@ -135,7 +137,7 @@ def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
     cfg = tiny_config(workers=2, **rare)
     with pytest.raises(RankDiedError):
         run_ranks(train, tiny_spec(store, encoded, cfg, "half", on_progress=KillAt(19)), world=2, tmp=folder)
-    assert "goes on from the checkpoint of step 8" in take_said(folder)
+    assert "resuming from step 8" in take_said(folder)
     assert not list(half.rglob("*rank_7*"))
     # the conversion for another world would have read it
     run_ranks(train, tiny_spec(store, encoded, tiny_config(**rare), "half"), world=1, tmp=folder)
@@ -145,7 +147,7 @@ def test_a_checkpoint_without_marker_does_not_count_and_its_files_do_not_mix(
 
 @pytest.mark.slow
 def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Manifest], finished: str) -> None:
-    """30 steps, then 10 more in a run of its own, equal 40 at once; and ZeRO 1 on two ranks may do the rest."""
+    """30 steps and 10 more in a separate run equal 40 at once; ZeRO 1 on two ranks may do the 10."""
     folder, store, encoded = place
     constant = {"final_lr_frac": 1.0}
     longer = tiny_config(steps=40, **constant)
@@ -162,7 +164,7 @@ def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Ma
     folder, store, encoded = place
     spec = tiny_spec(store, encoded, tiny_config(steps=40), "wide", origin=(finished, 30))
     wide = replace(spec, arch=replace(spec.arch, unet=spec.arch.unet.model_copy(update={"context_width": 16})))
-    with pytest.raises(RankDiedError, match=r"EngineError: .*this checkpoint does not fit the settings"):
+    with pytest.raises(RankDiedError, match=r"EngineError: .*this checkpoint does not match the settings"):
         run_ranks(train, wide, world=1, tmp=folder)
 
 
@@ -173,11 +175,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
     folder, store, encoded = place
     cfg = tiny_config(checkpoint_every=8)
     full = tiny_spec(store, encoded, cfg, "full-disk", on_progress=FillDiskAt(12))
-    with pytest.raises(RankDiedError, match=r"EngineError: .*the checkpoint cannot be written"):
+    with pytest.raises(RankDiedError, match=r"EngineError: .*cannot write the checkpoint"):
         run_ranks(train, full, world=1, tmp=folder)
     assert [found.step for found in Run(store, "full-disk").checkpoints()] == [8]
     run_ranks(train, tiny_spec(store, encoded, cfg, "full-disk"), world=1, tmp=folder)
-    assert "goes on from the checkpoint of step 8" in take_said(folder)
+    assert "resuming from step 8" in take_said(folder)
     np.testing.assert_allclose(loss_curve(store, "full-disk"), golden, rtol=0, atol=1e-5)
 
 

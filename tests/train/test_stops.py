@@ -89,6 +89,6 @@ def test_an_infinite_gradient_stops_before_anything_is_saved(
 ) -> None:
     folder, store, encoded = place
     spec = tiny_spec(store, encoded, tiny_config(checkpoint_every=3, log_every=100), f"norm-{bad_step}")
-    with pytest.raises(RankDiedError, match=f"gradient's norm is inf at step {bad_step}, though the loss is finite"):
+    with pytest.raises(RankDiedError, match=f"gradient norm is inf at step {bad_step}, although the loss is finite"):
         run_ranks(train_with_an_infinite_norm, spec, bad_step, world=1, tmp=folder)
     assert [saved.step for saved in Run(store, f"norm-{bad_step}").checkpoints()] == ([] if bad_step == 3 else [3])

@@ -1,4 +1,4 @@
-"""A batch of training rows, put together from what is known of them and from their draws."""
+"""A batch of training rows, assembled from their encodings and their random draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,18 +24,18 @@ class Batch:
     timestep: Tensor  # (B,) int64
     drop_condition: Tensor  # (B,) bool: use the unconditional vector
     drop_context: Tensor  # (B,) bool: hide the whole photo (sample profile)
-    rows: tuple[str, ...]  # who they are, for messages
+    rows: tuple[str, ...]  # which rows, used in messages
 
     def to(self, device: torch.device) -> "Batch":
-        """Without waiting for a GPU when the batch is pinned."""
-        wait = device.type == "cpu"  # a copy from a GPU that is not waited for has no values yet
+        """The batch on `device`. A pinned batch is copied to a GPU without waiting."""
+        wait = device.type == "cpu"  # an asynchronous copy from a GPU would not have its values yet
         tensors = {
             name: value.to(device, non_blocking=not wait) for name, value in vars(self).items() if name != "rows"
         }
         return Batch(**tensors, rows=self.rows)
 
     def pinned(self) -> "Batch":
-        """In page-locked memory: a copy to a GPU from any other stops that GPU's stream first."""
+        """The batch in page-locked memory: copying from other memory would first stop the GPU's stream."""
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if name != "rows"}
         return Batch(**tensors, rows=self.rows)
 
@@ -53,7 +53,7 @@ def make_batch(
     keep_mask_latent: Tensor,
     exemplar_tokens: Tensor,
 ) -> Batch:
-    """The rows with samples of their posteriors, on the device that these are on."""
+    """The rows, with latents sampled from their posteriors; on the posteriors' device."""
 
     def stacked(values: list[Any]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(values)), source.mean.device)
@@ -72,7 +72,7 @@ def make_batch(
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """The rows of all, in order."""
+    """The rows of all batches, in order, as one batch."""
     names = [f.name for f in fields(Batch) if f.name != "rows"]
     tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     return Batch(**tensors, rows=tuple(row for batch in batches for row in batch.rows))

@@ -1,6 +1,6 @@
-"""What chance decides about one row at one visit: a pure function of (seed, image_id, slot, epoch).
+"""All random choices for one row in one epoch: a pure function of (seed, image_id, slot, epoch).
 
-So a step's loss does not depend on the number of workers beyond float summation.
+So a step's loss does not depend on the number of workers, except for the order of float sums.
 """
 
 from dataclasses import dataclass, replace
@@ -16,23 +16,23 @@ from pbe.train.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Draws:
-    """C latent channels, h x w latent pixels."""
+    """The random choices for one row. C latent channels, h x w latent pixels."""
 
-    row: str  # whose they are, for messages
+    row: str  # which row, used in messages
     epoch: int
     hole_kind: HoleKind
     augment_reference: bool
-    stored_reference: int  # index of one of the stored references, of which 0 is the clean one
+    stored_reference: int  # index among the stored references; 0 is the clean one
     drop_condition: bool
     drop_context: bool
     timestep: int
-    noise: np.ndarray  # (C, h, w) float32, as the two below
-    source_normal: np.ndarray  # of the source's posterior
+    noise: np.ndarray  # (C, h, w) float32, like the two below
+    source_normal: np.ndarray  # samples the source's posterior
     masked_normal: np.ndarray
 
 
 class Draw(Protocol):
-    """`draw` or `validation_draw` of one row, which lacks what only the row's source knows."""
+    """`draw` or `validation_draw` bound to one row; the row's source supplies these last arguments."""
 
     def __call__(self, *, latent_shape: tuple[int, ...], stored_references: int) -> Draws: ...
 
@@ -47,9 +47,10 @@ def draw(
     cfg: TrainConfig,
     seed: int,
 ) -> Draws:
-    """All is drawn always and in one order, so that ablations share the rest.
+    """The random choices for one training row in one epoch.
 
-    latent_shape: (C, h, w). stored_references: how many the encode stage drew, the clean one included.
+    Everything is drawn every time, in one order, so that ablations share all other draws. latent_shape: (C, h, w).
+    stored_references: how many the encode stage drew, including the clean one.
     """
     rng = row_rng(seed, image_id, slot, "train", epoch)
     hole_kind: HoleKind = "bezier" if rng.random() < cfg.bezier_prob else "box"
@@ -80,8 +81,8 @@ def validation_draw(
     cfg: TrainConfig,
     seed: int,
 ) -> Draws:
-    """Of row `number` of `count`: timesteps are spread evenly over all, hole kinds alternate, the reference is the
-    clean one, nothing is dropped."""
+    """Choices for validation row `number` of `count`: timesteps are spread evenly over the rows, hole kinds alternate,
+    the reference is the clean one and nothing is dropped."""
     drawn = draw(
         image_id, slot, epoch=0, latent_shape=latent_shape, stored_references=stored_references, cfg=cfg, seed=seed
     )

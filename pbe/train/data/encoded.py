@@ -16,17 +16,17 @@ from pbe.train.data.draws import Draw
 
 
 class EncodedRows:
-    """Collates in the prefetch thread; the training thread only copies to its device."""
+    """A RowSource: the prefetch thread builds the batches, the training thread only copies them to its device."""
 
     def __init__(self, encoded: Manifest, *, tokens: Tokens, device: torch.device) -> None:
-        """tokens: "class" for the first of the stored tokens."""
+        """tokens: "class" reads only the first of the stored tokens."""
         self.files = slot_files(encoded)
         self.rows_per_group = self.stored_per_group = int(encoded.config["rows_per_group"])
         self._tokens = slice(1) if tokens == "class" else slice(None)
         self._device = device
 
     def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> Batch:
-        """On the CPU, pinned for a GPU: a copy from any other memory stops the GPU's stream first."""
+        """A batch on the CPU, pinned if training runs on a GPU (`Batch.pinned`)."""
         draws, arrays = [], []
         for row, draw in rows:
             source_mean, tokens = _array(row, "source_mean"), _array(row, "exemplar_tokens")
@@ -47,7 +47,7 @@ class EncodedRows:
             exemplar_tokens=exemplars,
         )
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread: else pinning would open a context on the first GPU
+            torch.cuda.set_device(self._device)  # for this thread: otherwise pinning opens a context on GPU 0
             batch = batch.pinned()
         return batch
 

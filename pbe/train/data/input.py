@@ -1,7 +1,7 @@
-"""What a training step reads: micro-batches of one rank, and the validation rows.
+"""The input of training: micro-batches of one rank, and the validation rows.
 
 Two sources give the same rows in the same order with the same draws: `EncodedRows` reads what the encode stage stored,
-`PixelRows` encodes the triplets in every step.
+`PixelRows` encodes the triplets at every step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,26 +29,26 @@ P = TypeVar("P")
 
 
 class RowSource(Protocol[P]):
-    """Makes batches of stored rows, in two steps: P is what the first hands to the second."""
+    """Makes batches of stored rows in two steps; P is what `prepare` passes to `finish`."""
 
     files: list[list[File]]  # by slot, then by shard
-    rows_per_group: int  # encode's, by which streams are cut
-    stored_per_group: int  # rows of these files' own row groups
+    rows_per_group: int  # of the encode stage; streams are made of these groups
+    stored_per_group: int  # rows per Parquet row group of these files
 
     def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> P:
-        """In the prefetch thread. Each table is one row."""
+        """Runs in the prefetch thread. Each table is one row."""
         ...
 
     def finish(self, prepared: P) -> Batch:
-        """In the training thread; on its device."""
+        """Runs in the training thread; the batch is on its device."""
         ...
 
 
 def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> Iterator[P]:
-    """Prepared micro-batches of one rank, endlessly from one optimizer step on.
+    """Prepared micro-batches of one rank, without end, from optimizer step `share.start_step` on.
 
-    Each step takes batch / streams rows of every stream; this rank serves its streams one after another. Raises
-    ValueError for a stream without rows, StoreError.
+    Each step takes batch / streams rows of every stream; this rank reads its streams one after another. Raises
+    ValueError if a stream has no rows, and StoreError.
     """
     per_group = source.rows_per_group
     group_rows_of_slot = [[group_rows(file, per_group) for file in slot] for slot in source.files]
@@ -70,10 +70,10 @@ def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed:
 
 
 def validation_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int) -> Iterator[P]:
-    """Prepared micro-batches of `train.validation_rows` rows of slot 0, the same at every call and on every rank."""
+    """Prepared micro-batches of `train.validation_rows` rows of slot 0, the same for every call and rank."""
     files = source.files[0]
     places = validation_places(files, cfg.validation_rows, rows_per_group=source.rows_per_group)
-    reader = RowReader(store, [files], cache_bytes=0)  # in order, so one group at a time is enough
+    reader = RowReader(store, [files], cache_bytes=0)  # rows are read in order, so one group at a time is enough
     for start in range(0, len(places), cfg.micro_batch):
         yield source.prepare(
             [
@@ -91,10 +91,9 @@ def _with_draw(row: pa.Table, draw_of: Callable[..., Draws]) -> tuple[pa.Table, 
 
 
 class TrainInput(Generic[P]):
-    """Micro-batches of one rank, float32 and on the training device; a thread prepares the next ones."""
+    """Micro-batches of one rank, float32 and on the training device; a thread prepares them ahead."""
 
     def __init__(self, store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> None:
-        """As `micro_batches`."""
         self._source = source
         prepared = micro_batches(store, source, cfg=cfg, seed=seed, share=share)
         self._prepared = Prefetched(prepared, depth=PREFETCHED_BATCHES)
@@ -122,7 +121,9 @@ def open_input(
     codec: Codec,
     device: torch.device,
 ) -> TrainInput[Any]:
-    """By `train.input`. triplets: None for encoded rows. codec: what the rows were encoded with; moved to `device`.
+    """The input that `train.input` names.
+
+    triplets: None for encoded rows. codec: the one that encoded the rows; it is moved to `device`.
 
     Raises InputError, BackboneError, StoreError, WeightsError.
     """
@@ -130,7 +131,7 @@ def open_input(
     if cfg.input == "encoded":
         source: RowSource[Any] = EncodedRows(encoded, tokens=tokens, device=device)
     elif triplets is None:
-        raise InputError("train.input = pixels needs the manifest of the triplets")
+        raise InputError("train.input: pixels needs the triplets' manifest")
     else:
         backbone = open_backbone(store, encoded.config["backbone"]).to(device)
         source = PixelRows(encoded, triplets, codec=codec.to(device), backbone=backbone, tokens=tokens, device=device)

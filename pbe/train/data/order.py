@@ -1,8 +1,8 @@
 """Sample order: a pure function of (seed, epoch, stream), not of the number of workers.
 
-Row groups of a slot are dealt round robin to a fixed number of *streams*. Each stream is an endless sequence of its
-own epochs; epoch e reads slot e mod slots. A global batch takes batch / streams rows from every stream, and rank r
-serves the streams congruent to r modulo the world size. So the rows of batch b are the same on 1, 2 or 64 ranks,
+The row groups of a slot are dealt round robin to a fixed number of *streams*. Each stream runs through its own epochs
+without end; epoch e reads slot e mod slots. A global batch takes batch / streams rows from every stream, and rank r
+reads the streams congruent to r modulo the world size. So the rows of batch b are the same on 1, 2 or 64 ranks,
 and no row is lost when streams are uneven.
 """
 
@@ -17,7 +17,7 @@ from pbe.store import File
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the rows one rank reads, from which optimizer step on."""
+    """The share of the rows that one rank reads, from optimizer step `start_step` on."""
 
     rank: int
     world: int
@@ -26,7 +26,7 @@ class Share:
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where one row of one epoch is: file index in the slot, row group, row in the group."""
+    """The place of one row in one epoch: file index in the slot, row group, row in the group."""
 
     epoch: int
     slot: int
@@ -58,7 +58,7 @@ def stream_epoch(
 def stream_rows(
     group_rows_of_slot: list[list[list[int]]], *, stream: int, streams: int, seed: int, skip: int = 0
 ) -> Iterator[RowRef]:
-    """The endless rows of one stream, from its row number `skip` on. Raises ValueError for a stream without rows."""
+    """The rows of one stream, without end, from row number `skip` on. Raises ValueError if the stream has no rows."""
     slots = len(group_rows_of_slot)
     sizes = [
         sum(group_rows[file][group] for file, group in stream_groups(group_rows, stream, streams))
@@ -90,8 +90,10 @@ def rank_rows(
     seed: int,
     share: Share,
 ) -> Iterator[list[RowRef]]:
-    """One rank's rows of each optimizer step, endlessly from step `share.start_step` on: batch / streams rows of every
-    stream that it serves, stream after stream. `batch` is the global batch."""
+    """One rank's rows of each optimizer step, without end, from step `share.start_step` on.
+
+    A step has batch / streams rows of each of the rank's streams, stream after stream. `batch` is the global batch.
+    """
     per_stream = batch // streams
     iterators = [
         stream_rows(group_rows_of_slot, stream=stream, streams=streams, seed=seed, skip=share.start_step * per_stream)
@@ -102,16 +104,16 @@ def rank_rows(
 
 
 def rows_to_keep(*, batch: int, streams: int, world: int, rows_per_group: int) -> int:
-    """Rows of one rank's step, and of the groups that its streams have begun and will come back to."""
+    """Rows that one rank's cache must hold: those of a step, and of the groups that its streams are still reading."""
     return (batch + 2 * streams * rows_per_group) // world
 
 
 def validation_places(files: Sequence[File], rows: int, *, rows_per_group: int) -> list[tuple[int, int]]:
-    """(file, row) of `rows` rows, or of all if there are fewer, in order: whole row groups spread evenly over a slot,
-    so that few groups are read however large the slot is."""
+    """(file, row) of `rows` rows in order, or of all if there are fewer. They fill whole row groups, spread evenly over
+    the slot, so that only few groups are read however large it is."""
     starts = [(index, row) for index, file in enumerate(files) for row in range(0, file.rows, rows_per_group)]
     groups = min(-(-rows // rows_per_group), len(starts))
-    while True:  # groups at the ends of files are short
+    while True:  # the last group of a file may be short, so more groups may be needed
         chosen = np.linspace(0, len(starts) - 1, groups).round().astype(int)
         places = [
             (file, row)

@@ -1,8 +1,8 @@
-"""Training rows from pixels, by `pbe/encode.py` in every step.
+"""Training rows from pixels, encoded by `pbe/encode.py` at every step.
 
-Triplets are decoded, and their references augmented, in the prefetch thread; codec and frozen backbone run on the
-training device. References are drawn afresh at each visit; of a row's first visit it is draw 1, which is also the first
-that the encode stage stores.
+The prefetch thread decodes triplets and augments their references; codec and frozen backbone run on the training
+device. Each visit to a row draws a new reference; the first visit uses draw 1, the first augmented draw that the encode
+stage stores.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ from pbe.train.data.draws import Draw, Draws
 
 @dataclass(frozen=True)
 class PixelRow:
-    """One training row before the networks."""
+    """One training row before encoding."""
 
     draws: Draws
     source: np.ndarray  # (S, S, 3) uint8
-    hole_mask: np.ndarray  # (S, S) uint8, 1 = hole; of the drawn kind
-    reference: np.ndarray  # (R, R, 3) uint8, augmented where that is on
+    hole_mask: np.ndarray  # (S, S) uint8 of the drawn kind, 1 = hole
+    reference: np.ndarray  # (R, R, 3) uint8, augmented if `draws` says so
 
 
 class PixelRows:
-    """Decodes in the prefetch thread; the training thread encodes."""
+    """A RowSource: the prefetch thread decodes, the training thread encodes."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class PixelRows:
         self.files = slot_files(triplets)
         self.rows_per_group, self.stored_per_group = int(encoded.config["rows_per_group"]), TRIPLETS_PER_GROUP
         self._codec, self._backbone, self._tokens, self._device = codec, backbone, tokens, device
-        self._data_seed = int(encoded.config["seed"])  # references are drawn as encode draws them, whatever train.seed
-        # how many draws are stored moves the later draws of a row, such as its timestep
+        self._data_seed = int(encoded.config["seed"])  # not train.seed: references are drawn as in encode
+        # the number of stored draws affects a row's later draws, such as its timestep
         self._stored_references = int(encoded.config["reference_draws"])
         self._augmenter = make_augmenter()
 

@@ -1,4 +1,4 @@
-"""A thread that works ahead of training."""
+"""A thread that prepares training input ahead of time."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Prefetched(Generic[T]):
-    """Runs an iterator in one thread, at most `depth` items ahead; errors surface in the consumer."""
+    """Runs an iterator in a thread, at most `depth` items ahead; `next` raises its errors."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
@@ -23,7 +23,7 @@ class Prefetched(Generic[T]):
                 if not self._put(item):
                     return
             self._put(StopIteration())
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # next() raises it
             self._put(error)
 
     def _put(self, item: T | BaseException) -> bool:

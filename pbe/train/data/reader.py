@@ -1,4 +1,4 @@
-"""Reads single rows of a manifest's files, which are cut into row groups."""
+"""Reads single rows of a manifest's Parquet files, through a cache of row groups."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 
 from pbe.store import File, Store
 
-CACHE_BYTES = 256 << 20  # row groups that one rank keeps
-FOOTER_BYTES = 64 << 20  # footers, of 10 to 50 kB each
+CACHE_BYTES = 256 << 20  # of row groups, per rank
+FOOTER_BYTES = 64 << 20  # of footers, 10 to 50 kB each
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class RowReader:
-    """Keeps recent row groups and footers, in bounded memory.
+    """Reads rows and caches recent row groups and footers, in bounded memory.
 
-    Of row groups at most `cache_bytes`, but always those of the newest `keep_rows` rows: streams take turns, and come
-    back to a group until it is done. A small data set is then read once in all, a large one once per visit.
+    Row groups take at most `cache_bytes`, but those of the newest `keep_rows` rows always stay: streams take turns and
+    return to a group until they have read it all. A small data set is then read once, a large one once per epoch.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RowReader:
         self.footers = Recent(self._read_footer, lambda footer: (len(footer.data), 1), footer_bytes, 1)
 
     def read(self, *, slot: int, file: int, row: int) -> pa.Table:
-        """Row number `row` of a file, alone in a table. Raises StoreError for a file that is missing or damaged."""
+        """Row number `row` of a file, as a table of one row. Raises StoreError if the file is missing or damaged."""
         group, inner = divmod(row, self.footers.get((slot, file)).rows_per_group)
         return self.groups.get((slot, file, group)).slice(inner, 1)
 
@@ -54,18 +54,18 @@ class RowReader:
     def _read_footer(self, key: tuple[int, int]) -> "Footer":
         slot, file = key
         data = self._store.read_footer(self._files[slot][file])
-        # all groups but the last are equal: `Store.write_unit` cuts them
+        # `Store.write_unit` makes all groups but the last the same size
         return Footer(data, pq.read_metadata(pa.BufferReader(data)).row_group(0).num_rows)
 
 
 @dataclass(frozen=True)
 class Footer:
-    data: bytes  # as stored: parsed, it takes 14 times the memory
+    data: bytes  # as stored, because it takes 14 times the memory when parsed
     rows_per_group: int
 
 
 class Recent(Generic[K, V]):
-    """The most recently used values: at most `max_bytes`, but always the newest that have `keep_rows` rows together."""
+    """A cache of the most recently used values: at most `max_bytes`, but at least `keep_rows` rows once it has them."""
 
     def __init__(
         self, load: Callable[[K], V], size: Callable[[V], tuple[int, int]], max_bytes: int, keep_rows: int

@@ -13,6 +13,7 @@ from pbe.data.schema import TRIPLETS, array_value, encoded_schema, require
 from pbe.encode import encode_masked, encode_references, encode_source, encode_triplets, to_images, to_pixels
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
+from pbe.model.settings import Tokens
 from pbe.settings import Dtype
 
 SIZE_PX, DRAWS, SEED = 16, 3, 23
@@ -58,13 +59,14 @@ def _encode(
     backbone: EfficientNetLite,
     draws: int = DRAWS,
     dtype: Dtype = "float16",
+    tokens: Tokens = "class",
 ) -> pa.Table:
     return encode_triplets(
         triplets,
         image_px=SIZE_PX,
         codec=codec,
         backbone=backbone,
-        tokens="class",
+        tokens=tokens,
         augmenter=make_augmenter(),
         draws=draws,
         batch_rows=3,
@@ -127,18 +129,7 @@ def test_without_a_hole_the_masked_photo_is_the_photo(codec: PatchCodec, crops: 
 def test_all_tokens_are_the_pooled_one_and_every_cell(
     triplets: pa.Table, encoded: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
 ) -> None:
-    table = encode_triplets(
-        triplets,
-        image_px=SIZE_PX,
-        codec=codec,
-        backbone=backbone,
-        tokens="all",
-        augmenter=make_augmenter(),
-        draws=DRAWS,
-        batch_rows=3,
-        seed=SEED,
-        clean_tokens={},
-    )
+    table = _encode(triplets, codec, backbone, tokens="all")
     require(table, encoded_schema((codec.channels, 4, 4), (DRAWS, 50, 1280)), "encoded")
     for row, one in zip(_arrays(table), _arrays(encoded), strict=True):
         np.testing.assert_allclose(row["exemplar_tokens"][:, :1], one["exemplar_tokens"], atol=2e-3, rtol=2e-3)

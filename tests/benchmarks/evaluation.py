@@ -56,16 +56,8 @@ def new_editor(crops: np.ndarray, device: torch.device) -> Editor:
         latent_channels=16,
         latent_px=IMAGE_PX // 4,
         backbone_width=1280,
-        unet=UNetConfig(
-            block_channels=(48, 96, 96),
-            attention=(False, False, True),
-            layers_per_block=1,
-            attention_heads=2,
-            norm_groups=16,
-            context_width=128,
-            class_embedding=True,
-        ),
-        exemplar=ExemplarConfig(mapper_width=256, mapper_blocks=1),
+        unet=UNetConfig(),  # the sample profile's
+        exemplar=ExemplarConfig(),
     )
     card = ModelCard(
         image_px=IMAGE_PX,

@@ -244,7 +244,7 @@ def _with_channels(tensors: dict[str, Tensor], channels: int, fill: float) -> di
 
 def test_an_inpainting_model_of_stable_diffusion_is_refused_with_why(tiny_sd: dict[str, Tensor]) -> None:
     _refused(
-        _with_channels(tiny_sd, 9, 0.1), "inpainting", "learnable_vector", "latent, mask, masked latent", "1 = hole"
+        _with_channels(tiny_sd, 9, 0.1), "inpainting", "learnable_vector", "latent, mask (1 = hole), masked latent"
     )
     one = _with_channels(tiny_sd, 9, 0)
     one[FIRST_CONVOLUTION][3, 8, 1, 1] = 1e-6
@@ -255,13 +255,13 @@ def test_stable_diffusion_as_upstream_widened_it_is_stable_diffusion(tiny_sd: di
     parts = ldm_parts(_with_channels(tiny_sd, 9, 0), "sd-v1-4-modified-9channel.ckpt")
     assert torch.equal(parts.unet.conv_in.weight, tiny_sd[FIRST_CONVOLUTION]) and parts.unet.config.in_channels == 4
     (note,) = parts.notes
-    assert "5 are zero" in note
+    assert "5 of the UNet's 9 input channels are zero" in note
 
 
 def test_paint_by_example_on_four_channels_or_other_tokens_is_refused(tiny: dict[str, Tensor]) -> None:
-    _refused({**tiny, FIRST_CONVOLUTION: tiny[FIRST_CONVOLUTION][:, :4]}, "4 channels in and 4 out", "9 in, 4 out")
+    _refused({**tiny, FIRST_CONVOLUTION: tiny[FIRST_CONVOLUTION][:, :4]}, "4 channels in, 4 out", "9 in, 4 out")
     other = {"proj_out.weight": torch.zeros(8, 64), "proj_out.bias": torch.zeros(8)}
-    _refused({**tiny, **other, "learnable_vector": torch.zeros(1, 1, 8)}, "tokens of 24", "makes 8")
+    _refused({**tiny, **other, "learnable_vector": torch.zeros(1, 1, 8)}, "tokens of width 24", "makes width 8")
 
 
 def test_other_models_are_called_by_their_names(tiny_sd: dict[str, Tensor]) -> None:
@@ -280,7 +280,7 @@ def test_other_models_are_called_by_their_names(tiny_sd: dict[str, Tensor]) -> N
         (tiny_unet().state_dict(), "diffusers' names"),
         ({"encoder.down.0.block.0.norm1.weight": zero}, "a VAE alone"),
         ({"vision_model.embeddings.class_embedding": zero}, "CLIP alone"),
-        ({"layer1.weight": zero, "fc.bias": zero}, "names are such as fc.bias, layer1.weight"),
+        ({"layer1.weight": zero, "fc.bias": zero}, "names such as fc.bias, layer1.weight"),
     ):
         _refused(tensors, word)
 

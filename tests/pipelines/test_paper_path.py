@@ -169,7 +169,7 @@ def test_an_export_is_fine_tuned_when_train_init_names_it(paper: Project) -> Non
     ("old", "new", "message"),
     [
         ("init: published", "init: nowhere", "nowhere: no such folder"),
-        ("attention_heads: 8", "attention_heads: 4", "attention_head_dim is 8, here it is 4; set train.unet.attention"),
+        ("attention_heads: 8", "attention_heads: 4", "attention_head_dim is 8, but 4 here; set train.unet.attention"),
     ],
 )
 @pytest.mark.timeout(120)

@@ -1,4 +1,4 @@
-"""Settings of what is edited, scored and swept: bench, edit, baselines, evaluate, sweep."""
+"""Settings of bench, edit, baselines, evaluate and sweep."""
 
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
 class EfficientNetExtractorConfig(Settings):
-    """From a pip package."""
+    """EfficientNet, with weights from a pip package."""
 
     kind: BackboneName
 
@@ -90,12 +90,12 @@ class EditConfig(Settings):
         for key in ("seeds", "holes", "references"):
             refuse_duplicates(key, getattr(self, key))
         if "exemplar" not in self.references:
-            raise ValueError("references: exemplar must be among them, every score is of it")
+            raise ValueError("references: must include exemplar, which every score is based on")
         return self
 
 
 class StatisticsConfig(Settings):
-    """Of the intervals and p-values."""
+    """Settings of the intervals and p-values."""
 
     resamples: Int = Field(2000, ge=100, le=1_000_000, description="of the bootstrap. Ours")
     subsets: Int = Field(200, ge=20, le=100_000, description="of the delete-half jackknife. Ours")
@@ -159,7 +159,7 @@ class FilledBaseline(Settings):
 
 
 class FolderBaseline(Settings):
-    """Somebody else's results: one picture per bench item, named by its id."""
+    """Results made elsewhere: one picture per bench item, named by its id."""
 
     kind: Literal["folder"]
     folder: str = Field(min_length=1)

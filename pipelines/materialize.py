@@ -52,7 +52,7 @@ def main(stage: Stage) -> None:
 
 
 def _identity(cfg: MaterializeConfig) -> dict[str, object]:
-    """What the bytes depend on; what a task asks of Ray is not among it."""
+    """Return the settings that the bytes depend on; resources are left out."""
     return cfg.model_dump(mode="json", exclude={"per_shard"})
 
 

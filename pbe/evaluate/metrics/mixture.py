@@ -111,9 +111,7 @@ def load_mixture(path: Path) -> Mixture:
             )
         mixture = Mixture(weights, means, roots, cast(CovarianceType, kind))  # validates them
     except FileNotFoundError:
-        raise MixtureError(
-            f"{path}: no such file; make it with `pbe import-mixture` from the published pickle"
-        ) from None
+        raise MixtureError(f"{path}: no such file; `pbe import-mixture` writes it from the published pickle") from None
     except MixtureError as error:
         raise MixtureError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -1,4 +1,4 @@
-"""edit: fill the bench with a trained model through the public Editor, in Ray Data actors; every metric reads the edits.
+"""edit: fill the bench with a trained model through the public Editor, in Ray Data actors; all metrics read the edits.
 
 Each item is filled for every hole, reference and seed that params.yaml names, from the same noise per seed.
 """

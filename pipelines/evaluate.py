@@ -1,4 +1,4 @@
-"""evaluate: score all methods on one bench in one table; variants, baselines and results made elsewhere are its rows."""
+"""evaluate: score variants, baselines and results made elsewhere on one bench, as rows of one table."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
     methods = _methods(stage)
     started = time.perf_counter()
     extracted = extract_features(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
-    extracted = time.perf_counter()
+    features_done = time.perf_counter()
     scored: dict[str, list[ScopeScores]] = {}
     for name in methods:
         try:
@@ -41,7 +41,7 @@ def main(stage: Stage) -> None:
         print(f"evaluate: {name}: {sum(len(scope.scores) for scope in scored[name])} numbers", flush=True)
     write_json(stage.outputs / "paired.json", _paired(stage, scored, extracted))
     done = time.perf_counter()
-    print(f"evaluate: features took {extracted - started:.0f} s, metrics and intervals {done - extracted:.0f} s")
+    print(f"evaluate: features {features_done - started:.0f} s, metrics and intervals {done - features_done:.0f} s")
     _write(stage, methods, scored, extracted)
 
 

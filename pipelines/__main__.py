@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     rayjob_parser = commands.add_parser("rayjob", help="a stage as a KubeRay manifest: ... | kubectl apply -f -")
     rayjob_parser.add_argument("stage", choices=CLUSTER_STAGES)
     rayjob_parser.add_argument("--variant")
-    commands.add_parser("check", help="are the settings sound and the photos there? `make repro` asks this first")
+    commands.add_parser("check", help="check the settings and that the photos exist; `make repro` runs this first")
     commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
-    params_parser = commands.add_parser("params", help="every setting as it is resolved, with its unit and source")
+    params_parser = commands.add_parser("params", help="every resolved setting, with its unit and source")
     params_parser.add_argument("--diff", metavar="PROFILE", help="only what differs from a profile of infra/profiles")
     profile_parser = commands.add_parser("profile", help="write params.yaml from infra/profiles")
     profile_parser.add_argument("name")
@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pbe: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "pbe: interrupted; finished parts and checkpoints stay, the same command goes on from them", file=sys.stderr
-        )
+        print("pbe: interrupted; finished parts and checkpoints are kept; rerun the command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -88,7 +86,7 @@ def _dispatch(args: argparse.Namespace) -> None:
             raise StageError(f"rayjob: stage {args.stage} {needs}")
         return run_rayjob(open_stage(args.stage, args.variant))
     stage = open_stage(args.command, getattr(args, "variant", None))
-    if args.as_job:  # whoever submitted it keeps the log
+    if args.as_job:  # the submitter keeps the log
         return _run_as_job(stage, args.as_job)
     with stage_log(home_root(), stage.title):
         _run(stage)

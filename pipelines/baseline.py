@@ -1,6 +1,6 @@
-"""baseline: the bench filled without training: nothing, copy-paste, Poisson blending, or results of somebody else.
+"""baseline: fill the bench without training: hole left open, copy-paste, Poisson blending, or results made elsewhere.
 
-Written as `edit` writes a model's edits, so that the same metrics score them, as rows of the same table.
+Parts have the format of `edit`, so the same metrics score them, as rows of the same table.
 """
 
 from itertools import product

@@ -1,4 +1,4 @@
-"""bench: what is edited to be extracted, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
+"""bench: the items that all methods edit, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
 
 from functools import partial
 from pathlib import Path

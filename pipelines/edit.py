@@ -1,7 +1,6 @@
-"""edit: the bench filled by a trained model, through the public Editor, by Ray Data actors. Stored once, read by every
-metric.
+"""edit: fill the bench with a trained model through the public Editor, in Ray Data actors; all metrics read the edits.
 
-Each item is filled for every hole, reference and seed that params.yaml names; from the same noise for all of them.
+Each item is filled for every hole, reference and seed that params.yaml names, from the same noise per seed.
 """
 
 import tempfile
@@ -27,13 +26,13 @@ from pipelines.runtime.stage import Stage, load_train_manifest
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1
-# How the work is cut and spread, not what an edit is. batch_rows is not among them: it changes the last bits.
+# How the work is split and scheduled, not what an edit is. batch_rows is not included: it changes the last bits.
 SPREAD = {"actors", "per_actor", "items_per_unit", "compile"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """Rows of the bench, by their numbers, and how they are filled."""
+    """Row numbers of the bench, and how to fill them."""
 
     cfg: EditConfig
     rows: tuple[int, ...]
@@ -58,7 +57,7 @@ def main(stage: Stage) -> None:
 def fill_bench(
     stage: Stage, trained: Mapping[str, Any], bench_file: File, requests: Sequence[Request]
 ) -> list[list[Record]]:
-    """Parts of each request, in the order given. Named by the VERSION of `edit`, whichever stage asks."""
+    """Return the parts of each request, in the order given. Any stage that asks uses the VERSION of `edit`."""
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
     units: list[list[Unit]] = []
     for request in requests:

@@ -1,4 +1,4 @@
-"""encode: triplets to codec latents and exemplar tokens, by Ray Data actors that hold the models.
+"""encode: turn triplets into codec latents and exemplar tokens, in Ray Data actors that hold the models.
 
 Training then runs no encoder. The codec is AutoencoderKL, or a small one that is fitted here, in closed form, on the
 first `fit_crops` source crops in manifest order. For each row the reference is encoded `reference_draws` times: draw 0
@@ -62,7 +62,7 @@ def main(stage: Stage) -> None:
 
 
 def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
-    """What the manifest says of the codec: fitted now, or copied to the storage from the weights that are named."""
+    """Return the manifest's entry for the codec: fitted now, or copied to the storage from the named weights."""
     from pbe.model.hub import part_folder, weights_folder
     from pbe.model.vae import STEM, load_vae
     from pbe.model.weight_store import store_weights
@@ -84,7 +84,7 @@ def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
 
 
 def _copied_codec(stage: Stage, file: Path) -> dict[str, Any]:
-    """The patch codec of a model that is fine-tuned: one that is fitted again would have other latents."""
+    """Store the patch codec of the model to fine-tune: a newly fitted one would have other latents."""
     data = file.read_bytes()
     codec = codec_from_bytes(data, str(file))
     path = f"parts/encode/codec-{hashlib.sha256(data).hexdigest()[:16]}/codec.safetensors"
@@ -114,10 +114,9 @@ def _backbone_entry(stage: Stage) -> dict[str, Any]:
 
 
 def _fit_codec(stage: Stage, triplets: Manifest, cfg: PatchCodecConfig) -> str:
-    """Storage path of the fitted codec; its name says what it was fitted on: the files that the crops come from.
+    """Return the storage path of the fitted codec, named by the digest of the files that its crops come from.
 
-    So new photos leave the codec, and with it the parts of other shards, as they are once the first shards alone hold
-    `fit_crops` crops.
+    Once the first shards hold `fit_crops` crops, new photos change neither the codec nor the parts of other shards.
     """
     files = list(_first_files(triplets, cfg.fit_crops))
     shape = [cfg.patch_px, cfg.channels, cfg.fit_crops]

@@ -1,4 +1,4 @@
-"""evaluate: all methods on one bench, in one table. Variants, baselines and results of others are rows alike."""
+"""evaluate: score variants, baselines and results made elsewhere on one bench, as rows of one table."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
     methods = _methods(stage)
     started = time.perf_counter()
     extracted = extract_features(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
-    looked = time.perf_counter()
+    features_done = time.perf_counter()
     scored: dict[str, list[ScopeScores]] = {}
     for name in methods:
         try:
@@ -41,7 +41,7 @@ def main(stage: Stage) -> None:
         print(f"evaluate: {name}: {sum(len(scope.scores) for scope in scored[name])} numbers", flush=True)
     write_json(stage.outputs / "paired.json", _paired(stage, scored, extracted))
     done = time.perf_counter()
-    print(f"evaluate: looking took {looked - started:.0f} s, numbers and their intervals {done - looked:.0f} s")
+    print(f"evaluate: features {features_done - started:.0f} s, metrics and intervals {done - features_done:.0f} s")
     _write(stage, methods, scored, extracted)
 
 
@@ -66,7 +66,7 @@ def _methods(stage: Stage) -> dict[str, Manifest]:
 
 
 def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
-    """Of what the edits were made with from what params.yaml says now; rows of one table must be made alike."""
+    """Describe how the edits' settings differ from params.yaml; rows of one table must share them."""
     asked = (stage.params.edit_variant(variant) if variant else stage.params.edit).model_dump(mode="json")
     made = {key: edits.config[key] for key in asked if key in edits.config}
     return ", ".join(f"{key} {made[key]}, now {asked[key]}" for key in made if made[key] != asked[key])
@@ -76,7 +76,7 @@ def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
 
 
 def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], extracted: Extracted) -> dict[str, Any]:
-    """Every method against the first variant, on the same items: pixels, and what the first extractor says."""
+    """Compare every method with the first variant on common items: pixel metrics and those of the first extractor."""
     against, extractor = next(iter(stage.params.variants)), stage.params.evaluate.extractors[0].kind
     first_features = extracted.parts.features(extractor, against)
     first = {(scope.hole_kind, scope.reference_kind): scope for scope in scored[against]}
@@ -115,7 +115,7 @@ def _write(
     scored: Mapping[str, Sequence[ScopeScores]],
     extracted: Extracted,
 ) -> None:
-    """metrics.json, a part with every item's scores, and the manifest that names it."""
+    """Write metrics.json, a part with every item's scores, and the manifest that names it."""
     metrics: dict[str, Any] = {}
     for name, scopes in scored.items():
         metrics[name] = {"protocol": _protocol(methods[name])}
@@ -157,8 +157,10 @@ def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], image_ids: Mapping[
 
 
 def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Mapping[str, Any]) -> None:
-    """The result table's columns to the method's MLflow run (the training run, for a variant), with names short enough
-    for the titles of MLflow's charts; all numbers, their intervals and the card to a child of it."""
+    """Log the result table's columns to the method's MLflow run; all numbers, intervals and the card to its child run.
+
+    A variant's run is its training run. Names are short enough for the titles of MLflow's charts.
+    """
     uri, method = tracking_uri(), edits.config["method"]
     tags = {**provenance_tags(stage.root), "variant": method, "bench": card["bench"]["sha256"][:16]}
     tags |= {f"extractor.{name}": value["digest"] for name, value in card["extractors"].items()}
@@ -208,7 +210,7 @@ def _grid(stage: Stage, edits: Manifest) -> np.ndarray:
 
 
 def _baseline_run(stage: Stage, uri: str, edits: Manifest, tags: Mapping[str, str]) -> str:
-    """One MLflow run per baseline and its edits: it has no training run to be a part of."""
+    """Return the MLflow run of a baseline and its edits, which has no training run to belong to."""
     path = f"runs/baseline-{edits.config['method']}-{edits.digest}/mlflow.json"
     known = json.loads(stage.store.read_bytes(path))["run_id"] if stage.store.exists(path) else None
     name = f"baseline-{edits.config['method']}"

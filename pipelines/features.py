@@ -1,7 +1,7 @@
-"""What `evaluate` and `sweep` share: extractors look at each picture once, and measure by the same untouched photos.
+"""Feature extraction for `evaluate` and `sweep`: each picture is processed once per extractor, with one reference set.
 
-Features are parts named by the content of the pictures and of the weights, so that a second metric, or another run,
-costs no second look. What is computed on features needs no Ray.
+Features are parts named by the content of the pictures and of the weights, so another metric or run reuses them.
+Metrics are computed from features and need no Ray.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,15 +38,15 @@ from pipelines.runtime.stage import Stage, StageError
 # names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
 # weights. What is computed on them has the versions of its stages
 VERSION = 1
-PIXEL_COUNTS = "pixels"  # beside the extractors' names
+PIXEL_COUNTS = "pixels"  # stands among the extractors' names
 REAL_IMAGES_PER_UNIT = 500
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What the extractors saw of the bench, of untouched photos and of each method's edits, and what they measure by.
+    """Features of the bench, the real images and each method's edits, with the reference sets.
 
-    image_ids: of each bench id. card: what every number made of this was computed with.
+    image_ids: image id by bench id. card: provenance of every number computed from these features.
     """
 
     edits: Mapping[str, Sequence[File]]
@@ -64,7 +64,7 @@ class Extracted:
 
 
 class FeatureParts:
-    """Records of the features, by extractor and by what was looked at (bench, real_images, or a method's name)."""
+    """Records of the features, by extractor and by what they are of (bench, real_images, or a method's name)."""
 
     def __init__(self, store: Store, records: Mapping[tuple[str, str], Sequence[Record]]) -> None:
         self._store, self._records = store, records
@@ -90,7 +90,10 @@ class FeatureParts:
 
 
 def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extracted:
-    """FeatureTable at the edits of all methods, by their names, and at what they are measured by."""
+    """Extract features of the bench, the real images and every method's edits (by the method's name).
+
+    Raises StageError for too few real images or an extractor that fails.
+    """
     cfg, bench_manifest = stage.params.evaluate, load_manifest(stage.input("bench"))
     bench_file = bench_manifest.files("bench")[0]
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
@@ -103,12 +106,12 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
     for name, extractor in opened.items():
         if name == "clip" and not extractor.paper:
             print(
-                "evaluate: this CLIP is not ViT-B/32: its clip_fid, qs and clip_score compare with no published number"
+                "evaluate: this CLIP is not ViT-B/32: do not compare its clip_fid, qs and clip_score with published ones"
             )
     statistics = {name: _store_statistics(stage.store, name, extractor, parts) for name, extractor in opened.items()}
     mixtures = _mixtures(cfg)
-    scales = {
-        name: _scale(cfg, extractor, parts, bench_features[name], statistics[name][0], mixtures.get(name))
+    reference_sets = {
+        name: _reference_set(cfg, extractor, parts, bench_features[name], statistics[name][0], mixtures.get(name))
         for name, extractor in opened.items()
     }
     card = {
@@ -131,17 +134,19 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
         "git_commit": provenance_tags(stage.root)["git_commit"],
     }
     image_ids = dict(zip(*(bench.column(name).to_pylist() for name in ("bench_id", "image_id")), strict=True))
-    return Extracted(edits, parts, bench_features, scales, image_ids, card)
+    return Extracted(edits, parts, bench_features, reference_sets, image_ids, card)
 
 
-# -- what is measured by -------------------------------------------------------------------------------------------
+# -- reference statistics ------------------------------------------------------------------------------------------
 
 
 def _store_statistics(
     store: Store, name: str, extractor: Extractor, parts: FeatureParts
 ) -> tuple[FeatureStatistics, str]:
-    """Of the untouched photos, merged from their parts, and the path of the file that keeps them: a set of 40,000
-    photos is summed up once, and the file can be passed on."""
+    """Return the statistics of the real images, merged from their parts, and the path of their stored file.
+
+    A set of 40,000 photos is processed once, and the file can be shared.
+    """
     card = Card(name, extractor.digest, extractor.resize_rule)
     folder = f"parts/statistics/{name}-{digest([VERSION, parts.digest(name, 'real_images'), asdict(card)])}"
     path = f"{folder}/statistics.npz"
@@ -152,7 +157,7 @@ def _store_statistics(
     try:
         statistics = reduce(merge, (_statistics_of(store, file) for file in parts.files(name, "real_images")))
     except ValueError as error:
-        raise StageError(f"evaluate: the untouched photos that {name} measures by: {error}") from None
+        raise StageError(f"evaluate: {name}: the real images: {error}") from None
     store.write_bytes(path, statistics_bytes(statistics, card))
     store.write_bytes(f"{folder}/record.json", b'{"files": ["statistics.npz"]}')
     return statistics, path
@@ -163,7 +168,7 @@ def _statistics_of(store: Store, file: File) -> FeatureStatistics:
 
 
 def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
-    """By extractor: those that params.yaml names."""
+    """Load the mixtures that params.yaml names, by extractor."""
     named = {
         extractor.kind: extractor.mixture
         for extractor in cfg.extractors
@@ -172,7 +177,7 @@ def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
     return {extractor: load_mixture(repo_root() / Path(path).expanduser()) for extractor, path in named.items()}
 
 
-def _scale(
+def _reference_set(
     cfg: EvaluateConfig,
     extractor: Extractor,
     parts: FeatureParts,
@@ -195,22 +200,22 @@ def _scale(
         )
     except ValueError as error:
         raise StageError(
-            f"evaluate: the untouched photos that {name} measures by: {error}; lower evaluate.quality_components, or "
+            f"evaluate: {name}: the real images: {error}; lower evaluate.quality_components, or "
             "give more of them (bench.crops_per_box, bench.max_items, evaluate.real_images)"
         ) from None
 
 
-# -- looking -------------------------------------------------------------------------------------------------------
+# -- extraction ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """One unit: what is looked at (bench, real_images, edits, or photos of a folder), and by whom."""
+    """One unit: an extractor and its pictures (bench, real_images, edits, or photos of a folder)."""
 
     extractor: str
     what: str
     file: File | None
-    photos: tuple[tuple[str, int, int], ...] = ()  # path, bytes, ns of the last change
+    photos: tuple[tuple[str, int, int], ...] = ()  # path, bytes, mtime in ns
 
 
 def _extract_all(
@@ -221,7 +226,7 @@ def _extract_all(
     extractors: Mapping[str, Entry],
 ) -> FeatureParts:
     bench_file = bench.files("bench")[0]
-    wanted: list[tuple[str, Extraction]] = []  # of what, and the look
+    wanted: list[tuple[str, Extraction]] = []  # what the features are of, and the extraction
     for extractor in extractors:
         wanted.append(("bench", Extraction(extractor, "bench", bench_file)))
         wanted += [("real_images", at) for at in _extractions_of_real_images(cfg, extractor, bench)]
@@ -259,7 +264,7 @@ def _identity(
     cfg: EvaluateConfig,
     at: Extraction,
 ) -> str:
-    """The content that is looked at, and the weights that at. The bench has a say where holes and references do."""
+    """Digest of the pictures and the extractor's weights; the bench is included only where crops depend on it."""
     of = at.file.sha256 if at.file else [at.photos, cfg.real_images_px]
     return digest(
         [
@@ -292,8 +297,8 @@ def _extractions_of_real_images(cfg: EvaluateConfig, extractor: str, bench: Mani
         raise StageError(
             f"evaluate.real_images = {cfg.real_images}: {len(files)} photos in {folder}; a reference set needs more"
         )
-    # name, size and date stand for the content: reading 40,000 photos to name a part would cost as much as looking
-    # under its own name: links to photos of one name in several folders are several photos
+    # path, size and mtime stand for the content: hashing 40,000 photos would cost as much as extracting their features.
+    # links are not resolved: links to photos of one name in several folders are several photos
     known = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     starts = range(0, len(known), REAL_IMAGES_PER_UNIT)
     return [
@@ -315,7 +320,7 @@ def _worker(
     opened = {name: open_extractor(store, entry, device=device) for name, entry in extractors.items()}
     bench = {row["bench_id"]: row for row in store.read_table(bench_file).to_pylist()}
 
-    def views(at: Extraction) -> Any:
+    def crops(at: Extraction) -> Any:
         if at.file is None:
             return (_folder_crop(Path(path), cfg) for path, _, _ in at.photos)
         schema = {"bench": BENCH, "real_images": REAL_IMAGES, "edits": EDITS}[at.what]
@@ -335,17 +340,17 @@ def _worker(
             table = count_pixels(store.read_table(at.file).to_pylist(), bench)
             return store.write_unit("features", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
         try:
-            table = extract(views(at), opened[at.extractor], batch_rows=cfg.batch_rows)
-        except (ValueError, RuntimeError) as error:  # of a network too: a TorchScript file may be anybody's
+            table = extract(crops(at), opened[at.extractor], batch_rows=cfg.batch_rows)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: a TorchScript file may hold any network
             what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.real_images"
-            raise StageError(f"evaluate: {at.extractor} at {what}: {' '.join(str(error).split())[:300]}") from error
+            raise StageError(f"evaluate: {at.extractor} on {what}: {' '.join(str(error).split())[:300]}") from error
         return store.write_unit("features", unit.name, {"features": table}, counts={"rows": table.num_rows})
 
     return work
 
 
 def _region(cfg: EvaluateConfig, extractor: str) -> Region:
-    """Upstream's is of the CLIP score alone."""
+    """Return the region to crop; only the CLIP score may use upstream's."""
     return cfg.clip_region if extractor == "clip" else "whole"
 
 

@@ -90,7 +90,7 @@ def _say_missing(selector: Selector) -> None:
 
 
 def _takes_all(source: Source, cfg: IngestConfig) -> bool:
-    """Whether a photo without a box is input too, and hence a reject: not when only some boxes were asked for."""
+    """Whether a photo without a box is input too, and hence a reject: not if only some boxes are selected."""
     every_split = set(cfg.splits) == set(SPLITS)
     return source.lists_all and every_split and cfg.limit is None and cfg.classes is None and cfg.image_ids is None
 
@@ -149,8 +149,10 @@ def _class_ids(cfg: IngestConfig, names: dict[str, str]) -> set[str] | None:
 
 
 def _content(cfg: IngestConfig) -> dict[str, object]:
-    """What the parts depend on beside their input; how it is fetched is not among it, but from where: a wrong
-    image_base must not leave its rejects to the right one."""
+    """Return what the parts depend on besides their input.
+
+    Download limits are left out, but not the address: rejects of a wrong image_base must not apply to the right one.
+    """
     keys = {"source", "exif", "max_image_bytes", "max_image_pixels", "shards", "image_base"}
     return cfg.model_dump(mode="json", include=keys)
 
@@ -159,13 +161,13 @@ def _identity(cfg: IngestConfig, index: Record, everything: bool) -> str:
     return digest(["ingest", VERSION, _content(cfg), everything, [file.sha256 for file in index.files]])
 
 
-# -- another try for what failed in passing --------------------------------------------------------------------------
+# -- retries of transient failures -----------------------------------------------------------------------------------
 
 
 def _latest(store: Store, unit: Unit, *, retry: bool) -> Unit:
-    """The newest try of a shard. A try's digest holds the one before it, so that names still say what they hold.
+    """Return the newest attempt of a shard, or, with `retry` and transient rejects in it, the next one to run.
 
-    With `retry`, and transient rejects in the newest try, the next one, which run_units will then run.
+    An attempt's digest includes the previous one's, so that names still identify content.
     """
     while True:
         record = store.find_unit("ingest", unit.name)
@@ -180,14 +182,14 @@ def _latest(store: Store, unit: Unit, *, retry: bool) -> Unit:
 
 @dataclass(frozen=True)
 class _Retry:
-    """Payload of a further try: the index unit and what the try before left."""
+    """Payload of a retry: the index unit and the record of the previous attempt."""
 
     index: Record
     before: Record
 
     @property
     def chain(self) -> tuple[str, ...]:
-        """Folders of all earlier tries, oldest first."""
+        """Folders of all earlier attempts, oldest first."""
         return (*self.before.after, f"parts/ingest/{self.before.unit}")
 
 
@@ -196,7 +198,7 @@ def _index_of(unit: Unit) -> Record:
 
 
 def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Callable[[str, str], bytes]:
-    """Image id and address to bytes: from the source, or in a further try from what the one before has settled."""
+    """Return a function from image id and address to bytes: the source, or in a retry what the last attempt settled."""
 
     def read(image_id: str, address: str) -> bytes:
         if address in gone:
@@ -251,6 +253,6 @@ def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> 
         if rejected > max_reject_frac * total:
             raise StageError(
                 f"ingest: {rejected} of {total} {kind} rejected ({reasons}), above ingest.max_reject_frac = "
-                f"{max_reject_frac}. `pbe rejects` shows them; mend the input, set ingest.retry_rejected for failed "
+                f"{max_reject_frac}. `pbe rejects` shows them; fix the input, set ingest.retry_rejected for failed "
                 "downloads and files that were gone, or raise the limit. What was read stays in the storage"
             )

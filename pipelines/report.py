@@ -152,13 +152,13 @@ def _load_variant(stage: Stage, name: str) -> TrainedVariant:
 
 
 def table_order(names: Sequence[str]) -> list[str]:
-    """As the paper's Table 3 has them, what it has not after them."""
+    """Sort rows in Table 3's order, others after them."""
     known = [name for name in TABLE_3 if name in names]
     return known + [name for name in names if name not in known]
 
 
 def colours(names: Iterable[str]) -> dict[str, int]:
-    """Which of the page's colours a method has."""
+    """Return the colour index of every method."""
     return {name: index % COLOURS for index, name in enumerate(names)}
 
 
@@ -312,7 +312,7 @@ def _sweep(stage: Stage, extractor: str) -> dict[str, Any]:
         items = [row for row in bench if row["bench_id"] in next(iter(fills.values()))]
         items = [items[index] for index in evenly(COLUMNS, len(items))]
         grids[name] = picture_rows(items, fills, hole=found["hole"], reference="exemplar")
-    scales = sorted(found["scales"], key=float)  # JSON has them in the order of words
+    scales = sorted(found["scales"], key=float)  # JSON sorts them as text
     first = found["scales"][scales[0]]
     columns = {metric: label for metric, label in headline_metrics(extractor).items() if metric in first}
     curves = {
@@ -352,7 +352,7 @@ def _sweep(stage: Stage, extractor: str) -> dict[str, Any]:
 
 
 def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
-    """Evenly spaced slots; from slot to slot another photo."""
+    """Return triplets of evenly spaced slots, with a different photo per slot."""
     slots = slot_files(triplets)
     chosen = evenly(COLUMNS, len(slots))
     rows = []
@@ -380,7 +380,7 @@ def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
 
 
 def augmentation_rows(store: Store, triplets: Manifest, *, seed: int) -> list[dict[str, Any]]:
-    """The first reference of the first slot, clean, and below it DRAWS draws, with the generators that encode has."""
+    """Return the first reference of the first slot, clean, then DRAWS draws with the generators that encode uses."""
     file, offset = _row_of(slot_files(triplets)[0], 0)
     columns = ["image_id", "slot", "label_name", "reference"]
     row = store.read_table(file, columns=columns).slice(offset, 1).to_pylist()[0]
@@ -450,7 +450,7 @@ def _reason(row: Mapping[str, str], boxes: Sequence[Mapping[str, str]]) -> str:
 
 
 def _credits(stage: Stage, ingested: Manifest) -> dict[str, Any]:
-    """Photos with author, licence and origin while they are few; how many have which licence."""
+    """Return author, licence and origin of each photo if they are few, and the number of photos per licence."""
     licences: dict[str, int] = {}
     photos: list[dict[str, str]] = []
     for file in ingested.files("images"):
@@ -474,7 +474,7 @@ def _credit(row: Mapping[str, Any], licence: str) -> dict[str, str]:
 
 
 def filter_table(counts: Mapping[str, int], cfg: FilterConfig) -> list[tuple[str, int]]:
-    """What each rule removed, in the order in which rules are asked; rules that are off are left out."""
+    """Return how many boxes each rule removed, in the order of the rules, without those that are off."""
     found = [(rule, counts[f"rejected_{rule.reason}"]) for rule in RULES]
     return [(rule.reason.replace("_", " "), count) for rule, count in found if count or rule.is_on(cfg)]
 

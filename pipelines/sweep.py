@@ -1,7 +1,7 @@
 """sweep: what the guidance scale does (the paper's Fig. 7, with numbers) and how far apart the fills of one hole by one
 reference lie (Fig. 9): one variant, a fixed subset of the bench, exemplars in holes of the first kind.
 
-Edits and looks are parts as `edit` and `evaluate` make them. Scales start from the same noise.
+Edits and features are parts as `edit` and `evaluate` make them. All scales start from the same noise.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +63,7 @@ def main(stage: Stage) -> None:
 
 
 def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
-    """By the scale as text, and the one of several noises."""
+    """Return the requests by scale as text, and that of several noises."""
     cfg, edit = stage.params.sweep, stage.params.edit_variant(stage.params.sweep.variant)
     scope = {"holes": edit.holes[:1], "references": ("exemplar",)}
 
@@ -85,8 +85,10 @@ def _score(stage: Stage, extracted: Extracted, name: str) -> ScopeScores:
 
 
 def _paired(stage: Stage, extracted: Extracted, scopes: Mapping[str, ScopeScores]) -> dict[str, Any]:
-    """Every scale against the first one, on the same items, by the first extractor: a curve's own intervals are of the
-    choice of items, which all its points share."""
+    """Compare every scale with the first one on the same items, by the first extractor.
+
+    Needed because the intervals of a curve cover the choice of items, which all its points share.
+    """
     extractor, against = stage.params.evaluate.extractors[0].kind, next(iter(scopes))
     features = {name: extracted.parts.features(extractor, name) for name in scopes}
     found = {

@@ -79,7 +79,7 @@ def main(stage: Stage) -> None:
         if run.read_json("finished.json") is None:
             stack.enter_context(hold(run))
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
-        if run.read_json("finished.json") is None:  # the one who held it before may have finished it
+        if run.read_json("finished.json") is None:  # the previous holder may have finished it
             refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
             _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
         else:
@@ -112,7 +112,7 @@ def _seed(stage: Stage, cfg: TrainConfig) -> int:
 
 
 def origin_of(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | None:
-    """Run and step that `train.resume_from` means. Settled at the first start: the other run may go on meanwhile."""
+    """Return the run and step of `train.resume_from`, fixed at the first start: the other run may still advance."""
     if cfg.resume_from is None:
         return None
     settled = run.read_json("origin.json")
@@ -295,7 +295,7 @@ def _raise_what_stopped(stage: Stage, run: Run) -> None:
 
 
 def _train_loop(config: dict[str, bytes]) -> None:
-    """On every worker. The reason for an end is written beside the run, in one line, for the driver."""
+    """Train on every worker. If training stops, write the reason to the run's folder, in one line, for the driver."""
     import ray.train.torch
 
     from pbe.train.worker import NonFiniteError, TrainSpec, train_worker
@@ -303,15 +303,15 @@ def _train_loop(config: dict[str, bytes]) -> None:
     spec: TrainSpec = pickle.loads(config["spec"])
     run = Run(Store(spec.store_uri), spec.run_name)
     if ray.train.get_context().get_world_rank() == 0:
-        run.store.delete_file(f"{run.folder}/stopped.json")  # of the try before this one
+        run.store.delete_file(f"{run.folder}/stopped.json")  # of the previous attempt
     try:
         train_worker(spec, ray.train.torch.get_device())
     except NonFiniteError as error:
-        # Every rank has come to this and would come to it again: it ends here, without Ray's tracebacks and tries.
+        # Every rank fails like this and would again: stop here, without Ray's tracebacks and retries.
         run.write_json("stopped.json", {"reason": str(error)})
     except UserError as error:
         run.write_json("stopped.json", {"reason": with_cure(error)})
-        raise  # Ray tries again: a storage may come back
+        raise  # Ray retries: the storage may come back
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class _Put:
 
 
 def _root_cause(error: Exception) -> str:
-    """The last line that says something: Ray wraps a worker's error in several tracebacks."""
+    """Return the last informative line: Ray wraps a worker's error in several tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

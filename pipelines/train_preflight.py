@@ -1,6 +1,6 @@
-"""What the train stage refuses before any worker starts: each in one message that names the key or file.
+"""Checks of the train stage before any worker starts; each error is one line that names the key or file.
 
-Workers would meet the same later, on every rank at once, after minutes of waiting for GPUs.
+Workers would fail later, on every rank at once, after minutes of waiting for GPUs.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ def refuse_what_cannot_train(
 
 
 def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None]) -> None:
-    """Here, on a network without memory, and not after the workers have started. Raises WeightsError."""
+    """Check the weights on a network without memory, before workers start. Raises WeightsError."""
     import torch
 
     from pbe.model.initial import load_stored
@@ -60,7 +60,7 @@ def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> No
 
 
 def refuse_too_few_rows(encoded: Manifest, batch: int) -> None:
-    """Rows of one slot may be fewer: a batch then goes on in the next slot. But no row may come twice in a batch."""
+    """Raise StageError if a batch would repeat a row. One slot may have fewer rows: a batch continues in the next."""
     rows = sum(file.rows for files in slot_files(encoded) for file in files)
     if not rows:
         raise StageError(
@@ -104,7 +104,7 @@ def refuse_unfit_parts(store: Store, manifest: Manifest, schema: pa.Schema) -> N
 
 
 def _described(schema: pa.Schema, name: str) -> str:
-    """Type of a column; of arrays their shape and number format."""
+    """Describe the type of a column; for arrays, number format and shape."""
     if name not in schema.names:
         return "missing"
     field = schema.field(name)

@@ -18,11 +18,11 @@ def compare(
     image_ids: Mapping[str, str],
     cfg: StatisticsConfig,
 ) -> dict[str, Paired]:
-    """Differences ours minus theirs on the items that both have, by metric: pixels, what the scale's extractor says per
-    item, and its Frechet distance; of several noise seeds the mean.
+    """Return, per metric, the difference ours minus theirs on the common items; noise seeds are averaged.
 
-    features: of each method's edits, by the reference set's extractor. image_ids: of each bench id. Raises ValueError
-    where too few items are common.
+    Compares the pixel metrics, the per-item metrics of the reference set's extractor, and its Frechet distance.
+    our_features, their_features: features of each method's edits, by that extractor. image_ids: image id by bench id.
+    Raises ValueError if too few items are common.
     """
     common = common_items(ours.bench_ids, theirs.bench_ids)
     of_items = [image_ids[bench_id] for bench_id in common]

@@ -9,7 +9,7 @@ from pbe.data import images
 from pbe.data.contact import sheet, with_hole
 from pbe.data.masks import hole_of
 
-DIVERSITY = "diversity"  # a name beside the guidance scales of a sweep
+DIVERSITY = "diversity"  # key beside the guidance scales of a sweep
 
 
 def edit_grid(
@@ -20,10 +20,9 @@ def edit_grid(
     reference_kinds: Sequence[str],
     columns: int,
 ) -> np.ndarray:
-    """(H, W, 3) uint8. Rows: photo, hole, and for every kind of reference the reference and its edit. Items evenly
-    spaced, none chosen.
+    """Return an (H, W, 3) uint8 grid of evenly spaced items: photo, hole, then each reference and its edit.
 
-    bench: rows of BENCH. edits: encoded pictures by bench id and reference kind; items that lack one are left out.
+    bench: rows of BENCH. edits: encoded pictures by bench id and reference kind; items without all edits are skipped.
     """
     whole = [row for row in bench if all((row["bench_id"], kind) in edits for kind in reference_kinds)]
     items = [whole[index] for index in np.linspace(0, len(whole) - 1, min(columns, len(whole))).round().astype(int)]
@@ -31,7 +30,7 @@ def edit_grid(
     for kind in reference_kinds:
         fills = {kind: {item["bench_id"]: edits[item["bench_id"], kind] for item in items}}
         start, *found = fill_rows(items, fills, hole_kind=hole_kind, reference_kind=kind)
-        shown = found[1:] if rows else [start, *found]  # photo and hole stand there once
+        shown = found[1:] if rows else [start, *found]  # show photo and hole only once
         rows += [[picture for picture in pictures if picture is not None] for _, pictures in shown]
     return sheet(rows)
 
@@ -43,9 +42,9 @@ def fill_rows(
     hole_kind: str,
     reference_kind: str,
 ) -> list[tuple[str, list[np.ndarray | None]]]:
-    """Labelled rows of pictures, a column an item: photo, hole, reference, then one row of each of `fills`.
+    """Return labelled rows of pictures, one column per item: photo, hole, reference, then one row per entry of `fills`.
 
-    items: rows of BENCH. fills: encoded pictures by bench id, by the label of their row; None where one is lacking.
+    items: rows of BENCH. fills: row label -> bench id -> encoded picture; a missing picture becomes None.
     """
     sources = [images.decode(item["source"]) for item in items]
     holes = [with_hole(source, hole_of(item, hole_kind, source)) for item, source in zip(items, sources, strict=True)]
@@ -61,7 +60,7 @@ def fill_rows(
 
 
 def fills_by_seed(edits: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, bytes]]:
-    """Encoded pictures of rows of EDITS by bench id, by their seed as text, in the order of the seeds."""
+    """Group rows of EDITS: seed as text, ascending -> bench id -> encoded picture."""
     out: dict[int, dict[str, bytes]] = {}
     for row in edits:
         out.setdefault(row["seed"], {})[row["bench_id"]] = row["edit"]
@@ -69,12 +68,12 @@ def fills_by_seed(edits: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, byt
 
 
 def sweep_fills(edits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, bytes]]]:
-    """Of the sweep's two grids, `guidance` and `diversity`: encoded pictures by bench id, by the label of their row.
+    """Return the fills of the sweep's two grids, `guidance` and `diversity`: row label -> bench id -> encoded picture.
 
-    edits: rows of EDITS by guidance scale, of one seed each, and under DIVERSITY those of several.
+    edits: rows of EDITS by guidance scale (one seed each); those under DIVERSITY have several seeds.
     """
     scales = {}
-    for name in sorted(edits.keys() - {DIVERSITY}, key=float):  # a manifest has them in the order of words
+    for name in sorted(edits.keys() - {DIVERSITY}, key=float):  # manifests sort them as text
         [scales[f"scale {name}"]] = fills_by_seed(edits[name]).values()
     return {
         "guidance": scales,

@@ -1,8 +1,7 @@
-"""A pickled scikit-learn GaussianMixture to arrays, executing nothing of the file.
+"""Convert a pickled scikit-learn GaussianMixture to arrays without executing code from the file.
 
-A pickle is a program. Here it runs on an unpickler that knows what a plain mixture is made of (numpy arrays and their
-parts), as inert stand-ins for scikit-learn's classes and numpy's, and refuses every other name before anything of it
-is called.
+A pickle is a program. This unpickler replaces the classes of scikit-learn and numpy that a plain mixture needs with
+inert stand-ins, and rejects every other name before calling it.
 """
 
 import hashlib
@@ -16,15 +15,15 @@ import numpy as np
 
 from pbe.evaluate.metrics.mixture import Mixture, MixtureError, save_mixture
 
-# what a damaged pickle may raise while it is taken apart
-_ODD = (
+# what a damaged pickle may raise while it is parsed
+_MALFORMED = (
     pickle.UnpicklingError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError,
     ImportError, OverflowError, RecursionError, UnicodeDecodeError, AssertionError,
 )  # fmt: skip
 
 
 class _Inert:
-    """Stands for an object that is not needed: takes any state, does nothing."""
+    """Stand-in for an object that is not needed: accepts any state, does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> "_Inert":
         return super().__new__(cls)
@@ -37,16 +36,16 @@ class _Inert:
 
 
 class _Mixture(_Inert):
-    """Stands for scikit-learn's GaussianMixture; its state is a dict."""
+    """Stand-in for scikit-learn's GaussianMixture; its state is a dict."""
 
 
 class _Dtype:
-    """numpy.dtype, of plain numbers alone. Of the state that a pickle gives it only the byte order is taken."""
+    """Stand-in for numpy.dtype, restricted to plain numbers; of its pickled state, only the byte order is used."""
 
     def __init__(self, code: object, *_: object) -> None:
         known = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
         if not isinstance(code, str) or code.lstrip("<>|=") not in known:
-            raise MixtureError(f"it has an array of {code!r}; a mixture is made of plain numbers")
+            raise MixtureError(f"it has an array of {code!r}; a mixture contains only plain numbers")
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: object) -> None:
@@ -59,21 +58,21 @@ class _Dtype:
 
 
 class _Array:
-    """numpy.ndarray. numpy itself reads the state of arrays and dtypes in C, where a damaged one ends the process."""
+    """Stand-in for numpy.ndarray: numpy parses array state in C, where a damaged one crashes the process."""
 
     def __init__(self) -> None:
         self.array = np.empty(0)
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise MixtureError("one of its arrays has no state of an array")
+            raise MixtureError("one of its arrays has an invalid state")
         _, shape, dtype, fortran, data = state
         self.array = _filled(data, dtype, shape, "F" if fortran else "C")
 
 
 def _filled(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(dtype, _Dtype):
-        raise MixtureError("one of its arrays has a type that is none")
+        raise MixtureError("one of its arrays has an invalid dtype")
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes | bytearray):  # bytes(n) would be n of them
         raise MixtureError("one of its arrays has no bytes")
@@ -82,7 +81,7 @@ def _filled(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 def _reconstruct(cls: object, *_: object) -> _Array:
     if cls is not _Array:
-        raise MixtureError("it makes an array of something else than numbers")
+        raise MixtureError("it builds an array that is not numeric")
     return _Array()
 
 
@@ -122,16 +121,16 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _encoded
         raise MixtureError(
-            f"it asks for {module}.{name}, which a mixture is not made of; nothing of the file was run. A mixture that "
-            "joblib wrote is saved again with pickle.dump first"
+            f"it imports {module}.{name}, which a mixture does not need; no code from the file was run. If joblib "
+            "wrote it, save it again with pickle.dump"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise MixtureError("it refers to things outside the file, as no mixture does")
+        raise MixtureError("it refers to objects outside the file; a mixture does not")
 
 
 def import_mixture(source: Path, out: Path) -> Mixture:
-    """Read the pickle, write the .npz. Raises MixtureError."""
+    """Read the pickle and write the .npz. Raises MixtureError."""
     try:
         data = source.read_bytes()
     except OSError as error:
@@ -142,7 +141,7 @@ def import_mixture(source: Path, out: Path) -> Mixture:
 
 
 def mixture_from_pickle(data: bytes, where: str) -> Mixture:
-    """Raises MixtureError naming `where`."""
+    """Extract the mixture from the bytes of a pickle. Raises MixtureError naming `where`."""
     try:
         _check_memo(data)
         found = _Unpickler(io.BytesIO(data), encoding="latin1").load()
@@ -155,40 +154,41 @@ def mixture_from_pickle(data: bytes, where: str) -> Mixture:
         return Mixture(weights, means, roots, state["covariance_type"])
     except MixtureError as error:
         raise MixtureError(f"{where}: {error}") from None
-    except _ODD as error:
+    except _MALFORMED as error:
         raise MixtureError(
-            f"{where}: not a whole pickle of a mixture ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+            f"{where}: not a complete pickle of a mixture ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:150]})"
         ) from None
 
 
 def _check_memo(data: bytes) -> None:
-    """Raises MixtureError for a memo index that no pickler writes: they count from 0, the oldest from 1.
+    """Raise MixtureError for a memo index that no pickler writes: they count from 0, the oldest picklers from 1.
 
-    The unpickler of C allocates a table as long as the largest index, 18 GiB for a file of 9 kB.
+    The C unpickler allocates a table as long as the largest index: 18 GiB for a damaged file of 9 kB.
     """
     known = 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             if argument is not None and argument > known + 1:
-                raise MixtureError("damaged: it numbers its objects beyond their count")
+                raise MixtureError("damaged: it has a memo index beyond its number of objects")
             known += 1
 
 
 def _array(value: Any) -> np.ndarray:
     if not isinstance(value, _Array) or value.array.dtype.kind != "f":
-        raise MixtureError(f"one of its arrays is a {type(value).__name__} of no floating point numbers")
+        raise MixtureError(f"one of its arrays is a {type(value).__name__}, not floating-point numbers")
     return value.array.astype(np.float64)
 
 
 def _reconstructed(cls: Any, base: Any, state: Any) -> Any:
-    """copyreg._reconstructor, for the stand-ins alone: protocols below 2 make objects by it."""
+    """copyreg._reconstructor for the stand-ins alone: pickle protocols below 2 build objects with it."""
     if not (isinstance(cls, type) and issubclass(cls, _Inert)):
-        raise MixtureError("it makes an object in a way that no mixture does")
+        raise MixtureError("it builds an object that is not part of a mixture")
     return cls()
 
 
 def _encoded(text: str, encoding: str) -> bytes:
-    """_codecs.encode, for the one encoding by which old protocols write bytes."""
+    """_codecs.encode for latin1 alone, which old protocols use to write bytes."""
     if encoding != "latin1":
-        raise MixtureError(f"it asks for the encoding {encoding}")
+        raise MixtureError(f"it uses the encoding {encoding}, expected latin1")
     return text.encode("latin1")

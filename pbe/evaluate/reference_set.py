@@ -1,4 +1,4 @@
-"""What one extractor measures edits by, made once from untouched photos: Frechet, KID and quality, for all methods."""
+"""Reference statistics of one extractor, computed once from real images: Frechet, KID and quality."""
 
 import numpy as np
 
@@ -21,9 +21,12 @@ def make_reference_set(
     pca_dims: int,
     seed: int,
 ) -> ReferenceSet:
-    """real_images (M, d): features of the real images; statistics: theirs. bench_photos (N, d): features of the bench's
-    photos before the edit, which the ranks of qs_rank are among; `mixture` gives qs in its place. Raises ValueError for
-    too few rows or values that are not finite."""
+    """Build the reference set of one extractor.
+
+    real_images (M, d): features of the real images; statistics: their statistics. bench_photos (N, d): features of the
+    bench's unedited photos, among which qs_rank ranks the edits; with a `mixture`, qs replaces qs_rank. Raises
+    ValueError for too few rows or values that are not finite.
+    """
     if mixture is None:
         quality = quality_scale(
             fit_features=real_images, real_features=bench_photos, components=components, pca_dims=pca_dims, seed=seed

@@ -15,14 +15,14 @@ from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, 
 from pbe.evaluate.metrics.similarity import Gains, colour_gain, cosine, exemplar_gain
 from pbe.evaluate.settings import StatisticsConfig
 
-PSNR_CEILING_DB = 60.0  # pictures that are equal have no finite PSNR
+PSNR_CEILING_DB = 60.0  # equal pictures have an infinite PSNR
 
 
 @dataclass(frozen=True)
 class Edited:
-    """What one extractor saw of one method in one scope: features (N, d), a row an item, one array per seed.
+    """Features of one method in one scope by one extractor: one array (N, d) per seed, one row per item.
 
-    edits: whole pictures. regions: the hole's box. reference: what was given, at the hole's resolution.
+    edits: whole pictures. regions: the hole's box. reference: (N, d), the given reference.
     """
 
     edits: Sequence[np.ndarray]
@@ -32,7 +32,7 @@ class Edited:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """What one extractor measures edits by: made once from untouched photos, for all methods.
+    """Reference statistics of one extractor, computed once from real images and used for all methods.
 
     frechet, kid: (N, d) features to a number. quality: (N, d) to (N,).
     """
@@ -47,9 +47,9 @@ class ReferenceSet:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Counted on the pixels of one method's edits in one scope: (S, N), colours (S, N, 3), over S seeds.
+    """Pixel metrics of one method's edits in one scope: (S, N), colours (S, N, 3), over S seeds.
 
-    reference_colour: (N, 3) of what was given.
+    reference_colour: (N, 3), the mean colour of the given reference.
     """
 
     hole_psnr_db: np.ndarray
@@ -73,9 +73,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Method:
-    """One method's edits: which there are, and what was seen of them.
+    """One method's edits with their features and pixel counts.
 
-    edits: keys of EDITS. features and bench_features: by extractor. image_ids: of each bench id.
+    edits: keys of EDITS. features, bench_features: tables by extractor name. image_ids: image id by bench id.
     """
 
     edits: Sequence[Mapping[str, Any]]
@@ -87,21 +87,21 @@ class Method:
 
 @dataclass(frozen=True)
 class ScopeScores:
-    """The numbers of one scope, and the items behind them, in the bench's order."""
+    """The scores of one scope and its items, in the bench's order."""
 
     hole_kind: str
     reference_kind: str
     bench_ids: tuple[str, ...]
-    keys_by_seed: tuple[tuple[str, ...], ...]  # of EDITS, by seed of the noise
+    keys_by_seed: tuple[tuple[str, ...], ...]  # keys of EDITS, by noise seed
     scores: tuple[Score, ...]
 
 
 def score_method(
     method: Method, reference_sets: Mapping[str, ReferenceSet], cfg: StatisticsConfig
 ) -> list[ScopeScores]:
-    """All scopes that are scored: foreign references serve the others' gains alone.
+    """Score every scope of a method; foreign references are not scored themselves, they only serve the gains.
 
-    Raises ValueError, naming the scope, where there are too few items or features that cannot be compared.
+    Raises ValueError naming the scope for too few items or features that cannot be compared.
     """
     by_scope: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in method.edits:
@@ -125,7 +125,7 @@ def score_method(
 
 @dataclass(frozen=True)
 class _Scope:
-    """The items of one hole kind, and the way to what was seen of them."""
+    """The items of one hole kind, with access to their features and pixel counts."""
 
     method: Method
     hole_kind: str
@@ -133,10 +133,10 @@ class _Scope:
     seeds: tuple[int, ...]
 
     def keys(self, reference_kind: str) -> list[list[str]]:
-        """Of EDITS, by seed."""
+        """Return the keys of EDITS, by seed."""
         return [[f"{name}|{self.hole_kind}|{reference_kind}|{seed}" for name in self.bench_ids] for seed in self.seeds]
 
-    def seen(self, extractor: str, reference_kind: str) -> Edited:
+    def edited(self, extractor: str, reference_kind: str) -> Edited:
         features, keys = self.method.features[extractor], self.keys(reference_kind)
         reference = self.method.bench_features[extractor].of(self.bench_ids, f"{self.hole_kind}/{reference_kind}")
         return Edited([features.of(of, "whole") for of in keys], [features.of(of, "region") for of in keys], reference)
@@ -167,22 +167,26 @@ def _score_scope(
     foreign = scope.pixels("foreign") if has_foreign else None
     found = score_pixels(scope.pixels(reference_kind), foreign, image_ids=image_ids, cfg=cfg)
     for extractor, reference_set in reference_sets.items():
-        other = scope.seen(extractor, "foreign") if has_foreign else None
+        other = scope.edited(extractor, "foreign") if has_foreign else None
         found += score_features(
-            scope.seen(extractor, reference_kind), other, reference_set, image_ids=image_ids, cfg=cfg
+            scope.edited(extractor, reference_kind), other, reference_set, image_ids=image_ids, cfg=cfg
         )
     return tuple(found)
 
 
 def numbers_of(scope: ScopeScores) -> dict[str, dict[str, Any]]:
-    """As metrics.json has them: by metric, the estimate's fields and the extractor."""
+    """Return a scope's entries of metrics.json: by metric, the estimate's fields and the extractor."""
     return {score.metric: asdict(score.estimate) | {"extractor": score.extractor} for score in scope.scores}
 
 
 def score_pixels(
     given: Pixels, foreign: Pixels | None, *, image_ids: Sequence[str], cfg: StatisticsConfig
 ) -> list[Score]:
-    """image_ids: image id of each item; items of one photo err together. foreign: of the same holes, for the gain."""
+    """Score the pixel metrics of one scope.
+
+    image_ids: image id of each item, because items of one photo are correlated. foreign: fills of the same holes from
+    foreign references, for the colour gain; None leaves it out.
+    """
     columns = {
         "hole_psnr_db": np.minimum(given.hole_psnr_db, PSNR_CEILING_DB).mean(0),
         "background_psnr_db": np.minimum(given.background_psnr_db, PSNR_CEILING_DB).mean(0),
@@ -205,7 +209,10 @@ def score_features(
     image_ids: Sequence[str],
     cfg: StatisticsConfig,
 ) -> list[Score]:
-    """As score_pixels, by one extractor."""
+    """Score the metrics of one extractor for one scope.
+
+    foreign: fills of the same holes from foreign references, for the exemplar gains; None leaves them out.
+    """
     names, extractor = metric_names(reference_set), reference_set.name
     out = [
         Score(names["frechet"], extractor, _of_sets(reference_set.frechet, given.edits, image_ids, cfg), None),
@@ -230,7 +237,7 @@ def score_features(
 
 
 def metric_names(reference_set: ReferenceSet) -> dict[str, str]:
-    """What an extractor's numbers are called. Only the paper's extractors give the paper's names."""
+    """Return the names of an extractor's metrics. Only the paper's extractors use the paper's names."""
     name = reference_set.name
     return {
         "frechet": {"inception": "fid", "clip": "clip_fid"}.get(name, f"frechet_{name}"),
@@ -253,7 +260,7 @@ def _of_sets(
     image_ids: Sequence[str],
     cfg: StatisticsConfig,
 ) -> Estimate:
-    """A number of a whole set of features, such as a Frechet distance: by seed, then over seeds."""
+    """Estimate a statistic of a whole set of features, such as a Frechet distance: per seed, then over seeds."""
 
     def of_one(features: np.ndarray) -> Estimate:
         return jackknife(

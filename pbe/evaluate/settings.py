@@ -17,7 +17,7 @@ VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
 
 class EfficientNetExtractorConfig(Settings):
-    """From a pip package."""
+    """EfficientNet, with weights from a pip package."""
 
     kind: BackboneName
 
@@ -91,7 +91,7 @@ class EditConfig(Settings):
         for key in ("seeds", "holes", "references"):
             refuse_duplicates(key, getattr(self, key))
         if "exemplar" not in self.references:
-            raise ValueError("references: exemplar must be among them, every score is of it")
+            raise ValueError("references: must include exemplar, which every score is based on")
         return self
 
 
@@ -163,7 +163,7 @@ class FilledBaseline(Settings):
 
 
 class FolderBaseline(Settings):
-    """Somebody else's results: one picture per bench item, named by its id."""
+    """Results made elsewhere: one picture per bench item, named by its id."""
 
     kind: Literal["folder"]
     folder: str = Field(min_length=1)

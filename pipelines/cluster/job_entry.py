@@ -1,8 +1,8 @@
-"""A job's own side of the bridge: is this cluster fit for what was sent, and the outputs on their way back.
+"""The job's side of a submission: check that the cluster can run it, and send the outputs back.
 
-Asked on the cluster itself, where nothing is guessed: Python and Ray are those of the machine that sent the job, its
-places are not files that only it has, and every node reads what this one writes to the storage. A node that an
-autoscaler adds later shows it at its first part.
+The checks run on the cluster itself: Python and Ray must match the submitting machine, storage and MLflow must not be
+files of that machine, and every node must read what this one writes to the storage. A node that an autoscaler adds
+later fails at its first part.
 """
 
 import hashlib
@@ -17,12 +17,15 @@ from pbe.store import Store
 from pipelines.cluster.working_dir import BYTES_PACKAGES, MARK_VARIABLE, NODES, SUBMITTER_VARIABLE, versions_here
 from pipelines.runtime.stage import Stage, StageError
 
-NODE_ANSWER_S = 120  # its worker process has to start, and may have to unpack the package first
+NODE_ANSWER_S = 120  # its worker process has to start and may have to unpack the package
 
 
 def check_cluster(stage: Stage) -> None:
-    """Raises StageError or StoreError before any work: another Python or Ray, storage or MLflow of the sender's own
-    machine, or storage that a node does not share."""
+    """Check the cluster before any work.
+
+    Raises StageError or StoreError for another Python or Ray, for storage or MLflow that only the submitting machine
+    has, or for storage that a node does not share.
+    """
     _refuse_other_versions(json.loads(os.environ.get(SUBMITTER_VARIABLE, "{}")), versions_here())
     _refuse_other_storage(stage.store, os.environ.get(MARK_VARIABLE))
     _refuse_far_mlflow(tracking_uri())
@@ -32,7 +35,7 @@ def check_cluster(stage: Stage) -> None:
 def send_outputs(stage: Stage, job_id: str) -> None:
     """Put the files of `stage.outputs` in the storage, then the marker that lists them.
 
-    Raises StageError when the stage wrote none.
+    Raises StageError if the stage wrote none.
     """
     files = {path: sha256_of(stage.outputs / path) for path in files_below(stage.outputs)}
     if not files:
@@ -42,7 +45,7 @@ def send_outputs(stage: Stage, job_id: str) -> None:
 
 
 def _refuse_other_versions(theirs: dict[str, str], ours: dict[str, str]) -> None:
-    """theirs: of the machine that sent the job; empty when it said nothing."""
+    """Raise StageError if Python or Ray differ; warn if other packages do. theirs: the submitter's; may be empty."""
     differ = {name: found for name, found in theirs.items() if ours.get(name) != found}
     said = ", ".join(f"{name} {ours.get(name, 'none')} here and {found} there" for name, found in differ.items())
     advice = "the image of the cluster and the environment that submits must come from one requirements.lock"
@@ -56,13 +59,14 @@ def _refuse_other_versions(theirs: dict[str, str], ours: dict[str, str]) -> None
 
 
 def _refuse_other_storage(store: Store, mark: str | None) -> None:
-    """mark: what the machine that sent the job has written to the storage; None when it said nothing.
+    """Raise StageError unless the storage has the submitter's mark (None: it left none).
 
-    By the address alone the sender cannot tell: a tunnel to a far dashboard is 127.0.0.1 to it.
+    The submitter cannot tell from the address: a tunnel to a remote dashboard is 127.0.0.1 to it.
     """
     if mark and not store.exists(f"{NODES}/{mark}"):
         raise StageError(
-            f"PBE_STORAGE={store.uri} is another place on the cluster than for the machine that sent this job; use "
+            f"PBE_STORAGE={store.uri} resolves to a different location on the cluster than on the submitting machine; "
+            "use "
             "s3://bucket/prefix with one AWS_ENDPOINT_URL, or a folder that both see"
         )
 
@@ -86,7 +90,7 @@ def _refuse_unshared_storage(stage: Stage) -> None:
     start_ray()
     here = ray.get_runtime_context().get_node_id()
     stage.store.write_bytes(f"{NODES}/{here}", b"")
-    known = set(stage.store.list_names(NODES))  # what a node writes there says that it can; it is asked once
+    known = set(stage.store.list_names(NODES))  # a node that has written there is not checked again
     probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
     asked = [
         (
@@ -103,14 +107,14 @@ def _refuse_unshared_storage(stage: Stage) -> None:
             problem = ray.get(answer, timeout=NODE_ANSWER_S)
         except GetTimeoutError:
             problem = f"no answer within {NODE_ANSWER_S} s"
-        except RayError:  # it went away meanwhile, which Ray deals with
+        except RayError:  # the node has gone, which Ray handles
             continue
         if problem:
             raise StageError(f"PBE_STORAGE={stage.store.uri} does not work on node {address}: {problem}")
 
 
 def _probe(uri: str, driver: str, node: str) -> str:
-    """On a node: what is wrong with its storage, in one line; empty when it sees what the driver wrote, and writes."""
+    """Check a node's storage on that node; return the problem in one line, or "" if it can read and write there."""
     try:
         store = Store(uri)
         if not store.exists(f"{NODES}/{driver}"):

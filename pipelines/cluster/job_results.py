@@ -1,6 +1,6 @@
-"""What a job leaves in the storage, below jobs/<job id>/, and how it comes to this machine: all or nothing.
+"""Fetch the results that a job left in the storage, below jobs/<job id>/: all or nothing.
 
-Needs no cluster: it may be gone by then.
+Needs no cluster, which may be gone by then.
 """
 
 import hashlib
@@ -16,10 +16,12 @@ from pipelines.runtime.stage import Stage
 
 
 def take_over_finished(stage: Stage, name: str) -> str | None:
-    """The id of a job of this name that finished before, its outputs fetched; None when there is none, or when its
-    results are gone or may be out of date."""
+    """Fetch the outputs of a finished job of this name and return its id.
+
+    None if there is none, or if its results are gone or may be out of date.
+    """
     if stage.name == "ingest":
-        return None  # its inputs are outside: photos that were added since do not change the job's name
+        return None  # its inputs are outside the package: new photos do not change the job's name
     for attempt in sorted(attempts_in_storage(stage, name), reverse=True):
         job_id = f"{name}-{attempt}"
         manifest = _sent_manifest(stage, job_id)
@@ -51,7 +53,7 @@ def _listed(stage: Stage, job_id: str) -> dict[str, str] | None:
 
 
 def attempts_in_storage(stage: Stage, name: str) -> list[int]:
-    """Numbers of the jobs of this name that have left something there."""
+    """Return the attempt numbers of this name's jobs that left files in the storage."""
     numbers = (folder.removeprefix(f"{name}-") for folder in stage.store.list_names("jobs") if folder.startswith(name))
     return [int(number) for number in numbers if number.isdigit()]
 
@@ -65,7 +67,7 @@ def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
 
 
 def _made_by(unit: dict[str, Any], stage: str) -> str:
-    """Whose part a unit is: evaluate's manifest names looks too. By the path of its files, parts/<stage>/<unit>/..."""
+    """Return the kind of a unit's parts, read from its files' path, parts/<kind>/<unit>/... (evaluate has features)."""
     return next((file["path"].split("/")[1] for file in unit.get("files", ())), stage)
 
 
@@ -84,7 +86,7 @@ def _export_paths(manifest: dict[str, Any]) -> list[str]:
 def fetch(stage: Stage, job_id: str) -> bool:
     """Bring a job's outputs to `stage.outputs`, all or nothing; False when they are not in the storage.
 
-    Raises StoreError when the storage holds others than the job listed.
+    Raises StoreError if the storage's files differ from those the job listed.
     """
     listed = _listed(stage, job_id)
     if not listed:

@@ -1,9 +1,10 @@
-"""One training of a run at a time: two would write the same checkpoints into each other.
+"""A lease that allows one training of a run at a time: two would overwrite each other's checkpoints.
 
-A lease is a file of the run that its holder renews. Who finds one watches it: renewed, its holder lives, and the second
-training is refused; not renewed for WATCH_S, its holder is gone. No clock of another machine is read. A holder of this
-machine is looked for among its processes, so that a training that was killed goes on at once. A holder that was only
-silent, as in a laptop that slept, finds the other's lease or none when it renews its own, and stops.
+A lease is a file in the run's folder that its holder renews. A process that finds one waits: if it is renewed, the
+holder is alive and the second training is rejected; after WATCH_S without renewal the holder is dead. No other
+machine's clock is read. On the same machine the holder's process is checked instead, so a killed training resumes at
+once. A holder that was only suspended (a sleeping laptop) finds its lease replaced or gone at the next renewal, and
+stops.
 """
 
 import os
@@ -26,14 +27,14 @@ from pipelines.runtime.stage import StageError
 
 RENEW_S = 15.0
 WATCH_S = 45.0  # three renewals
-SETTLE_S = 1.0  # of two that begin at the same moment, the one whose lease stands after this goes on
+SETTLE_S = 1.0  # of two that start at the same moment, the one whose lease remains after this continues
 FILE = "lease.json"
 KEYS = {"token", "renewed", "who", "machine", "pid", "process_began"}
 
 
 @contextmanager
 def hold(run: Run) -> Iterator[None]:
-    """Raises StageError while another training of the run lives, or when one has taken the lease over meanwhile."""
+    """Hold the lease of a run. Raises StageError if another training of it is alive or takes the lease over."""
     token = uuid.uuid4().hex
     _wait_for_its_end(run)
     _write(run, token)
@@ -42,12 +43,12 @@ def hold(run: Run) -> Iterator[None]:
         raise _refusal(run, found)
     renewal = _Renewal(run, token)
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # in the background; Ray's own handler takes the signal there, too
+    if before is signal.SIG_IGN:  # a background process; the renewal thread must be able to interrupt it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     renewal.start()
     try:
         yield
-    except BaseException:  # the interrupt by which it was stopped, or what became of that
+    except BaseException:  # the KeyboardInterrupt from the renewal thread, or an exception it caused
         if renewal.taken_by:
             raise _refusal(run, renewal.taken_by) from None
         raise
@@ -63,7 +64,7 @@ def hold(run: Run) -> Iterator[None]:
 
 
 def _read(run: Run) -> dict[str, Any] | None:
-    """The lease that is there; one that cannot be read is nobody's."""
+    """Return the current lease, or None if there is none or it cannot be read."""
     try:
         found = run.read_json(FILE)
     except ValueError:
@@ -72,7 +73,7 @@ def _read(run: Run) -> dict[str, Any] | None:
 
 
 def _wait_for_its_end(run: Run) -> None:
-    """Until the lease that is there has not been renewed for long enough, if there is one."""
+    """Wait until an existing lease, if any, has expired. Raises StageError if it is renewed."""
     found = _read(run)
     if found is None or _is_dead_here(found):
         return
@@ -104,9 +105,9 @@ def _is_dead_here(lease: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """Where a process id means the same process: many laptops and containers have one name."""
+    """Return an id of this boot, process namespace and user; host names are not unique."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.getuid()}"  # other users' may be hidden
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.getuid()}"  # other users' processes may be hidden
 
 
 def _write(run: Run, token: str, renewed: int = 0) -> None:
@@ -125,7 +126,7 @@ def _write(run: Run, token: str, renewed: int = 0) -> None:
 
 
 class _Renewal(threading.Thread):
-    """Renews a lease until `over`, or until it is another's: then this process is interrupted, as by Ctrl-C."""
+    """Renews a lease until `over`; if another process took it, interrupts this process as by Ctrl-C."""
 
     def __init__(self, run: Run, token: str) -> None:
         super().__init__(daemon=True, name="pbe-lease")
@@ -141,9 +142,9 @@ class _Renewal(threading.Thread):
                 found = _read(self._run_held) or {"token": "", "who": "somebody else, who has ended since"}
                 if found["token"] != self._token:
                     self.taken_by = found
-                    os.kill(os.getpid(), signal.SIGINT)  # again after RENEW_S, should nothing come of it
+                    os.kill(os.getpid(), signal.SIGINT)  # sent again after RENEW_S if ignored
                     continue
                 _write(self._run_held, self._token, renewed)
-            except (StoreError, OSError) as error:  # training does not end for it; others may take it for its end
+            except (StoreError, OSError) as error:  # does not stop training, but others may take the lease over
                 reason = one_line(error, 200)
                 print(f"train: the lease of run {self._run_held.name} was not renewed: {reason}", flush=True)

@@ -1,10 +1,10 @@
-"""The bridge to a cluster: a stage submits itself as a Ray job, follows its log and fetches its small files.
+"""Submit a stage as a Ray job, follow its log and fetch its small files.
 
 With RAY_ADDRESS=http://host:port, `run_remotely` ships a package (working_dir.py), and a job runs the same command
-there (its side is job_entry.py). Data stays in PBE_STORAGE, which both sides reach; what dvc.lock names comes back
-through <storage>/jobs/<job id>/ (job_results.py). A job is known by settings, inputs and the stage's VERSION, whatever
-code it runs: the same command attaches to it while it runs, takes its outputs over when it is done, even when its
-cluster is gone by then, and numbers a new attempt when it failed (Ray refuses a used id).
+there (its side is job_entry.py). Data stays in PBE_STORAGE, which both sides reach; the files that dvc.lock names come
+back through <storage>/jobs/<job id>/ (job_results.py). A job's id is the digest of settings, inputs and the stage's
+VERSION, regardless of its other code. The same command attaches to a running job, fetches the outputs of a finished
+one, even if its cluster is gone, and starts a new attempt of a failed one (Ray rejects a used id).
 """
 
 import asyncio
@@ -40,18 +40,18 @@ from pipelines.cluster.working_dir import (
 from pipelines.runtime.provenance import COMMIT_VARIABLE, git_commit
 from pipelines.runtime.stage import Stage, StageError
 
-ANSWER_S = 10  # an address that does not answer for so long is reported as unreachable
-REQUEST_S = 60  # a request that is not answered for so long has failed
-QUIET_S = 60  # after so long without a log line, the job's status is asked and the log opened again
-POLL_S = 2  # between two tries to reach a cluster that went away
-LOST_S = 300  # after so long without an answer the command gives up; the job does not
-STOP_S = 5  # a second Ctrl-C within so long stops the job
+ANSWER_S = 10  # an address that does not answer within this time is unreachable
+REQUEST_S = 60  # a request without an answer within this time has failed
+QUIET_S = 60  # after this time without a log line, check the job's status and reopen the log
+POLL_S = 2  # between attempts to reach a lost cluster
+LOST_S = 300  # after this time without an answer the command gives up; the job keeps running
+STOP_S = 5  # a second Ctrl-C within this time stops the job
 STOPPED_S = 60  # how long it may take to stop
 LOG_LINES = 20  # of a failed job's log, repeated in the error
 
 # what requests, aiohttp and Ray's client raise for a broken connection or a refused request
 CLIENT_ERRORS = (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError)
-ODD_ANSWERS = (ValueError, TypeError, KeyError)  # and by an answer in JSON that is no Ray dashboard's
+MALFORMED_ANSWERS = (ValueError, TypeError, KeyError)  # what malformed or foreign JSON answers raise
 
 
 def run_remotely(stage: Stage, address: str) -> None:
@@ -66,7 +66,7 @@ def run_remotely(stage: Stage, address: str) -> None:
     name = job_name(stage, package)
     finished = take_over_finished(stage, name)
     if finished:
-        print(f"{stage.name}: job {finished} had finished before; its outputs are taken over", flush=True)
+        print(f"{stage.name}: job {finished} finished earlier; its outputs have been fetched", flush=True)
         return
     client = _connect(address)
     leave_mark(stage)
@@ -98,7 +98,7 @@ def run_remotely(stage: Stage, address: str) -> None:
 
 
 def running_jobs(address: str) -> list[tuple[str, str]]:
-    """Ids and states of the stages' jobs that are not over. Raises StageError."""
+    """Return ids and states of the stages' unfinished jobs. Raises StageError."""
     with _as_stage_error("cannot list the cluster's jobs"):
         found = {str(job.submission_id): job.status for job in _connect(address).list_jobs()}
     return [
@@ -106,12 +106,12 @@ def running_jobs(address: str) -> list[tuple[str, str]]:
     ]
 
 
-# -- what is refused -----------------------------------------------------------------------------------------
+# -- checks before submission --------------------------------------------------------------------------------
 
 
 def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
-    """Raises StageError before anything is sent."""
-    other = os.environ.get("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers it to what it is given
+    """Raise StageError before anything is sent."""
+    other = os.environ.get("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers it to its argument
     if other.rstrip("/") != address.rstrip("/"):
         raise StageError(
             f"RAY_API_SERVER_ADDRESS={other} and RAY_ADDRESS={address} name two clusters; unset the former"
@@ -121,7 +121,7 @@ def _refuse_what_cannot_work(stage: Stage, address: str) -> None:
 
 def _reach_storage(stage: Stage) -> None:
     try:
-        stage.store.list_names("jobs")  # whose answer says what is wrong; that to a look at one file does not
+        stage.store.list_names("jobs")  # list: its error names the cause, that of a HEAD request does not
     except OSError as error:
         raise StageError(
             f"PBE_STORAGE={stage.store.uri} cannot be read from here, and a job's manifest comes back through it (are "
@@ -133,7 +133,7 @@ def _reach_storage(stage: Stage) -> None:
 
 
 class _Client(JobSubmissionClient):
-    """With an end to each wait: a tunnel that died takes a request and never answers."""
+    """A client whose requests time out: a dead tunnel accepts a request and never answers."""
 
     def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=(ANSWER_S, REQUEST_S), **more)
@@ -145,7 +145,7 @@ def _connect(address: str) -> JobSubmissionClient:
         # first by urllib, because Ray's client would wait for minutes for an address that swallows packets
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:
-        pass  # somebody answers; what is wrong, the client below says better
+        pass  # a server answers; the client below reports the error better
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise StageError(
@@ -158,16 +158,16 @@ def _connect(address: str) -> JobSubmissionClient:
         return _Client(address)
     except AuthenticationError:
         raise StageError(
-            f"RAY_ADDRESS={address} wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"RAY_ADDRESS={address} rejected the token, or needs one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
-    except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
-        raise StageError(f"RAY_ADDRESS={address} is no Ray dashboard that takes jobs: {one_line(error)}") from None
+    except (*CLIENT_ERRORS, *MALFORMED_ANSWERS) as error:
+        raise StageError(f"RAY_ADDRESS={address} is not a Ray dashboard that accepts jobs: {one_line(error)}") from None
 
 
 def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple[int, JobStatus | None]:
-    """Number and status of the newest job of this name, of those not over if any; (0, None) if none.
+    """Return number and status of the newest job of this name, preferring unfinished ones; (0, None) if none.
 
-    What the storage knows counts too, without a status: a cluster forgets its jobs when it ends.
+    Attempts known only to the storage count too, without a status: a cluster forgets its jobs when it ends.
     """
     attempts: dict[int, JobStatus | None] = dict.fromkeys(attempts_in_storage(stage, name))
     with _as_stage_error("cannot list the cluster's jobs"):
@@ -181,14 +181,14 @@ def _last_attempt(client: JobSubmissionClient, stage: Stage, name: str) -> tuple
 
 
 def _job_to_follow(client: JobSubmissionClient, stage: Stage, name: str) -> tuple[str, bool]:
-    """The id of the job of this name that is not over, and False; or that of the next attempt, and True."""
+    """Return the id of the unfinished job of this name and False, or that of the next attempt and True."""
     attempt, status = _last_attempt(client, stage, name)
     is_new = status is None or status.is_terminal()
     return f"{name}-{attempt + is_new}", is_new
 
 
 def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id: str, address: str) -> bool:
-    """False when somebody submitted the same at the same time; theirs is as good."""
+    """Submit the job; False if an equal one was submitted at the same time, which can be followed instead."""
     data = package.zipped(job_id)
     with tempfile.TemporaryDirectory(prefix="pbe-job-") as folder:
         file = Path(folder) / f"{job_id}.zip"
@@ -199,7 +199,7 @@ def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id:
                 submission_id=job_id,
                 runtime_env={"working_dir": str(file), "env_vars": job_env(stage, job_id)},
             )
-        except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
+        except (*CLIENT_ERRORS, *MALFORMED_ANSWERS) as error:
             if "already exists" in str(error):
                 return False
             if isinstance(error, OSError):  # no answer, which may have been lost on its way
@@ -215,9 +215,9 @@ def _submit(client: JobSubmissionClient, stage: Stage, package: Package, job_id:
 
 
 def _say_other_commit(client: JobSubmissionClient, stage: Stage, job_id: str, address: str) -> None:
-    """The VERSION names a job, not its code: the one that runs may be of another commit than the one here."""
+    """Print the job's commit if it differs from the one here: a job's id holds the VERSION, not the code."""
     ours, theirs = git_commit(stage.root), None
-    with contextlib.suppress(*CLIENT_ERRORS, *ODD_ANSWERS):
+    with contextlib.suppress(*CLIENT_ERRORS, *MALFORMED_ANSWERS):
         theirs = (client.get_job_info(job_id).runtime_env or {})["env_vars"][COMMIT_VARIABLE]
     if theirs not in (None, ours):
         print(
@@ -228,12 +228,12 @@ def _say_other_commit(client: JobSubmissionClient, stage: Stage, job_id: str, ad
 
 
 def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, address: str) -> None:
-    """After Ctrl-C. A second one within STOP_S stops the job; nothing else does, not even a closed terminal."""
-    print(f"\n{stage.name}: Ctrl-C again within {STOP_S} s stops job {job_id}; otherwise it goes on", flush=True)
+    """Handle Ctrl-C: a second one within STOP_S stops the job; nothing else does, not even a closed terminal."""
+    print(f"\n{stage.name}: Ctrl-C again within {STOP_S} s stops job {job_id}; otherwise it keeps running", flush=True)
     try:
         time.sleep(STOP_S)
     except KeyboardInterrupt:
-        with _as_stage_error(f"job {job_id} may go on: the cluster could not be told to stop it"):
+        with _as_stage_error(f"job {job_id} may still run: the request to stop it failed"):
             client.stop_job(job_id)
             deadline = time.monotonic() + STOPPED_S
             while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline:
@@ -241,7 +241,7 @@ def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, addr
             print(f"{stage.name}: job {job_id} is {client.get_job_status(job_id)}", flush=True)
         return
     print(
-        f"{stage.name}: detached; job {job_id} goes on, and the same command attaches to it again.\n"
+        f"{stage.name}: detached; job {job_id} keeps running, and the same command attaches to it again.\n"
         f"To stop it: ray job stop --address {address} {job_id}",
         flush=True,
     )
@@ -251,20 +251,20 @@ def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, addr
 def _as_stage_error(what: str) -> Iterator[None]:
     try:
         yield
-    except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
+    except (*CLIENT_ERRORS, *MALFORMED_ANSWERS) as error:
         raise StageError(f"{what}: {one_line(error)}") from None
 
 
 @dataclass
 class _Log:
-    """What of a job's log has been printed. Every connection sends it from its beginning."""
+    """How much of a job's log has been printed. Every connection sends the log from its beginning."""
 
     printed: int = 0  # characters
     end: str = ""
     interrupted: bool = False
 
     async def follow(self, client: JobSubmissionClient, job_id: str) -> None:
-        """Print what is new until the job is over. Raises TimeoutError after QUIET_S without a line."""
+        """Print new output until the job ends. Raises TimeoutError after QUIET_S without a line."""
         try:
             await self._print(client.tail_job_logs(job_id))
         finally:
@@ -275,7 +275,7 @@ class _Log:
     async def _print(self, chunks: AsyncIterator[str]) -> None:
         position = 0
         while True:
-            async with asyncio.timeout(QUIET_S):  # a connection that died in a sleeping laptop says nothing
+            async with asyncio.timeout(QUIET_S):  # a connection that died during sleep sends nothing
                 text = await anext(chunks, None)
             if text is None:
                 return
@@ -287,7 +287,7 @@ class _Log:
 
 
 def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[JobDetails, str]:
-    """The job when it is over, and the end of its log. Raises StageError after LOST_S without an answer."""
+    """Wait for the job; return it and the end of its log. Raises StageError after LOST_S without an answer."""
     log = _Log()
     last_answer = time.monotonic()
     while True:
@@ -298,15 +298,15 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> tuple[Job
             if log.interrupted:
                 raise KeyboardInterrupt
             job = client.get_job_info(job_id)
-        except (*CLIENT_ERRORS, *ODD_ANSWERS) as error:
+        except (*CLIENT_ERRORS, *MALFORMED_ANSWERS) as error:
             if "does not exist" in str(error):
                 raise StageError(
-                    f"{address} knows no job {job_id} any more: its cluster has ended or begun anew, and the job with "
-                    "it; the same command goes on from the parts and checkpoints that are stored"
+                    f"{address} no longer knows job {job_id}: its cluster has stopped or restarted, and the job ended "
+                    "with it; the same command resumes from the stored parts and checkpoints"
                 ) from None
             if time.monotonic() - last_answer > LOST_S:
                 raise StageError(
-                    f"lost contact with {address} ({one_line(error)}); job {job_id} may go on there, and "
+                    f"lost contact with {address} ({one_line(error)}); job {job_id} may still run there, and "
                     "the same command attaches to it again"
                 ) from None
         else:

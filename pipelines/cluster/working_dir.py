@@ -33,7 +33,7 @@ SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the jo
 MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES
 NODES = "nodes"  # folder of the storage: an empty file for each machine that has written there
 EQUAL_PACKAGES = ("ray",)  # must be the same on both sides
-# differ at one's own risk: they have a say in the bytes of parts and in losses
+# a difference is only warned of: they affect the bytes of parts and the losses
 BYTES_PACKAGES = (
     "albumentations",
     "deepspeed",
@@ -56,8 +56,7 @@ class Package:
     inputs: Mapping[str, str]
 
     def zipped(self, job_id: str) -> bytes:
-        """For one job: Ray unpacks equal packages into one folder, where an attempt would find what the one before it
-        wrote."""
+        """Return the zip for one job: Ray unpacks equal packages into one folder, where attempts would share files."""
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as package:
             for path, data in sorted({**self.files, "job-id": job_id.encode()}.items()):
@@ -137,7 +136,7 @@ def job_env(stage: Stage, job_id: str) -> dict[str, str]:
 
 
 def leave_mark(stage: Stage) -> None:
-    """Put the file into the storage by which a job sees that it reads the same place. Raises StoreError."""
+    """Write the file by which a job checks that it reads the same storage. Raises StoreError."""
     path = f"{NODES}/{_mark_here()}"
     if not stage.store.exists(path):
         stage.store.write_bytes(path, b"")

@@ -1,6 +1,6 @@
-"""check: what `make repro` asks first, so that wrong settings are refused in our words, before DVC reads them.
+"""check: run first by `make repro`, so that wrong settings get a clear message before DVC reads them.
 
-It also removes DVC's lock file when a DVC that was killed left it half written: DVC refuses to start then.
+It also removes a lock file that a killed DVC left half written, with which DVC refuses to start.
 """
 
 import json

@@ -1,7 +1,7 @@
 """status: how far each stage is. Parts and steps of those planned, rejects, jobs, the last checkpoint, MLflow.
 
-Everything is read where it is true: parts and checkpoints in the storage, jobs at the cluster, counts and manifests in
-data/. Nothing is started and nothing is changed.
+Parts and checkpoints are read from the storage, jobs from the cluster, counts and manifests from data/. Starts and
+changes nothing.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> None:
                 lines = list(_lines(stage, title, variant, root, store))
             except (ValueError, TypeError, KeyError) as error:
                 where = output_folder(root, stage, variant)
-                lines = [f"cannot be told, a file in {where} or of its run is damaged: {type(error).__name__}: {error}"]
+                lines = [f"unknown, a file in {where} or of its run is damaged: {type(error).__name__}: {error}"]
             print(f"{title:{width}}  {lines[0]}")
             for line in lines[1:]:
                 print(f"{'':{width}}  {line}")

@@ -1,7 +1,7 @@
-"""Can the cluster ever hold what a stage asks for? Asked before work starts: Ray itself would wait for ever.
+"""Check before work starts that the cluster can hold what a stage requests: Ray itself would wait forever.
 
-What counts is the nodes that are there, whatever other people's work holds of them. Ray has no public name for what an
-autoscaler may add.
+Counts the nodes that exist, regardless of other users' work on them. Ray has no public API for what an autoscaler may
+add.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Demand:
 
 
 def ray_resources(each: TaskResources) -> dict[str, float]:
-    """As Ray names them; what is 0 is left out."""
+    """Return the resources by Ray's names, without zeros."""
     wanted = {"CPU": each.cpus, "memory": round(each.memory_gib * GIB)}
     if isinstance(each, ActorResources):
         wanted["GPU"] = each.gpus

@@ -42,7 +42,7 @@ def stage_log(home: Path, title: str) -> Iterator[Path]:
 
 
 class _Tee(io.TextIOBase):
-    """A stream that is the one it stands before, and keeps whole lines of what passes."""
+    """A wrapper around a stream that also writes complete lines to a log."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self._stream, self._log, self._line = stream, log, ""

@@ -49,7 +49,7 @@ def start_ray() -> None:
     """Local Ray, or the cluster that a job runs on. Does nothing when Ray already runs in this process.
 
     A small machine offers at least four logical CPUs: with two, actors and read tasks wait for each other
-    for ever (ray issue 44687).
+    forever (ray issue 44687).
     """
     if ray.is_initialized():
         return
@@ -67,7 +67,7 @@ def start_ray() -> None:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C is delivered when the block ends: while Ray starts, it may vanish in one of Ray's own handlers."""
+    """Delay Ctrl-C until the block ends: during Ray's start, one of Ray's own handlers may swallow it."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # in the background Ctrl-C is ignored, and stays so
         return
@@ -103,7 +103,7 @@ def _init_ray() -> None:
 
 
 def _refuse_no_cluster(address: str) -> None:
-    """Raises StageError for an address that is no Ray head's: Ray itself would try for minutes, deaf to Ctrl-C.
+    """Raise StageError if the address is not a Ray head: Ray itself would retry for minutes, ignoring Ctrl-C.
 
     It is host:port where a stage runs on the cluster itself: in a job, under Slurm, on a head node.
     """
@@ -115,7 +115,7 @@ def _refuse_no_cluster(address: str) -> None:
         with socket.create_connection((where.hostname or "", where.port or 0), timeout=ANSWER_S):
             pass
     except (OSError, ValueError) as error:
-        raise StageError(f"RAY_ADDRESS={address} is no Ray head ({error}); {advice}") from None
+        raise StageError(f"RAY_ADDRESS={address} is not a Ray head ({error}); {advice}") from None
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Ray asks no proxy
     try:
         direct.open(f"http://{address}/", timeout=ANSWER_S).close()

@@ -1,8 +1,8 @@
-"""What a running stage means to do, kept in the storage for `status`: units by name, or a training run.
+"""Plans of running stages, stored for `status`: units by name, or a training run.
 
     <storage>/plans/<stage>[-<variant>]/<kind>.json
 
-A plan says nothing of what is done: that, the parts and checkpoints say themselves.
+A plan does not record progress: the parts and checkpoints show that.
 """
 
 import json

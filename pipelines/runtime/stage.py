@@ -16,12 +16,12 @@ VARIANT_STAGES = ("train", "edit")  # once per variant
 STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
 # run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
-# modules with a VERSION of their own whose parts the stage makes too
+# modules with their own VERSION whose parts the stage makes too
 MAKES_PARTS_OF = {"evaluate": ("features",), "sweep": ("edit", "features")}
 
 
 class StageError(UserError):
-    """A stage cannot go on; the message says why and what to do."""
+    """A stage cannot continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

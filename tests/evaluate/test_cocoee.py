@@ -68,17 +68,17 @@ def test_files_that_are_missing_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "Ref_3500/000000581930_ref.png").unlink()
     _refused(
         tmp_path,
-        "2 of its 9 files are not there: GT_3500/000000000017_GT.png, Ref_3500/000000581930_ref.png; get",
+        "2 of its 9 files are missing: GT_3500/000000000017_GT.png, Ref_3500/000000581930_ref.png; get",
     )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (np.array([1, 1, 2]), "expected different whole numbers"),
-        (np.array([[1, 2, 3]]), "expected different whole numbers"),
+        (np.array([1, 1, 2]), "expected a one-dimensional array of distinct whole numbers"),
+        (np.array([[1, 2, 3]]), "expected a one-dimensional array of distinct whole numbers"),
         (np.array([1, 2]), "2 ids, COCOEE has 3"),
-        (np.array([-1, 2, 3]), "expected different whole numbers"),
+        (np.array([-1, 2, 3]), "expected a one-dimensional array of distinct whole numbers"),
         (b"\x93NUMPY broken", "not an array of ids"),
     ],
 )
@@ -112,4 +112,4 @@ def test_pictures_of_another_size_or_broken_ones_are_named(tmp_path: Path) -> No
 
 
 def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
-    _refused(write_cocoee(tmp_path), "COCOEE is of 512 px and materialize.image_px is 64", image_px=64)
+    _refused(write_cocoee(tmp_path), "COCOEE is 512 px and is not resized; set materialize.image_px", image_px=64)

@@ -64,7 +64,7 @@ def test_a_pickle_that_means_harm_does_nothing(tmp_path: Path, how: Any, wrap: s
     harm: Any = _Touch(tmp_path / "touched", how)
     theirs, _ = _fitted("diag")
     theirs.means_ = harm if wrap == "inside" else theirs.means_
-    with pytest.raises(MixtureError, match=r"x\.pkl: it asks for .*, which a mixture is not made of; nothing"):
+    with pytest.raises(MixtureError, match=r"x\.pkl: it imports .*, which a mixture does not need; no code"):
         mixture_from_pickle(pickle.dumps({"bare": harm, "list": [theirs, harm], "inside": theirs}[wrap]), "x.pkl")
     assert not (tmp_path / "touched").exists()
 
@@ -91,10 +91,10 @@ def test_what_is_no_fitted_mixture_is_refused() -> None:
     for data, message in (
         (pickle.dumps({"weights": 1}), "it holds a dict, not scikit-learn's GaussianMixture"),
         (pickle.dumps(GaussianMixture(3)), "never fitted"),
-        (whole[: len(whole) // 2], "not a whole pickle of a mixture"),
-        (b"", "not a whole pickle"),
-        (b"PK\x03\x04 an archive", "not a whole pickle"),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "damaged: it numbers its objects beyond their count"),  # 18 GiB in C
+        (whole[: len(whole) // 2], "not a complete pickle of a mixture"),
+        (b"", "not a complete pickle"),
+        (b"PK\x03\x04 an archive", "not a complete pickle"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "damaged: it has a memo index beyond its number of objects"),  # 18 GiB in C
     ):
         with pytest.raises(MixtureError, match=message):
             mixture_from_pickle(data, "x.pkl")
@@ -123,7 +123,7 @@ def test_a_file_gives_back_the_mixture_and_a_damaged_one_is_refused(tmp_path: Pa
 
 def test_features_of_another_extractor_are_refused() -> None:
     mixture = Mixture(np.ones(1), np.zeros((1, 4)), np.ones((1, 4)), "diag")
-    with pytest.raises(MixtureError, match="the mixture is of 4 dimensions, so of another extractor"):
+    with pytest.raises(MixtureError, match="the mixture has 4 dimensions, so it belongs to another extractor"):
         log_likelihood(mixture, np.zeros((3, 5)))
     with pytest.raises(ValueError, match="finite"):
         log_likelihood(mixture, np.full((3, 4), np.nan))

@@ -33,5 +33,5 @@ def test_a_picture_whose_features_are_not_finite_is_named() -> None:
 
 def test_two_pictures_of_one_name_are_not_silently_one() -> None:
     rows = [{"key": "a.png", "view": "whole", "vector": np.full(2, value, "<f4").tobytes()} for value in (1, 2)]
-    with pytest.raises(ValueError, match="1 pictures have the name of another"):
+    with pytest.raises(ValueError, match="1 rows repeat the key and view of another"):
         FeatureTable([pa.Table.from_pylist([row], schema=FEATURES) for row in rows])

@@ -203,7 +203,7 @@ def test_interrupted_or_killed_in_materialize_keeps_finished_parts(tmp_path: Pat
     _wait_for(lambda: "0 of 4 parts" in project.started_log(), process, "start")
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole foreground group
     assert process.wait(timeout=60) == 130
-    assert "the same command goes on" in project.started_log()
+    assert "rerun the command to resume" in project.started_log()
     assert "Traceback" not in project.started_log()
 
     process = project.start("dvc", "repro", "materialize")

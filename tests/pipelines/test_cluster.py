@@ -198,7 +198,7 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
 
     # a finished job is taken over; when its outputs are gone, Ray gets a new id
     (laptop.root / "data" / "materialize" / "manifest.json").unlink()
-    assert "had finished before" in laptop.run("materialize")
+    assert "finished earlier" in laptop.run("materialize")
     assert laptop.manifest("materialize") == seen
     bucket.delete_tree("jobs")
     assert "submitted job" in laptop.run("materialize")
@@ -371,7 +371,7 @@ def test_dvc_repro_on_a_cluster_that_loses_nodes_makes_what_a_local_run_makes(
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert status == JobStatus.SUCCEEDED, cluster.nodes.client().get_job_logs(job_id)
-    assert f"job {job_id} had finished before" in laptop.run("encode")
+    assert f"job {job_id} finished earlier" in laptop.run("encode")
 
     # the laptop is switched off while training begins, and a node with ranks of it dies later
     process = laptop.project.start("dvc", "repro", **laptop.env)

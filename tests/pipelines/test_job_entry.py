@@ -51,7 +51,7 @@ def test_storage_that_is_another_place_for_the_sender_is_refused(tmp_path: Path)
     """As a folder of the laptop is, when the dashboard is at the other end of a tunnel."""
     store = Store(str(tmp_path))
     job_entry._refuse_other_storage(store, None)  # submitted by hand
-    with pytest.raises(StageError, match="is another place on the cluster than"):
+    with pytest.raises(StageError, match="resolves to a different location on the cluster than"):
         job_entry._refuse_other_storage(store, "from-laptop")
     store.write_bytes("nodes/from-laptop", b"")
     job_entry._refuse_other_storage(store, "from-laptop")

@@ -79,7 +79,7 @@ def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses connections
         for address in (f"127.0.0.1:{taken.getsockname()[1]}", "localhost", "127.0.0.1:port", "HTTP://127.0.0.1:9"):
-            with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} is no Ray head .*http://host:8265"):
+            with pytest.raises(StageError, match=rf"RAY_ADDRESS={address} is not a Ray head .*http://host:8265"):
                 _refuse_no_cluster(address)
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
         threading.Thread(target=dashboard.serve_forever, daemon=True).start()

@@ -774,7 +774,7 @@ def test_a_cluster_that_began_anew_knows_the_job_no_more(
         raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist\n")
 
     monkeypatch.setattr(cluster, "get_job_info", forgotten)
-    with pytest.raises(StageError, match=r"knows no job \S+-1 any more"):
+    with pytest.raises(StageError, match=r"no longer knows job \S+-1"):
         submit.run_remotely(stage, LOOPBACK)
 
 

@@ -1,11 +1,11 @@
-"""Edits that no model made: the hole left open, the reference pasted, the reference Poisson-blended.
+"""Baselines without a model: the hole left open, the reference pasted, the reference Poisson-blended.
 
 Sources: the paper, section 3.2 (copy-and-paste, the trivial solution that it fights);
 Perez et al. 2003, "Poisson image editing". Upstream has no code for either.
 
-All take source (S, T, 3) uint8 RGB, hole_mask (S, T), non-zero where the edit goes, and, but for the first,
-reference (h, w, 3) uint8 RGB. All give (S, T, 3) uint8, equal to the source outside the hole, and none looks at the
-source inside it, which is the answer. Raises ValueError for other shapes or dtypes and for an empty hole.
+All take source (S, T, 3) uint8 RGB, hole_mask (S, T), non-zero where the edit goes, and, except for the first,
+reference (h, w, 3) uint8 RGB. All return (S, T, 3) uint8, equal to the source outside the hole; none reads the source
+inside it, which is the answer. Raises ValueError for other shapes or dtypes and for an empty hole.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ Margins = tuple[int, int, int, int]  # top, bottom, left, right
 
 
 def hole_kept(source: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
-    """The photo as the model is shown it: the hole filled with HOLE_GREY. What a method must beat."""
+    """The photo as the model sees it, with the hole filled with HOLE_GREY: what a method must beat."""
     return _filled(source, _checked(source, hole_mask), np.full_like(source, HOLE_GREY))
 
 
@@ -111,7 +111,7 @@ def _nearest_outside(source: np.ndarray, hole: np.ndarray) -> np.ndarray:
         hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
     colours = np.zeros((labels.max() + 1, 3), np.uint8)
-    colours[labels[~hole]] = source[~hole]  # every pixel outside the hole has a label of its own
+    colours[labels[~hole]] = source[~hole]  # every pixel outside the hole has its own label
     return colours[labels]
 
 

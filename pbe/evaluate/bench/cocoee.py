@@ -37,15 +37,17 @@ class CocoeeError(UserError, ValueError):
 
 
 def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int = ITEMS) -> pa.Table:
-    """A BENCH table in the order of id_list.npy: box holes and exemplars; foreign ones are other items' exemplars.
+    """Return a BENCH table in the order of id_list.npy, with box holes and exemplars.
 
-    seed: of the foreign exemplars' lot. image_px: what the model edits; it must be the bench's own, nothing is resized.
-    Raises CocoeeError.
+    Foreign references are exemplars of other items, drawn at random with `seed`. image_px must be SIDE_PX: nothing is
+    resized. Raises CocoeeError.
     """
     ids = _ids(folder, expected_items)
     _refuse_missing(folder, ids)
     if image_px != SIDE_PX:
-        raise CocoeeError(f"COCOEE is of {SIDE_PX} px and materialize.image_px is {image_px}: it is not resized")
+        raise CocoeeError(
+            f"COCOEE is {SIDE_PX} px and is not resized; set materialize.image_px, now {image_px}, to {SIDE_PX}"
+        )
     exemplars = [(folder / _file("exemplar", number)).read_bytes() for number in ids]
     rows = []
     for position, number in enumerate(ids):
@@ -83,7 +85,9 @@ def _ids(folder: Path, expected_items: int) -> np.ndarray:
     except (ValueError, OSError, EOFError) as error:
         raise CocoeeError(f"{path}: not an array of ids ({' '.join(str(error).split())[:150]})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(np.unique(ids)) != len(ids) or (ids < 0).any():
-        raise CocoeeError(f"{path}: {ids.dtype} of shape {ids.shape}, expected different whole numbers in one row")
+        raise CocoeeError(
+            f"{path}: {ids.dtype} of shape {ids.shape}, expected a one-dimensional array of distinct whole numbers"
+        )
     if len(ids) != expected_items:
         raise CocoeeError(f"{path}: {len(ids)} ids, COCOEE has {expected_items}")
     return ids
@@ -94,7 +98,7 @@ def _refuse_missing(folder: Path, ids: np.ndarray) -> None:
     if missing:
         listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
         raise CocoeeError(
-            f"{folder}: {len(missing)} of its {len(_PARTS) * len(ids)} files are not there: {listed}; {HOW_TO_GET}"
+            f"{folder}: {len(missing)} of its {len(_PARTS) * len(ids)} files are missing: {listed}; {HOW_TO_GET}"
         )
 
 
@@ -114,7 +118,7 @@ def _picture(data: bytes, path: Path, *, side_px: int | None) -> np.ndarray:
 
 
 def _hole(mask: np.ndarray, path: Path) -> np.ndarray:
-    """(S, S) of 0/1 from a white-on-black picture."""
+    """Return (S, S) uint8 of 0/1 from a white-on-black picture."""
     hole = (mask[..., 0] > 127).astype(np.uint8)
     if not hole.any() or hole.all():
         raise CocoeeError(

@@ -1,11 +1,11 @@
 """The held-out bench: crops of a split with two holes and three references each, and untouched crops to compare with.
 
-Every kept box of the split gives `crops_per_box` items with a crop and holes of their own (generator purpose "item",
-never seen in training) and as many real crops. An item's references:
+Every kept box of the split gives `crops_per_box` items, each with its own crop and holes (generator purpose "item",
+never seen in training), and as many real crops. An item's references:
 
     exemplar  a box of the same class from another photo, the nearest by a network's features: what COCOEE has by hand
     own       the box itself, as in training: can the hidden object be restored?
-    foreign   a box of another photo, by lot: does the reference matter at all?
+    foreign   a random box of another photo: does the reference matter at all?
 
 Source of the idea: the paper, section 4.1 (COCOEE, hand-picked pairs). Deviation: pairs are found, not picked, so that
 any data set has a bench. Where no other photo has the class, the nearest box of any class stands in, and the row says
@@ -32,12 +32,12 @@ Features = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 class BenchError(UserError, ValueError):
-    """The bench has not what the settings ask for."""
+    """The bench lacks what the settings request."""
 
 
 @dataclass(frozen=True)
 class BenchBox:
-    """A kept box and the photo it lies in; `pixels` (H, W, 3) uint8 is shared between boxes of one photo."""
+    """A kept box and its photo; `pixels` (H, W, 3) uint8 is shared between boxes of one photo."""
 
     image_id: str
     box_index: int
@@ -47,7 +47,7 @@ class BenchBox:
 
 
 def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchBox]:
-    """The boxes of one shard that belong to `split`, in table order; each photo is decoded once."""
+    """Return the boxes of one shard that belong to `split`, in table order; each photo is decoded once."""
     pixels_of: dict[str, np.ndarray] = {}
     wanted = {box["image_id"] for box in boxes.to_pylist() if box["split"] == split}
     for image in images.to_pylist():
@@ -73,10 +73,10 @@ def make_bench(
     features: Features,
     seed: int,
 ) -> tuple[pa.Table, pa.Table]:
-    """A BENCH and a REAL_IMAGES table. features: pictures (h, w, 3) uint8 to (N, d), to find what is near.
+    """Return a BENCH and a REAL_IMAGES table. features: pictures (h, w, 3) uint8 to (N, d), for nearest neighbours.
 
-    Exemplars come from all boxes of the split, also where `max_items` leaves out most of them as items. Raises
-    ValueError with fewer than two photos (no reference from another one).
+    Exemplars come from all boxes of the split, even if `max_items` drops most of them as items. Raises ValueError for
+    fewer than two photos (no reference from another one).
     """
     photos = {box.image_id for box in boxes}
     if len(photos) < 2:
@@ -97,8 +97,8 @@ def make_bench(
         plan = plan_triplet(
             box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "item")
         )
-        lot = row_rng(seed, box.image_id, box.box_index, crop, "bench")
-        exemplar, foreign = exemplars[index], int(lot.choice(others[box.image_id]))
+        rng = row_rng(seed, box.image_id, box.box_index, crop, "bench")
+        exemplar, foreign = exemplars[index], int(rng.choice(others[box.image_id]))
         items.append(
             {
                 "bench_id": name,
@@ -122,8 +122,11 @@ def make_bench(
 
 
 def nearest_of_other_photos(features: np.ndarray, image_ids: Sequence[str], label_names: Sequence[str]) -> list[int]:
-    """For each row of features (N, d) the row of another photo with the largest cosine, of the same label where there
-    is one; the first of equals. Raises ValueError when all rows are of one photo."""
+    """Return, for each row of features (N, d), the row of another photo with the largest cosine.
+
+    Rows of the same label come first; of equal cosines the first row wins. Raises ValueError if all rows are of one
+    photo.
+    """
     if len(set(image_ids)) < 2:
         raise ValueError("all boxes are of one photo: there is no other to take a reference from")
     norms = np.linalg.norm(features, axis=1, keepdims=True)
@@ -134,14 +137,14 @@ def nearest_of_other_photos(features: np.ndarray, image_ids: Sequence[str], labe
         others = photos != photos[row]
         same = others & (labels == labels[row])
         candidates = np.flatnonzero(same if same.any() else others)
-        # rounded: the last bits differ between machines, and two equal boxes must not change places for that
+        # rounded: the last bits differ between machines and must not decide between equal boxes
         cosines = np.round(directions[candidates] @ directions[row], 5)
         out.append(int(candidates[int(np.argmax(cosines))]))
     return out
 
 
 def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:
-    """Raises BenchError for a hole or a reference that is asked for and that the bench has not."""
+    """Raise BenchError if the bench lacks a requested hole or reference."""
     columns = {f"{hole}_hole_mask": f"edit.holes: {hole}" for hole in holes}
     columns |= {kind: f"edit.references: {kind}" for kind in references}
     for column, setting in columns.items():

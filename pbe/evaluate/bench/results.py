@@ -1,8 +1,8 @@
-"""A folder of finished edits, one file per bench item, named by its bench id: so any method can be scored here.
+"""Read a folder of finished edits, one file per bench item named by its bench id, so that any method can be scored.
 
 Counterpart upstream: results/test_bench/results/{id:012d}.png of scripts/inference_test_bench.py, which this reads
-as it is. Deviations: eval_tool/fid scores whatever lies in the folder, and a result of another size is resized in
-silence; here a missing or misshapen result is refused by name.
+unchanged. Deviations: eval_tool/fid scores any file in the folder and silently resizes a result of another size; here
+a missing or misshapen result is rejected by name.
 """
 
 import hashlib
@@ -39,24 +39,23 @@ class FoundResults:
 def result_name(bench_id: str) -> str:
     """The file name of an item's result, without its suffix.
 
-    Letters, digits and . _ - ~ # stay, so that COCOEE's 000000012345 and our 000000000139#0#1 are their own names;
-    every other character becomes the %XX of its UTF-8 bytes, as in a web address (a / is %2F). A name beyond
-    NAME_CHARACTERS is cut and ends with its sha256. Two ids never share a name, except, on a file system that does
-    not tell capitals, ids that differ in nothing else.
+    Letters, digits and . _ - ~ # stay, so COCOEE's 000000012345 and our 000000000139#0#1 do not change; every other
+    character becomes the %XX of its UTF-8 bytes, as in a URL (/ is %2F). A name beyond NAME_CHARACTERS is cut and ends
+    with its sha256. Two ids never share a name, unless they differ only in case on a case-insensitive file system.
     """
     name = quote(bench_id, safe="#")
     if len(name) <= NAME_CHARACTERS:
         return name
-    # "%-" comes from no quote, so no short id has this name
+    # quote never writes "%-", so no short id has this name
     return f"{name[:NAME_CHARACTERS]}%-{hashlib.sha256(bench_id.encode()).hexdigest()}"
 
 
 def find_results(folder: Path, bench_ids: Collection[str], *, allow_missing: bool) -> FoundResults:
-    """Which file of `folder` belongs to which item, by names alone; subfolders are not searched.
+    """Match the files of `folder` to bench items by name; subfolders are not searched.
 
     A result is <result_name(bench_id)> and one of SUFFIXES, in small or capital letters.
-    Raises ResultsError for a folder that is not one or holds no result at all, for two files of one id and, unless
-    allow_missing, for ids without a file. ValueError for a bench id given twice.
+    Raises ResultsError if `folder` is not a folder or has no results, for two files of one id and, unless
+    allow_missing, for ids without a file. Raises ValueError for a duplicate bench id.
     """
     id_of = {result_name(bench_id): bench_id for bench_id in bench_ids}
     if len(id_of) != len(bench_ids):
@@ -88,11 +87,10 @@ def find_results(folder: Path, bench_ids: Collection[str], *, allow_missing: boo
 
 
 def read_result(path: Path, *, width_px: int, height_px: int) -> np.ndarray:
-    """One result as (height_px, width_px, 3) uint8 RGB, as stored (no EXIF turn: no method writes one).
+    """Read one result as (height_px, width_px, 3) uint8 RGB, as stored (EXIF orientation is ignored).
 
-    Raises ResultsError naming the file: unreadable or cut off, another size (never resized here: how would be part
-    of the number), greyscale, palette or CMYK, or transparent anywhere (what is behind is not stated). An alpha
-    channel that is opaque everywhere is dropped.
+    Raises ResultsError naming the file if it is unreadable or truncated, has another size (resizing would affect the
+    score), is greyscale, palette or CMYK, or is transparent anywhere. A fully opaque alpha channel is dropped.
     """
     data = path.read_bytes()
     try:
@@ -115,10 +113,10 @@ def read_result(path: Path, *, width_px: int, height_px: int) -> np.ndarray:
 def read_results(
     folder: Path, sizes_px: Mapping[str, tuple[int, int]], *, allow_missing: bool
 ) -> tuple[dict[str, np.ndarray], FoundResults]:
-    """All results by bench id, in the bench's order, and what was found. sizes_px: (width, height) by bench id.
+    """Read all results by bench id, in the bench's order. sizes_px: (width, height) by bench id.
 
-    Holds every picture in memory (3,500 of 512 px: 2.8 GB); for more than a part, walk `find_results` with
-    `read_result`. Raises like both; names are checked before the first picture is read.
+    Holds every picture in memory (3,500 of 512 px: 2.8 GB); for larger sets, call `find_results` and then `read_result`
+    per file. Raises like both; names are checked before the first picture is read.
     """
     found = find_results(folder, sizes_px.keys(), allow_missing=allow_missing)
     edits = {}
@@ -129,6 +127,6 @@ def read_results(
 
 
 def _some(ids: Sequence[str]) -> str:
-    """`3: a, b, c`, the first five of more."""
+    """Format the count and the first five ids: `3 (a, b, c)`."""
     more = ", ..." if len(ids) > _LISTED else ""
     return f"{len(ids)} ({', '.join(ids[:_LISTED])}{more})"

@@ -1,13 +1,13 @@
-"""The pictures that features are extracted of: of the bench, of an edit, real images. `view` names the part.
+"""Pictures to extract features from, of the bench, edits and real images. `view` names the part.
 
-    bench   source            the photo before the edit, whole
-            <hole>/<kind>     reference <kind> of a hole
-    edits   whole             the edit, whole
-            region            the box of its hole
+    bench         source            the photo before the edit, whole
+                  <hole>/<kind>     reference <kind> of a hole
+    edits         whole             the edit, whole
+                  region            the box of its hole
     real_images   whole             an untouched photo
 
-Most extractors compare a region with a reference of its own resolution: else sharpness outweighs content. CLIP's score,
-as upstream has it, does not.
+Most extractors compare a region with a reference at the region's resolution; otherwise sharpness outweighs content.
+Upstream's CLIP score does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from pbe.evaluate.settings import Region
 
 @dataclass(frozen=True)
 class Crop:
-    """One picture (h, w, 3) uint8 for an extractor. key: bench id, edit key or file name, by what `view` says."""
+    """One picture (h, w, 3) uint8 for an extractor. key: a bench id, edit key, real id or file name."""
 
     key: str
     view: str
@@ -34,15 +34,17 @@ class Crop:
 
 
 def edit_key(row: Mapping[str, Any]) -> str:
-    """Of a row of EDITS or PIXELS."""
+    """Return the key of a row of EDITS or PIXELS."""
     return f"{row['bench_id']}|{row['hole_kind']}|{row['reference_kind']}|{row['seed']}"
 
 
 def bench_crops(
     rows: Sequence[Mapping[str, Any]], scopes: Sequence[tuple[str, str]], *, matched: bool
 ) -> Iterator[Crop]:
-    """Of rows of BENCH; scopes: pairs of hole kind and reference kind. matched: references at their region's
-    resolution."""
+    """Yield the crops of rows of BENCH: each source photo, then its reference for every scope.
+
+    scopes: pairs of hole kind and reference kind. matched: resize references to their region's resolution.
+    """
     for row in rows:
         source = images.decode(row["source"])
         yield Crop(row["bench_id"], "source", "whole", source)
@@ -57,7 +59,7 @@ def bench_crops(
 def edited_crops(
     rows: Sequence[Mapping[str, Any]], bench: Mapping[str, Mapping[str, Any]], *, region: Region
 ) -> Iterator[Crop]:
-    """Of rows of EDITS. bench: rows of BENCH by their id."""
+    """Yield the crops of rows of EDITS: the whole edit, then its region. bench: rows of BENCH by id."""
     for row in rows:
         edit = images.decode(row["edit"])
         yield Crop(edit_key(row), "whole", "whole", edit)
@@ -67,14 +69,13 @@ def edited_crops(
 
 
 def real_crops(rows: Sequence[Mapping[str, Any]]) -> Iterator[Crop]:
-    """Of rows of REAL_IMAGES."""
+    """Yield the pictures of rows of REAL_IMAGES."""
     for row in rows:
         yield Crop(row["real_id"], "whole", "whole", images.decode(row["picture"]))
 
 
 def square(photo: np.ndarray, side_px: int) -> np.ndarray:
-    """(H, W, 3) to (side, side, 3): shorter side to `side_px`, then the middle. Upstream:
-    create_square_gt_for_fid.py."""
+    """(H, W, 3) to (side, side, 3): shorter side, then centre crop. Upstream: create_square_gt_for_fid.py."""
     height_px, width_px = photo.shape[:2]
     scale = side_px / min(height_px, width_px)
     high, wide = max(side_px, round(height_px * scale)), max(side_px, round(width_px * scale))

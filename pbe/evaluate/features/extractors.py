@@ -1,12 +1,12 @@
-"""Pictures to feature vectors: the metrics' extractors, each with its name, its weights' digest and its resize rules.
+"""Feature extractors of the metrics, each with its name, the digest of its weights and its resize rules.
 
-    efficientnet_lite0, _lite2   ImageNet weights out of pip packages: the sample's extractors
+    efficientnet_lite0, _lite2   ImageNet weights from pip packages: the sample's extractors
     clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score
     inception                    TF's Inception pool3 from its TorchScript file: fid
 
-A picture is looked at in one of three ways: `whole` (Frechet, KID, quality), `region` (the box of a hole) or
-`reference` (what the region is compared with). Upstream resizes each otherwise; so does `clip` here. The others have
-one rule, the squash: a hole's region is rarely square, and a centre crop would drop its ends.
+Preprocessing depends on the picture: `whole` (Frechet, KID, quality), `region` (the box of a hole) or `reference` (what
+the region is compared with). Upstream resizes each differently, as does `clip` here. The others have one rule, the
+squash: a hole's region is rarely square, and a centre crop would drop its ends.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ VIT_B_32 = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "imag
 
 
 class Extractor(Protocol):
-    """`matches_resolution`: references are brought to their region's resolution before they are given to it."""
+    """A feature extractor. `matches_resolution`: it needs references resized to their region's resolution."""
 
     name: str
     digest: str
@@ -46,10 +46,10 @@ class Extractor(Protocol):
     def __call__(
         self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
     ) -> np.ndarray:
-        """N images (H, W, 3) uint8 RGB of any sizes to (N, width) float64 in their order, not normalised.
+        """Map N images (H, W, 3) uint8 RGB of any sizes to (N, width) float64 in their order, not normalised.
 
-        `batch_rows` images are run at a time; it bounds memory and changes nothing beyond float32 rounding. Raises
-        ValueError for another shape or dtype.
+        Runs `batch_rows` images at a time, which bounds memory and affects only float32 rounding. Raises ValueError
+        for another shape or dtype.
         """
         ...
 
@@ -76,8 +76,10 @@ class EfficientNetExtractor:
 
 
 class ClipExtractor:
-    """The class token after the last LayerNorm, through the visual projection: upstream's encode_image, in float32
-    (there float16 on CUDA). `paper` says whether it is ViT-B/32 by its sizes."""
+    """CLIP's projected class token: upstream's encode_image, in float32 (upstream: float16 on CUDA).
+
+    `paper` is True if the sizes are those of ViT-B/32.
+    """
 
     name = "clip"
     resize_rule = CLIP_RULE
@@ -146,7 +148,7 @@ class InceptionExtractor:
 
 
 def load_clip_extractor(folder: Path, *, device: torch.device = CPU) -> ClipExtractor:
-    """From a folder of CLIP as the hub has it (whole, or its vision part with projection). Raises WeightsError."""
+    """Load CLIP from a hub-style folder (whole, or its vision part with projection). Raises WeightsError."""
     raw = read_json(folder / "config.json")
     config = vision_config(raw, str(folder))
     tensors = read_folder(folder, *STEMS)
@@ -165,8 +167,7 @@ def load_clip_extractor(folder: Path, *, device: torch.device = CPU) -> ClipExtr
 
 
 def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = CPU) -> InceptionExtractor:
-    """A TorchScript file, which is code: it is loaded only when its SHA-256 is the one expected. Raises
-    WeightsError."""
+    """Load a TorchScript file. It is code, so its SHA-256 must be the expected one. Raises WeightsError."""
     try:
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

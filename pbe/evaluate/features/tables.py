@@ -1,4 +1,4 @@
-"""Looking at pictures once: features of extractors and counts on pixels, as tables, and the way back to arrays."""
+"""Tables of features and pixel counts, and reading them back as arrays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,32 +17,32 @@ from pbe.evaluate.metrics.similarity import background_psnr, hole_psnr, mean_col
 Row = Mapping[str, Any]
 
 
-def extract(views: Iterable[Crop], extractor: Extractor, *, batch_rows: int) -> pa.Table:
-    """A FEATURES table, a row a view; at most `batch_rows` pictures of each way of looking are held at a time."""
+def extract(crops: Iterable[Crop], extractor: Extractor, *, batch_rows: int) -> pa.Table:
+    """Return a FEATURES table, one row per crop, holding at most `batch_rows` crops per kind of preprocessing."""
     rows: list[dict[str, Any]] = []
     waiting: dict[Preprocessing, list[Crop]] = {}
 
     def run(preprocessing: Preprocessing) -> None:
         batch = waiting.pop(preprocessing)
         vectors = extractor(
-            [view.picture for view in batch], preprocessing=preprocessing, batch_rows=batch_rows
+            [crop.picture for crop in batch], preprocessing=preprocessing, batch_rows=batch_rows
         ).astype("<f4")
-        for view, vector in zip(batch, vectors, strict=True):
+        for crop, vector in zip(batch, vectors, strict=True):
             if not np.isfinite(vector).all():
-                raise ValueError(f"{extractor.name} gives values that are not finite for {view.key} ({view.view})")
-            rows.append({"key": view.key, "view": view.view, "vector": vector.tobytes()})
+                raise ValueError(f"{extractor.name} gives values that are not finite for {crop.key} ({crop.view})")
+            rows.append({"key": crop.key, "view": crop.view, "vector": vector.tobytes()})
 
-    for view in views:
-        waiting.setdefault(view.preprocessing, []).append(view)
-        if len(waiting[view.preprocessing]) == batch_rows:
-            run(view.preprocessing)
+    for crop in crops:
+        waiting.setdefault(crop.preprocessing, []).append(crop)
+        if len(waiting[crop.preprocessing]) == batch_rows:
+            run(crop.preprocessing)
     for preprocessing in tuple(waiting):
         run(preprocessing)
     return pa.Table.from_pylist(rows, schema=FEATURES)
 
 
 def count_pixels(edits: Sequence[Row], bench: Mapping[str, Row]) -> pa.Table:
-    """A PIXELS table of rows of EDITS. bench: rows of BENCH by their id. PSNR is inf where pictures are equal."""
+    """Return a PIXELS table for rows of EDITS. bench: rows of BENCH by id. PSNR is inf where pictures are equal."""
     rows = []
     for row in edits:
         item = bench[row["bench_id"]]
@@ -70,16 +70,18 @@ class FeatureTable:
         keys, views = table.column("key").to_pylist(), table.column("view").to_pylist()
         self._at = {pair: index for index, pair in enumerate(zip(keys, views, strict=True))}
         if len(self._at) < len(keys):
-            raise ValueError(f"{len(keys) - len(self._at)} pictures have the name of another; each needs its own")
+            raise ValueError(
+                f"{len(keys) - len(self._at)} rows repeat the key and view of another; each must be unique"
+            )
         flat = np.frombuffer(b"".join(table.column("vector").to_pylist()), "<f4")
         self._vectors = flat.reshape(len(keys), -1)
 
     def of(self, keys: Sequence[str], view: str) -> np.ndarray:
-        """(N, d) float64 in the order of `keys`. Raises KeyError for one that was not looked at."""
+        """Return (N, d) float64 in the order of `keys`. Raises KeyError for a key without features."""
         return self._vectors[[self._at[key, view] for key in keys]].astype(np.float64)
 
     def all_of(self, view: str) -> np.ndarray:
-        """(N, d) float64, in the order of the tables."""
+        """Return (N, d) float64 in the order of the tables."""
         return self._vectors[[index for (_, name), index in self._at.items() if name == view]].astype(np.float64)
 
 
@@ -93,7 +95,7 @@ class PixelTable:
         self._columns = {name: table.column(name).to_numpy() for name in names}
 
     def of(self, keys: Sequence[str], *columns: str) -> np.ndarray:
-        """(N,) of one column, (N, C) of several, in the order of `keys`."""
+        """Return (N,) for one column, (N, C) for several, in the order of `keys`."""
         index = [self._at[key] for key in keys]
         values = np.stack([self._columns[column][index] for column in columns], axis=-1)
         return values[:, 0] if len(columns) == 1 else values

@@ -1,7 +1,7 @@
-"""The feature extractors of a run: kept in the storage by their content, opened again by every worker.
+"""The weights of a run's feature extractors, stored by content and opened by every worker.
 
-An entry names one: its kind, and the digest of its weights; for those that params.yaml names the path of their copy
-below the storage root, which has the digest in it.
+An entry identifies an extractor by its kind and the digest of its weights. For weights that params.yaml names, it has
+the path of their stored copy below the storage root; that path contains the digest.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ CPU = torch.device("cpu")
 
 
 class ExtractorError(UserError, ValueError):
-    """A extractor's file is not there or not what params.yaml says."""
+    """An extractor's file is missing or differs from what params.yaml states."""
 
 
 def store_extractor(
     store: Store, cfg: EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig
 ) -> Entry:
-    """Copy what params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
+    """Copy the weights that params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
     if isinstance(cfg, ClipExtractorConfig):
         try:
             folder = weights_folder(cfg.weights, parts=[""])
@@ -52,7 +52,7 @@ def store_extractor(
 
 
 def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) -> Extractor:
-    """Its network lies on `device`. Raises BackboneError, ExtractorError, StoreError or WeightsError."""
+    """Load an extractor onto `device`. Raises BackboneError, ExtractorError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
         with stored_folder(store, str(entry["path"])) as folder:
             return load_clip_extractor(folder, device=device)
@@ -73,9 +73,7 @@ def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) ->
 def _store_inception(store: Store, cfg: InceptionExtractorConfig) -> str:
     file = repo_root() / Path(cfg.file).expanduser()
     if not file.is_file():
-        raise ExtractorError(
-            f"evaluate.extractors: {file}: no such file; it is the TorchScript Inception that FID is computed by"
-        )
+        raise ExtractorError(f"evaluate.extractors: {file}: no such file; FID needs this TorchScript Inception")
     path = f"parts/weights/inception-{cfg.sha256[:16]}/inception.pt"
     if not store.exists(f"{path.rpartition('/')[0]}/record.json"):
         found = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -22,8 +22,7 @@ the rest; AUC of the row against the first three rows that are no copies, the lo
 About 20 ms at any size. How far a copy may be from the grid's centre (64 px, median): turned 30 degrees 0.87, 40
 degrees 0.26; shifted 0.1 of its side 0.92, 0.2: 0.23; scaled 1.6: 0.83, 2.0: 0.57. Upside down: 0.08, like no copy.
 
-A reference with next to no texture (sky) is told from others less surely: its copy has little to be recognised by,
-and JPEG takes that.
+Copies of textureless references (sky) are detected less reliably, above all after JPEG.
 A reference cut from the edited photo itself resembles the true content: there a perfect restoration scores as a copy.
 Read this number on foreign references.
 """
@@ -97,7 +96,7 @@ class _Level:
     reference: np.ndarray
 
     def score(self, warp: np.ndarray) -> float:
-        """As `copy_paste_score`, for one warp."""
+        """Return the score of one warp, by the formula of `copy_paste_score`."""
         height, width = self.hole.shape
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         copy = cv2.warpAffine(self.reference, warp, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
@@ -121,7 +120,7 @@ class _Level:
             found = cv2.findTransformECC(
                 fill, reference, warp.copy(), cv2.MOTION_AFFINE, stop, np.empty(0, np.uint8), _ECC_BLUR_PX
             )[1]
-        except cv2.error:  # it has no other way to say that it did not converge
+        except cv2.error:  # how ECC reports that it did not converge
             return warp
         if not np.isfinite(found).all():
             return warp
@@ -149,7 +148,7 @@ def _level(
     rows, columns = (max(1, round(side * min(times, 8.0))) for side, times in zip((height, width), fit, strict=True))
     return _Level(
         fill=_resized(fill.astype(np.float32), height, width),
-        hole=part >= min(0.5, float(part.max())),  # of a hole of thin lines, what is most of it
+        hole=part >= min(0.5, float(part.max())),  # a hole of thin lines keeps its densest pixels
         reference=_resized(reference.astype(np.float32), rows, columns),
     )
 
@@ -181,7 +180,7 @@ def _starts(level: _Level) -> Iterator[np.ndarray]:
 
 
 def _rescaled(warp: np.ndarray, level: _Level, to: _Level) -> np.ndarray:
-    """A warp of one level for another."""
+    """Convert a warp from one level to another."""
     back = np.linalg.inv(_zoom(level.fill, to.fill))
     return (_zoom(level.reference, to.reference) @ np.vstack([warp, [0, 0, 1]]) @ back)[:2].astype(np.float32)
 

@@ -1,6 +1,6 @@
-"""How far apart the fills of one hole lie that differ in their noise alone: the paper's Fig. 9 as a number.
+"""Diversity of fills of one hole that differ only in their noise: the paper's Fig. 9 as a number.
 
-The paper shows pictures only. 0: the noise changes nothing, as with a fill that is copied or an average.
+The paper shows only pictures. 0: the noise changes nothing, as with a copied or averaged fill.
 """
 
 from itertools import combinations

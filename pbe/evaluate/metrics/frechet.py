@@ -41,7 +41,7 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Card:
-    """Whose features they are: the extractor's name and digest of its weights, and how pictures came to its size."""
+    """Origin of the features: the extractor's name, the digest of its weights, and its resize rule."""
 
     extractor: str
     extractor_digest: str
@@ -49,7 +49,7 @@ class Card:
 
 
 def feature_statistics(features: np.ndarray) -> FeatureStatistics:
-    """Of features (N, d), N >= 1. Raises ValueError for another shape or values that are not finite."""
+    """Compute the statistics of features (N, d), N >= 1. Raises ValueError for another shape or non-finite values."""
     if features.ndim != 2 or not len(features):
         raise ValueError(f"features: {features.shape}, expected (N, d) with N of at least 1")
     features = _finite(features)
@@ -59,7 +59,7 @@ def feature_statistics(features: np.ndarray) -> FeatureStatistics:
 
 
 def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
-    """Of both sets together. Chan et al. 1979: no cancellation, so the order of merging does not matter."""
+    """Return the statistics of both sets together. Chan et al. 1979: no cancellation, so order does not matter."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} dimensions cannot be merged")
     n, shift = a.n + b.n, b.mean - a.mean
@@ -84,7 +84,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet_to_reference(reference: FeatureStatistics) -> Callable[[np.ndarray], float]:
-    """`frechet_distance` to a set of which only statistics are kept; the root of its covariance is taken once.
+    """`frechet_distance` to a set of which only statistics are stored; the root of its covariance is taken once.
 
     The function that comes back takes (N, d) and raises as frechet_distance. Raises ValueError for a reference of one
     row.
@@ -103,7 +103,7 @@ def frechet_to_reference(reference: FeatureStatistics) -> Callable[[np.ndarray],
 
 
 def frechet_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """As frechet_distance, of two sets of which only statistics are kept."""
+    """Return the Frechet distance between two sets from their statistics alone."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
     for side in (a, b):
@@ -116,7 +116,7 @@ def frechet_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float
 
 
 def statistics_bytes(statistics: FeatureStatistics, card: Card) -> bytes:
-    """An .npz without pickles, with the card and the SHA-256 of the arrays; equal statistics give equal bytes."""
+    """Return an .npz without pickles, with the card and the arrays' SHA-256; equal statistics give equal bytes."""
     meta = json.dumps(asdict(card) | {"n": statistics.n, "sha256": _content_digest(statistics)}, sort_keys=True)
     arrays = {"mean": statistics.mean, "scatter": statistics.scatter, "card": np.frombuffer(meta.encode(), np.uint8)}
     out = io.BytesIO()
@@ -129,7 +129,7 @@ def statistics_bytes(statistics: FeatureStatistics, card: Card) -> bytes:
 
 
 def statistics_from_bytes(data: bytes, where: str) -> tuple[FeatureStatistics, Card]:
-    """Raises StatisticsError naming `where`."""
+    """Read the statistics and their card. Raises StatisticsError naming `where`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             mean, scatter, raw = arrays["mean"], arrays["scatter"], arrays["card"]
@@ -141,12 +141,12 @@ def statistics_from_bytes(data: bytes, where: str) -> tuple[FeatureStatistics, C
     statistics = FeatureStatistics(n, mean, scatter)
     square = mean.ndim == 1 and scatter.shape == (len(mean), len(mean)) and n >= 1
     if not square or _content_digest(statistics) != digest or not np.isfinite(scatter).all():
-        raise StatisticsError(f"{where}: damaged: its arrays are not those that its SHA-256 was taken of")
+        raise StatisticsError(f"{where}: damaged: its arrays do not match its SHA-256")
     return statistics, card
 
 
 def refuse_other_extractor(found: Card, wanted: Card, where: str) -> None:
-    """Raises StatisticsError unless both are of the same network and resize rule."""
+    """Raise StatisticsError unless both are of the same network and resize rule."""
     if found != wanted:
         raise StatisticsError(
             f"{where}: statistics by {found.extractor} {found.extractor_digest} ({found.resize_rule}); the features to "

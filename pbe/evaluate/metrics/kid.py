@@ -21,7 +21,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kid_to_reference(reference: np.ndarray) -> Callable[[np.ndarray], float]:
-    """`kid` to one set (M, d): what depends on that alone is taken once."""
+    """Return a function that computes `kid` to one set (M, d), whose own terms are computed once."""
     reference = _checked(reference)
     among_reference = _mean_of_pairs(reference)
 

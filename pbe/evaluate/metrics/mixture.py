@@ -36,7 +36,7 @@ class Mixture:
     covariance_type: CovarianceType
 
     def __post_init__(self) -> None:
-        """Raises MixtureError for arrays that are no mixture."""
+        """Raise MixtureError for arrays that are not a mixture."""
         if self.covariance_type not in get_args(CovarianceType):
             raise MixtureError(
                 f"covariance type {self.covariance_type!r}; known are {', '.join(get_args(CovarianceType))}"
@@ -68,7 +68,7 @@ def log_likelihood(mixture: Mixture, features: np.ndarray) -> np.ndarray:
     count, d = mixture.means.shape
     if features.ndim != 2 or features.shape[1] != d:
         raise MixtureError(
-            f"features of shape {features.shape}; the mixture is of {d} dimensions, so of another extractor"
+            f"features of shape {features.shape}; the mixture has {d} dimensions, so it belongs to another extractor"
         )
     if not np.isfinite(features).all():
         raise ValueError("features are not all finite")
@@ -88,7 +88,7 @@ def quality_scores(log_likelihoods: np.ndarray) -> np.ndarray:
 
 
 def save_mixture(path: Path, mixture: Mixture, *, source_sha256: str) -> None:
-    """An .npz without pickles. source_sha256: of the file that the arrays came from."""
+    """Write an .npz without pickles. source_sha256: digest of the file that the arrays came from."""
     arrays = {
         "weights": mixture.weights,
         "means": mixture.means,
@@ -102,24 +102,24 @@ def save_mixture(path: Path, mixture: Mixture, *, source_sha256: str) -> None:
 
 
 def load_mixture(path: Path) -> Mixture:
-    """Raises MixtureError."""
+    """Read a mixture that `save_mixture` wrote. Raises MixtureError."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             kind, digest = (bytes(arrays[name]).decode() for name in ("covariance_type", "sha256"))
             weights, means, roots = (
                 arrays[name].astype(np.float64) for name in ("weights", "means", "precisions_cholesky")
             )
-        mixture = Mixture(weights, means, roots, cast(CovarianceType, kind))  # which looks at it
+        mixture = Mixture(weights, means, roots, cast(CovarianceType, kind))  # validates them
     except FileNotFoundError:
-        raise MixtureError(f"{path}: no such file; `pbe import-mixture` makes it of the published pickle") from None
+        raise MixtureError(f"{path}: no such file; `pbe import-mixture` writes it from the published pickle") from None
     except MixtureError as error:
         raise MixtureError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise MixtureError(
-            f"{path}: not a mixture ({' '.join(str(error).split())[:150]}); `pbe import-mixture` makes one of a pickle"
+            f"{path}: not a mixture ({' '.join(str(error).split())[:150]}); make one with `pbe import-mixture`"
         ) from None
     if mixture_digest(mixture) != digest:
-        raise MixtureError(f"{path}: damaged: its arrays are not those that its SHA-256 was taken of")
+        raise MixtureError(f"{path}: damaged: its arrays do not match its SHA-256")
     return mixture
 
 

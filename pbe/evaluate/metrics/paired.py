@@ -1,7 +1,7 @@
 """Is one run better than another on the same bench? Differences on the same items, with an interval and a p-value.
 
 Sources: sign-flip and swap permutation tests (Good 2005, chapter 3); delete-d jackknife as in intervals.py.
-Items of one photo err together: whole photos are resampled, flipped and swapped.
+Items of one photo are correlated: whole photos are resampled, flipped and swapped.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Paired:
 
 
 def common_items(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """Bench ids that both runs have, in the first one's order. Raises ValueError where there are none."""
+    """Return the bench ids of both runs, in the first one's order. Raises ValueError if there are none."""
     theirs = set(second)
     common = [bench_id for bench_id in first if bench_id in theirs]
     if not common:
@@ -35,7 +35,7 @@ def common_items(first: Sequence[str], second: Sequence[str]) -> list[str]:
 def paired_means(
     first: np.ndarray, second: np.ndarray, *, image_ids: Sequence[str], resamples: int, seed: int
 ) -> Paired:
-    """Of per-item values (N,), in the same order. Flips the sign of whole photos' differences.
+    """Compare per-item values (N,) in the same order of items; the test flips signs of whole photos' differences.
 
     Raises ValueError as bootstrap_mean does.
     """
@@ -58,10 +58,10 @@ def paired_sets(
     resamples: int,
     seed: int,
 ) -> Paired:
-    """Of a statistic of features (N, d), such as a Frechet distance, in the same order of items; of several noise seeds
-    the mean. A run of fewer seeds has them in turn.
+    """Compare a statistic of features (N, d), such as a Frechet distance, averaged over noise seeds.
 
-    Interval: jackknife of the difference, both on the same subsets. p-value: whole photos change sides.
+    Both runs have the same order of items; the run with fewer seeds cycles through them.
+    Interval: jackknife of the difference, both on the same subsets. p-value: swaps whole photos between the runs.
     """
     seeds = range(max(len(first), len(second)))
     pairs = [(first[i % len(first)], second[i % len(second)]) for i in seeds]
@@ -89,6 +89,8 @@ def paired_sets(
 
 
 def _p_value(found: float, drawn: np.ndarray, close: float) -> float:
-    """The share of draws at least as far from 0; the run itself counts as one, so that it is never 0. close: what is
-    not more than that away is equal."""
+    """Return the share of draws at least as far from 0, counting the run itself, so that it is never 0.
+
+    close: differences up to this count as equal.
+    """
     return float((1 + np.sum(drawn >= found - close)) / (1 + len(drawn)))

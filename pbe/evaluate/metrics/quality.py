@@ -41,7 +41,7 @@ def quality_ranks(
 def quality_scale(
     *, fit_features: np.ndarray, real_features: np.ndarray, components: int, pca_dims: int, seed: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """What ranks are taken by, fitted once: (N, d) edit features to (N,) float64 in 0..100.
+    """Fit a function that ranks edits: (N, d) features to (N,) float64 in 0..100.
 
     fit_features (A, d): real photos that fit a whitened PCA of min(pca_dims, A - 1, d) axes and then a
     mixture of `components` full covariances. real_features (B, d): other real photos, the scale; no row may
@@ -81,7 +81,7 @@ def quality_scale(
 
 
 def _dims(**features: np.ndarray) -> int:
-    """The one d of all. Raises ValueError."""
+    """Return the d that all have in common. Raises ValueError."""
     shapes = {x.shape[1:] for x in features.values()}
     if len(shapes) != 1 or any(x.ndim != 2 for x in features.values()):
         raise ValueError(f"features must be (n, d) with one d, got {sorted(str(x.shape) for x in features.values())}")

@@ -106,7 +106,7 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
     for name, extractor in opened.items():
         if name == "clip" and not extractor.paper:
             print(
-                "evaluate: this CLIP is not ViT-B/32: do not compare its clip_fid, qs and clip_score with published ones"
+                "evaluate: this CLIP is not ViT-B/32: do not compare its clip_fid, qs, clip_score with published ones"
             )
     statistics = {name: _store_statistics(stage.store, name, extractor, parts) for name, extractor in opened.items()}
     mixtures = _mixtures(cfg)

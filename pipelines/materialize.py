@@ -30,9 +30,8 @@ def main(stage: Stage) -> None:
     units = []
     for image_unit, box_unit in zip(images, boxes, strict=True):
         inputs = image_unit.file("images"), box_unit.file("boxes")
-        identity = digest(
-            ["materialize", VERSION, seed, cfg.identity(without=EXECUTION_ONLY), [file.sha256 for file in inputs]]
-        )
+        settings = cfg.identity(without=EXECUTION_ONLY)
+        identity = digest(["materialize", VERSION, seed, settings, [file.sha256 for file in inputs]])
         units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
 
     worker = partial(_worker, stage.store, cfg, seed)
@@ -44,9 +43,8 @@ def main(stage: Stage) -> None:
         each=cfg.per_shard,
         key="materialize",
     )
-    manifest = make_manifest(
-        "materialize", config=cfg.model_dump(mode="json", exclude=EXECUTION_ONLY), version=VERSION, units=records
-    )
+    config = cfg.model_dump(mode="json", exclude=EXECUTION_ONLY)
+    manifest = make_manifest("materialize", config=config, version=VERSION, units=records)
     counts = dict(manifest.counts)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
     assert counts["triplets"] == counts["images_kept"] * cfg.slots

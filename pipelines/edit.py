@@ -1,6 +1,6 @@
 """edit: fill the bench with a trained model through the public Editor, in Ray Data actors; all metrics read the edits.
 
-Each item is filled for every hole, reference and seed that params.yaml names, from the same noise per seed.
+Each item is filled for every hole, reference and seed that params.yaml names; the noise depends on item and seed alone.
 """
 
 import tempfile

@@ -357,7 +357,7 @@ def test_weights_and_photos_inside_the_project_are_refused(
         submit.run_remotely(open_fake(stage.root, name, params=params), LOOPBACK)
 
 
-@pytest.mark.parametrize(("status", "told"), [(404, "no Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
+@pytest.mark.parametrize(("status", "told"), [(404, "not a Ray dashboard"), (401, "RAY_AUTH_MODE=token")])
 def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int, told: str) -> None:
     with serving("", status=status) as address, pytest.raises(StageError, match=told):
         submit.run_remotely(stage, address)
@@ -365,7 +365,7 @@ def test_a_server_that_is_not_ours_is_one_clear_error(stage: Stage, status: int,
 
 @pytest.mark.parametrize("answer", ["[]", '[{"type": 7}]', "{"])
 def test_a_server_that_answers_something_else_is_one_clear_error(stage: Stage, answer: str) -> None:
-    with serving(answer) as address, pytest.raises(StageError, match=r"no Ray dashboard|cannot list") as error:
+    with serving(answer) as address, pytest.raises(StageError, match=r"not a Ray dashboard|cannot list") as error:
         submit.run_remotely(stage, address)
     assert "\n" not in str(error.value)
 

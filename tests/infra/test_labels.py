@@ -26,7 +26,7 @@ def _boxes(text: str) -> list[tuple[str, list[float]]]:
 
 def test_yolo_labels_of_coco256_give_the_boxes_of_its_csv() -> None:
     if not COCO256.is_dir():
-        pytest.skip(f"{COCO256} does not exist")
+        pytest.skip(f"needs the labels of coco256 at {COCO256}")
     got = _boxes(_run("from_yolo.py", str(COCO256 / "object_detection" / "labels" / "val2017")).stdout)
     expected = _boxes((COCO256 / "boxes_openimages_val.csv").read_text())
     assert [image_id for image_id, _ in got] == [image_id for image_id, _ in expected] and len(got) == 898

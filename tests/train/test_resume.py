@@ -87,7 +87,7 @@ def _remove(file: Path) -> None:
     ("damage", "said"),
     [
         (_flip_a_byte, "has the wrong sha256"),
-        pytest.param(_cut_short, "has 1000 of", marks=pytest.mark.slow),
+        pytest.param(_cut_short, "has 1000 bytes instead of", marks=pytest.mark.slow),
         pytest.param(_remove, "is missing", marks=pytest.mark.slow),
     ],
 )

@@ -139,10 +139,10 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
             f"it has {', '.join(header)[:200]}"
         )
     wanted = [*BOX_COLUMNS, *(name for name in FLAG_COLUMNS.values() if name in header)]
-    odd: list[pacsv.InvalidRow] = []
+    irregular: list[pacsv.InvalidRow] = []
     rows_before = 0
-    for batch in csv_batches(tree, file.name, wanted, odd, quoted=False):
-        lines = _line_numbers(rows_before, batch.num_rows, odd)
+    for batch in csv_batches(tree, file.name, wanted, irregular, quoted=False):
+        lines = _line_numbers(rows_before, batch.num_rows, irregular)
         rows_before += batch.num_rows
         blank = np.ones(batch.num_rows, bool)
         for column in batch.columns:
@@ -150,19 +150,19 @@ def _csv_tables(tree: FileTree, file: BoxFile) -> Iterator[pa.Table]:
         if blank.any():
             batch, lines = batch.filter(pa.array(~blank)), lines.filter(pa.array(~blank))
         yield _typed(batch, file, lines)
-    good, good_lines, still_odd = _with_quoted_commas(odd, header, wanted)
+    good, good_lines, still_irregular = _with_quoted_commas(irregular, header, wanted)
     if good.num_rows:
         yield _typed(good, file, good_lines)
-    if still_odd:
-        yield _odd_rows(still_odd, file, header.index("ImageID"))
+    if still_irregular:
+        yield _irregular_rows(still_irregular, file, header.index("ImageID"))
 
 
 def _with_quoted_commas(
-    odd: Sequence[pacsv.InvalidRow], header: Sequence[str], wanted: Sequence[str]
+    irregular: Sequence[pacsv.InvalidRow], header: Sequence[str], wanted: Sequence[str]
 ) -> tuple[pa.RecordBatch, pa.Array, list[pacsv.InvalidRow]]:
-    """Split odd rows: those valid once commas inside quotes count as text, their line numbers, and the rest."""
+    """Split irregular rows: those valid once commas inside quotes count as text, their line numbers, and the rest."""
     rows, lines, others = [], [], []
-    for row in odd:
+    for row in irregular:
         try:
             cells = next(csv.reader([row.text]), [])
         except csv.Error:  # a cell of more than 128 KiB
@@ -196,16 +196,16 @@ def csv_header(tree: FileTree, name: str) -> list[str]:
 
 
 def csv_batches(
-    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow], *, quoted: bool
+    tree: FileTree, name: str, columns: Sequence[str], irregular: list[pacsv.InvalidRow], *, quoted: bool
 ) -> Iterator[pa.RecordBatch]:
     """Yield string columns of a CSV, block by block; a blank line is a row of empty cells, so that lines are countable.
 
     quoted: False ends a row at every line end, so that a stray quote spoils only its own row; quotes around a cell are
     removed, and a row with a comma inside quotes is irregular.
-    Rows of the wrong width go to `odd`, with their number. Raises SourceError if the file is not a CSV in UTF-8.
+    Rows of the wrong width go to `irregular`, with their number. Raises SourceError if the file is not a CSV in UTF-8.
     """
     try:
-        for batch in _csv_batches(tree, name, columns, odd, quoted):
+        for batch in _csv_batches(tree, name, columns, irregular, quoted):
             yield batch if quoted else _without_quotes(batch)
     except pa.ArrowInvalid as error:
         raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
@@ -222,17 +222,17 @@ def _without_quotes(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _csv_batches(
-    tree: FileTree, name: str, columns: Sequence[str], odd: list[pacsv.InvalidRow], quoted: bool
+    tree: FileTree, name: str, columns: Sequence[str], irregular: list[pacsv.InvalidRow], quoted: bool
 ) -> Iterator[pa.RecordBatch]:
     def keep(row: pacsv.InvalidRow) -> str:
-        odd.append(row)
+        irregular.append(row)
         return "skip"
 
     header = csv_header(tree, name)
     with tree.open(name) as stream:
         reader = pacsv.open_csv(
             stream,
-            # only a single thread gives an odd row its number
+            # only a single thread gives an irregular row its number
             read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=header, skip_rows=1),
             parse_options=pacsv.ParseOptions(
                 invalid_row_handler=keep, ignore_empty_lines=False, quote_char='"' if quoted else False
@@ -246,11 +246,11 @@ def _csv_batches(
         yield from reader
 
 
-def _line_numbers(rows_before: int, rows: int, odd: Sequence[pacsv.InvalidRow]) -> pa.Array:
-    """Line numbers in the file, the header being 1; odd rows between the good ones are counted."""
-    good_before_odd = np.array([row.number for row in odd], np.int64) - np.arange(len(odd)) - 2
+def _line_numbers(rows_before: int, rows: int, irregular: Sequence[pacsv.InvalidRow]) -> pa.Array:
+    """Line numbers in the file, the header being 1; irregular rows between the good ones are counted."""
+    good_before_irregular = np.array([row.number for row in irregular], np.int64) - np.arange(len(irregular)) - 2
     index = rows_before + np.arange(rows)
-    return pa.array(index + 2 + np.searchsorted(good_before_odd, index, side="right"))
+    return pa.array(index + 2 + np.searchsorted(good_before_irregular, index, side="right"))
 
 
 def _typed(batch: pa.RecordBatch, file: BoxFile, lines: pa.Array) -> pa.Table:
@@ -356,17 +356,17 @@ def _first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: 
     return reason, detail
 
 
-def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) -> pa.Table:
+def _irregular_rows(irregular: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) -> pa.Table:
     """Rejected lines with too many or too few cells: a decimal comma, a truncated file, a comment."""
-    cells = [row.text.split(",") for row in odd]
+    cells = [row.text.split(",") for row in irregular]
     ids = pa.array([row[id_column].strip().strip('"') if id_column < len(row) else "" for row in cells], pa.string())
-    count = len(odd)
+    count = len(irregular)
     flag = pa.array(np.full(count, -1, np.int8))
     nothing = pa.nulls(count, pa.float64())
     return _annotations(
         image_id=clean_ids(ids),
         file=pa.repeat(file.name, count),
-        line=pa.array([row.number for row in odd], pa.int64()),
+        line=pa.array([row.number for row in irregular], pa.int64()),
         split=pa.array(np.full(count, file.split, np.int8)),
         listed_split=pa.array(np.full(count, file.split, np.int8)),
         label=pa.repeat("", count),
@@ -375,7 +375,10 @@ def _odd_rows(odd: Sequence[pacsv.InvalidRow], file: BoxFile, id_column: int) ->
         **dict.fromkeys(FLAG_COLUMNS, flag),
         reason=pa.repeat("box_unparsable", count),
         detail=pa.array(
-            [f"{row.actual_columns} cells where the header has {row.expected_columns}: {row.text[:120]}" for row in odd]
+            [
+                f"{row.actual_columns} cells where the header has {row.expected_columns}: {row.text[:120]}"
+                for row in irregular
+            ]
         ),
     )
 

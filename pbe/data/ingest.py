@@ -73,7 +73,7 @@ def read_shard(
     limits: PhotoLimits,
     threads: int,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Check every box and read every photo that has one; whatever is dropped gets a row in `rejects`.
+    """Check every box and read every photo that has one; every dropped row is in `rejects`.
 
     annotations: ANNOTATIONS. photos: PHOTOS. read: takes image id and address, returns bytes, raises PhotoError;
     called from `threads` threads. lists_all: photos without a box count as input and are rejected.

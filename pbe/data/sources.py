@@ -163,7 +163,7 @@ class OpenImagesSource:
         if "ImageID" not in header or "Subset" not in header:
             raise SourceError(f"{self.info.path_of(name)}: not an OpenImages image-info CSV: no ImageID and Subset")
         optional = [column for column in ("License", "Author", "OriginalLandingURL", "Rotation") if column in header]
-        for batch in csv_batches(self.info, name, ["ImageID", "Subset", *optional], odd=[], quoted=True):
+        for batch in csv_batches(self.info, name, ["ImageID", "Subset", *optional], irregular=[], quoted=True):
             image_id = clean_ids(batch.column("ImageID"))
 
             def text(column: str, batch: pa.RecordBatch = batch, optional: Sequence[str] = optional) -> pa.Array:

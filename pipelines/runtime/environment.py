@@ -42,9 +42,7 @@ def prepare_driver() -> None:
     """Call before ray is imported: it reads its variables then."""
     set_unset(DRIVER_ENV)
     if not os.environ.get("RAY_ADDRESS"):
-        set_unset(
-            {"RAY_AUTH_MODE": "token"}
-        )  # what Ray does by itself for a Ray of its own, but for a warning each time
+        set_unset({"RAY_AUTH_MODE": "token"})  # Ray's own default for a local Ray, which would warn each time
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):

@@ -4,9 +4,12 @@ Every input names its source. "Measured" means on two cores (AMD EPYC) with coco
 beside it. Nothing here was run at this size. infra/cost.py computes memory of a GPU and time.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pbe.config import parse_params
 from pipelines.commands.profile import full_text

@@ -82,7 +82,7 @@ def test_bfloat16_goes_on_at_another_number_of_ranks(
                 run_ranks(train, spec, world=world, tmp=folder)
         else:
             run_ranks(train, spec, world=world, tmp=folder)
-    assert "step 16, written by 2 ranks" in take_said(folder)
+    assert "step 16 (checkpoint written by 2 ranks)" in take_said(folder)
     np.testing.assert_allclose(loss_curve(store, name), golden, rtol=0, atol=away)
 
 

@@ -1,8 +1,8 @@
 """rayjob: one stage as a manifest for KubeRay, `python -m pipelines rayjob STAGE | kubectl apply -f -`.
 
-For a cluster that exists only while a stage runs: what RAY_ADDRESS would send goes to the storage instead, and
-infra/kuberay/rayjob.yaml, filled in, to standard output. Images, pools and sizes are edited in that file. When the job
-has finished, `dvc repro` takes its results over from the storage, as those of every other job.
+For a cluster that exists only while a stage runs. The job's package goes to the storage, and infra/kuberay/rayjob.yaml,
+filled in, to standard output; edit images, pools and sizes in that file. When the job has finished, `dvc repro` fetches
+its results from the storage, as for every other job.
 """
 
 import sys
@@ -20,7 +20,7 @@ NAME_CHARS = 47  # KubeRay makes the names of services and pods from it
 
 
 def main(stage: Stage) -> None:
-    """Raises StageError when the stage cannot run away from this machine."""
+    """Write the package and print the manifest. Raises StageError when the stage needs files of this machine."""
     refuse_what_cannot_travel(stage, to="Kubernetes")
     package = pack(stage)
     name = job_name(stage, package)
@@ -32,7 +32,7 @@ def main(stage: Stage) -> None:
     print(yaml.dump(manifest, Dumper=_Plain, sort_keys=False), end="")
     print(
         f"{stage.title}: {len(data) / 1e3:,.0f} kB in {stage.store.full_uri(f'jobs/{job_id}')}; once the job has "
-        f"finished, `dvc repro {stage.title}` takes its results over",
+        f"finished, `dvc repro {stage.title}` fetches its results",
         file=sys.stderr,
     )
 

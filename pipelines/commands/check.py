@@ -1,6 +1,6 @@
-"""check: run first by `make repro`, so that wrong settings get a clear message before DVC reads them.
+"""check: validate settings, photos and boxes before DVC reads them, with clear messages; `make repro` runs it first.
 
-It also removes a lock file that a killed DVC left half written, with which DVC refuses to start.
+Also removes a lock file that a killed DVC left half written; DVC would refuse to start.
 """
 
 import json
@@ -12,11 +12,11 @@ from pbe.config import load_params
 from pbe.data.files import SourceError, file_tree
 from pbe.places import repo_root
 
-TORN_AFTER_S = 2.0  # a lock that is being written is whole again long before
+TORN_AFTER_S = 2.0  # writing a lock takes far less
 
 
 def main() -> None:
-    """Raises ParamsError for settings, SourceError for photos or boxes that are not there."""
+    """Raise ParamsError for invalid settings, SourceError for missing or unreadable photos and boxes."""
     root, ingest = repo_root(), load_params().ingest
     for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
         tree = file_tree(location, root=root, key=key)
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
-    """DVC hashes the place before any stage runs, and its own messages name neither the file nor the key."""
+    """Raise SourceError for what DVC cannot hash; its own message would name neither the file nor the key."""
     if place == root or place == root / "data" or root / "data" in place.parents or place in root.parents:
         raise SourceError(f"{key} = {place}: the stages write there (data/); put your photos and boxes elsewhere")
     for path in place.rglob("*") if place.is_dir() else [place]:
@@ -37,7 +37,7 @@ def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
             shown = os.fsencode(path).decode(errors="backslashreplace")
             raise SourceError(f"{key}: {shown}: the name is not UTF-8; rename the file") from None
         if not path.exists():
-            raise SourceError(f"{key}: {path}: a link to a file that is not there; remove it")
+            raise SourceError(f"{key}: {path}: a broken link; remove it")
         if not os.access(path, os.R_OK):
             raise SourceError(f"{key}: {path}: cannot be read: no permission")
 

@@ -1,8 +1,8 @@
-"""profile NAME [--root DIR]: params.yaml from infra/profiles/NAME.yaml, checked before it takes the old one's place.
+"""profile NAME [--root DIR]: write params.yaml from infra/profiles/NAME.yaml, after checking it.
 
-A profile is an overlay: `base:` names the profile below it, and it says only what differs, in blocks between blank
-lines as params.yaml has them. What is written is one whole file, with the comments of both. A profile of photos or
-weights on disk holds the placeholder @ROOT@ where their folder goes.
+A profile is an overlay: `base:` names the profile below it, and only differing keys follow, in blocks between blank
+lines as in params.yaml. The result is one complete file with the comments of both. A profile that reads photos or
+weights from disk has the placeholder @ROOT@ in place of their folder.
 """
 
 import io

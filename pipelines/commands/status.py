@@ -1,6 +1,6 @@
-"""status: how far each stage is. Parts and steps of those planned, rejects, jobs, the last checkpoint, MLflow.
+"""status: the progress of each stage: parts and steps done, rejects, jobs, the last checkpoint, MLflow.
 
-Parts and checkpoints are read from the storage, jobs from the cluster, counts and manifests from data/. Starts and
+Reads parts and checkpoints from the storage, jobs from the cluster, counts and manifests from data/. Starts and
 changes nothing.
 """
 
@@ -21,7 +21,7 @@ from pipelines.runtime.logs import LOG_FOLDER
 from pipelines.runtime.progress_records import Plan, read_plans
 from pipelines.runtime.stage import STAGES, VARIANT_STAGES, output_folder
 
-REJECTED = "rejected_"  # the beginning of counts that say why
+REJECTED = "rejected_"  # prefix of the counts by reason
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The report's charts: SVG whose text is text and whose colours are the page's own."""
+"""Draw the report's charts as SVG, with text as text and the page's colours."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ INK = "#010203"  # replaced by currentColor
 
 @contextmanager
 def _style() -> Iterator[Any]:
-    """pyplot with the page's style; no window is opened."""
+    """Import pyplot with the page's style, without a window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def _svg(figure: Any) -> str:
 
 
 def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The loss of each variant over steps: every logged point, and a running mean."""
+    """Plot each variant's loss over steps: every logged point and a running mean."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     with _style() as plt:
@@ -84,7 +84,7 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def sweep_svg(curves: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """One panel a metric, by its label: value and 95 % interval over the guidance scale."""
+    """Plot one panel per metric: value and 95 % interval over the guidance scale."""
     rows = -(-len(curves) // SWEEP_COLUMNS)
     with _style() as plt:
         figure, grid = plt.subplots(rows, SWEEP_COLUMNS, figsize=(10, 2.5 * rows), layout="constrained", squeeze=False)
@@ -110,7 +110,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
-    """Histogram of relative box areas on a log axis: all boxes, and those that the filter kept."""
+    """Plot a histogram of relative box areas on a log axis: all boxes and kept boxes."""
     from matplotlib.ticker import FuncFormatter
 
     edges = np.geomspace(1e-4, 1, 33)
@@ -128,7 +128,7 @@ def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
 
 
 def classes_svg(classes: Sequence[tuple[str, int, int]]) -> str:
-    """Bars of the most frequent classes: (name, boxes read, boxes kept)."""
+    """Plot bars of the most frequent classes, given (name, boxes read, boxes kept)."""
     names = [name for name, _, _ in classes][::-1]
     with _style() as plt:
         figure, axes = plt.subplots(figsize=(5.4, 0.6 + 0.26 * len(names)), layout="constrained")

@@ -29,7 +29,7 @@ class Deviation:
 
 
 def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
-    """The rows that hold for these settings, one for each distinct text among the variants, data first."""
+    """Return the deviations that hold for these settings, one per distinct text among the variants, data first."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     settings = {name: _settings(params, name, train_photos) for name in params.variants}
     found = []
@@ -68,7 +68,7 @@ def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]
 
 
 def _changed(expected: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """Those of `expected`, by dotted keys, that have another value here: "max_iou 0.9"."""
+    """Return the settings that differ from `expected`, by dotted keys, as in "max_iou 0.9"."""
     out = []
     for key, wanted in expected.items():
         section, *rest = key.split(".")

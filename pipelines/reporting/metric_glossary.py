@@ -29,7 +29,7 @@ def glossary() -> list[Entry]:
 
 @dataclass(frozen=True)
 class Bar:
-    """A number with its interval, and where they lie on a line: percentages of its length."""
+    """A number with its interval, and their positions on a line in percent of its length."""
 
     label: str
     index: int  # which variant, for its colour
@@ -42,14 +42,14 @@ class Bar:
 
 
 def verdict(estimate: Estimate) -> str:
-    """What the interval says about 0."""
+    """Say whether the interval lies above 0, below 0 or contains it."""
     if estimate.low > 0:
         return "above 0"
     return "below 0" if estimate.high < 0 else "may be 0"
 
 
 def bars(estimates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
-    """Estimates on one common line that holds 0."""
+    """Place the estimates on one common line that contains 0."""
     ends = [0.0] + [end for _, estimate in estimates for end in (estimate.low, estimate.high, estimate.value)]
     margin = 0.06 * (max(ends) - min(ends)) or 1.0
     start, length = min(ends) - margin, max(ends) - min(ends) + 2 * margin
@@ -73,7 +73,7 @@ def bars(estimates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
 
 
 def how_to_read(metric: str) -> tuple[str, str, str, str]:
-    """Label, extractor ("" when there is none), unit and the sentence of a metric; a metric without one is a bug."""
+    """Return a metric's label, extractor ("" for none), unit and explanation; a metric without one is a bug."""
     for entry in glossary():
         if found := re.fullmatch(entry.metric, metric):
             return entry.label, "".join(group or "" for group in found.groups()), entry.unit, entry.text

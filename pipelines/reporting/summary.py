@@ -1,4 +1,4 @@
-"""summary: what `make repro` prints last. Where the report is, the headline numbers, how to open MLflow.
+"""summary: print where the report is, the headline numbers and the MLflow command; `make repro` ends with it.
 
 The report writes its numbers with the functions here. No torch: this runs after every `make repro`.
 """
@@ -55,14 +55,14 @@ def seen_in_training(params: Params) -> bool:
 
 
 def mlflow_command(uri: str) -> str:
-    """A command that works in any folder; a tracking server needs none, its pages are at its address."""
+    """Return a command that works in any folder; for a tracking server, its address."""
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"
     return f"{shlex.quote(sys.executable)} -m mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
 
 
 def headline_metrics(extractor: str) -> dict[str, str]:
-    """The columns that a run is summed up by, by their names in metrics.json; not every method has all of them."""
+    """Return the headline columns by their names in metrics.json; not every method has all of them."""
     return {
         {"inception": "fid", "clip": "clip_fid"}.get(extractor, f"frechet_{extractor}"): "Frechet",
         "qs": "QS",
@@ -76,7 +76,7 @@ def headline_metrics(extractor: str) -> dict[str, str]:
 
 
 def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[str, Any]]:
-    """Methods in the order of params.yaml, and the card of what all were computed with. Raises StageError."""
+    """Return the methods in the order of params.yaml, and the card of their provenance. Raises StageError."""
     path = output_folder(root, "evaluate") / "metrics.json"
     raw = read_json(path, "evaluate")
     out = {}
@@ -95,7 +95,7 @@ def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[st
 
 
 def estimate_from(raw: dict[str, Any]) -> Estimate:
-    """Of its JSON, where it may stand with the extractor that gave it."""
+    """Read an estimate from its JSON, which may also name the extractor."""
     return Estimate(**{key: value for key, value in raw.items() if key != "extractor"})
 
 
@@ -108,7 +108,7 @@ def read_json(path: Path, target: str) -> Any:
 
 
 def estimate_text(estimate: Estimate, *, signed: bool = False) -> str:
-    """value [low, high], all three with the digits that the largest of them needs."""
+    """Format as value [low, high], all with the digits that the largest needs."""
     size = max(abs(estimate.value), abs(estimate.low), abs(estimate.high))
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
     form = f"{{:{'+' if signed else ''}.{digits}f}}"

@@ -38,10 +38,10 @@ def ray_resources(each: TaskResources) -> dict[str, float]:
 
 
 def refuse_unmet(stage: str, demand: Demand, *, beside: Bundle | None = None) -> None:
-    """Raises StageError when the nodes cannot hold the demand at once and nobody adds nodes.
+    """Raise StageError when the nodes cannot hold the demand at once and no autoscaler may add nodes.
 
-    beside: what must fit as well, so that the stage moves (a task that reads while actors hold their share).
-    Where an autoscaler may add nodes it prints what is missing: Ray then waits, and tells what it waits for.
+    beside: what must fit as well for the stage to progress (a task that reads while actors hold their share).
+    With an autoscaler, print what is missing; Ray then waits and reports what it waits for.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [node["Resources"] for node in alive]

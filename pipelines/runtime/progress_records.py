@@ -29,13 +29,13 @@ class Plan:
 
 
 def write_plan(store: Store, title: str, kind: str, units: Sequence[str], *, total: int) -> None:
-    """title: of the stage, as `dvc repro` names it."""
+    """Store a plan. title: the stage's name for `dvc repro`."""
     plan = Plan(kind, tuple(units), total, time.time(), who())
     store.write_bytes(f"{_folder(title)}/{kind}.json", json.dumps(asdict(plan)).encode())
 
 
 def read_plans(store: Store, title: str) -> list[Plan]:
-    """Of the stage's newest run; what cannot be read is left out, as nothing depends on it."""
+    """Return the plans of the stage's newest run; unreadable ones are skipped, as nothing depends on them."""
     plans = []
     for name in store.list_names(_folder(title)):
         try:
@@ -50,7 +50,7 @@ def read_plans(store: Store, title: str) -> list[Plan]:
 
 
 def who() -> str:
-    """This process, for people: the Ray job, or host and process id."""
+    """Name this process for people: the Ray job, or host and process id."""
     return os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()} (process {os.getpid()})"
 
 

@@ -1,4 +1,4 @@
-"""What every stage opens first: parameters, storage, and the paths of its inputs and outputs."""
+"""A stage, opened: parameters, storage, and the paths of its inputs and outputs."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ class StageError(UserError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of dvc.yaml, opened. `variant`: which, where it runs once for each; of the baseline stage, a
+    """One stage of dvc.yaml, opened. variant: the variant it runs for; of the baseline stage, a
     baseline.
     """
 
@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """As `dvc repro` names it."""
+        """The stage's name for `dvc repro`, such as train@full."""
         return f"{self.name}@{self.variant}" if self.variant else self.name
 
     @property
@@ -52,13 +52,13 @@ class Stage:
 
 
 def output_folder(root: Path, stage: str, variant: str | None = None) -> Path:
-    """Baselines lie beside the variants' edits: evaluate reads both alike."""
+    """Return a stage's output folder. Baselines lie beside the variants' edits: evaluate reads both alike."""
     folder = root / "data" / ("edit" if stage == "baseline" else stage)
     return folder / variant if variant else folder
 
 
 def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
-    """What train@variant left: run name, digest, MLflow run, hashes of the export."""
+    """Read the manifest of train@variant: run name, digest, MLflow run, hashes of the export."""
     path = output_folder(stage.root, "train", variant) / "manifest.json"
     if not path.is_file():
         raise StageError(f"{path}: not there; run `dvc repro train@{variant}` first")
@@ -66,7 +66,7 @@ def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
 
 
 def open_stage(name: str, variant: str | None = None) -> Stage:
-    """Raises ParamsError before any work when params.yaml or the variant is wrong."""
+    """Open a stage. Raises ParamsError when params.yaml or the variant is invalid."""
     params = load_params()
     if name in VARIANT_STAGES:
         if variant is None:
@@ -78,12 +78,12 @@ def open_stage(name: str, variant: str | None = None) -> Stage:
 
 
 def versions(stage: str) -> list[int]:
-    """Every VERSION that names what the stage makes: its own, then those of the modules whose parts it makes too."""
+    """Return every VERSION that names the stage's parts: its own, then those of modules whose parts it makes too."""
     modules = (stage, *MAKES_PARTS_OF.get(stage, ()))
     return [importlib.import_module(f"pipelines.{module}").VERSION for module in modules]
 
 
 def save_counts(stage: Stage, counts: dict[str, int]) -> None:
-    """counts.json, a DVC metric: rows in, kept, and dropped by reason."""
+    """Write counts.json, a DVC metric: rows in, kept, and dropped by reason."""
     write_json(stage.outputs / "counts.json", dict(sorted(counts.items())))
     print(f"{stage.name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))

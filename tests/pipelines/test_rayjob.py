@@ -51,7 +51,7 @@ def test_the_manifest_runs_the_package_that_lies_in_the_storage(
     assert "hunter2" not in said.out
     template = yaml.safe_load((stage.root / rayjob.TEMPLATE).read_text())
     assert spec["rayClusterSpec"] == template["spec"]["rayClusterSpec"]
-    assert "takes its results over" in said.err
+    assert "fetches its results" in said.err
 
     rayjob.main(stage)  # Kubernetes would take an equal name for the same job
     assert yaml.safe_load(capsys.readouterr().out)["metadata"]["name"].endswith("-2")

@@ -1,6 +1,6 @@
 """check: run first by `make repro`, so that wrong settings get a clear message before DVC reads them.
 
-It also removes a lock file that a killed DVC left half written, with which DVC refuses to start.
+It also removes a half-written lock file of a killed DVC, which would keep DVC from starting.
 """
 
 import json
@@ -12,11 +12,11 @@ from pbe.config import load_params
 from pbe.data.files import SourceError, file_tree
 from pbe.places import repo_root
 
-TORN_AFTER_S = 2.0  # a lock that is being written is whole again long before
+TORN_AFTER_S = 2.0  # writing a lock takes far less
 
 
 def main() -> None:
-    """Raises ParamsError for settings, SourceError for photos or boxes that are not there."""
+    """Check settings and sources. Raises ParamsError for invalid settings, SourceError for missing photos or boxes."""
     root, ingest = repo_root(), load_params().ingest
     for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
         tree = file_tree(location, root=root, key=key)
@@ -27,19 +27,19 @@ def main() -> None:
 
 
 def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
-    """DVC hashes the place before any stage runs, and its own messages name neither the file nor the key."""
+    """Reject what DVC cannot hash before any stage runs: its own messages name neither the file nor the key."""
     if place == root or place == root / "data" or root / "data" in place.parents or place in root.parents:
         raise SourceError(f"{key} = {place}: the stages write there (data/); put your photos and boxes elsewhere")
     for path in place.rglob("*") if place.is_dir() else [place]:
         try:
             str(path).encode()
-        except UnicodeEncodeError:  # the bytes of another encoding
+        except UnicodeEncodeError:  # bytes in another encoding
             shown = os.fsencode(path).decode(errors="backslashreplace")
             raise SourceError(f"{key}: {shown}: the name is not UTF-8; rename the file") from None
         if not path.exists():
-            raise SourceError(f"{key}: {path}: a link to a file that is not there; remove it")
+            raise SourceError(f"{key}: {path}: a link to a missing file; remove it")
         if not os.access(path, os.R_OK):
-            raise SourceError(f"{key}: {path}: cannot be read: no permission")
+            raise SourceError(f"{key}: {path}: no permission to read it")
 
 
 def _remove_torn_lock(path: Path) -> None:
@@ -47,7 +47,7 @@ def _remove_torn_lock(path: Path) -> None:
     while _is_torn(path):
         if time.monotonic() > deadline:
             path.unlink(missing_ok=True)
-            print(f"pbe: removed {path}, which a killed DVC had left half written")
+            print(f"pbe: removed {path}, left half-written by a killed DVC")
             return
         time.sleep(0.1)
 

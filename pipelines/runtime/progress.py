@@ -1,4 +1,4 @@
-"""The one progress bar: redrawn in place on a terminal, a line every ten seconds in a log file or a job."""
+"""Progress bar: redrawn in place on a terminal, one line every ten seconds in a log file or a job."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ LOG_INTERVAL_S = 10.0
 
 
 def progress_bar(label: str, *, total: int | None, unit: str) -> "tqdm[None]":
-    """A tqdm bar on stderr; use it as a context manager. total None: not known, it only counts."""
+    """Return a tqdm bar on stderr, to use as a context manager. With total None (unknown) it only counts."""
     interval_s = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
     return tqdm(
         desc=label, total=total, unit=unit, unit_scale=total is None, mininterval=interval_s, maxinterval=2 * interval_s
@@ -19,7 +19,7 @@ def progress_bar(label: str, *, total: int | None, unit: str) -> "tqdm[None]":
 
 
 def with_progress(items: Iterable[Item], label: str, *, total: int, unit: str) -> Iterator[Item]:
-    """`items` one by one, with a bar over them."""
+    """Yield the items while a progress bar counts them."""
     with progress_bar(label, total=total, unit=unit) as bar:
         for item in items:
             yield item

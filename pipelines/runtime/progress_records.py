@@ -19,23 +19,23 @@ JOB_VARIABLE = "PBE_JOB"  # set inside a Ray job: its id
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: the folder of parts/ that the units go to, or "run". units: their names; of a run its own alone."""
+    """The plan of a running stage. kind: folder of parts/, or "run". units: names of the units, or of the one run."""
 
     kind: str
     units: tuple[str, ...]
-    total: int  # of units, or training steps
+    total: int  # units, or training steps
     began: float  # seconds since 1970
     where: str  # host and process, or the job
 
 
 def write_plan(store: Store, title: str, kind: str, units: Sequence[str], *, total: int) -> None:
-    """title: of the stage, as `dvc repro` names it."""
+    """Store a plan of the stage `title` (its DVC target)."""
     plan = Plan(kind, tuple(units), total, time.time(), who())
     store.write_bytes(f"{_folder(title)}/{kind}.json", json.dumps(asdict(plan)).encode())
 
 
 def read_plans(store: Store, title: str) -> list[Plan]:
-    """Of the stage's newest run; what cannot be read is left out, as nothing depends on it."""
+    """Return the plans of the stage's newest run. Unreadable plans are skipped, because nothing depends on them."""
     plans = []
     for name in store.list_names(_folder(title)):
         try:
@@ -50,7 +50,7 @@ def read_plans(store: Store, title: str) -> list[Plan]:
 
 
 def who() -> str:
-    """This process, for people: the Ray job, or host and process id."""
+    """Describe this process for people: the Ray job, or host and process id."""
     return os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()} (process {os.getpid()})"
 
 

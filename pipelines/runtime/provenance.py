@@ -1,4 +1,4 @@
-"""Where a result came from: git commit, dvc.lock, versions. For MLflow tags and the report."""
+"""Provenance of a result, for MLflow tags and the report: git commit, dvc.lock, versions."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations
 
 
 def git_commit(root: Path) -> str:
-    """HEAD, with -dirty when tracked files differ; in a Ray job what the submitter said; else "unknown"."""
+    """Return HEAD, with -dirty if tracked files differ; in a Ray job, the submitter's value; without git, "unknown"."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
     try:
@@ -27,7 +27,7 @@ def git_commit(root: Path) -> str:
 
 
 def lock_digest(root: Path) -> str:
-    """Of dvc.lock; in a Ray job what the submitter said; "none yet" before the first `dvc repro`."""
+    """Return the digest of dvc.lock; in a Ray job, the submitter's value; before the first `dvc repro`, "none yet"."""
     if LOCK_VARIABLE in os.environ:
         return os.environ[LOCK_VARIABLE]
     lock = root / "dvc.lock"

@@ -1,4 +1,4 @@
-"""What every stage opens first: parameters, storage, and the paths of its inputs and outputs."""
+"""Opens a stage: its parameters, storage, and the paths of its inputs and outputs."""
 
 import importlib
 import json
@@ -14,9 +14,9 @@ from pbe.store import Store, write_json
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
 STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
-# run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
+# run on the cluster if RAY_ADDRESS names one; the others are light and run where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
-# modules with their own VERSION whose parts the stage makes too
+# modules with their own VERSION whose parts the stage also makes
 MAKES_PARTS_OF = {"evaluate": ("features",), "sweep": ("edit", "features")}
 
 
@@ -26,9 +26,7 @@ class StageError(UserError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of dvc.yaml, opened. `variant`: which, where it runs once for each; of the baseline stage, a
-    baseline.
-    """
+    """An opened stage of dvc.yaml. `variant`: the variant or baseline it runs for, if it runs once for each."""
 
     name: str
     variant: str | None
@@ -38,27 +36,27 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """As `dvc repro` names it."""
+        """The stage's DVC target."""
         return f"{self.name}@{self.variant}" if self.variant else self.name
 
     @property
     def outputs(self) -> Path:
-        """Folder of the small files that DVC tracks: manifest.json, counts.json, metrics.json."""
+        """Folder of the small output files that DVC tracks: manifest.json, counts.json, metrics.json."""
         return output_folder(self.root, self.name, self.variant)
 
     def input(self, stage: str) -> Path:
-        """Path of another stage's manifest (of the same variant)."""
+        """Return the path of another stage's manifest (for the same variant)."""
         return output_folder(self.root, stage, self.variant if stage in VARIANT_STAGES else None) / "manifest.json"
 
 
 def output_folder(root: Path, stage: str, variant: str | None = None) -> Path:
-    """Baselines lie beside the variants' edits: evaluate reads both alike."""
+    """Return the stage's folder in data/. Baselines share edit/ with the variants, since evaluate reads both alike."""
     folder = root / "data" / ("edit" if stage == "baseline" else stage)
     return folder / variant if variant else folder
 
 
 def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
-    """What train@variant left: run name, digest, MLflow run, hashes of the export."""
+    """Read the manifest of train@variant: run name, digest, MLflow run, hashes of the export."""
     path = output_folder(stage.root, "train", variant) / "manifest.json"
     if not path.is_file():
         raise StageError(f"{path}: not there; run `dvc repro train@{variant}` first")
@@ -66,7 +64,7 @@ def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
 
 
 def open_stage(name: str, variant: str | None = None) -> Stage:
-    """Raises ParamsError before any work when params.yaml or the variant is wrong."""
+    """Open a stage. Raises ParamsError before any work if params.yaml or the variant is wrong."""
     params = load_params()
     if name in VARIANT_STAGES:
         if variant is None:
@@ -78,12 +76,12 @@ def open_stage(name: str, variant: str | None = None) -> Stage:
 
 
 def versions(stage: str) -> list[int]:
-    """Every VERSION that names what the stage makes: its own, then those of the modules whose parts it makes too."""
+    """Return every VERSION that applies to the stage: its own, then those of MAKES_PARTS_OF."""
     modules = (stage, *MAKES_PARTS_OF.get(stage, ()))
     return [importlib.import_module(f"pipelines.{module}").VERSION for module in modules]
 
 
 def save_counts(stage: Stage, counts: dict[str, int]) -> None:
-    """counts.json, a DVC metric: rows in, kept, and dropped by reason."""
+    """Write and print counts.json, a DVC metric: rows in, kept, and dropped by reason."""
     write_json(stage.outputs / "counts.json", dict(sorted(counts.items())))
     print(f"{stage.name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))

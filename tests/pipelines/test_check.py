@@ -62,7 +62,7 @@ def test_what_dvc_would_stumble_over_is_named_with_its_key(root: Path, what: str
     _replace(root, "  images: pbe/data/sample/photos.csv", f"  images: {photos}")
     words = {
         "a name in Latin-1": r"caf.xe9\.jpg: the name is not UTF-8",
-        "a dangling link": r"b\.jpg: a link to a file that is not there",
+        "a dangling link": r"b\.jpg: a link to a missing file",
         "where the stages write": "the stages write there",
         "no permission": r"a\.jpg: cannot be read",
     }

@@ -1,4 +1,4 @@
-"""The report's charts: SVG whose text is text and whose colours are the page's own."""
+"""Draws the report's charts as SVG, with real text and the page's colours."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ INK = "#010203"  # replaced by currentColor
 
 @contextmanager
 def _style() -> Iterator[Any]:
-    """pyplot with the page's style; no window is opened."""
+    """Yield pyplot with the page's style; opens no window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def _style() -> Iterator[Any]:
 
 
 def _colour(index: int) -> str:
-    """Stands for the page's variable --v<index> until the SVG is written."""
+    """Return a placeholder for the page's variable --v<index>; `_svg` replaces it."""
     return f"#0400{index:02x}"
 
 
@@ -57,7 +57,7 @@ def _svg(figure: Any) -> str:
 
 
 def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The loss of each variant over steps: every logged point, and a running mean."""
+    """Plot each variant's loss over steps: all logged points and a running mean."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     with _style() as plt:
@@ -71,7 +71,7 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             axes.plot(steps[window - 1 :], mean, color=_colour(index), linewidth=2, label=name)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        narrow = high < 8 * low  # then 1, 2 and 5 of a decade are too few numbers
+        narrow = high < 8 * low  # labels at 1, 2 and 5 would be too few
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(
             FuncFormatter(lambda value, _: f"{value:g}" if narrow or f"{value:e}"[0] in "25" else "")
@@ -84,7 +84,7 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def sweep_svg(curves: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """One panel a metric, by its label: value and 95 % interval over the guidance scale."""
+    """Plot one panel per metric (by label): value and 95 % interval over the guidance scale."""
     rows = -(-len(curves) // SWEEP_COLUMNS)
     with _style() as plt:
         figure, grid = plt.subplots(rows, SWEEP_COLUMNS, figsize=(10, 2.5 * rows), layout="constrained", squeeze=False)
@@ -95,7 +95,7 @@ def sweep_svg(curves: Mapping[str, Mapping[str, Estimate]]) -> str:
             label, curve = list(curves.items())[index]
             scales, found = [float(scale) for scale in curve], [*curve.values()]
             values = [estimate.value for estimate in found]
-            # an interval around a mean of seeds need not hold its value; a bar cannot be shorter than nothing
+            # an interval around a mean of seeds may exclude its value; error bars cannot be negative
             below = [max(0.0, estimate.value - estimate.low) for estimate in found]
             above = [max(0.0, estimate.high - estimate.value) for estimate in found]
             axes.errorbar(scales, values, [below, above], color=_colour(0), linewidth=2, elinewidth=1, capsize=2)
@@ -110,7 +110,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
-    """Histogram of relative box areas on a log axis: all boxes, and those that the filter kept."""
+    """Plot a histogram of relative box areas on a log axis: all boxes, and those that the filter kept."""
     from matplotlib.ticker import FuncFormatter
 
     edges = np.geomspace(1e-4, 1, 33)
@@ -128,7 +128,7 @@ def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
 
 
 def classes_svg(classes: Sequence[tuple[str, int, int]]) -> str:
-    """Bars of the most frequent classes: (name, boxes read, boxes kept)."""
+    """Plot bars for the most frequent classes: (name, boxes read, boxes kept)."""
     names = [name for name, _, _ in classes][::-1]
     with _style() as plt:
         figure, axes = plt.subplots(figsize=(5.4, 0.6 + 0.26 * len(names)), layout="constrained")

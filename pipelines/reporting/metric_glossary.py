@@ -1,4 +1,4 @@
-"""How to read each metric, in words and as bars, for the report."""
+"""Explains each metric for the report, in words and as bars."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from pipelines.reporting.summary import estimate_text
 class Entry(NamedTuple):
     """A row of metric_glossary.yaml."""
 
-    metric: str  # a pattern of names; its group is the extractor
+    metric: str  # regular expression for names; its group is the extractor
     label: str
     unit: str
     text: str
@@ -29,10 +29,10 @@ def glossary() -> list[Entry]:
 
 @dataclass(frozen=True)
 class Bar:
-    """A number with its interval, and where they lie on a line: percentages of its length."""
+    """An estimate and its interval, positioned on a line in percent of its length."""
 
     label: str
-    index: int  # which variant, for its colour
+    index: int  # of the variant, for its colour
     text: str
     verdict: str
     low_pct: float
@@ -42,14 +42,14 @@ class Bar:
 
 
 def verdict(estimate: Estimate) -> str:
-    """What the interval says about 0."""
+    """Return how the interval relates to 0."""
     if estimate.low > 0:
         return "above 0"
     return "below 0" if estimate.high < 0 else "may be 0"
 
 
 def bars(estimates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
-    """Estimates on one common line that holds 0."""
+    """Position the estimates on one common line that includes 0."""
     ends = [0.0] + [end for _, estimate in estimates for end in (estimate.low, estimate.high, estimate.value)]
     margin = 0.06 * (max(ends) - min(ends)) or 1.0
     start, length = min(ends) - margin, max(ends) - min(ends) + 2 * margin
@@ -73,7 +73,7 @@ def bars(estimates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
 
 
 def how_to_read(metric: str) -> tuple[str, str, str, str]:
-    """Label, extractor ("" when there is none), unit and the sentence of a metric; a metric without one is a bug."""
+    """Return a metric's label, extractor (or ""), unit and explanation. Raises KeyError for an unknown metric."""
     for entry in glossary():
         if found := re.fullmatch(entry.metric, metric):
             return entry.label, "".join(group or "" for group in found.groups()), entry.unit, entry.text

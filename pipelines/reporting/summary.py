@@ -1,6 +1,6 @@
-"""summary: what `make repro` prints last. Where the report is, the headline numbers, how to open MLflow.
+"""summary: prints the headline numbers, the report's path and how to open MLflow, at the end of `make repro`.
 
-The report writes its numbers with the functions here. No torch: this runs after every `make repro`.
+The report formats its numbers with the functions here. Does not import torch, because it runs after every `make repro`.
 """
 
 import json
@@ -15,13 +15,13 @@ from pbe.evaluate.metrics.intervals import Estimate
 from pbe.places import repo_root, tracking_uri
 from pipelines.runtime.stage import StageError, output_folder
 
-LISTED = 8  # methods; the report has all of them
+LISTED = 8  # methods printed; the report has all
 Scope = tuple[str, str]  # hole kind, reference kind
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method of metrics.json: a variant, a baseline or somebody's results."""
+    """One method of metrics.json: a variant or a baseline, which may be someone else's results."""
 
     name: str
     protocol: dict[str, Any]
@@ -29,7 +29,7 @@ class Result:
 
 
 def main() -> None:
-    """Raises StageError when there is no metrics.json yet."""
+    """Print the summary. Raises StageError if there is no metrics.json yet."""
     params, root = load_params(), repo_root()
     extractor, scope = params.evaluate.extractors[0].kind, (params.edit.holes[0], "exemplar")
     results, _ = load_results(root, params)
@@ -55,14 +55,14 @@ def seen_in_training(params: Params) -> bool:
 
 
 def mlflow_command(uri: str) -> str:
-    """A command that works in any folder; a tracking server needs none, its pages are at its address."""
+    """Return the command that opens MLflow, from any folder; for a tracking server, it opens its address."""
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"
     return f"{shlex.quote(sys.executable)} -m mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
 
 
 def headline_metrics(extractor: str) -> dict[str, str]:
-    """The columns that a run is summed up by, by their names in metrics.json; not every method has all of them."""
+    """Map the headline metrics, as named in metrics.json, to their labels. Not every method has all of them."""
     return {
         {"inception": "fid", "clip": "clip_fid"}.get(extractor, f"frechet_{extractor}"): "Frechet",
         "qs": "QS",
@@ -76,7 +76,7 @@ def headline_metrics(extractor: str) -> dict[str, str]:
 
 
 def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[str, Any]]:
-    """Methods in the order of params.yaml, and the card of what all were computed with. Raises StageError."""
+    """Return the methods in the order of params.yaml, and the card of what all used. Raises StageError."""
     path = output_folder(root, "evaluate") / "metrics.json"
     raw = read_json(path, "evaluate")
     out = {}
@@ -95,12 +95,12 @@ def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[st
 
 
 def estimate_from(raw: dict[str, Any]) -> Estimate:
-    """Of its JSON, where it may stand with the extractor that gave it."""
+    """Build an Estimate from its JSON, which may also name the extractor."""
     return Estimate(**{key: value for key, value in raw.items() if key != "extractor"})
 
 
 def read_json(path: Path, target: str) -> Any:
-    """Raises StageError naming the DVC target that writes the file."""
+    """Read a JSON file. Raises StageError if it is missing, naming the DVC target that writes it."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -108,11 +108,11 @@ def read_json(path: Path, target: str) -> Any:
 
 
 def estimate_text(estimate: Estimate, *, signed: bool = False) -> str:
-    """value [low, high], all three with the digits that the largest of them needs."""
+    """Format as "value [low, high]", with as many digits as the largest of the three needs."""
     size = max(abs(estimate.value), abs(estimate.low), abs(estimate.high))
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
     form = f"{{:{'+' if signed else ''}.{digits}f}}"
-    # + 0.0 turns -0.0, which a small negative number rounds to, into 0.0
+    # adding 0.0 turns -0.0, from a rounded small negative number, into 0.0
     value, low, high = (
         form.format(round(number, digits) + 0.0) for number in (estimate.value, estimate.low, estimate.high)
     )

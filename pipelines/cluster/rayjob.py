@@ -1,4 +1,4 @@
-"""rayjob: one stage as a manifest for KubeRay, `python -m pipelines rayjob STAGE | kubectl apply -f -`.
+"""rayjob: prints a KubeRay manifest for one stage: `python -m pipelines rayjob STAGE | kubectl apply -f -`.
 
 For a cluster that exists only while a stage runs. The job's package goes to the storage, and infra/kuberay/rayjob.yaml,
 filled in, to standard output; edit images, pools and sizes in that file. When the job has finished, `dvc repro` fetches
@@ -16,7 +16,7 @@ from pipelines.cluster.working_dir import entrypoint, job_env, job_name, leave_m
 from pipelines.runtime.stage import Stage
 
 TEMPLATE = Path("infra") / "kuberay" / "rayjob.yaml"
-NAME_CHARS = 47  # KubeRay makes the names of services and pods from it
+NAME_CHARS = 47  # KubeRay derives service and pod names from it
 
 
 def main(stage: Stage) -> None:
@@ -38,7 +38,7 @@ def main(stage: Stage) -> None:
 
 
 def filled(manifest: dict[str, Any], stage: Stage, job_id: str) -> dict[str, Any]:
-    """The RayJob with this job's name, command and environment."""
+    """Return the RayJob with this job's name, command and environment."""
     runtime = {"working_dir": stage.store.full_uri(f"jobs/{job_id}/package.zip"), "env_vars": job_env(stage, job_id)}
     return {
         **manifest,
@@ -52,14 +52,14 @@ def filled(manifest: dict[str, Any], stage: Stage, job_id: str) -> dict[str, Any
 
 
 def kubernetes_name(job_id: str) -> str:
-    """Lower case, no underscore, short enough; the digest and the attempt at its end stay."""
+    """Return a valid Kubernetes name: lower case, no underscores, shortened before its final digest and attempt."""
     name = job_id.replace("_", "-").lower()
     tail = "-".join(name.split("-")[-2:])
     return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - len(tail) - 1].rstrip('-')}-{tail}"
 
 
 class _Plain(yaml.SafeDumper):
-    """Without anchors: what is shared in the template is written out."""
+    """YAML dumper without anchors: shared nodes are written out each time."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

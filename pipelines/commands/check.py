@@ -33,13 +33,13 @@ def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
     for path in place.rglob("*") if place.is_dir() else [place]:
         try:
             str(path).encode()
-        except UnicodeEncodeError:  # the bytes of another encoding
+        except UnicodeEncodeError:  # bytes in another encoding
             shown = os.fsencode(path).decode(errors="backslashreplace")
             raise SourceError(f"{key}: {shown}: the name is not UTF-8; rename the file") from None
         if not path.exists():
             raise SourceError(f"{key}: {path}: a broken link; remove it")
         if not os.access(path, os.R_OK):
-            raise SourceError(f"{key}: {path}: cannot be read: no permission")
+            raise SourceError(f"{key}: {path}: no permission to read it")
 
 
 def _remove_torn_lock(path: Path) -> None:
@@ -47,7 +47,7 @@ def _remove_torn_lock(path: Path) -> None:
     while _is_torn(path):
         if time.monotonic() > deadline:
             path.unlink(missing_ok=True)
-            print(f"pbe: removed {path}, which a killed DVC had left half written")
+            print(f"pbe: removed {path}, left half-written by a killed DVC")
             return
         time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""params [--diff PROFILE]: every setting as resolved, with its unit and source; or what differs from a profile."""
+"""params [--diff PROFILE]: prints each resolved setting with its unit and source, or differences from a profile."""
 
 import re
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from pbe.config import load_params, parse_params
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
 
-WIDTH = 44  # of a key and its value, before the comment
+WIDTH = 44  # column where comments start
 
 
 def main(diff: str | None = None) -> None:
-    """Raises ParamsError when params.yaml is wrong or the profile is unknown."""
+    """Print the settings. Raises ParamsError if params.yaml is invalid or the profile unknown."""
     here = {key: (value, default) for key, value, default in _settings(load_params(), "")}
     if diff is None:
         comments = _comments((repo_root() / "params.yaml").read_text())
@@ -37,7 +37,7 @@ def main(diff: str | None = None) -> None:
 
 
 def _settings(model: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, what it means, where the model says so) of every setting, in the models' order."""
+    """Yield (key, value, description, "" if it has none) for every setting, in the models' order."""
     for name, field in type(model).model_fields.items():
         key, value = prefix + name, getattr(model, name)
         if isinstance(value, BaseModel) and (not prefix or _describes(value)):
@@ -62,7 +62,7 @@ def _shown(value: Any) -> str:
 
 
 def _comments(text: str) -> dict[str, str]:
-    """Of each key of a YAML file in blocks: the comment behind it, or the lines of comment above it."""
+    """Map each key of a block-style YAML file to the comment after it or the comment lines above it."""
     out: dict[str, str] = {}
     path: list[tuple[int, str]] = []
     above: list[str] = []

@@ -21,12 +21,14 @@ from pbe.places import repo_root
 
 PLACEHOLDER = "@ROOT@"
 NULL = "tag:yaml.org,2002:null"
-REPLACED_WHOLE = ("variants", "baselines")  # a profile's rows are not added to those of its base
+REPLACED_WHOLE = ("variants", "baselines")  # a profile's entries replace those of its base
 
 
 def main(name: str, root: str) -> None:
-    """root: folder of the photos or weights; "" for profiles that need none. Raises ParamsError; params.yaml then
-    stays."""
+    """Write params.yaml. root: folder of photos or weights, "" if the profile needs none.
+
+    Raises ParamsError and leaves params.yaml unchanged if the result is invalid.
+    """
     home = repo_root()
     text = profile_text(home / "infra" / "profiles", name, root)
     params = parse_params(text, "params.yaml")
@@ -41,7 +43,7 @@ def main(name: str, root: str) -> None:
 
 
 def profile_text(folder: Path, name: str, root: str = "") -> str:
-    """The profile in full, with its placeholder replaced by the absolute `root`. Raises ParamsError."""
+    """Return the full profile, its placeholder replaced by the absolute `root`. Raises ParamsError."""
     text = full_text(folder, name)
     if PLACEHOLDER not in text:
         if root:
@@ -57,8 +59,10 @@ def profile_text(folder: Path, name: str, root: str = "") -> str:
 
 
 def full_text(folder: Path, name: str, *, above: tuple[str, ...] = ()) -> str:
-    """The profile laid over its bases, with @ROOT@ as it stands. above: profiles that are laid over it. Raises
-    ParamsError."""
+    """Merge the profile onto its bases, with @ROOT@ unchanged. above: profiles that use it as a base.
+
+    Raises ParamsError.
+    """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ParamsError(f"profile '{name}' is unknown; there are: {', '.join(known)}")
@@ -68,16 +72,16 @@ def full_text(folder: Path, name: str, *, above: tuple[str, ...] = ()) -> str:
         return text
     under = over.pop("base").removeprefix("base:").strip()
     if under in (name, *above):
-        raise ParamsError(f"infra/profiles/{name}.yaml: base: {under} is laid over itself")
+        raise ParamsError(f"infra/profiles/{name}.yaml: base: {under} is its own base")
     _, base = _blocks(full_text(folder, under, above=(name, *above)))
     if unknown := sorted(over.keys() - base.keys()):
-        raise ParamsError(f"infra/profiles/{name}.yaml: {unknown[0]}: no section of its base")
+        raise ParamsError(f"infra/profiles/{name}.yaml: {unknown[0]}: not a section of its base")
     merged = [_merged(key, block, over[key]) if key in over else block for key, block in base.items()]
     return "\n\n".join([head, *merged]) + "\n"
 
 
 def _blocks(text: str) -> tuple[str, dict[str, str]]:
-    """The file's head comment, and its top-level keys, each with the comment lines above it."""
+    """Split a profile into its head comment and one block per top-level key, with the comment lines above it."""
     head, *blocks = re.split(r"\n\s*\n", text.strip())
     return head, {re.findall(r"^(\w+):", block, re.MULTILINE)[0]: block for block in blocks}
 
@@ -98,7 +102,7 @@ def _merged(key: str, base: str, over: str) -> str:
 
 
 def _lay(over: CommentedMap, tree: CommentedMap) -> None:
-    """Set the keys of `over` in `tree`, with their comments. New keys follow the key that they follow in `over`."""
+    """Set the keys of `over` in `tree`, with their comments. A new key is placed after its predecessor in `over`."""
     before: Any = None
     for key, value in over.items():
         old = tree.get(key)

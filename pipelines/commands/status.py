@@ -35,7 +35,7 @@ def main() -> None:
                 lines = list(_lines(stage, title, variant, root, store))
             except (ValueError, TypeError, KeyError) as error:
                 where = output_folder(root, stage, variant)
-                lines = [f"unknown, a file in {where} or of its run is damaged: {type(error).__name__}: {error}"]
+                lines = [f"unknown: a file in {where} or of its run is damaged: {type(error).__name__}: {error}"]
             print(f"{title:{width}}  {lines[0]}")
             for line in lines[1:]:
                 print(f"{'':{width}}  {line}")
@@ -83,8 +83,8 @@ def _rejects(path: Path) -> str:
 
 
 def _parts(store: Store, plan: Plan) -> str:
-    """Empty when all are there."""
-    there = set(store.list_files(f"parts/{plan.kind}"))  # one listing: a question per part would be thousands
+    """Describe how many parts of a plan are stored; empty if all are."""
+    there = set(store.list_files(f"parts/{plan.kind}"))  # one listing instead of thousands of requests
     done = sum(f"{name}/record.json" in there for name in plan.units)
     return "" if done == plan.total else f"{done:,} of {plan.total:,} {plan.kind} parts"
 

@@ -40,7 +40,7 @@ def _style() -> Iterator[Any]:
 
 
 def _colour(index: int) -> str:
-    """Stands for the page's variable --v<index> until the SVG is written."""
+    """Return a placeholder for the page's variable --v<index>; `_svg` replaces it."""
     return f"#0400{index:02x}"
 
 
@@ -71,7 +71,7 @@ def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             axes.plot(steps[window - 1 :], mean, color=_colour(index), linewidth=2, label=name)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        narrow = high < 8 * low  # then 1, 2 and 5 of a decade are too few numbers
+        narrow = high < 8 * low  # labels at 1, 2 and 5 would be too few
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(
             FuncFormatter(lambda value, _: f"{value:g}" if narrow or f"{value:e}"[0] in "25" else "")
@@ -95,7 +95,7 @@ def sweep_svg(curves: Mapping[str, Mapping[str, Estimate]]) -> str:
             label, curve = list(curves.items())[index]
             scales, found = [float(scale) for scale in curve], [*curve.values()]
             values = [estimate.value for estimate in found]
-            # an interval around a mean of seeds need not hold its value; a bar cannot be shorter than nothing
+            # an interval around a mean of seeds may exclude its value; error bars cannot be negative
             below = [max(0.0, estimate.value - estimate.low) for estimate in found]
             above = [max(0.0, estimate.high - estimate.value) for estimate in found]
             axes.errorbar(scales, values, [below, above], color=_colour(0), linewidth=2, elinewidth=1, capsize=2)

@@ -1,6 +1,6 @@
-"""Every known difference from the paper or its official code that holds for given settings, for the report.
+"""Lists the known differences from the paper or its official code that apply to given settings, for the report.
 
-The differences are the rows of deviations.yaml; this module compares their settings and fills in their texts.
+Each is a row of deviations.yaml; this module compares its settings and fills in its text.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PAPER_PHOTOS = 1_900_000
 
 @dataclass(frozen=True)
 class Deviation:
-    """One way in which this run differs from the paper or its code. `variants`: "" when all do."""
+    """One difference of this run from the paper or its code. `variants`: those it applies to, "" for all."""
 
     topic: str
     here: str
@@ -51,7 +51,7 @@ def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
 
 
 def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]:
-    """What deviations.yaml may name: sections of params.yaml, `train` of one variant, and what follows from them."""
+    """Return the values that deviations.yaml may use: params.yaml, `train` of one variant, derived values."""
     edit, train = params.edit, params.train
     extractors = [extractor.kind for extractor in params.evaluate.extractors]
     default_is_plms = train.beta_schedule == "scaled_linear" and train.objective != "x0"

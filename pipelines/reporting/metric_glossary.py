@@ -1,4 +1,4 @@
-"""How to read each metric, in words and as bars, for the report."""
+"""Explains each metric for the report, in words and as bars."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from pipelines.reporting.summary import estimate_text
 class Entry(NamedTuple):
     """A row of metric_glossary.yaml."""
 
-    metric: str  # a pattern of names; its group is the extractor
+    metric: str  # regular expression for names; its group is the extractor
     label: str
     unit: str
     text: str
@@ -32,7 +32,7 @@ class Bar:
     """A number with its interval, and their positions on a line in percent of its length."""
 
     label: str
-    index: int  # which variant, for its colour
+    index: int  # of the variant, for its colour
     text: str
     verdict: str
     low_pct: float

@@ -1,6 +1,6 @@
 """summary: print where the report is, the headline numbers and the MLflow command; `make repro` ends with it.
 
-The report writes its numbers with the functions here. No torch: this runs after every `make repro`.
+The report formats its numbers with the functions here. Does not import torch, because it runs after every `make repro`.
 """
 
 import json
@@ -15,13 +15,13 @@ from pbe.evaluate.metrics.intervals import Estimate
 from pbe.places import repo_root, tracking_uri
 from pipelines.runtime.stage import StageError, output_folder
 
-LISTED = 8  # methods; the report has all of them
+LISTED = 8  # methods printed; the report has all
 Scope = tuple[str, str]  # hole kind, reference kind
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method of metrics.json: a variant, a baseline or somebody's results."""
+    """One method of metrics.json: a variant or a baseline, which may be someone else's results."""
 
     name: str
     protocol: dict[str, Any]
@@ -29,7 +29,7 @@ class Result:
 
 
 def main() -> None:
-    """Raises StageError when there is no metrics.json yet."""
+    """Print the summary. Raises StageError if there is no metrics.json yet."""
     params, root = load_params(), repo_root()
     extractor, scope = params.evaluate.extractors[0].kind, (params.edit.holes[0], "exemplar")
     results, _ = load_results(root, params)
@@ -100,7 +100,7 @@ def estimate_from(raw: dict[str, Any]) -> Estimate:
 
 
 def read_json(path: Path, target: str) -> Any:
-    """Raises StageError naming the DVC target that writes the file."""
+    """Read a JSON file. Raises StageError if it is missing, naming the DVC target that writes it."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def estimate_text(estimate: Estimate, *, signed: bool = False) -> str:
     size = max(abs(estimate.value), abs(estimate.low), abs(estimate.high))
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
     form = f"{{:{'+' if signed else ''}.{digits}f}}"
-    # + 0.0 turns -0.0, which a small negative number rounds to, into 0.0
+    # adding 0.0 turns -0.0, from a rounded small negative number, into 0.0
     value, low, high = (
         form.format(round(number, digits) + 0.0) for number in (estimate.value, estimate.low, estimate.high)
     )

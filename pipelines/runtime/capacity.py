@@ -1,7 +1,7 @@
-"""Check before work starts that the cluster can hold what a stage requests: Ray itself would wait forever.
+"""Checks, before work starts, that the cluster can hold what a stage requests; Ray itself would wait forever.
 
-Counts the nodes that exist, regardless of other users' work on them. Ray has no public API for what an autoscaler may
-add.
+The check counts existing nodes, regardless of other users' work on them. Ray has no public API for what an autoscaler
+may add.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from pbe.settings import ActorResources, TaskResources
 from pipelines.runtime.stage import StageError
 
 GIB = 1 << 30
-# Ray's own label for the pool that a node belongs to; KubeRay and `ray up` set it, `ray start` by hand does not
+# Ray's label for a node's pool; KubeRay and `ray up` set it, a manual `ray start` does not
 NODE_GROUP = "ray.io/node-group"
 
 Bundle = Mapping[str, float]  # Ray's resources by Ray's names: CPU, GPU, memory (bytes)
@@ -21,7 +21,7 @@ Bundle = Mapping[str, float]  # Ray's resources by Ray's names: CPU, GPU, memory
 
 @dataclass(frozen=True)
 class Demand:
-    """What a stage holds at once. `key` of params.yaml sets `each`, `count_key` the count; no count_key: one task."""
+    """What a stage needs at one time. params.yaml has `each` under `key`, the count under `count_key` (None: 1)."""
 
     each: TaskResources
     key: str
@@ -51,19 +51,19 @@ def refuse_unmet(stage: str, demand: Demand, *, beside: Bundle | None = None) ->
     asked = f"{demand.key}: {_described(each)}"
     if demand.count_key:
         asked = f"{demand.count_key}: {demand.count}, {asked}"
-    plus = f", and {_described(beside)} beside" if beside else ""
+    plus = f" plus {_described(beside)}" if beside else ""
     where = f"{len(nodes)} nodes with" if len(nodes) != 1 else "one node with"
     have = "; ".join(_described(node) for node in nodes)
     lower = f"{demand.count_key} or {demand.key}" if demand.count_key else demand.key
     unmet = f"{stage}: {asked}{plus} does not fit on {where} {have}"
     if not any(NODE_GROUP in node["Labels"] for node in alive):
         raise StageError(f"{unmet}; lower {lower}, or add nodes")
-    advice = f"if none of its pools is large enough, lower {lower}"
+    advice = f"if no pool is large enough, lower {lower}"
     print(f"{unmet}; waiting for the autoscaler to add nodes; {advice}", flush=True)
 
 
 def fits(each: Bundle, count: int, nodes: Sequence[Bundle], *, beside: Bundle | None = None) -> bool:
-    """Whether `count` equal bundles fit on the nodes together, each on one of them, and `beside` too."""
+    """Return whether `count` equal bundles and `beside` fit on the nodes together, each bundle on a single node."""
     if beside is None:
         return sum(_room(each, node, count) for node in nodes) >= count
     for index, node in enumerate(nodes):
@@ -75,7 +75,7 @@ def fits(each: Bundle, count: int, nodes: Sequence[Bundle], *, beside: Bundle | 
 
 
 def _room(bundle: Bundle, node: Bundle, most: int) -> int:
-    """How many of a bundle the node holds, `most` at most."""
+    """Return how many copies of the bundle the node holds, at most `most`."""
     return min([most, *(int((node.get(name, 0) + 1e-9) / amount) for name, amount in bundle.items())])
 
 

@@ -1,15 +1,15 @@
-"""The command that cures an error: pbe/store.py says which part or manifest is at fault, and knows no stages."""
+"""Adds the command that fixes an error: pbe/store.py names the part or manifest at fault but does not know stages."""
 
 from pathlib import Path
 
 from pbe.errors import UserError
 from pbe.store import ManifestError, PartError
 
-STAGE_OF_KIND = {"index": "ingest", "features": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else the kind
+STAGE_OF_KIND = {"index": "ingest", "features": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else: kind
 
 
 def with_cure(error: UserError) -> str:
-    """The error's message and, where there is one, the command to run."""
+    """Return the error's message and, if one helps, the command to run."""
     if isinstance(error, PartError):
         return f"{error}{';' if error.damage is None else ', then'} {made_again(error.kind)}"
     if isinstance(error, ManifestError):
@@ -21,11 +21,11 @@ def with_cure(error: UserError) -> str:
 
 
 def made_again(kind: str) -> str:
-    """How to get a part of `kind` back: DVC, which watches manifests, does not see that it is gone."""
+    """Return the advice for a missing part of `kind`: DVC tracks manifests and does not notice missing parts."""
     return f"`dvc repro -f -s {STAGE_OF_KIND.get(kind, kind)}` makes it again"
 
 
 def _stage_of(manifest: Path) -> str:
-    """As `dvc repro` names it: data/<stage>/ or data/<stage>/<variant>/."""
+    """Return the DVC target of a manifest in data/<stage>/ or data/<stage>/<variant>/."""
     folder = manifest.parent
     return folder.name if folder.parent.name in ("data", "") else f"{folder.parent.name}@{folder.name}"

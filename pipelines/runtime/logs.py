@@ -1,4 +1,4 @@
-"""One log file per stage: what it printed, here or as a job on a cluster, with a line at its beginning and its end."""
+"""Log files, one per run of a stage: its output, local or from a cluster job, and a last line on how it ended."""
 
 import io
 import sys
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 LOG_FOLDER = "logs"
-KEPT = 5  # runs of a stage; older ones are removed
+KEPT = 5  # logs per stage; older ones are removed
 
 
 @contextmanager
 def stage_log(home: Path, title: str) -> Iterator[Path]:
-    """While the block runs, both streams of this process also go to a file of <home>/logs/<title>, whose path is given.
+    """Copy stdout and stderr to a new file in <home>/logs/<title> while the block runs; yields its path.
 
-    A progress bar leaves its last state alone there. Ray's and C++'s own lines, which go past Python, are not in it.
+    Of a progress bar only the last state is logged. Output that bypasses Python (Ray, C++) is not.
     """
     folder = home / LOG_FOLDER / title.replace("@", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def stage_log(home: Path, title: str) -> Iterator[Path]:
 
 
 class _Tee(io.TextIOBase):
-    """A wrapper around a stream that also writes complete lines to a log."""
+    """Stream wrapper that also writes complete lines to a log."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self._stream, self._log, self._line = stream, log, ""

@@ -1,4 +1,4 @@
-"""Runs units of work through Ray Data: one row per unit, finished ones skipped, a progress bar over the rest."""
+"""Runs units of work through Ray Data, one row per unit; skips finished units and shows a progress bar."""
 
 import json
 import logging
@@ -29,12 +29,12 @@ from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.stage import Stage, StageError
 
-ANSWER_S = 10  # of a Ray head to a first connection
+ANSWER_S = 10  # a Ray head must accept a connection within this time
 
 
 @dataclass(frozen=True)
 class Unit:
-    """`label` says which part (s0003), `digest` what it is made from, `payload` what the task needs."""
+    """One unit of work. `label` names the part (s0003), `digest` identifies its inputs, `payload` goes to the task."""
 
     label: str
     digest: str
@@ -46,10 +46,9 @@ class Unit:
 
 
 def start_ray() -> None:
-    """Local Ray, or the cluster that a job runs on. Does nothing when Ray already runs in this process.
+    """Start a local Ray, or connect to the cluster that a job runs on. Does nothing if this process has started Ray.
 
-    A small machine offers at least four logical CPUs: with two, actors and read tasks wait for each other
-    forever (ray issue 44687).
+    A local Ray gets at least four logical CPUs: with two, actors and read tasks deadlock (ray issue 44687).
     """
     if ray.is_initialized():
         return
@@ -57,8 +56,8 @@ def start_ray() -> None:
     with _interrupts_wait():
         _init_ray()
     context = ray.data.DataContext.get_current()
-    # It holds tasks back for what their outputs may weigh, ours return one short line: of two tasks that fit, Ray 2.60
-    # ran 1.4 at a time, and always a single one first.
+    # The reservation delays tasks whose outputs may be large; ours return one short line. Of two tasks that fit, Ray
+    # 2.60 ran 1.4 at a time, and always a single one first.
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -67,9 +66,9 @@ def start_ray() -> None:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends: during Ray's start, one of Ray's own handlers may swallow it."""
+    """Delay Ctrl-C until the block ends: while Ray starts, one of its handlers may swallow the signal."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # in the background Ctrl-C is ignored, and stays so
+        yield  # a background process ignores Ctrl-C; leave that as it is
         return
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
@@ -92,12 +91,12 @@ def _init_ray() -> None:
             num_cpus=max(4, os.cpu_count() or 1),
             object_store_memory=1 << 30,
             include_dashboard=False,
-            # workers started in advance lack our runtime_env and are never used: 2 to 5 s of a small machine
+            # prestarted workers lack our runtime_env and are never used; they cost 2 to 5 s on a small machine
             _system_config={"prestart_worker_first_driver": False},
             logging_level="warning",
             configure_logging=True,
             log_to_driver=True,
-            # Ray 2.60 puts its interpreter into a shell line as it is, so a folder with a space needs quotes
+            # Ray 2.60 puts the interpreter path into a shell command unquoted, so a space in it needs quotes
             runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
         )
 
@@ -105,25 +104,25 @@ def _init_ray() -> None:
 def _refuse_no_cluster(address: str) -> None:
     """Raise StageError if the address is not a Ray head: Ray itself would retry for minutes, ignoring Ctrl-C.
 
-    It is host:port where a stage runs on the cluster itself: in a job, under Slurm, on a head node.
+    The address is host:port when a stage runs on the cluster itself: in a job, under Slurm, on a head node.
     """
     if address in ("auto", "local"):
         return
-    advice = "for a job on another machine's cluster name its dashboard, http://host:8265; without it Ray starts here"
+    advice = "to submit jobs to a cluster, set its dashboard, http://host:8265; without RAY_ADDRESS, Ray starts locally"
     try:
         where = urlsplit(f"//{address}")
         with socket.create_connection((where.hostname or "", where.port or 0), timeout=ANSWER_S):
             pass
     except (OSError, ValueError) as error:
         raise StageError(f"RAY_ADDRESS={address} is not a Ray head ({error}); {advice}") from None
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Ray asks no proxy
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Ray does not use proxies either
     try:
         direct.open(f"http://{address}/", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:
         pass
     except (OSError, HTTPException):
         return  # a Ray head speaks another protocol
-    raise StageError(f"RAY_ADDRESS={address} is a web server, perhaps the dashboard: write http://{address}; {advice}")
+    raise StageError(f"RAY_ADDRESS={address} is a web server, perhaps the dashboard: use http://{address}; {advice}")
 
 
 READ: Bundle = {"CPU": 1}  # the Ray Data task that feeds actors
@@ -139,12 +138,12 @@ def run_units(
     key: str,
     actors: int | None = None,
 ) -> list[Record]:
-    """Records of all units, in the order given; those that the store already has are not run again.
+    """Run the units that the store does not have yet; return the records of all units, in the order given.
 
-    kind: the folder of parts/ that they go to.
-    worker: makes the function that does one unit. It is called once per actor when `actors` is set (for models),
-    once per task otherwise. each: what Ray reserves for a task or an actor; `key` of params.yaml names its section.
-    A failing unit fails the stage; units that finished before it stay.
+    kind: folder of parts/ for the results.
+    worker: creates the function that runs one unit. Called once per actor if `actors` is set (for models), otherwise
+    once per task. each: what Ray reserves for a task or an actor; `key` is its section in params.yaml.
+    A failing unit fails the stage; units that finished before it stay stored.
     """
     records = {index: stage.store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
     pending = [index for index, record in records.items() if record is None]
@@ -173,14 +172,14 @@ def run_units(
 
 
 def torch_device(each: ActorResources) -> Any:
-    """The torch.device of the actor that asks. Raises StageError where Ray gave a GPU that torch does not see."""
+    """Return the calling actor's torch.device. Raises StageError if torch does not see the GPU that Ray assigned."""
     import torch
 
     if not each.gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise StageError(
-            f"Ray gave out a GPU of node {ray.util.get_node_ip_address()}, where torch {torch.__version__} sees none; "
+            f"Ray assigned a GPU of node {ray.util.get_node_ip_address()}, where torch {torch.__version__} sees none; "
             "install a CUDA build that fits its driver (`pbe doctor --gpu` there), or set gpus: 0 in params.yaml"
         )
     return torch.device("cuda")
@@ -200,7 +199,7 @@ def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Re
         def __init__(self) -> None:
             try:
                 self._work, self._error = worker(), ""
-            except UserError as error:  # raised here, Ray would start the actor again and again
+            except UserError as error:  # if raised here, Ray would restart the actor forever
                 self._error = with_cure(error)
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Re
 
 
 def _result(make: Callable[[], Callable[[Unit], Record]], units: Sequence[Unit], index: int) -> dict[str, Any]:
-    """The record as JSON, or the message of a user error: as an exception Ray Data would lose its type."""
+    """Return the record as JSON, or the message of a user error: Ray Data would lose the type of an exception."""
     try:
         return {"id": index, "record": json.dumps(asdict(make()(units[index]))), "error": ""}
     except UserError as error:

@@ -19,11 +19,11 @@ JOB_VARIABLE = "PBE_JOB"  # set inside a Ray job: its id
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: the folder of parts/ that the units go to, or "run". units: their names; of a run its own alone."""
+    """The plan of a running stage. kind: folder of parts/, or "run". units: names of the units, or of the one run."""
 
     kind: str
     units: tuple[str, ...]
-    total: int  # of units, or training steps
+    total: int  # units, or training steps
     began: float  # seconds since 1970
     where: str  # host and process, or the job
 

@@ -14,9 +14,9 @@ from pbe.store import Store, write_json
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
 STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
-# run on the cluster when RAY_ADDRESS names one; the others are light and stay where dvc.lock is
+# run on the cluster if RAY_ADDRESS names one; the others are light and run where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
-# modules with their own VERSION whose parts the stage makes too
+# modules with their own VERSION whose parts the stage also makes
 MAKES_PARTS_OF = {"evaluate": ("features",), "sweep": ("edit", "features")}
 
 
@@ -43,11 +43,11 @@ class Stage:
 
     @property
     def outputs(self) -> Path:
-        """Folder of the small files that DVC tracks: manifest.json, counts.json, metrics.json."""
+        """Folder of the small output files that DVC tracks: manifest.json, counts.json, metrics.json."""
         return output_folder(self.root, self.name, self.variant)
 
     def input(self, stage: str) -> Path:
-        """Path of another stage's manifest (of the same variant)."""
+        """Return the path of another stage's manifest (for the same variant)."""
         return output_folder(self.root, stage, self.variant if stage in VARIANT_STAGES else None) / "manifest.json"
 
 

@@ -93,7 +93,7 @@ def test_actors_leave_room_for_what_feeds_them(monkeypatch: pytest.MonkeyPatch) 
     two = Demand(ActorResources(cpus=1, gpus=0, memory_gib=0), "edit.per_actor", 2, "edit.actors")
     a_cluster(monkeypatch, {"CPU": 2})
     refuse_unmet("edit", two)
-    with pytest.raises(StageError, match="and 1 CPUs beside does not fit on one node with 2 CPUs"):
+    with pytest.raises(StageError, match="plus 1 CPUs does not fit on one node with 2 CPUs"):
         refuse_unmet("edit", two, beside={"CPU": 1})
 
 

@@ -84,7 +84,7 @@ def test_an_address_that_is_no_ray_head_is_refused_before_ray_tries_for_minutes(
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
         threading.Thread(target=dashboard.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{dashboard.server_port}"
-        with pytest.raises(StageError, match=rf"is a web server, perhaps the dashboard: write http://{address};"):
+        with pytest.raises(StageError, match=rf"is a web server, perhaps the dashboard: use http://{address};"):
             _refuse_no_cluster(address)
         dashboard.shutdown()
 

@@ -191,9 +191,9 @@ def test_root_becomes_absolute_whatever_its_name(checkout: Path, monkeypatch: py
         ("coco", "/nowhere/at/all", "is not a folder"),
         ("sample", "/", "takes no ROOT"),
         ("batch", "", r"params\.yaml: train: streams 2 must divide batch 7"),
-        ("typo", "", r"infra/profiles/typo\.yaml: trian: no section of its base"),
+        ("typo", "", r"infra/profiles/typo\.yaml: trian: not a section of its base"),
         ("lost", "", r"profile 'nowhere' is unknown"),
-        ("circle", "", r"infra/profiles/circle\.yaml: base: circle is laid over itself"),
+        ("circle", "", r"infra/profiles/circle\.yaml: base: circle is its own base"),
     ],
 )
 def test_a_mistake_is_named_and_changes_nothing(name: str, root: str, message: str, checkout: Path) -> None:

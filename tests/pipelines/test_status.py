@@ -26,8 +26,8 @@ def test_a_damaged_file_costs_its_stage_alone(root: Path, manifest: str, capsys:
         (root / "data" / name).write_text(text)
     status.main()
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "unknown, a file in" in lines["train@full"] and str(root / "data" / "train" / "full") in lines["train@full"]
-    assert "unknown, a file in" in lines["filter"]
+    assert "unknown: a file in" in lines["train@full"] and str(root / "data" / "train" / "full") in lines["train@full"]
+    assert "unknown: a file in" in lines["filter"]
     assert "no results here yet" in lines["ingest"]
 
 

@@ -1,14 +1,14 @@
-"""How well an affine copy of the reference explains the fill: the trivial solution that the paper fights.
+"""Measures how well an affine copy of the reference explains the fill: the trivial solution that the paper avoids.
 
-Source of the question: the paper, section 3.2 (a model trained on patches of its own photo learns to paste them).
-Neither the paper nor upstream measures it; this measure is ours. The alignment is the enhanced correlation
-coefficient of Evangelidis and Psarakis 2008, as in OpenCV.
+The paper, section 3.2, describes it: a model trained on patches of its own photo learns to paste them. Neither the paper
+nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis and
+Psarakis 2008, as in OpenCV.
 
 Measured on crops of coco256 (boxes as references, photos of 40, 64, 256 and 512 px with box and ellipse holes; 60, 60,
-40 and 20 items a row; medians at 64 px with the 10 % quantile for copies and the 90 % quantile and the largest for
-the rest; AUC of the row against the first three rows that are no copies, the lowest of the four sizes):
+40 and 20 items per row). Medians at 64 px, with the 10 % quantile for copies, and the 90 % quantile and maximum for the
+rest. AUC: the row against the first three non-copy rows, the lowest of the four sizes.
 
-    copies                           median   10 %     AUC    no copies                        median   90 %    max
+    copies                           median   10 %     AUC    not copies                       median   90 %    max
     pasted, or mirrored                0.99   0.97   1.000    another place of its photo         0.05   0.13   0.28
     turned 10 to 20 degrees            0.90   0.82   1.000    another box of the class           0.06   0.15   0.35
     scaled 1.3                         0.86   0.75   1.000    another box                        0.04   0.12   0.22
@@ -19,12 +19,12 @@ the rest; AUC of the row against the first three rows that are no copies, the lo
     JPEG quality 50                    0.88   0.78   1.000    reference reduced to 3 x 3 px      0.15   0.25   0.56
     mirrored, turned, scaled, shifted  0.84   0.57   0.980    Poisson-blended reference          0.86   0.75 (10 %)
 
-About 20 ms at any size. How far a copy may be from the grid's centre (64 px, median): turned 30 degrees 0.87, 40
-degrees 0.26; shifted 0.1 of its side 0.92, 0.2: 0.23; scaled 1.6: 0.83, 2.0: 0.57. Upside down: 0.08, like no copy.
+Takes about 20 ms at any size. Limits of the search (64 px, median): rotated by 30 degrees 0.87, 40 degrees 0.26; shifted
+by 0.1 of its side 0.92, 0.2: 0.23; scaled by 1.6: 0.83, 2.0: 0.57; upside down 0.08, like a non-copy.
 
 Copies of textureless references (sky) are detected less reliably, above all after JPEG.
 A reference cut from the edited photo itself resembles the true content: there a perfect restoration scores as a copy.
-Read this number on foreign references.
+Judge by foreign references.
 """
 
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ import numpy as np
 
 from pbe.evaluate.metrics.similarity import hole_region
 
-# Longer side at which fill and reference are compared, at most: a copy shows at these, and 512 px cost no more than 64.
+# Maximum longer side for the comparison: enough to detect copies, and 512 px then cost no more than 64.
 FINE_PX, COARSE_PX = 64, 32
-# The grid of starts, on the coarse level; ECC finds the rest of the way for the best of them.
+# Grid of starting points on the coarse level; ECC refines the best of them.
 _SCALES = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6)
 _TURNS_DEG = (-16.0, -8.0, 0.0, 8.0, 16.0)
 _REFINED_STARTS = 3

@@ -1,11 +1,11 @@
-"""Uncertainty of a reported number: bootstrap for means, delete-d jackknife for everything else.
+"""Intervals for reported numbers: bootstrap for means, delete-d jackknife for other statistics.
 
 Sources: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Davison and Hinkley 1997, section 3.8
 (whole clusters); Shao and Wu 1989 (delete-d jackknife).
 
-A bootstrap sample repeats rows, which shrinks a covariance's support: on a Frechet distance its interval lies
-beside the point estimate (in one trial: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without
-replacement repeat nothing, and their spread around their own mean is free of the bias that fewer rows bring.
+A bootstrap sample repeats rows, which shrinks a covariance's support, so that for a Frechet distance the interval misses
+the point estimate (in one trial: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without replacement have no repeats,
+and their spread around their own mean is free of the bias of fewer rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from statistics import NormalDist
 import numpy as np
 from scipy.stats import t as student
 
-MIN_GROUPS = 4  # photos, or items, below which a delete-half jackknife says nothing
+MIN_GROUPS = 4  # photos or items; with fewer a delete-half jackknife is meaningless
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval: what was resampled, and how, is in `method`.
+    """A number with its interval. `method` names what was resampled, and how.
 
-    n: items behind the value; clusters: units that were resampled (n when items are).
+    n: number of items; clusters: number of resampled units (n if items are resampled).
     """
 
     value: float
@@ -36,13 +36,13 @@ class Estimate:
 def bootstrap_mean(
     values: np.ndarray, *, groups: Sequence[str] | None, resamples: int, seed: int, level: float = 0.95
 ) -> Estimate:
-    """The mean of values (N,) with a percentile bootstrap interval.
+    """Return the mean of values (N,) with a percentile bootstrap interval.
 
-    groups: the photo of each item; whole photos are then resampled, since items of one photo err together. A
-    resample's mean is the ratio sum of values / number of items over the photos drawn, so a crowded photo
-    keeps its weight. With few photos it is too narrow (simulated: at level 0.95 it covers about 86 % with 8
-    photos, 91 % with 20, 94 % with 40). It covers the items, not the training seed.
-    Raises ValueError for fewer than 2 clusters, values that are not finite, or groups of another length.
+    groups: the photo of each item; whole photos are then resampled, since the errors of one photo's items are
+    correlated. A resample's mean is the ratio sum of values / number of items over the photos drawn, so a photo with
+    many items keeps its weight. With few photos the interval is too narrow (simulated: at level 0.95 it covers about
+    86 % with 8 photos, 91 % with 20, 94 % with 40). It covers the choice of items, not the training seed.
+    Raises ValueError for fewer than 2 clusters, non-finite values, or groups of the wrong length.
     """
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError("values must be (N,) and finite")
@@ -85,19 +85,19 @@ def jackknife(
     seed: int,
     level: float = 0.95,
 ) -> Estimate:
-    """statistic(all n rows) with a delete-d jackknife interval, for statistics that are not means.
+    """Return statistic(all n rows) with a delete-d jackknife interval, for statistics other than means.
 
-    statistic: maps int64 row indices (sorted, no repeats) to a number; it is called resamples + 1 times. groups: the
-    photo of each row; whole photos are then left out, since items of one photo err together.
+    statistic: maps int64 row indices (sorted, no repeats) to a number; called resamples + 1 times. groups: the photo of
+    each row; whole photos are then left out, since the errors of one photo's items are correlated.
 
     With theta_s the statistic on all but d of the G groups (of the rows, without groups), drawn without replacement,
     d = G // 2: se^2 = (G - d) / d * mean_s (theta_s - mean theta_s)^2, interval = value -+ z se.
-    Half, because small d makes the spread noisy and, below sqrt(n), inconsistent for such statistics.
+    d is half because a small d makes the spread noisy and, below sqrt(n), inconsistent for such statistics.
     Simulated on Frechet distances (n, dimensions): the true sd 0.027 (350, 64), 0.075 (111, 256), 0.070 (100,
-    1280) comes out as 0.026, 0.075, 0.069 with n // 2 and as 0.031, 0.070, 0.055 with n // 10.
-    The interval is about the expectation at this n: it does not remove the bias that a Frechet distance has
-    at any finite n, and it is not clipped at 0. Rows outside `statistic` (the real photos) count as fixed.
-    Raises ValueError for fewer than MIN_GROUPS groups or groups of another length.
+    1280) is estimated as 0.026, 0.075, 0.069 with n // 2 and as 0.031, 0.070, 0.055 with n // 10.
+    The interval is for the expectation at this n: it does not remove a Frechet distance's bias at finite n, and it is
+    not clipped at 0. Data held by `statistic` (the real photos) counts as fixed.
+    Raises ValueError for fewer than MIN_GROUPS groups or groups of the wrong length.
     """
     names = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(names) != n:
@@ -130,12 +130,12 @@ def jackknife(
 
 
 def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
-    """One estimate of several, which differ by the seed of the edits' noise and share their items.
+    """Combine estimates of the same items that differ in the seed of the edits' noise.
 
-    Value: the mean. Variance: that of the items, the mean of theirs, which more seeds do not shrink; and that of the
-    seeds, their sample variance over S. With few seeds the quantile is Student's, by Welch and Satterthwaite's degrees
-    of freedom, taking the items' part as known. One estimate comes back as it is. Raises ValueError for none, or for
-    estimates of different items.
+    The value is the mean. The variance is the sum of two parts: the mean of the estimates' own variances (the items),
+    which more seeds do not shrink, and the sample variance of their S values over S (the seeds). The quantile is
+    Student's with Welch-Satterthwaite degrees of freedom, taking the items' part as known. A single estimate is returned
+    unchanged. Raises ValueError for none, or for estimates of different items.
     """
     if not estimates:
         raise ValueError("no estimates to combine")

@@ -1,7 +1,7 @@
 """Measures how well an affine copy of the reference explains the fill: the trivial solution that the paper avoids.
 
-The paper, section 3.2, describes it: a model trained on patches of its own photo learns to paste them. Neither the paper
-nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis and
+The paper, section 3.2, describes it: a model trained on patches of its own photo learns to paste them. Neither the
+paper nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis and
 Psarakis 2008, as in OpenCV.
 
 Measured on crops of coco256 (boxes as references, photos of 40, 64, 256 and 512 px with box and ellipse holes; 60, 60,
@@ -19,8 +19,8 @@ rest. AUC: the row against the first three non-copy rows, the lowest of the four
     JPEG quality 50                    0.88   0.78   1.000    reference reduced to 3 x 3 px      0.15   0.25   0.56
     mirrored, turned, scaled, shifted  0.84   0.57   0.980    Poisson-blended reference          0.86   0.75 (10 %)
 
-Takes about 20 ms at any size. Limits of the search (64 px, median): rotated by 30 degrees 0.87, 40 degrees 0.26; shifted
-by 0.1 of its side 0.92, 0.2: 0.23; scaled by 1.6: 0.83, 2.0: 0.57; upside down 0.08, like a non-copy.
+Takes about 20 ms at any size. Limits of the search (64 px, median): rotated by 30 degrees 0.87, 40 degrees 0.26;
+shifted by 0.1 of its side 0.92, 0.2: 0.23; scaled by 1.6: 0.83, 2.0: 0.57; upside down 0.08, like a non-copy.
 
 Copies of textureless references (sky) are detected less reliably, above all after JPEG.
 A reference cut from the edited photo itself resembles the true content: there a perfect restoration scores as a copy.

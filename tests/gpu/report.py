@@ -1,4 +1,4 @@
-"""The results as JSON and as a Markdown page; written after every row, so that an interrupted run keeps its results."""
+"""Writes the results as JSON and as a Markdown page, after every row, so that an interrupted run keeps its results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,29 +8,30 @@ from typing import Any
 HEADINGS = {
     "card": "The device",
     "ladder": "The ladder",
-    "peers": "Beside other loops, in turns",
+    "peers": "Compared with other training loops, in turns",
     "stops": "Where the CPU waits for the device",
     "encode": "Encode",
     "edit": "Edit",
-    "parity": "The same training on both devices",
+    "parity": "The same training on CPU and GPU",
     "doctor": "`pbe doctor`",
     "compile": "With torch.compile",
 }
 ABOUT = {
-    "parity": "30 steps of a tiny network: the largest relative difference of a loss from the processor's float32 "
-    "curve, and the bound that was set beforehand.",
-    "ladder": "Each setting on top of what was fastest so far. `of_bf16_peak`: three forward passes' operations over "
-    "the data sheet's dense bfloat16 rate, or over the product measured above where the card is not listed; recomputed "
-    "activations do not count. `predicted_gib`: infra/cost.py --memory, which does not count attention that is written "
-    "out. `data_frac`: share of a step in which the device waits for rows; wanted is below 0.01 at the fastest rung.",
-    "peers": "`bare`: the same network and optimizer in a plain torch loop on tensors that are on the device; wanted "
-    "is ours_over_theirs >= 0.98. `official`: written as upstream's loop runs, encoders in every step.",
-    "stops": "Of one optimizer step with four micro-batches, and of one sampling step.",
-    "encode": "A row is a photo, two masked photos and all its references.",
-    "edit": "At the model's own size, PNDM, guidance scale 5, by the upstream protocol.",
-    "compile": "`start_s`: to the end of the first window of steps, or of the first edit of three steps.",
+    "parity": "30 steps of a tiny network: the largest relative difference of the loss from the float32 curve on the "
+    "CPU, and the bound that was fixed beforehand.",
+    "ladder": "Each setting is added to the fastest so far. `of_bf16_peak`: the operations of three forward passes as "
+    "a fraction of the data sheet's dense bfloat16 rate, or, for a card not listed, of the matrix product's rate "
+    "above; recomputed activations do not count. `predicted_gib`: infra/cost.py --memory, which does not cover "
+    "attention without sdpa. `data_frac`: fraction of a step in which the device waits for rows; target: below 0.01 "
+    "for the fastest setting.",
+    "peers": "`bare`: the same network and optimizer in a plain torch loop on tensors already on the device; target: "
+    "ours_over_theirs >= 0.98. `official`: a loop like upstream's, with the encoders in every step.",
+    "stops": "Synchronization points of one optimizer step with four micro-batches, and of one sampling step.",
+    "encode": "A row is a photo, two masked photos and all their references.",
+    "edit": "At the model's native size: PNDM, guidance scale 5, upstream protocol.",
+    "compile": "`start_s`: time to the end of the first window of steps, or of the first edit with three steps.",
 }
-HIDDEN = ("settings", "places")  # in the JSON alone
+HIDDEN = ("settings", "places")  # only in the JSON
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -42,9 +43,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 def page(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     title = (
-        "# On a GPU" if machine.get("device") == "cuda" else "# Rehearsal on a processor, tiny sizes: no GPU was used"
+        "# On a GPU" if machine.get("device") == "cuda" else "# Rehearsal on a CPU with tiny sizes: no GPU was used"
     )
-    lines = [title, "", "Written by `make gpu` (tests/gpu). Each number was measured by that run.", ""]
+    lines = [title, "", "Written by `make gpu` (tests/gpu), which measured every number.", ""]
     lines += [f"- {key}: {_text(key, value)}" for key, value in machine.items()]
     lines += [f"- took: {results['seconds']:.0f} s"]
     for name, rows in results["parts"].items():
@@ -59,11 +60,11 @@ def page(results: Mapping[str, Any]) -> str:
     rungs = [row for part in ("ladder", "compile") for row in results["parts"].get(part, []) if "settings" in row]
     if rungs:
         fastest = max(rungs, key=lambda row: row["rows_per_s"])
-        lines += ["", "## The fastest settings of one GPU", "", f"{fastest['rows_per_s']:.1f} rows/s, `train:`", ""]
+        lines += ["", "## The fastest settings on one GPU", "", f"{fastest['rows_per_s']:.1f} rows/s, `train:`", ""]
         lines += [f"    {key}: {_setting(value)}" for key, value in fastest["settings"].items()]
-        lines += ["", "## Into the cost model", "", f"    {cost_command(results, fastest)}"]
+        lines += ["", "## Command for the cost model", "", f"    {cost_command(results, fastest)}"]
     problems = [*failures(results), *missed(results)]
-    lines += ["", "## Failed or missed", "", *([f"- {problem}" for problem in problems] or ["Nothing."])]
+    lines += ["", "## Failures and missed targets", "", *([f"- {problem}" for problem in problems] or ["Nothing."])]
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +88,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def cost_command(results: Mapping[str, Any], fastest: Mapping[str, Any]) -> str:
-    """The infra/cost.py command with the step of the fastest rung, and encode and edit times if they were measured."""
+    """Return the infra/cost.py command for the fastest step, with encode and edit times if they were measured."""
     settings = fastest["settings"]
     rows = settings["micro_batch"] * settings["accumulation"]
     options = {"step-s": rows / fastest["rows_per_s"], "step-rows": rows}
@@ -106,22 +107,22 @@ def _setting(value: Any) -> str:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """Rows that did not finish or broke a parity bound; with any, the program exits with 1."""
+    """List the rows that failed or exceeded a parity bound; if there are any, the program exits with 1."""
     rows = [(part, row) for part, found in results["parts"].items() for row in found]
     return [
-        f"{part}, {row['case']}: {row.get('failed') or 'beyond its bound'}"
+        f"{part}, {row['case']}: {row.get('failed') or 'outside its bound'}"
         for part, row in rows
         if row.get("failed") or row.get("missed")
     ]
 
 
 def missed(results: Mapping[str, Any]) -> list[str]:
-    """The targets for a GPU that the results miss."""
+    """List the GPU targets that the results miss."""
     if results["machine"].get("device") != "cuda":
         return []
     parts = results["parts"]
     out = [
-        f"{part}, {row['case']}: ours_over_theirs {row['ours_over_theirs']:.3f}, wanted 0.98"
+        f"{part}, {row['case']}: ours_over_theirs {row['ours_over_theirs']:.3f}, target 0.98"
         for part in ("peers", "compile")
         for row in parts.get(part, [])
         if row["case"] == "bare" and row.get("ours_over_theirs", 1) < 0.98
@@ -130,5 +131,5 @@ def missed(results: Mapping[str, Any]) -> list[str]:
     if rungs:
         fastest = max(rungs, key=lambda row: row["rows_per_s"])
         if fastest["data_frac"] >= 0.01:
-            out.append(f"ladder, {fastest['case']}: data_frac {fastest['data_frac']:.3f}, wanted below 0.01")
+            out.append(f"ladder, {fastest['case']}: data_frac {fastest['data_frac']:.3f}, target below 0.01")
     return out

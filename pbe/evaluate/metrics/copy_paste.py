@@ -1,8 +1,8 @@
 """Measures how well an affine copy of the reference explains the fill: the trivial solution that the paper avoids.
 
 The paper, section 3.2, describes it: a model trained on patches of its own photo learns to paste them. Neither the
-paper nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis and
-Psarakis 2008, as in OpenCV.
+paper nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis
+and Psarakis 2008, as in OpenCV.
 
 Measured on crops of coco256 (boxes as references, photos of 40, 64, 256 and 512 px with box and ellipse holes; 60, 60,
 40 and 20 items per row). Medians at 64 px, with the 10 % quantile for copies, and the 90 % quantile and maximum for the

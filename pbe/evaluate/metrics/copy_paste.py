@@ -1,6 +1,6 @@
 """Measures how well an affine copy of the reference explains the fill: the trivial solution that the paper avoids.
 
-The paper, section 3.2, describes it: a model trained on patches of its own photo learns to paste them. Neither the
+The paper describes it in section 3.2: a model trained on patches of its own photo learns to paste them. Neither the
 paper nor upstream measures it; this metric is ours. It aligns with the enhanced correlation coefficient of Evangelidis
 and Psarakis 2008, as in OpenCV.
 
@@ -19,12 +19,12 @@ rest. AUC: the row against the first three non-copy rows, the lowest of the four
     JPEG quality 50                    0.88   0.78   1.000    reference reduced to 3 x 3 px      0.15   0.25   0.56
     mirrored, turned, scaled, shifted  0.84   0.57   0.980    Poisson-blended reference          0.86   0.75 (10 %)
 
-Takes about 20 ms at any size. Limits of the search (64 px, median): rotated by 30 degrees 0.87, 40 degrees 0.26;
-shifted by 0.1 of its side 0.92, 0.2: 0.23; scaled by 1.6: 0.83, 2.0: 0.57; upside down 0.08, like a non-copy.
+Takes about 20 ms at any size. Limits of the search (64 px, median): rotated by 30 degrees 0.87, by 40 degrees 0.26;
+shifted by 0.1 of its side 0.92, by 0.2: 0.23; scaled by 1.6: 0.83, by 2.0: 0.57; upside down 0.08, like a non-copy.
 
 Copies of textureless references (sky) are detected less reliably, above all after JPEG.
 A reference cut from the edited photo itself resembles the true content: there a perfect restoration scores as a copy.
-Judge by foreign references.
+Report this metric for foreign references.
 """
 
 from collections.abc import Iterator
@@ -42,17 +42,17 @@ _SCALES = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6)
 _TURNS_DEG = (-16.0, -8.0, 0.0, 8.0, 16.0)
 _REFINED_STARTS = 3
 _ECC_STEPS, _ECC_GAIN, _ECC_BLUR_PX = 40, 1e-4, 3
-# Beyond these the "copy" is a stretched detail, which explains anything smooth.
+# Beyond this range the "copy" is a stretched detail, which explains anything smooth.
 _SINGULAR_VALUES = (0.4, 2.5)
-# Both pictures lose what is coarser than this part of the region's side: two smooth pictures nearly always match.
+# Structure coarser than this fraction of the region's side is removed: two smooth pictures nearly always match.
 _DETAIL_SIGMA = 0.12
-_NOISE_LEVELS = 2.0  # of 255: less detail than this is rounding and JPEG
+_NOISE_LEVELS = 2.0  # of 255: weaker detail is rounding and JPEG noise
 _MIN_OVERLAP = 0.5
-_MIN_PIXELS = 12  # twice what an affine map has numbers
+_MIN_PIXELS = 12  # twice the parameters of an affine map
 
 
 def copy_paste_score(edit: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> float:
-    """0..1: the part of the fill's detail that an affine copy of the reference explains; about 1 for a copy.
+    """Return the fraction (0..1) of the fill's detail that an affine copy of the reference explains; about 1 for a copy.
 
     edit (S, T, 3) uint8 RGB with the fill in the hole; hole_mask (S, T), non-zero there; reference (h, w, 3) uint8 RGB
     of any size. With f and c the fill and the copy over the hole's pixels that the copy covers, each minus its own
@@ -62,11 +62,11 @@ def copy_paste_score(edit: np.ndarray, hole_mask: np.ndarray, reference: np.ndar
 
     with s = 2 levels: the squared zero-normalised correlation, or R^2 under one gain, where colour shifts cost nothing
     as offsets and little as gains. s lets a fill without detail score 0 instead of the chance correlation of its
-    noise. The copy is the best of a grid of flips, scales and turns about the centre, both squeezed to the hole's
-    box and in the reference's own shape, then refined by ECC with all six numbers; a start that ECC cannot improve (it
-    raises where the two do not correlate) counts as it stands. A best of many is above 0 by chance: compare with the
+    noise. The copy is the best of a grid of flips, scales and rotations about the centre, both squeezed to the hole's
+    box and in the reference's own shape, then refined by ECC in all six parameters; a start that ECC cannot improve (it
+    raises where the two do not correlate) counts unrefined. The maximum of many is above 0 by chance: compare with the
     values of unrelated photos in the table above. A hole of fewer than 12 pixels scores 0.
-    Deterministic. Raises ValueError for an empty hole, one of another size, and other shapes or dtypes.
+    Deterministic. Raises ValueError for an empty hole, a hole of another size, and other shapes or dtypes.
     """
     for name, image in (("edit", edit), ("reference", reference)):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -86,7 +86,7 @@ def copy_paste_score(edit: np.ndarray, hole_mask: np.ndarray, reference: np.ndar
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """One resolution, in one fit. fill (h, w, 3) and reference (r, c, 3) float32 in 0..255; hole (h, w) bool.
+    """One resolution and fit. fill (h, w, 3) and reference (r, c, 3) float32 in 0..255; hole (h, w) bool.
 
     A warp is (2, 3) float32: from pixel centres (x, y) of the fill to those of the reference.
     """
@@ -112,7 +112,7 @@ class _Level:
         return float(explained * np.sqrt(part))
 
     def refined(self, warp: np.ndarray) -> np.ndarray:
-        """The warp after ECC; as it was where ECC raises, or leaves the range of plausible copies."""
+        """Return the warp after ECC, or unchanged if ECC raises or leaves the range of plausible copies."""
         fill = _detail(self.fill, self.hole).mean(2)
         reference = _detail(self.reference, np.ones(self.reference.shape[:2], bool)).mean(2)
         stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ECC_STEPS, _ECC_GAIN)
@@ -129,7 +129,7 @@ class _Level:
 
 
 def _fits(region: tuple[int, ...], reference: tuple[int, ...]) -> list[tuple[float, float]]:
-    """Heights and widths of the reference, in those of the region: squeezed to the region's box, and, in its own
+    """Return heights and widths of the reference relative to the region: squeezed to the region's box, and in its own
     shape, large enough to cover it.
     """
     cover = max(region[0] / reference[0], region[1] / reference[1])
@@ -140,11 +140,11 @@ def _fits(region: tuple[int, ...], reference: tuple[int, ...]) -> list[tuple[flo
 def _level(
     fill: np.ndarray, hole: np.ndarray, reference: np.ndarray, fit: tuple[float, float], longer_side_px: int
 ) -> _Level:
-    """The region at no more than longer_side_px, never enlarged, and the reference at `fit` times its size."""
+    """Resize the region to at most longer_side_px, never enlarging it, and the reference to `fit` times its size."""
     shrink = min(1.0, longer_side_px / max(hole.shape))
     height, width = (max(1, round(side * shrink)) for side in hole.shape)
     part = _resized(hole.astype(np.float32), height, width)
-    # Bounds the time for a reference that is far longer than the region.
+    # Limits the time for a reference far longer than the region.
     rows, columns = (max(1, round(side * min(times, 8.0))) for side, times in zip((height, width), fit, strict=True))
     return _Level(
         fill=_resized(fill.astype(np.float32), height, width),
@@ -154,13 +154,13 @@ def _level(
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Averaged where it shrinks: the metric must not see aliasing as texture."""
+    """Resize; average when shrinking, so that aliasing does not count as texture."""
     shrinks = image.shape[0] > height and image.shape[1] > width
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def _detail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(h, w, 3) minus its Gaussian average over the mask (h, w) bool; 0 outside the mask."""
+    """Return image (h, w, 3) minus its Gaussian average over the mask (h, w) bool; 0 outside the mask."""
     weights = mask.astype(np.float32)
     sigma = max(_DETAIL_SIGMA * float(np.sqrt(mask.size)), 1.0)
     total = cv2.GaussianBlur(image * weights[..., None], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
@@ -169,7 +169,7 @@ def _detail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _starts(level: _Level) -> Iterator[np.ndarray]:
-    """Warps that keep the centre in the centre: flips, scales and turns."""
+    """Yield warps that map centre to centre: flips, scales and rotations."""
     centre, reference_centre = ((np.array(x.shape[1::-1]) - 1) / 2 for x in (level.fill, level.reference))
     for flip in (1.0, -1.0):
         for scale in _SCALES:
@@ -186,6 +186,6 @@ def _rescaled(warp: np.ndarray, level: _Level, to: _Level) -> np.ndarray:
 
 
 def _zoom(image: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """(3, 3): pixel centres of one size to those of another; centres lie at halves."""
+    """Return the (3, 3) map from pixel centres of one size to those of another; centres are at halves."""
     x, y = to.shape[1] / image.shape[1], to.shape[0] / image.shape[0]
     return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])

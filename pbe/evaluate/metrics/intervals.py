@@ -3,9 +3,9 @@
 Sources: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Davison and Hinkley 1997, section 3.8
 (whole clusters); Shao and Wu 1989 (delete-d jackknife).
 
-A bootstrap sample repeats rows, which shrinks a covariance's support, so for a Frechet distance the interval misses the
-point estimate (in one trial: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without replacement have no repeats,
-and their spread around their own mean is free of the bias of fewer rows.
+A bootstrap sample repeats rows, which shrinks a covariance's support: for a Frechet distance the interval misses the
+point estimate (in one trial: point 3.85, bootstrap 95 % [6.59, 7.72]). Subsets without replacement have no repeats, and
+their spread around their own mean is free of the bias of fewer rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -134,7 +134,7 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
 
     The value is the mean. The variance is the sum of two parts: the mean of the estimates' own variances (the items),
     which more seeds do not shrink, and the sample variance of their S values over S (the seeds). The quantile is
-    Student's with Welch-Satterthwaite degrees of freedom, taking the items' part as known. A single estimate returns
+    Student's with Welch-Satterthwaite degrees of freedom, taking the items' part as known. Returns a single estimate
     unchanged. Raises ValueError for none, or for estimates of different items.
     """
     if not estimates:

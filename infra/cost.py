@@ -186,7 +186,7 @@ class States:
 
 
 def states(precision: str, stage: int, ranks: int, *, count: int = PARAMETERS, bucket: int = GPU_BUCKET) -> States:
-    """What DeepSpeed holds on one of `ranks` at ZeRO `stage`, for `count` parameters."""
+    """Return the bytes that DeepSpeed holds on each of `ranks` at ZeRO `stage`, for `count` parameters."""
     width = 2 if precision == "bf16" else 4
     share = count / ranks
     if stage == 0:

@@ -1,7 +1,7 @@
 """Computes what OpenImages costs at full size: python infra/scaling.py prints the tables.
 
 Every input names its source. "Measured" means on two cores (AMD EPYC) with coco256 enlarged to 1024 px, by the command
-beside it. Nothing here was run at this size. infra/cost.py computes memory of a GPU and time.
+given with it. Nothing was run at this size. infra/cost.py computes GPU memory and time.
 """
 
 import sys

@@ -90,7 +90,7 @@ def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> 
 
 
 def _made_here(root: Path, source: Path, run: Mapping[str, Any]) -> list[str] | None:
-    """Settings and metrics of the run in this repository that made exactly these weights; None if there is none."""
+    """Settings and metrics of the run in this repository that made exactly these weights, or None."""
     variant = run.get("variant")
     manifest = root / "data" / "train" / str(variant) / "manifest.json"
     if not manifest.is_file():

@@ -45,7 +45,7 @@ class ImportRefusedError(WeightsError):
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported. Missing or unexpected tensors are an error, so there are none."""
+    """Result of an import. Missing or unexpected tensors raise, so it has none."""
 
     kind: str
     sha256: dict[str, str]  # by weight file, relative to the source

@@ -15,7 +15,7 @@ def repo_root() -> Path:
 
 
 def home_root() -> Path:
-    """Where relative defaults (.store, mlflow.db) are: the main repository, also in DVC's queued experiments.
+    """Return the folder for relative defaults (.store, mlflow.db): the main repository, also in queued DVC experiments.
 
     DVC sets DVC_ROOT to it when it runs a stage in a temporary workspace.
     """

@@ -1,4 +1,4 @@
-"""What the data stages dropped, and why: the table behind `pbe rejects`."""
+"""Lists what the data stages dropped, and why: the table of `pbe rejects`."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping

@@ -36,23 +36,23 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def identity(self, *, without: Collection[str] = ()) -> dict[str, Any]:
-        """What names a part: the settings that differ from their defaults, but for the keys in `without`.
+        """Return the settings that name a part: those that differ from their defaults, except the keys in `without`.
 
-        A new setting then renames no part. A changed default needs a new VERSION of its stage, as a test says
+        Adding a setting thus renames no part. A changed default needs a new VERSION of its stage, as a test says
         (tests/pipelines/test_versions.py).
         """
         return self.model_dump(mode="json", exclude=set(without), exclude_defaults=True)
 
 
 class TaskResources(Settings):
-    """What Ray reserves for one task. Ray schedules by it but does not enforce it as a limit."""
+    """Resources reserved for one task. Ray schedules by it but does not enforce it as a limit."""
 
     cpus: Float = Field(gt=0)
     memory_gib: Float = Field(ge=0)  # 0: none reserved
 
 
 class ActorResources(TaskResources):
-    """What Ray reserves for one actor or training worker; without a GPU it computes on the CPU."""
+    """Resources reserved for one actor or training worker; without a GPU it computes on the CPU."""
 
     gpus: Float = Field(ge=0)
 

@@ -95,7 +95,7 @@ class FolderSize:
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished unit holds. `counts` are summed over units into counts.json.
+    """Contents of a finished unit. `counts` are summed over units into counts.json.
 
     after: folders of earlier attempts at this unit; `pbe gc` keeps them, because each is found through the next.
     """

@@ -52,7 +52,7 @@ def main(stage: Stage) -> None:
         key="encode",
         actors=cfg.actors,
     )
-    # beside what the units depend on: which triplets these are, for whoever reads both
+    # besides what the units depend on, name the triplets, for stages that read both
     manifest = make_manifest(
         "encode", config={**config, "seed": seed, "triplets": triplets.digest}, version=VERSION, units=records
     )

@@ -197,8 +197,8 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
 
 
 def _grid(stage: Stage, edits: Manifest) -> np.ndarray:
-    """Of the first seed, in holes of the first kind."""
-    hole = stage.params.edit.holes[0]  # results of others are of box holes, which params.yaml then names first
+    """Draw the grid of edits: first seed, first hole kind."""
+    hole = stage.params.edit.holes[0]  # others' results use box holes, which params.yaml then lists first
     bench = stage.store.read_table(load_manifest(stage.input("bench")).files("bench")[0]).to_pylist()
     pictures: dict[tuple[str, str], bytes] = {}
     for file in edits.files("edits"):

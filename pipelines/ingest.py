@@ -60,7 +60,7 @@ def open_source(cfg: IngestConfig) -> Source:
 
 
 def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:
-    """How many annotations were not selected, and one `index` unit per shard: its annotations and photos."""
+    """Write an `index` unit per shard (annotations and photos); also return the number of unselected annotations."""
     tree = file_tree(cfg.boxes, root=repo_root(), key="ingest.boxes")
     names = class_names(tree)
     selector = Selector(_selection(cfg), _class_ids(cfg, names))
@@ -81,7 +81,7 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, l
 
 
 def _say_missing(selector: Selector) -> None:
-    """Ids of `ingest.image_ids` that no box names are no rows of the input, hence no rejects."""
+    """Report the ids of `ingest.image_ids` without a box: they are not input rows, hence not rejects."""
     wanted = set(selector.selection.image_ids or ())
     missing = sorted(wanted - selector.found_ids)
     if missing:
@@ -90,7 +90,7 @@ def _say_missing(selector: Selector) -> None:
 
 
 def _takes_all(source: Source, cfg: IngestConfig) -> bool:
-    """Whether a photo without a box is input too, and hence a reject: not if only some boxes are selected."""
+    """Return whether photos without a box are input too, and hence rejects: not if only some boxes are selected."""
     every_split = set(cfg.splits) == set(SPLITS)
     return source.lists_all and every_split and cfg.limit is None and cfg.classes is None and cfg.image_ids is None
 

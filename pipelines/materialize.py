@@ -1,4 +1,4 @@
-"""materialize: every kept photo to `slots` triplets (source crop, two holes, reference), by Ray Data.
+"""materialize: cuts `slots` triplets (source crop, two holes, reference) from every kept photo, on Ray Data.
 
 One unit is one shard: it reads its images and boxes, and writes one Parquet file per slot. Slot s takes the next
 box of a seeded permutation of the photo's boxes, so epoch e of training reads slot e mod slots and visits each

@@ -53,7 +53,7 @@ COLUMNS = 12  # pictures per row of a grid
 PICTURE_PX = 128  # larger pictures are scaled down to this side
 PICTURE_QUALITY = 90
 CLASSES = 15  # in the chart of classes
-LISTED = 24  # dropped photos and credits named one by one; more are only counted
+LISTED = 24  # dropped photos and credits listed; more are only counted
 FEW_PHOTOS = 20  # below this many photos the bootstrap interval is clearly too narrow
 
 
@@ -69,7 +69,7 @@ TABLE_3 = {
 
 @dataclass(frozen=True)
 class TrainedVariant:
-    """What train left of one variant."""
+    """Training results of one variant."""
 
     name: str
     cfg: TrainConfig
@@ -244,7 +244,7 @@ def timing(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def evenly(count: int, total: int) -> list[int]:
-    """At most `count` of the indices 0..total-1, evenly spaced, without repeats."""
+    """Return at most `count` of the indices 0..total-1, evenly spaced, without repeats."""
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()] if total else []
 
 
@@ -287,7 +287,7 @@ def picture_rows(
 
 
 def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[Scope, dict[str, bytes]]:
-    """Of the first seed, by bench id, by hole kind and reference kind."""
+    """Return the edits of the first seed by hole and reference kind, then by bench id."""
     out: dict[Scope, dict[str, bytes]] = {}
     for file in load_manifest(output_folder(stage.root, "edit", method) / "manifest.json").files("edits"):
         for edit in stage.store.read_table(file).to_pylist():
@@ -482,7 +482,7 @@ def filter_table(counts: Mapping[str, int], cfg: FilterConfig) -> list[tuple[str
 def _box_statistics(
     stage: Stage, data: Mapping[str, Manifest]
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, int, int]]]:
-    """Relative areas of all boxes and of those kept, and (class, all, kept) of the most frequent classes."""
+    """Return relative areas of all boxes and of those kept, and (class, all, kept) of the most frequent classes."""
     columns = ["xmin", "xmax", "ymin", "ymax", "label_name"]
     areas: dict[str, list[np.ndarray]] = {"ingest": [], "filter": []}
     classes: dict[str, Counter[str]] = {"ingest": Counter(), "filter": Counter()}

@@ -279,7 +279,7 @@ def new_trainer(spec: "TrainSpec", *, attempt: int) -> "TorchTrainer":
             num_workers=cfg.workers, use_gpu=on_gpu, resources_per_worker=ray_resources(cfg.per_worker)
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        # Ray's own checkpoints are not used; its bookkeeping goes below the run, under a name of its own
+        # Ray's checkpoints are not used; its bookkeeping goes to a separate folder of the run
         run_config=RunConfig(
             name=f"attempt-{attempt}",
             storage_path=run.store.full_uri(f"{run.folder}/ray"),

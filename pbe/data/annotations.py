@@ -53,7 +53,7 @@ class BoxFile:
 
 
 def box_files(tree: FileTree) -> list[BoxFile]:
-    """The box files at `ingest.boxes`, a file or a folder, by name. Raises SourceError when there is none."""
+    """List the box files at `ingest.boxes` (a file or a folder) by name. Raises SourceError if there are none."""
     names = [name for name in tree.names() if _is_box_file(name)] if tree.is_folder else [tree.only_name]
     if not names:
         raise SourceError(
@@ -113,7 +113,7 @@ def _is_classes(name: str) -> bool:
 
 
 def _is_box_file(name: str) -> bool:
-    """True for box files; OpenImages' file names tell them from class names and image lists in the same folder."""
+    """True for box files; in OpenImages, file names distinguish them from class names and image lists."""
     if "/" in name or name.startswith(".") or _is_classes(name):
         return False
     lower = name.lower()

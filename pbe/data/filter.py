@@ -75,7 +75,7 @@ class MeasuredBoxes:
 
 
 class Broken(NamedTuple):
-    """What one rule finds. value: the compared number, for the reject's detail; None: the detail gives the class."""
+    """Result of one rule. value: the compared number, for the reject's detail; None: the detail gives the class."""
 
     rows: np.ndarray  # (N,) bool, True where the rule is broken
     allowed: str
@@ -203,7 +203,7 @@ def _is_among(boxes: pa.Table, columns: Collection[str], values: Collection[str]
 
 
 def _largest_overlap(boxes: MeasuredBoxes, left: np.ndarray, max_iou: float) -> np.ndarray:
-    """(N,) largest IoU of each box with a larger kept box of its photo; 0 if there is none.
+    """(N,) largest IoU of each box with a larger kept box of its photo; 0 without one.
 
     Greedy from the largest down, ties in file order, so that one of three near-equal boxes is kept.
     """

@@ -89,7 +89,7 @@ def keep_mask_latent(hole_mask: np.ndarray, cell_px: int, *, resize: MaskResize 
     """Turn an (H, W) 0/1 hole mask into the network's (1, H/cell, W/cell) float32 keep mask in [0, 1].
 
     Bilinear without antialias, as upstream's torchvision 0.12 Resize: for an even cell that is the mean of
-    its central 2 x 2 pixels; for an odd cell its central pixel. Nearest, as in diffusers' pipeline: its top left pixel.
+    its central 2 x 2 pixels; for an odd cell its central pixel. Nearest, as in diffusers' pipeline: its top-left pixel.
     """
     if resize == "nearest":
         return 1.0 - hole_mask[None, ::cell_px, ::cell_px].astype(np.float32)

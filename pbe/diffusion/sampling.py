@@ -23,7 +23,7 @@ Project = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Raises ValueError for steps outside 1 to 1000 and for a scale that is not finite."""
+    """Sampling settings. Raises ValueError for steps outside 1 to 1000 and for a scale that is not finite."""
 
     guidance_scale: float = 5.0  # as in upstream's commands; 1 = no guidance. The sample profile uses 3
     steps: int = 50  # upstream

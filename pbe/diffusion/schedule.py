@@ -59,7 +59,7 @@ def scheduler_config(beta_schedule: BetaSchedule, objective: Objective) -> dict[
 
 
 def objective_of(config: Mapping[str, Any]) -> Objective:
-    """What the network predicts, from a scheduler config. Raises SamplerError."""
+    """Return what the network predicts, from a scheduler config. Raises SamplerError."""
     kind = config.get("prediction_type", "epsilon")  # the hub's oldest configs lack the key
     for objective, name in PREDICTION_TYPES.items():
         if name == kind:

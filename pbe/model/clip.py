@@ -125,7 +125,7 @@ def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_clip_tensors(network: CLIPVisionModel, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors with flat names, whatever names the installed transformers uses. Raises WeightsError."""
+    """Load tensors with flat names, regardless of the names in the installed transformers. Raises WeightsError."""
     nested = any(name.startswith("vision_model.") for name in network.state_dict())
     load_strictly(
         network, {f"vision_model.{name}" if nested else name: value for name, value in tensors.items()}, where

@@ -66,9 +66,9 @@ def _read_pickle(path: Path) -> Any:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The weight file `folder/stem.*`, or the shards that its index names; safetensors rather than pickles.
+    """Return the weight file `folder/stem.*`, or the shards in its index; prefers safetensors to pickles.
 
-    Raises WeightsError if there is none.
+    Raises WeightsError if neither exists.
     """
     for suffix in (".safetensors", ".bin"):
         if (folder / f"{stem}{suffix}").is_file():

@@ -42,7 +42,7 @@ class ModelError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model needs for inference besides its networks."""
+    """Settings that a model needs for inference besides its networks."""
 
     image_px: int
     reference_px: int
@@ -96,8 +96,8 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def opens_in_diffusers(model: Model) -> bool:
-    """Whether PaintByExamplePipeline can load the model: it has a class for every part, builds a mapper of this size,
-    and gives it the same tokens."""
+    """Return whether PaintByExamplePipeline can load the model: it has a class for every part, builds a mapper of this
+    size, and gives it the same tokens."""
     if not (isinstance(model.backbone, ClipBackbone) and isinstance(model.codec, KlCodec)):
         return False
     exemplar = model.network.exemplar

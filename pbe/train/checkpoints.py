@@ -211,7 +211,7 @@ def _local_copy(store: Store, checkpoint: Checkpoint, target: Path) -> Path:
 
 
 def _damage(checkpoint: Checkpoint, folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty if nothing is."""
+    """Describe the damage to a checkpoint's files; empty if there is none."""
 
     def check(entry: tuple[str, tuple[int, str]]) -> str:
         name, (size, sha256) = entry

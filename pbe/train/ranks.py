@@ -37,5 +37,5 @@ class Ranks:
         self.all_gather(None)
 
     def all_true(self, value: bool) -> bool:
-        """Whether `value` is true on every rank. Collective."""
+        """Return whether `value` is true on every rank. Collective."""
         return all(self.all_gather(value))

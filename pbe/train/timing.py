@@ -1,6 +1,6 @@
 """Measures where a step's time goes, without synchronizing the device at every step.
 
-On a GPU the CPU runs ahead, so its clock says nothing about kernels. There, CUDA events mark the laps and are read when
+On a GPU the CPU runs ahead, so its clock does not measure kernels. There, CUDA events mark the laps and are read when
 a window is summed up; `data_s` is then the time in which the device was idle.
 """
 

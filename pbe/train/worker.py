@@ -240,7 +240,7 @@ def _candidates(run: Run, origin: tuple[str, int] | None) -> list[Any]:
 
 
 def _needs_rewriting(world_then: int, stage_then: int, world: int, cfg: TrainConfig) -> bool:
-    """Whether a checkpoint must be converted first: stages 1 to 3 partition it for one number of ranks.
+    """Return whether a checkpoint must be converted first: stages 1 to 3 partition it for one number of ranks.
 
     Only stages 1 and 2 can resume from each other; the train stage checks that.
     """

@@ -18,7 +18,7 @@ from pipelines.runtime.stage import Stage
 def take_over_finished(stage: Stage, name: str) -> str | None:
     """Fetch the outputs of a finished job of this name and return its id.
 
-    None if there is none, or if its results are gone or may be out of date.
+    Returns None if there is no such job, or if its results are missing or may be outdated.
     """
     if stage.name == "ingest":
         return None  # its inputs are outside the package: new photos do not change the job's name
@@ -31,7 +31,7 @@ def take_over_finished(stage: Stage, name: str) -> str | None:
 
 
 def _sent_manifest(stage: Stage, job_id: str) -> dict[str, Any] | None:
-    """The manifest that a job has sent, whole as it was; None when there is none or it is damaged."""
+    """Return the intact manifest that a job has sent, or None if it is missing or damaged."""
     path = f"jobs/{job_id}/outputs/manifest.json"
     listed = _listed(stage, job_id)
     if listed is None or not stage.store.exists(path):
@@ -41,7 +41,7 @@ def _sent_manifest(stage: Stage, job_id: str) -> dict[str, Any] | None:
 
 
 def _listed(stage: Stage, job_id: str) -> dict[str, str] | None:
-    """The files that a job has sent, with their SHA-256; None when it has not sent them all, or nobody can tell."""
+    """Return the files that a job has sent, with their SHA-256, or None if they are incomplete or that is unknown."""
     marker = f"jobs/{job_id}/outputs.json"
     if not stage.store.exists(marker):
         return None
@@ -59,7 +59,7 @@ def attempts_in_storage(stage: Stage, name: str) -> list[int]:
 
 
 def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
-    """Whether all that a manifest names is in the storage: units, single parts, a model's export."""
+    """Return whether the storage has everything that a manifest names: units, single parts, a model's export."""
     parts = [*_part_paths(manifest.get("config")), *_export_paths(manifest)]
     return all(stage.store.exists(path) for path in parts) and all(
         stage.store.find_unit(_made_by(unit, stage.name), unit["unit"]) for unit in manifest.get("units", ())

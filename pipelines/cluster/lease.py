@@ -64,7 +64,7 @@ def hold(run: Run) -> Iterator[None]:
 
 
 def _read(run: Run) -> dict[str, Any] | None:
-    """Return the current lease, or None if there is none or it cannot be read."""
+    """Return the current lease, or None if it is missing or unreadable."""
     try:
         found = run.read_json(FILE)
     except ValueError:

@@ -257,7 +257,7 @@ def _as_stage_error(what: str) -> Iterator[None]:
 
 @dataclass
 class _Log:
-    """How much of a job's log has been printed. Every connection sends the log from its beginning."""
+    """Tracks how much of a job's log has been printed. Every connection sends the log from its beginning."""
 
     printed: int = 0  # characters
     end: str = ""

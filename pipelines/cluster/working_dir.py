@@ -1,7 +1,7 @@
-"""What travels to a cluster: the code, the settings and the manifests of earlier stages, as one zip; and what cannot.
+"""Packs what a job needs (code, settings, manifests of earlier stages) into one zip, and rejects what cannot be sent.
 
-A whitelist: data stays in PBE_STORAGE, credentials stay where they are. The same package gives the job its name, so two
-people who ask for the same thing ask for the same job.
+The package is a whitelist: data stays in PBE_STORAGE, credentials stay local. The job's name derives from the package,
+so two people with the same request share one job.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Package:
 
 
 def pack(stage: Stage) -> Package:
-    """What the job of this stage needs. Inputs are the JSON files of earlier stages below data/."""
+    """Collect the files that this stage's job needs. Inputs are the JSON files of earlier stages below data/."""
     files = {}
     for name in CODE_FOLDERS:
         for file in sorted((stage.root / name).rglob("*")):
@@ -93,7 +93,7 @@ def _input_folders(stage: Stage) -> list[Path]:
     # earlier stages only: a stage's own outputs would change its identity once it has run
     folders = []
     for name in STAGES[: STAGES.index(stage.name)]:
-        if name in VARIANT_STAGES:  # of its own variant; a stage that has none reads all
+        if name in VARIANT_STAGES:  # only its variant; a stage without variants reads all
             variants = [stage.variant] if stage.variant else [*stage.params.variants]
             folders += [output_folder(stage.root, name, variant) for variant in variants]
         elif name == "baseline":
@@ -147,7 +147,7 @@ def _mark_here() -> str:
 
 
 def versions_here() -> dict[str, str]:
-    """Of Python, to its second number, and of the packages that matter between two machines."""
+    """Return the versions of Python (major.minor) and of the packages that must agree between machines."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, **{name: version(name) for name in (*EQUAL_PACKAGES, *BYTES_PACKAGES)}}
 
@@ -156,7 +156,7 @@ def versions_here() -> dict[str, str]:
 
 
 def places(stage: Stage) -> dict[str, str]:
-    """Where the job will read and write, by the variables that say so."""
+    """Return where the job reads and writes, by environment variable."""
     return {"PBE_STORAGE": stage.store.uri, "MLFLOW_TRACKING_URI": tracking_uri()}
 
 

@@ -73,8 +73,8 @@ def poisson(source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) ->
 
 
 def _mirrored_px(hole: np.ndarray) -> Margins:
-    """How much of the photo to mirror beyond its top, bottom, left and right edge: as much as the hole is long, where
-    the hole touches the edge. Its mirror image gives the solution a free end there, instead of a made-up border.
+    """Return how much of the photo to mirror beyond its top, bottom, left and right edges: the hole's length where it
+    touches the edge. The mirror image gives the solution a free end there instead of an invented border.
     """
     rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
     height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1

@@ -7,7 +7,7 @@
       id_list.npy                            the ids, int64, unsorted; in upstream's repository
 
 Source: upstream README and ldm/data/test_bench_dataset.py. The ids are COCO annotation ids, not image ids. The photo of
-an annotation is not in the archive, so each item counts as a photo of its own.
+an annotation is not in the archive, so each item counts as a separate photo.
 """
 
 from pathlib import Path

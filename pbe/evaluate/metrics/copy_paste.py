@@ -52,7 +52,7 @@ _MIN_PIXELS = 12  # twice the parameters of an affine map
 
 
 def copy_paste_score(edit: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> float:
-    """Return the fraction (0..1) of the fill's detail that an affine copy of the reference explains; about 1 for a copy.
+    """Return the fraction (0..1) of the fill's detail that an affine copy of the reference explains; copies: about 1.
 
     edit (S, T, 3) uint8 RGB with the fill in the hole; hole_mask (S, T), non-zero there; reference (h, w, 3) uint8 RGB
     of any size. With f and c the fill and the copy over the hole's pixels that the copy covers, each minus its own

@@ -4,7 +4,7 @@ Source: Heusel et al. 2017 (FID), equation 6; upstream eval_tool/fid/fid_score.p
 Deviation: no scipy sqrtm of a d x d product, which is slow, complex-valued and singular for fewer rows than dimensions.
 With S_a = A^T A for the centred rows A of a over sqrt(N - 1), and S_b = L L^T for any root L, the non-zero eigenvalues
 of S_a S_b are those of (A L)(A L)^T, the squared singular values of A L. Hence tr (S_a S_b)^(1/2) = ||A L||_*, the sum
-of the singular values of A L, for any N and whatever the rank.
+of the singular values of A L, for any N and rank.
 """
 
 import hashlib

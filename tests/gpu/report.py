@@ -42,9 +42,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def page(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
-    title = (
-        "# On a GPU" if machine.get("device") == "cuda" else "# Rehearsal on a CPU with tiny sizes: no GPU was used"
-    )
+    title = "# On a GPU" if machine.get("device") == "cuda" else "# Rehearsal on a CPU with tiny sizes: no GPU was used"
     lines = [title, "", "Written by `make gpu` (tests/gpu), which measured every number.", ""]
     lines += [f"- {key}: {_text(key, value)}" for key, value in machine.items()]
     lines += [f"- took: {results['seconds']:.0f} s"]

@@ -72,7 +72,7 @@ def test_a_page_says_what_failed_and_what_was_missed() -> None:
         "ladder": [{"case": "naive", "rows_per_s": 2.0, "data_frac": 0.02, "settings": SETTINGS}],
     }
     results = {"machine": {"device": "cuda", "card": "Some|Card"}, "seconds": 1.0, "parts": rows}
-    assert failures(results) == ["parity, a: beyond its bound", "parity, b: stopped after 90 s"]
+    assert failures(results) == ["parity, a: outside its bound", "parity, b: stopped after 90 s"]
     assert len(missed(results)) == 2
     text = page(results)
     assert "| a | 2.0e-03 | 1.0e-03 | yes |" in text and "- card: Some\\|Card" in text

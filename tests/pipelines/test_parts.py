@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from pipelines.runtime.environment import prepare_driver
 prepare_driver()
-from pbe.config import TaskResources, load_params
+from pbe.config import load_params
+from pbe.settings import TaskResources
 from pbe.store import Store
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.parts import Unit, run_units

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pbe.errors import UserError
 from pbe.places import home_root
+from pipelines.runtime import local_ray
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import is_dashboard, prepare_driver
 from pipelines.runtime.logs import stage_log
@@ -101,7 +102,8 @@ def _run(stage: Stage) -> None:
 
         run_remotely(stage, address)
     else:
-        _run_here(stage.name)(stage)
+        with local_ray.ended_with():
+            _run_here(stage.name)(stage)
     if stage.name == "train":
         from pipelines.train import fetch_export
 

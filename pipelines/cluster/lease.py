@@ -1,12 +1,14 @@
 """A lease that allows one training of a run at a time: two would overwrite each other's checkpoints.
 
 A lease is a file in the run's folder that its holder renews. A process that finds one waits: if it is renewed, the
-holder is alive and the second training is rejected; after WATCH_S without renewal the holder is dead. No other
-machine's clock is read. On the same machine the holder's process is checked instead, so a killed training resumes at
-once. A holder that was only suspended (a sleeping laptop) finds its lease replaced or gone at the next renewal, and
+holder is alive and the second training is rejected; after WATCH_S without renewal the holder is dead. No clock is read,
+here or on another machine: clocks are set, and machines pause. On the same machine the holder's process is checked
+instead, so a killed training resumes at once; the kernel's ticks since boot tell it from a later process of the same
+number. A holder that was only suspended (a sleeping laptop) finds its lease replaced or gone at the next renewal, and
 stops.
 """
 
+import math
 import os
 import signal
 import threading
@@ -16,8 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from pbe.errors import one_line
 from pbe.store import StoreError
@@ -29,7 +29,7 @@ RENEW_S = 15.0
 WATCH_S = 45.0  # three renewals
 SETTLE_S = 1.0  # of two that start at the same moment, the one whose lease remains after this continues
 FILE = "lease.json"
-KEYS = {"token", "renewed", "who", "machine", "pid", "process_began"}
+KEYS = {"token", "renewed", "who", "machine", "pid"}
 
 
 @contextmanager
@@ -78,9 +78,9 @@ def _wait_for_its_end(run: Run) -> None:
     if found is None or _is_dead_here(found):
         return
     print(f"train: run {run.name} was being trained by {found['who']}; waiting {WATCH_S:.0f} s for a sign of life")
-    deadline = time.monotonic() + WATCH_S
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, RENEW_S / 3))
+    nap_s = min(1.0, RENEW_S / 3)
+    for _ in range(math.ceil(WATCH_S / nap_s)):  # naps are counted: after a pause of both, the holder has time to renew
+        time.sleep(nap_s)
         now = _read(run)
         if now is None:
             return
@@ -96,12 +96,22 @@ def _refusal(run: Run, lease: dict[str, Any]) -> StageError:
 
 
 def _is_dead_here(lease: dict[str, Any]) -> bool:
-    if lease["machine"] != _machine():
+    if lease["machine"] != _machine() or "began_ticks" not in lease:  # of an older version: it is watched
         return False
+    return _began_ticks(lease["pid"]) != lease["began_ticks"]
+
+
+def _began_ticks(pid: int) -> int | None:
+    """Return when a process began, in clock ticks since boot; None if it is gone, or dead and not yet collected.
+
+    psutil and ps give dates, which move when the clock is set.
+    """
     try:
-        return psutil.Process(lease["pid"]).create_time() != lease["process_began"]
-    except psutil.NoSuchProcess:
-        return True
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # proc(5): from the third field on
+    return None if state in "ZX" else int(fields[18])
 
 
 def _machine() -> str:
@@ -111,7 +121,6 @@ def _machine() -> str:
 
 
 def _write(run: Run, token: str, renewed: int = 0) -> None:
-    process = psutil.Process(os.getpid())
     run.write_json(
         FILE,
         {
@@ -119,8 +128,8 @@ def _write(run: Run, token: str, renewed: int = 0) -> None:
             "renewed": renewed,
             "who": who(),
             "machine": _machine(),
-            "pid": process.pid,
-            "process_began": process.create_time(),
+            "pid": os.getpid(),
+            "began_ticks": _began_ticks(os.getpid()),
         },
     )
 

@@ -3,10 +3,8 @@
 import json
 import logging
 import os
-import shlex
 import signal
 import socket
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +20,10 @@ from ray.data import ActorPoolStrategy
 from pbe.errors import UserError
 from pbe.settings import ActorResources, TaskResources
 from pbe.store import Record, record_from
+from pipelines.runtime import local_ray
 from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
-from pipelines.runtime.environment import DRIVER_ENV, LOCAL_RAY_ENV, WORKER_ENV, set_unset
+from pipelines.runtime.environment import DRIVER_ENV, WORKER_ENV, is_local, set_unset
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.stage import Stage, StageError
@@ -81,24 +80,11 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _init_ray() -> None:
-    if address := os.environ.get("RAY_ADDRESS"):
-        _refuse_no_cluster(address)
-        ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
+    if is_local():
+        local_ray.init_ray()
     else:
-        set_unset(LOCAL_RAY_ENV)
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1),
-            object_store_memory=1 << 30,
-            include_dashboard=False,
-            # prestarted workers lack our runtime_env and are never used; they cost 2 to 5 s on a small machine
-            _system_config={"prestart_worker_first_driver": False},
-            logging_level="warning",
-            configure_logging=True,
-            log_to_driver=True,
-            # Ray 2.60 puts the interpreter path into a shell command unquoted, so a space in it needs quotes
-            runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
-        )
+        _refuse_no_cluster(os.environ["RAY_ADDRESS"])
+        ray.init(log_to_driver=True, logging_level="warning", runtime_env={"env_vars": WORKER_ENV})
 
 
 def _refuse_no_cluster(address: str) -> None:
@@ -106,7 +92,7 @@ def _refuse_no_cluster(address: str) -> None:
 
     The address is host:port when a stage runs on the cluster itself: in a job, under Slurm, on a head node.
     """
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     advice = "to submit jobs to a cluster, set its dashboard, http://host:8265; without RAY_ADDRESS, Ray starts locally"
     try:

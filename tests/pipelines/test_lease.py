@@ -1,10 +1,13 @@
 """Two trainings of one run: the second is refused while the first lives, and goes on when it does not."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -125,10 +128,62 @@ def test_another_process_with_its_number_is_not_taken_for_the_holder(
 ) -> None:
     with lease.hold(run):
         found = run.read_json(lease.FILE)
-    assert found is not None and found["pid"] == psutil.Process().pid
-    run.write_json(lease.FILE, {**found, "process_began": found["process_began"] - 100})
+    assert found is not None and found["pid"] == os.getpid()
+    run.write_json(lease.FILE, {**found, "began_ticks": found["began_ticks"] - 100})
     with lease.hold(run):
         assert capsys.readouterr().out == ""  # it is dead: nothing to wait for
+
+
+def in_thread(work: Callable[..., None], *arguments: object) -> None:
+    thread = threading.Thread(target=work, args=arguments, name="pbe-lease")
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600])
+@pytest.mark.parametrize("here", [True, False])
+def test_a_living_holder_stays_when_the_clock_is_set(
+    run: Run, monkeypatch: pytest.MonkeyPatch, step_s: int, here: bool
+) -> None:
+    """Set by hand or NTP, or jumped when a virtual machine went on. here: the holder is of this machine."""
+    written = lease._write
+    if not here:
+        monkeypatch.setattr(lease, "_machine", lambda: f"{threading.current_thread().name} pid:[4026531836] 0")
+        monkeypatch.setattr(lease, "_write", lambda *arguments: in_thread(written, *arguments))
+    with lease.hold(run):
+        with monkeypatch.context() as clock:
+            for name in ("time", "monotonic", "time_ns", "monotonic_ns"):
+                now, unit = getattr(time, name), 10**9 if name.endswith("ns") else 1
+                times = itertools.chain([0], itertools.repeat(step_s * unit))  # stepped after the first look at it
+                clock.setattr(time, name, lambda now=now, times=times: now() + next(times))
+            # the kernel gives the starts of processes in ticks since boot, and libraries add the date of the boot
+            clock.setattr(psutil._pslinux, "boot_time", lambda boot=psutil._pslinux.boot_time: boot() + step_s)
+            with pytest.raises(StageError, match="is being trained right now"), lease.hold(run):
+                pytest.fail("both train")
+        assert run.read_json(lease.FILE) is not None
+
+
+def test_a_holder_that_died_and_was_not_collected_is_not_waited_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a container whose first process collects nobody's children."""
+    with lease.hold(run), subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as died:
+        left = {**(run.read_json(lease.FILE) or {}), "pid": died.pid, "began_ticks": lease._began_ticks(died.pid)}
+        died.kill()
+        os.waitid(os.P_PID, died.pid, os.WEXITED | os.WNOWAIT)
+        run.write_json(lease.FILE, left)
+        lease._wait_for_its_end(run)
+        assert capsys.readouterr().out == ""
+        run.store.delete_file(f"{run.folder}/{lease.FILE}")
+
+
+def test_the_lease_of_an_older_version_is_watched(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with lease.hold(run):
+        found = run.read_json(lease.FILE) or {}
+    old = {name: value for name, value in found.items() if name != "began_ticks"} | {"process_began": 1e9}
+    run.write_json(lease.FILE, old)
+    with lease.hold(run):
+        assert "waiting" in capsys.readouterr().out
 
 
 def test_of_two_at_the_same_moment_one_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def _run(stage: Stage) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise StageError(f"RAY_ADDRESS={address} is for Ray Client; name the cluster's dashboard, http://host:8265")
-    if stage.name in CLUSTER_STAGES and is_dashboard(address):
+    if stage.is_heavy and is_dashboard(address):
         from pipelines.cluster.submit import run_remotely
 
         run_remotely(stage, address)

@@ -1,22 +1,53 @@
-"""bench: the items that all methods edit, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
+"""bench: the items that all methods edit, one Parquet part with a digest: held-out boxes of this data, or COCOEE.
 
+Held-out items are chosen from the box tables alone; Ray actors then read the shards that have them or may have their
+references, one part each. The parts are needed only until the bench is written: no manifest names them, and `pbe gc`
+removes them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from pbe.data.schema import REAL_IMAGES
+from pbe.data.schema import BOXES, REAL_IMAGES, require
+from pbe.data.settings import MaterializeConfig
+from pbe.errors import one_line
 from pbe.evaluate.bench.cocoee import read_cocoee
-from pbe.evaluate.bench.heldout import BenchBox, bench_boxes, make_bench
-from pbe.evaluate.features.weights import open_extractor, store_extractor
+from pbe.evaluate.bench.heldout import (
+    KEYS,
+    bench_tables,
+    boxes_of_split,
+    choose,
+    cut_shard,
+    foreign_boxes,
+    nearest_of_other_photos,
+)
+from pbe.evaluate.features.crops import Crop
+from pbe.evaluate.features.tables import FeatureTable, extract
+from pbe.evaluate.features.weights import Entry, open_extractor, store_extractor
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
 from pbe.places import repo_root
-from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
+from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
-VERSION = 1
+VERSION = 2
+BATCH_ROWS = 16  # candidates per call of the matcher
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One task's work. names: bench ids of its items."""
+
+    images: File
+    boxes: File
+    names: Sequence[str]
 
 
 def main(stage: Stage) -> None:
@@ -29,31 +60,112 @@ def main(stage: Stage) -> None:
 
 
 def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
-    cut = stage.params.materialize
+    cut, seed = stage.params.materialize, stage.params.seed
     ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
     matcher = store_extractor(stage.store, cfg.matcher)
-    sizes = [cfg.split, cfg.crops_per_box, cfg.max_items, stage.params.seed, dict(matcher)]
-    geometry = cut.identity(without={"slots", "jpeg_chroma", "per_shard"})
-    name = f"bench-{digest(['bench', VERSION, geometry, sizes, ingested.digest, filtered.digest])}"
+    settings = [cut.identity(without={"slots", "jpeg_chroma", "per_shard"}), cfg.split, cfg.crops_per_box]
+    settings += [seed, dict(matcher)]
+    sizes = [cfg.max_items, cfg.candidates]
+    name = f"bench-{digest(['bench', VERSION, settings, sizes, ingested.digest, filtered.digest])}"
     record = stage.store.find_unit("bench", name)
     if record is not None:
         return record
-    boxes: list[BenchBox] = []
-    for image_unit, box_unit in zip(ingested.units, filtered.units, strict=True):
-        tables = [stage.store.read_table(file) for file in (image_unit.file("images"), box_unit.file("boxes"))]
-        boxes += bench_boxes(*tables, split=cfg.split)
+
+    found = list(_shards_with_boxes(stage.store, cfg, ingested, filtered))
     try:
-        bench, real_images = make_bench(
-            boxes,
-            cfg=cut,
-            crops_per_box=cfg.crops_per_box,
-            max_items=cfg.max_items,
-            features=partial(open_extractor(stage.store, matcher), batch_rows=16),
-            seed=stage.params.seed,
-        )
+        boxes = pa.concat_tables([boxes for _, _, boxes in found]) if found else BOXES.empty_table().select(KEYS)
+        choice = choose(boxes, crops_per_box=cfg.crops_per_box, max_items=cfg.max_items)
     except ValueError as error:
         raise StageError(f"bench.split = {cfg.split}: {error}") from None
+    ends = np.searchsorted(choice.rows, np.cumsum([boxes.num_rows for _, _, boxes in found]))
+    units = []
+    for (images_unit, boxes_unit, _), first, end in zip(found, [0, *ends], ends, strict=False):
+        shard = Shard(images_unit.file("images"), boxes_unit.file("boxes"), choice.names[first:end])
+        identity = digest(["bench", VERSION, settings, shard.names, shard.images.sha256, shard.boxes.sha256])
+        units.append(Unit(images_unit.unit.split("-")[0], identity, shard))
+    worker = partial(_worker, stage.store, cfg, cut, matcher, seed)
+    records = run_units(stage, "bench", units, worker=worker, each=cfg.per_actor, key="bench", actors=cfg.actors)
+
+    bench, real_images = bench_tables(
+        choice,
+        pa.concat_tables([stage.store.read_table(record.file("items")) for record in records]),
+        exemplars=nearest_of_other_photos(choice, partial(_features, stage.store, records)),
+        foreign=foreign_boxes(choice, seed),
+        references=partial(_references, stage.store, records),
+    )
     return _write(stage, name, bench, real_images)
+
+
+def _shards_with_boxes(
+    store: Store, cfg: BenchConfig, ingested: Manifest, filtered: Manifest
+) -> Iterator[tuple[Record, Record, pa.Table]]:
+    """Yield photos, boxes and the split's box keys of the first shards, until they hold enough candidates.
+
+    A shard is photos whose ids hash alike, so these are a random part of the split, and the others are not read.
+    """
+    boxes, photos = 0, 0
+    for images_unit, boxes_unit in zip(ingested.units, filtered.units, strict=True):
+        table = store.read_table(boxes_unit.file("boxes"), columns=[*KEYS, "split"])
+        keys = boxes_of_split(table, cfg.split).select(KEYS)
+        if keys.num_rows:
+            yield images_unit, boxes_unit, keys
+        boxes, photos = boxes + keys.num_rows, photos + len(keys.column("image_id").unique())
+        if boxes >= max(cfg.candidates, cfg.max_items) and photos >= MIN_GROUPS:
+            return
+
+
+def _worker(
+    store: Store, cfg: BenchConfig, cut: MaterializeConfig, matcher: Entry, seed: int
+) -> Callable[[Unit], Record]:
+    import torch
+
+    torch.set_num_threads(1)  # the actor count is the parallelism
+    extractor = open_extractor(store, matcher, device=torch_device(cfg.per_actor))
+
+    def features(pictures: Iterable[np.ndarray]) -> np.ndarray:
+        crops = (Crop(str(number), "whole", "whole", picture) for number, picture in enumerate(pictures))
+        return FeatureTable([extract(crops, extractor, batch_rows=BATCH_ROWS)]).all_of("whole")
+
+    def work(unit: Unit) -> Record:
+        shard: Shard = unit.payload
+        boxes = require(store.read_table(shard.boxes), BOXES, shard.boxes.path)
+        images = store.read_table(shard.images, columns=["image_id", "bytes", "exif_orientation"])
+        try:
+            tables = cut_shard(
+                images,
+                boxes_of_split(boxes, cfg.split),
+                set(shard.names),
+                cfg=cut,
+                crops_per_box=cfg.crops_per_box,
+                features=features,
+                seed=seed,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise StageError(f"bench: {store.full_uri(shard.images.path)}: {one_line(error)}") from error
+        return store.write_unit("bench", unit.name, tables, counts={name: len(rows) for name, rows in tables.items()})
+
+    return work
+
+
+def _features(store: Store, records: Sequence[Record]) -> Iterator[np.ndarray]:
+    """Yield the features (n, d) of each part's candidates."""
+    for record in records:
+        vectors = store.read_table(record.file("candidates"), columns=["vector"]).column("vector").to_pylist()
+        yield np.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
+
+
+def _references(store: Store, records: Sequence[Record], rows: np.ndarray) -> pa.ChunkedArray:
+    """Return the JPEGs of candidates by their rows, which ascend; reads one part at a time."""
+    chunks: list[pa.Array] = []
+    start = 0
+    for record in records:
+        file = record.file("candidates")
+        first, end = np.searchsorted(rows, [start, start + file.rows])
+        if first < end:
+            column = store.read_table(file, columns=["reference"]).column("reference")
+            chunks += column.take(pa.array(rows[first:end] - start)).chunks
+        start += file.rows
+    return pa.chunked_array(chunks, pa.binary())
 
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:

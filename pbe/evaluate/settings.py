@@ -50,7 +50,17 @@ class BenchConfig(Settings):
     split: Split
     crops_per_box: PositiveInt = Field(1, description="bench items per kept box. Ours")
     max_items: PositiveInt
+    candidates: PositiveInt = Field(
+        10_000,
+        description="boxes among which items and their references are found: those of the split in the first shards "
+        "that have at least as many; more cost time, not memory. Ours",
+    )
     matcher: MatcherConfig
+    actors: PositiveInt = Field(2, description="Ray actors, each with its own copy of the matcher. Ours")
+    per_actor: ActorResources = Field(
+        ActorResources(cpus=0.5, gpus=0, memory_gib=1),
+        description="what Ray reserves for each; a reserved GPU is used. Ours",
+    )
 
     @model_validator(mode="after")
     def _has_its_folder(self) -> "BenchConfig":

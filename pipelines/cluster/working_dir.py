@@ -209,6 +209,8 @@ def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
             yield "encode.codec.weights", codec.weights
         if backbone.kind == "clip":
             yield "encode.backbone.weights", backbone.weights
+    if stage.name == "bench" and stage.params.bench.matcher.kind == "clip":
+        yield "bench.matcher.weights", stage.params.bench.matcher.weights
     if stage.name in ("evaluate", "sweep"):
         for number, extractor in enumerate(stage.params.evaluate.extractors):
             if extractor.kind == "clip":
@@ -221,6 +223,8 @@ def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
     """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
+    if stage.name == "bench" and stage.params.bench.source == "cocoee":
+        yield "bench.cocoee", str(stage.params.bench.cocoee)
     if stage.name in ("evaluate", "sweep"):
         cfg = stage.params.evaluate
         if cfg.real_images is not None:

@@ -15,7 +15,7 @@ DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
 STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
 # run on the cluster if RAY_ADDRESS names one; the others are light and run where dvc.lock is
-CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "edit", "evaluate", "sweep")
+CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "bench", "edit", "evaluate", "sweep")
 # modules with their own VERSION whose parts the stage also makes
 MAKES_PARTS_OF = {"evaluate": ("features",), "sweep": ("edit", "features")}
 
@@ -40,6 +40,11 @@ class Stage:
     def title(self) -> str:
         """The stage's name for `dvc repro`, such as train@full."""
         return f"{self.name}@{self.variant}" if self.variant else self.name
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether it runs on the cluster if there is one. Reading COCOEE, a folder of this machine, is light."""
+        return self.name in CLUSTER_STAGES and (self.name != "bench" or self.params.bench.source == "heldout")
 
     @property
     def outputs(self) -> Path:

@@ -1,17 +1,28 @@
-"""The held-out bench: who is exemplar of whom, what is repeatable, and what a bench refuses."""
+"""The held-out bench: who is exemplar of whom, what is repeatable, how much is held, and what a bench refuses."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pbe.data import images
-from pbe.data.boxes import Box
 from pbe.data.masks import unpack_mask
-from pbe.data.schema import BENCH, REAL_IMAGES, require
+from pbe.data.schema import BENCH, BOXES, FLAGS, REAL_IMAGES, require
 from pbe.data.settings import MaterializeConfig
-from pbe.evaluate.bench.heldout import BenchBox, BenchError, make_bench, nearest_of_other_photos, refuse_what_it_lacks
+from pbe.evaluate.bench import heldout
+from pbe.evaluate.bench.heldout import (
+    KEYS,
+    BenchError,
+    Choice,
+    bench_tables,
+    choose,
+    cut_shard,
+    foreign_boxes,
+    nearest_of_other_photos,
+    refuse_what_it_lacks,
+)
 
 CUT = MaterializeConfig(
     image_px=32,
@@ -25,23 +36,73 @@ CUT = MaterializeConfig(
 )
 
 
-def _boxes(photos: int = 4, labels: str = "ab") -> list[BenchBox]:
-    """Two boxes a photo, labels in turn; each photo has noise of its own."""
-    out = []
-    for number in range(photos):
-        pixels = np.random.default_rng(number).integers(0, 256, (80, 90, 3)).astype(np.uint8)
-        for index, label in enumerate(labels):
-            box = Box(10 + 20 * index, 20, 40 + 20 * index, 60)
-            out.append(BenchBox(f"photo{number}", index, label, pixels, box))
-    return out
+def _photos(count: int) -> pa.Table:
+    """Photos of 90 x 80 px; each has noise of its own."""
+    noise = [np.random.default_rng(number).integers(0, 256, (80, 90, 3)).astype(np.uint8) for number in range(count)]
+    ids = [f"photo{number}" for number in range(count)]
+    return pa.table({"image_id": ids, "bytes": [*map(images.encode_png, noise)], "exif_orientation": [1] * count})
 
 
-def _mean_colour(pictures: Sequence[np.ndarray]) -> np.ndarray:
+def _boxes(photos: int = 4, labels: str = "ab") -> pa.Table:
+    """One box for each label in every photo."""
+    rows = [
+        {
+            "image_id": f"photo{number}",
+            "split": "validation",
+            "box_index": index,
+            "label": label,
+            "label_name": label,
+            "xmin": (10 + 20 * index) / 90,
+            "xmax": (40 + 20 * index) / 90,
+            "ymin": 0.25,
+            "ymax": 0.75,
+            **dict.fromkeys(FLAGS, 0),
+        }
+        for number in range(photos)
+        for index, label in enumerate(labels)
+    ]
+    return pa.Table.from_pylist(rows, schema=BOXES)
+
+
+def _relabelled(boxes: pa.Table, labels: list[str]) -> pa.Table:
+    return boxes.set_column(boxes.schema.get_field_index("label_name"), BOXES.field("label_name"), [labels])
+
+
+def _mean_colour(pictures: Iterable[np.ndarray]) -> np.ndarray:
     return np.stack([picture.mean((0, 1)) for picture in pictures])
 
 
-def _bench(boxes: list[BenchBox], *, crops: int = 1, items: int = 100, seed: int = 1) -> tuple[pa.Table, pa.Table]:
-    return make_bench(boxes, cfg=CUT, crops_per_box=crops, max_items=items, features=_mean_colour, seed=seed)
+def _bench(
+    boxes: pa.Table, *, crops: int = 1, items: int = 100, seed: int = 1, shards: int = 1
+) -> tuple[pa.Table, pa.Table]:
+    """All steps, with the boxes in shards of equal length."""
+    choice = choose(boxes.select(KEYS), crops_per_box=crops, max_items=items)
+    size = boxes.num_rows // shards
+    parts = [
+        cut_shard(
+            _photos(8),
+            boxes.slice(start, size),
+            set(choice.names),
+            cfg=CUT,
+            crops_per_box=crops,
+            features=_mean_colour,
+            seed=seed,
+        )
+        for start in range(0, boxes.num_rows, size)
+    ]
+    candidates = pa.concat_tables([part["candidates"] for part in parts])
+
+    def features() -> Iterable[np.ndarray]:
+        for part in parts:
+            yield np.stack([np.frombuffer(v, "<f4") for v in part["candidates"].column("vector").to_pylist()])
+
+    return bench_tables(
+        choice,
+        pa.concat_tables([part["items"] for part in parts]),
+        exemplars=nearest_of_other_photos(choice, features),
+        foreign=foreign_boxes(choice, seed),
+        references=lambda rows: candidates.column("reference").take(pa.array(rows)),
+    )
 
 
 def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:
@@ -61,36 +122,71 @@ def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:
         assert row["own"] != row["exemplar"] and row["own"] != row["foreign"]
 
 
-def test_the_exemplar_is_the_nearest_of_the_class_in_another_photo() -> None:
+def _nearest(features: np.ndarray, photos: str, labels: str, *, items: list[int] | None = None) -> list[int]:
+    boxes = pa.table({"image_id": [*photos], "box_index": [*range(len(photos))], "label_name": [*labels]})
+    choice = Choice(boxes, [(row, 0) for row in (range(len(photos)) if items is None else items)])
+    return nearest_of_other_photos(choice, lambda: [features[:2], features[2:3], features[3:]]).tolist()
+
+
+@pytest.mark.parametrize("search_rows", [1, 2, 100])
+def test_the_exemplar_is_the_nearest_of_the_class_in_another_photo(
+    search_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heldout, "SEARCH_ROWS", search_rows)
     features = np.array([[1, 0], [0.9, 0.1], [0, 1], [1, 0.02], [0.95, 0], [1, 0]], float)
-    photos, labels = list("aabbcc"), list("xyxxyx")
     # row 0: x of photo a; of the other x, rows 2, 3 and 5, row 5 points the same way. Row 2: rows 0 and 5 are equal
-    assert nearest_of_other_photos(features, photos, labels) == [5, 4, 0, 0, 1, 0]
+    assert _nearest(features, "aabbcc", "xyxxyx") == [5, 4, 0, 0, 1, 0]
+    assert _nearest(features, "aabbcc", "xyxxyx", items=[1, 2, 5]) == [4, 0, 0]
+
+
+def test_a_far_box_of_the_class_goes_before_a_near_one_of_another() -> None:
+    assert _nearest(np.array([[1, 0], [1, 0], [-1, 0]], float), "abc", "xyx") == [2, 0, 0]
 
 
 def test_without_another_photo_of_the_class_the_nearest_of_any_stands_in_and_is_marked() -> None:
-    boxes = _boxes(photos=3, labels="a")
-    boxes[1] = BenchBox("photo1", 0, "lonely", boxes[1].pixels, boxes[1].box)
-    rows = _bench(boxes)[0].to_pylist()
+    rows = _bench(_relabelled(_boxes(photos=3, labels="a"), ["a", "lonely", "a"]))[0].to_pylist()
     assert [row["exemplar_same_class"] for row in rows] == [True, False, True]
     assert rows[1]["exemplar_image_id"] in ("photo0", "photo2")
 
 
 def test_equal_features_take_the_first_whatever_the_last_bits() -> None:
     features = np.ones((4, 3)) * (1 + 1e-9 * np.arange(4))[:, None]
-    assert nearest_of_other_photos(features, list("abcd"), ["x"] * 4) == [1, 0, 0, 0]
-    assert nearest_of_other_photos(np.zeros((2, 3)), ["a", "b"], ["x", "x"]) == [1, 0]
+    assert _nearest(features, "abcd", "xxxx") == [1, 0, 0, 0]
+    assert _nearest(np.zeros((2, 3)), "ab", "xx") == [1, 0]
 
 
 def test_the_bench_is_a_function_of_its_seed_and_max_items_takes_a_part_of_it() -> None:
     bench, real_images = _bench(_boxes())
-    again, real_images_again = _bench(_boxes())
+    again, real_images_again = _bench(_boxes(), shards=4)
     assert bench.equals(again) and real_images.equals(real_images_again)
     other = _bench(_boxes(), seed=2)[0]
     assert other.column("source").to_pylist() != bench.column("source").to_pylist()
     few = _bench(_boxes(), items=3)[0].to_pylist()
     whole = {row["bench_id"]: row for row in bench.to_pylist()}
     assert len(few) == 3 and all(whole[row["bench_id"]] == row for row in few)  # the same exemplars too
+
+
+def test_boxes_in_another_order_than_the_photos_keep_their_pictures() -> None:
+    boxes = _boxes()
+    there = {row["bench_id"]: row["own"] for row in _bench(boxes)[0].to_pylist()}
+    mixed = _bench(boxes.take([5, 0, 7, 2, 1, 6, 3, 4]))[0].to_pylist()
+    assert {row["bench_id"]: row["own"] for row in mixed} == there
+
+
+def test_a_shard_holds_two_photos_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is decoded while the last is still there; the photos of an OpenImages shard would take a gigabyte."""
+    decode, photos, held = images.decode, [], []
+
+    def watched(data: bytes, *, exif_orientation: int) -> np.ndarray:
+        photo = decode(data, exif_orientation=exif_orientation)
+        photos.append(weakref.ref(photo))
+        held.append(sum(one() is not None for one in photos))
+        return photo
+
+    monkeypatch.setattr(images, "decode", watched)
+    boxes = _boxes(photos=6)
+    cut_shard(_photos(8), boxes, (), cfg=CUT, crops_per_box=1, features=_mean_colour, seed=1)
+    assert len(held) == 6 and max(held) <= 2  # and none of the two photos without a box
 
 
 def test_one_photo_has_no_bench() -> None:

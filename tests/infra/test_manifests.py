@@ -132,7 +132,12 @@ def test_the_pools_hold_what_the_profiles_ask_for(recipe: str, name: str) -> Non
     demands = [Demand(getattr(params, stage).per_shard, stage) for stage in ("ingest", "materialize")]
     demands += [
         Demand(cfg.per_actor, stage, cfg.actors)
-        for stage, cfg in (("encode", params.encode), ("edit", params.edit), ("evaluate", params.evaluate))
+        for stage, cfg in (
+            ("encode", params.encode),
+            ("bench", params.bench),
+            ("edit", params.edit),
+            ("evaluate", params.evaluate),
+        )
     ]
     demands.append(Demand(params.train.per_worker, "train", params.train.workers))
     for demand in demands:

@@ -52,7 +52,7 @@ READS = {
 # settings that decide how a stage runs, not what it makes
 HOW_IT_RUNS = (
     "per_", "download", "kernels", "batch_rows", "compile", "max_reject_frac", "retry_rejected", "keep_checkpoints",
-    "max_failures",
+    "max_failures", "actors",
 )  # fmt: skip
 VARIANT, BASELINES = "full", ("copy_paste", "poisson")
 # of the standard deviation, or of 1 + a metric's value. Without SIMD instructions values differ by 0.0001, those of
@@ -123,7 +123,7 @@ def _params() -> Params:
 def _in_this_process() -> Iterator[None]:
     """No Ray, and nothing to MLflow."""
     with contextlib.ExitStack() as stack:
-        for module in ("ingest", "materialize", "encode", "edit", "features"):
+        for module in ("ingest", "materialize", "encode", "bench", "edit", "features"):
             stack.enter_context(mock.patch(f"pipelines.{module}.run_units", _run_units))
         for module in ("evaluate", "sweep"):
             stack.enter_context(mock.patch(f"pipelines.{module}._log"))

@@ -103,7 +103,7 @@ def test_the_defaults_fit_on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     a_cluster(monkeypatch, {"CPU": 4, "memory": 4 * GIB})
     for name in ("ingest", "materialize"):
         refuse_unmet(name, Demand(getattr(params, name).per_shard, name))
-    for name in ("encode", "edit", "evaluate"):
+    for name in ("encode", "bench", "edit", "evaluate"):
         cfg = getattr(params, name)
         refuse_unmet(name, Demand(cfg.per_actor, name, cfg.actors, name), beside={"CPU": 1})
     for variant in params.variants:

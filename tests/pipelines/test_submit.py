@@ -327,6 +327,8 @@ def test_photos_inside_the_project_are_refused(stage: Stage, key: str) -> None:
     [
         ("encode", "encode.codec.weights", {"codec": {"kind": "pretrained", "weights": "my/sd"}}),
         ("encode", "encode.backbone.weights", {"backbone": {"kind": "clip", "weights": "my/clip", "tokens": "class"}}),
+        ("bench", "bench.matcher.weights", {"matcher": {"kind": "clip", "weights": "my/clip", "mixture": None}}),
+        ("bench", "bench.cocoee", {"source": "cocoee", "cocoee": "my/bench"}),
         ("evaluate", "evaluate.real_images", {"real_images": "my/photos", "real_images_px": 64}),
         (
             "sweep",

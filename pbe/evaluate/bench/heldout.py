@@ -7,28 +7,39 @@ never seen in training), and as many real crops. An item's references:
     own       the box itself, as in training: can the hidden object be restored?
     foreign   a random box of another photo: does the reference matter at all?
 
+It is made in three steps. None holds more than the items, or one shard, or one decoded photo:
+
+    choose        the items, from the boxes among which references are found too (candidates); reads no photo
+    cut_shard     one shard, decoding each photo once: its items' crops, its candidates' references and features
+    bench_tables  the items, with the references that `nearest_of_other_photos` and `foreign_boxes` find
+
 Source of the idea: the paper, section 4.1 (COCOEE, hand-picked pairs). Deviation: pairs are found, not picked, so that
 any data set has a bench. Where no other photo has the class, the nearest box of any class stands in, and the row says
 so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.rng import row_rng, shard_of
-from pbe.data.schema import BENCH, REAL_IMAGES
+from pbe.data.schema import BENCH, BENCH_CANDIDATES, BENCH_ITEMS, REAL_IMAGES, table_from_rows
 from pbe.data.settings import MaterializeConfig
 from pbe.data.triplets import cut, plan_triplet, reference_area
 from pbe.errors import UserError
 
-Features = Callable[[Sequence[np.ndarray]], np.ndarray]
+Features = Callable[[Iterable[np.ndarray]], np.ndarray]
+KEYS = ["image_id", "box_index", "label_name"]
+SEARCH_ROWS = 1024  # candidates compared with all items at once
+SAME_CLASS = 4.0  # added to a cosine, so that any box of the class goes before all others
 
 
 class BenchError(UserError, ValueError):
@@ -36,111 +47,200 @@ class BenchError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
-class BenchBox:
-    """A kept box and its photo; `pixels` (H, W, 3) uint8 is shared between boxes of one photo."""
+class Choice:
+    """The bench before any photo is read. boxes: the candidates, N rows with the columns KEYS, of whole shards in
+    their order. items: of each item the row of its box and the number of its crop, in that order."""
 
-    image_id: str
-    box_index: int
-    label_name: str
-    pixels: np.ndarray
-    box: Box
+    boxes: pa.Table
+    items: Sequence[tuple[int, int]]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(M,) row of each item's box."""
+        return np.array([row for row, _ in self.items], np.int64)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Bench ids of the items."""
+        ids, numbers = (self.boxes.column(key).to_pylist() for key in ("image_id", "box_index"))
+        return [bench_id(ids[row], numbers[row], crop) for row, crop in self.items]
+
+    @cached_property
+    def photos(self) -> np.ndarray:
+        """(N,) number of each box's photo."""
+        return _numbered(self.boxes.column("image_id"))
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) number of each box's class."""
+        return _numbered(self.boxes.column("label_name"))
 
 
-def bench_boxes(images: pa.Table, boxes: pa.Table, *, split: str) -> list[BenchBox]:
-    """Return the boxes of one shard that belong to `split`, in table order; each photo is decoded once."""
-    pixels_of: dict[str, np.ndarray] = {}
-    wanted = {box["image_id"] for box in boxes.to_pylist() if box["split"] == split}
-    for image in images.to_pylist():
-        if image["image_id"] in wanted:
-            pixels_of[image["image_id"]] = image_codec.decode(
-                image["bytes"], exif_orientation=image["exif_orientation"]
-            )
-    out = []
-    for box in boxes.to_pylist():
-        if box["split"] == split:
-            pixels = pixels_of[box["image_id"]]
-            tight = pixel_box(box["xmin"], box["xmax"], box["ymin"], box["ymax"], **_size(pixels))
-            out.append(BenchBox(box["image_id"], box["box_index"], box["label_name"], pixels, tight))
-    return out
+def bench_id(image_id: str, box_index: int, crop: int) -> str:
+    return f"{image_id}#{box_index}#{crop}"
 
 
-def make_bench(
-    boxes: Sequence[BenchBox],
+def boxes_of_split(boxes: pa.Table, split: str) -> pa.Table:
+    """The rows of BOXES that belong to `split`, in table order."""
+    return boxes.filter(pc.equal(boxes.column("split"), split))
+
+
+def choose(boxes: pa.Table, *, crops_per_box: int, max_items: int) -> Choice:
+    """Choose at most `max_items` items, those whose ids have the smallest hashes. boxes: the columns KEYS.
+
+    Raises ValueError for fewer than two photos (no reference from another one).
+    """
+    photos = len(boxes.column("image_id").unique())
+    if photos < 2:
+        raise ValueError(f"the bench needs boxes of at least two photos, for references; it has {photos}")
+    everything = Choice(boxes, [(row, crop) for row in range(boxes.num_rows) for crop in range(crops_per_box)])
+    if len(everything.items) <= max_items:
+        return everything
+    hashes = [shard_of(name, 2**61) for name in everything.names]
+    chosen = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:max_items])
+    return Choice(boxes, [everything.items[index] for index in chosen])
+
+
+def cut_shard(
+    images: pa.Table,
+    boxes: pa.Table,
+    names: Collection[str],
     *,
     cfg: MaterializeConfig,
     crops_per_box: int,
-    max_items: int,
     features: Features,
     seed: int,
-) -> tuple[pa.Table, pa.Table]:
-    """Return a BENCH and a REAL_IMAGES table. features: pictures (h, w, 3) uint8 to (N, d), for nearest neighbours.
+) -> dict[str, pa.Table]:
+    """Tables {"items": BENCH_ITEMS, "candidates": BENCH_CANDIDATES} of one shard, holding one decoded photo at a time.
 
-    Exemplars come from all boxes of the split, even if `max_items` drops most of them as items. Raises ValueError for
-    fewer than two photos (no reference from another one).
+    images: its photos, with the columns image_id, bytes and exif_orientation of IMAGES. boxes: rows of BOXES; all are
+    candidates. names: the bench ids of items. features: maps pictures (h, w, 3) uint8, which it takes one by one, to
+    (N, d) in their order.
     """
-    photos = {box.image_id for box in boxes}
-    if len(photos) < 2:
-        raise ValueError(f"the bench needs boxes of at least two photos, for references; it has {len(photos)}")
-    references = [_reference(box, cfg) for box in boxes]
-    exemplars = nearest_of_other_photos(
-        features(references), [box.image_id for box in boxes], [box.label_name for box in boxes]
-    )
-    keys = [(index, crop) for index in range(len(boxes)) for crop in range(crops_per_box)]
-    if len(keys) > max_items:
-        keys.sort(key=lambda key: shard_of(f"{boxes[key[0]].image_id}#{boxes[key[0]].box_index}#{key[1]}", 2**61))
-        keys = sorted(keys[:max_items])
-    others = _boxes_of_other_photos(boxes)
-    items: list[dict[str, Any]] = []
-    real_images: list[dict[str, Any]] = []
-    for index, crop in keys:
-        box, name = boxes[index], f"{boxes[index].image_id}#{boxes[index].box_index}#{crop}"
-        plan = plan_triplet(
-            box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "item")
-        )
-        rng = row_rng(seed, box.image_id, box.box_index, crop, "bench")
-        exemplar, foreign = exemplars[index], int(rng.choice(others[box.image_id]))
-        items.append(
-            {
-                "bench_id": name,
-                "image_id": box.image_id,
-                "label_name": box.label_name,
-                "source": image_codec.encode_png(cut(box.pixels, plan.window, cfg.image_px)),
-                "box_hole_mask": pack_mask(plan.box_hole_mask),
-                "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
-                "exemplar": image_codec.encode_jpeg(references[exemplar], cfg.jpeg_quality),
-                "exemplar_image_id": boxes[exemplar].image_id,
-                "exemplar_same_class": boxes[exemplar].label_name == box.label_name,
-                "own": image_codec.encode_jpeg(references[index], cfg.jpeg_quality),
-                "foreign": image_codec.encode_jpeg(references[foreign], cfg.jpeg_quality),
-            }
-        )
-        window = plan_triplet(
-            box.box, **_size(box.pixels), cfg=cfg, rng=row_rng(seed, box.image_id, box.box_index, crop, "real")
-        ).window
-        real_images.append({"real_id": name, "picture": image_codec.encode_png(cut(box.pixels, window, cfg.image_px))})
-    return pa.Table.from_pylist(items, schema=BENCH), pa.Table.from_pylist(real_images, schema=REAL_IMAGES)
+    rows = boxes.to_pylist()
+    rows_of: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        rows_of.setdefault(row["image_id"], []).append(number)
+    order: list[int] = []
+    jpegs: dict[int, bytes] = {}
+    items: dict[int, list[dict[str, Any]]] = {}
+
+    def references() -> Iterator[np.ndarray]:
+        for image_id, photo in _decoded(images, rows_of):
+            for number in rows_of[image_id]:
+                row = rows[number]
+                box = pixel_box(row["xmin"], row["xmax"], row["ymin"], row["ymax"], **_size(photo))
+                crops = [crop for crop in range(crops_per_box) if bench_id(image_id, row["box_index"], crop) in names]
+                items[number] = [_item(photo, box, row, crop, cfg=cfg, seed=seed) for crop in crops]
+                reference = cut(photo, reference_area(box, **_size(photo), cfg=cfg), cfg.reference_px)
+                jpegs[number] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
+                order.append(number)
+                yield reference
+
+    vectors = dict(zip(order, features(references()).astype("<f4"), strict=True))
+    numbers = range(len(rows))
+    candidates = [{"reference": jpegs[number], "vector": vectors[number].tobytes()} for number in numbers]
+    return {
+        "items": table_from_rows([item for number in numbers for item in items[number]], BENCH_ITEMS),
+        "candidates": table_from_rows(candidates, BENCH_CANDIDATES),
+    }
 
 
-def nearest_of_other_photos(features: np.ndarray, image_ids: Sequence[str], label_names: Sequence[str]) -> list[int]:
-    """Return, for each row of features (N, d), the row of another photo with the largest cosine.
+def _decoded(images: pa.Table, wanted: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Decode the wanted photos one by one."""
+    ids, orientations = (images.column(name).to_pylist() for name in ("image_id", "exif_orientation"))
+    for index, image_id in enumerate(ids):
+        if image_id in wanted:
+            data = memoryview(images.column("bytes")[index].as_buffer())
+            yield image_id, image_codec.decode(data, exif_orientation=orientations[index])
 
-    Rows of the same label come first; of equal cosines the first row wins. Raises ValueError if all rows are of one
-    photo.
+
+def _item(
+    photo: np.ndarray, box: Box, row: dict[str, Any], crop: int, *, cfg: MaterializeConfig, seed: int
+) -> dict[str, Any]:
+    """A row of BENCH_ITEMS."""
+    identity = row["image_id"], row["box_index"], crop
+    plan = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "item"))
+    real = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "real"))
+    return {
+        "bench_id": bench_id(*identity),
+        "image_id": row["image_id"],
+        "label_name": row["label_name"],
+        "source": image_codec.encode_png(cut(photo, plan.window, cfg.image_px)),
+        "box_hole_mask": pack_mask(plan.box_hole_mask),
+        "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
+        "real_image": image_codec.encode_png(cut(photo, real.window, cfg.image_px)),
+    }
+
+
+def nearest_of_other_photos(choice: Choice, blocks: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+    """Return (M,), for each item the candidate of another photo whose features have the largest cosine with its own.
+
+    blocks: yields the features (n, d) of all candidates in their order, some rows at a time; it is called twice, and no
+    more than a block is held beside the items' features. Boxes of the item's class come first; of equal cosines the
+    first row wins.
     """
-    if len(set(image_ids)) < 2:
-        raise ValueError("all boxes are of one photo: there is no other to take a reference from")
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    directions = features / np.where(norms > 0, norms, 1.0)
-    photos, labels = np.asarray(image_ids), np.asarray(label_names)
-    out = []
-    for row in range(len(features)):
-        others = photos != photos[row]
-        same = others & (labels == labels[row])
-        candidates = np.flatnonzero(same if same.any() else others)
+    boxes, box_of_item = np.unique(choice.rows, return_inverse=True)  # the crops of a box have one exemplar
+    own = np.concatenate([directions[np.isin(rows, boxes)] for rows, directions in _pieces(blocks)])
+    best, found = np.full(len(boxes), -np.inf), np.full(len(boxes), -1)
+    for rows, directions in _pieces(blocks):
         # rounded: the last bits differ between machines and must not decide between equal boxes
-        cosines = np.round(directions[candidates] @ directions[row], 5)
-        out.append(int(candidates[int(np.argmax(cosines))]))
-    return out
+        scores = np.round(own @ directions.T, 5)
+        scores[choice.labels[boxes, None] == choice.labels[rows]] += SAME_CLASS
+        scores[choice.photos[boxes, None] == choice.photos[rows]] = -np.inf
+        first = scores.argmax(axis=1)
+        top = scores[np.arange(len(boxes)), first]
+        better = top > best
+        found[better], best[better] = rows[first[better]], top[better]
+    return found[box_of_item]
+
+
+def _pieces(blocks: Callable[[], Iterable[np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield row numbers (n,) and directions (n, d) float64 of at most SEARCH_ROWS candidates at a time."""
+    row = 0
+    for block in blocks():
+        for start in range(0, len(block), SEARCH_ROWS):
+            piece = block[start : start + SEARCH_ROWS].astype(np.float64)
+            norms = np.linalg.norm(piece, axis=1, keepdims=True)
+            yield np.arange(row, row + len(piece)), piece / np.where(norms > 0, norms, 1.0)
+            row += len(piece)
+
+
+def foreign_boxes(choice: Choice, seed: int) -> np.ndarray:
+    """Return (M,), for each item a random candidate of another photo."""
+    ids, numbers = (choice.boxes.column(key).to_pylist() for key in ("image_id", "box_index"))
+    out = []
+    for row, crop in choice.items:
+        others = np.flatnonzero(choice.photos != choice.photos[row])
+        out.append(others[row_rng(seed, ids[row], numbers[row], crop, "bench").integers(len(others))])
+    return np.array(out, np.int64)
+
+
+def bench_tables(
+    choice: Choice,
+    items: pa.Table,
+    *,
+    exemplars: np.ndarray,
+    foreign: np.ndarray,
+    references: Callable[[np.ndarray], pa.ChunkedArray],
+) -> tuple[pa.Table, pa.Table]:
+    """Return a BENCH and a REAL_IMAGES table. items: rows of BENCH_ITEMS, one for each item, in the order of `choice`.
+
+    exemplars, foreign: (M,) rows of candidates. references: the JPEGs of candidates, by ascending rows without repeats.
+    """
+    if items.column("bench_id").to_pylist() != choice.names:
+        raise ValueError("the shards' items are not those that were chosen")
+    rows_of = {"exemplar": exemplars, "own": choice.rows, "foreign": foreign}
+    needed = np.unique(np.concatenate([*rows_of.values()]))
+    jpegs = references(needed)
+    columns = {name: items.column(name) for name in BENCH_ITEMS.names}
+    for name, rows in rows_of.items():
+        columns[name] = jpegs.take(pa.array(np.searchsorted(needed, rows)))
+    columns["exemplar_image_id"] = choice.boxes.column("image_id").take(pa.array(exemplars))
+    columns["exemplar_same_class"] = pa.array(choice.labels[exemplars] == choice.labels[choice.rows])
+    bench = pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH)
+    real_images = pa.Table.from_arrays([columns["bench_id"], columns["real_image"]], schema=REAL_IMAGES)
+    return bench, real_images
 
 
 def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:
@@ -152,16 +252,9 @@ def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: S
             raise BenchError(f"{setting}: this bench has none (COCOEE has box holes and exemplars); leave it out")
 
 
-def _reference(box: BenchBox, cfg: MaterializeConfig) -> np.ndarray:
-    return cut(box.pixels, reference_area(box.box, **_size(box.pixels), cfg=cfg), cfg.reference_px)
+def _size(photo: np.ndarray) -> dict[str, int]:
+    return {"width_px": photo.shape[1], "height_px": photo.shape[0]}
 
 
-def _size(pixels: np.ndarray) -> dict[str, int]:
-    return {"width_px": pixels.shape[1], "height_px": pixels.shape[0]}
-
-
-def _boxes_of_other_photos(boxes: Sequence[BenchBox]) -> Mapping[str, list[int]]:
-    return {
-        image_id: [index for index, box in enumerate(boxes) if box.image_id != image_id]
-        for image_id in {box.image_id for box in boxes}
-    }
+def _numbered(names: pa.ChunkedArray) -> np.ndarray:
+    return np.unique(names.to_numpy(), return_inverse=True)[1]

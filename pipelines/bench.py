@@ -1,7 +1,6 @@
 """bench: the items that all methods edit, one Parquet part with a digest: held-out boxes of this data, or COCOEE."""
 
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -11,7 +10,7 @@ from pbe.evaluate.bench.heldout import BenchBox, bench_boxes, make_bench
 from pbe.evaluate.features.weights import open_extractor, store_extractor
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
@@ -57,7 +56,7 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
 
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
-    folder = repo_root() / Path(str(cfg.cocoee)).expanduser()
+    folder = local_path(str(cfg.cocoee))
     bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
     # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
     contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}

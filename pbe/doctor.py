@@ -18,6 +18,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,8 @@ import psutil
 from pbe import track
 from pbe.config import Params, load_params
 from pbe.errors import UserError, one_line
-from pbe.places import home_root, refuse_credentials, storage_uri, tracking_uri
+from pbe.places import local_path, refuse_credentials, storage_uri, tracking_uri
+from pbe.settings import paths_in
 from pbe.store import Store, load_manifest
 from pbe.train.settings import TrainConfig
 
@@ -68,7 +70,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     if params is not None:
         yield from _guarded("processors", lambda: _processors(params))
         yield from _guarded("disk", lambda: _disk(root, params))
-        yield from _weights(params)
+        yield from _paths(params)
     if gpu:
         yield from _gpus()
     if params is not None and (ranks or gpu):
@@ -259,24 +261,32 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
     return sum(parameter.numel() for parameter in network.parameters()) * ADAM_BYTES / 2**30
 
 
-def _weights(params: Params) -> Iterator[Finding]:
+def _paths(params: Params) -> Iterator[Finding]:
+    """Every file, folder and model that params.yaml names, those of a variant under its own key."""
+    named = dict(paths_in(params))
+    for variant in params.variants:
+        for key, name in paths_in(params.train_variant(variant), "train."):
+            if named.get(key) != name:
+                named[f"variants.{variant}.{key}"] = name
+    for key, name in named.items():
+        yield from _guarded(key, partial(_path, key, name))
+
+
+def _path(key: str, name: str) -> Iterator[Finding]:
     from pbe.model.hub import is_on_hub
 
-    codec, backbone, init = params.encode.codec, params.encode.backbone, params.train.init
-    named = {"train.init": init} if init not in ("random", "sd") else {}
-    if codec.kind == "pretrained":
-        named["encode.codec.weights"] = codec.weights
-    if backbone.kind == "clip":
-        named["encode.backbone.weights"] = backbone.weights
-    if init == "sd":
-        yield Finding("ok", "train.init", "sd: Stable Diffusion 1.4, downloaded at first use unless it is cached")
-    for key, name in named.items():
-        if (home_root() / Path(name).expanduser()).is_dir():
-            yield Finding("ok", key, f"{name}: a folder")
-        elif is_on_hub(name):
-            yield Finding("ok", key, f"{name}: on the hub, downloaded at first use unless it is cached")
-        else:
-            yield Finding("fail", key, f"{name}: no such folder", "Name a folder, or org/name@revision on the hub")
+    if name.startswith("s3://") or name == "random":
+        return
+    there = local_path(name)
+    if name == "sd":
+        yield Finding("ok", key, "sd: Stable Diffusion 1.4, downloaded at first use unless it is cached")
+    elif there.exists():
+        yield Finding("ok", key, f"{name}: a {'folder' if there.is_dir() else 'file'}")
+    elif is_on_hub(name):
+        yield Finding("ok", key, f"{name}: on the hub, downloaded at first use unless it is cached")
+    else:
+        advice = "Name a folder, or org/name@revision on the hub" if key.endswith(("weights", "init")) else ""
+        yield Finding("fail", key, f"{name}: no such file or folder ({there})", advice)
 
 
 def _gpus() -> Iterator[Finding]:

@@ -1,5 +1,5 @@
-"""Locations of the repository, the storage and the tracking server. Per-user values come from the environment
-(PBE_STORAGE, MLFLOW_TRACKING_URI); relative paths resolve against the repository root."""
+"""Locations of the repository, the storage, the tracking server, and of the files that settings name. Per-user values
+come from the environment (PBE_STORAGE, MLFLOW_TRACKING_URI)."""
 
 import os
 import re
@@ -20,6 +20,29 @@ def home_root() -> Path:
     DVC sets DVC_ROOT to it when it runs a stage in a temporary workspace.
     """
     return Path(os.environ.get("DVC_ROOT") or repo_root()).resolve()
+
+
+def local_path(value: str) -> Path:
+    """Return the absolute path of a file or folder that a setting names; the only reader of such settings.
+
+    A relative one is below this workspace or, if it is not there, below the main repository: the workspace of a queued
+    or temporary DVC experiment has only what git and DVC track, hence no weights and no photos. Raises ParamsError.
+    """
+    path = _expanded(value, value)
+    here, home = repo_root() / path, home_root() / path
+    return here if here == home or _is_there(here) else home
+
+
+def _is_there(path: Path) -> bool:
+    """False also for a folder of which git tracks only .gitignore or .gitkeep."""
+    return any(not inner.name.startswith(".") for inner in path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _expanded(value: str, said: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # ~name of an unknown user
+        raise ParamsError(f"{said}: {error}") from None
 
 
 # in the query of a URL; not sslkey and the like, which are paths
@@ -55,14 +78,24 @@ def storage_uri() -> str:
         return value.rstrip("/")
     if "://" in value:
         raise ParamsError(f"PBE_STORAGE={value}: use a local path or s3://bucket/prefix")
-    try:
-        return str((home_root() / Path(value).expanduser()).resolve())
-    except RuntimeError as error:  # ~name of an unknown user
-        raise ParamsError(f"PBE_STORAGE={value}: {error}") from None
+    return str((home_root() / _expanded(value, f"PBE_STORAGE={value}")).resolve())
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or an absolute SQLite path in the repository (workers change directory)."""
-    value = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home_root() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, or mlflow.db in the repository.
+
+    A path in it is made absolute: MLflow would take a relative one from wherever a worker or a temporary experiment
+    runs, and lose the runs. Raises ParamsError.
+    """
+    value = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     refuse_credentials("MLFLOW_TRACKING_URI", value)
+    said = f"MLFLOW_TRACKING_URI={value}"
+    scheme, mark, path = value.rpartition("sqlite://")
+    if mark and not scheme:
+        if path in ("", "/", "/:memory:"):
+            raise ParamsError(f"{said}: SQLite in memory forgets every run; name a file, sqlite:////folder/mlflow.db")
+        # SQLite's own form, file:..., has an absolute path or means one
+        return value if path.startswith("/file:") else f"{mark}/{home_root() / _expanded(path[1:], said)}"
+    if ":" not in value and value != "databricks":  # a folder of MLflow's older file store
+        return str(home_root() / _expanded(value, said))
     return value

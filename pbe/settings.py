@@ -6,8 +6,8 @@ A field without a default must be in params.yaml, with its unit and source as a 
 its default, unit and source in the code; `python -m pipelines params` shows both kinds.
 """
 
-from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,7 +27,15 @@ Frac = Annotated[Float, Field(ge=0, le=1)]
 Prob = Annotated[Float, Field(ge=0, le=1)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Dtype = Literal["float16", "float32"]  # of stored arrays
-Weights = Annotated[str, Field(min_length=1)]  # a folder, or org/name@revision on the Hugging Face hub
+
+
+class OnDisk:
+    """Marks a setting that names a file or folder, which is read through places.local_path."""
+
+
+LocalPath = Annotated[str, Field(min_length=1), OnDisk()]
+LocalOrS3 = Annotated[str, Field(min_length=1), OnDisk()]  # read as data/files.file_tree
+Weights = Annotated[str, Field(min_length=1), OnDisk()]  # or org/name@revision on the hub: model/hub.weights_folder
 
 
 class Settings(BaseModel):
@@ -61,6 +69,26 @@ class ActorResources(TaskResources):
         if self.gpus > 1 and self.gpus % 1:
             raise ValueError(f"gpus: {self.gpus} must be a share of one GPU, or a whole number")
         return self
+
+
+def paths_in(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting of the model, and of the models in it, that is marked as OnDisk: its dotted key and value."""
+    for name, field in type(settings).model_fields.items():
+        value, key = getattr(settings, name), prefix + name
+        if isinstance(value, str) and names_path(field.annotation, *field.metadata):
+            yield key, value
+        elif isinstance(value, BaseModel):
+            yield from paths_in(value, f"{key}.")
+        elif isinstance(value, dict | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for inner, item in items:
+                if isinstance(item, BaseModel):
+                    yield from paths_in(item, f"{key}.{inner}.")
+
+
+def names_path(*annotations: Any) -> bool:
+    """Return whether a field's annotation, or a part of it, is marked as OnDisk."""
+    return any(isinstance(item, OnDisk) or names_path(*get_args(item)) for item in annotations)
 
 
 def refuse_duplicates(key: str, values: tuple[Any, ...]) -> None:

@@ -4,7 +4,6 @@ Parts have the format of `edit`, so the same metrics score them, as rows of the 
 """
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
 from pbe.evaluate.bench.results import read_results
 from pbe.evaluate.settings import EditConfig, FolderBaseline
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage
 
@@ -33,7 +32,7 @@ def main(stage: Stage) -> None:
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
     refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
     if isinstance(baseline, FolderBaseline):
-        rows = _results(bench, repo_root() / Path(baseline.folder).expanduser(), baseline.allow_missing)
+        rows = _results(bench, baseline)
         record = stage.store.write_unit_by_content("edit", stage.variant, {"edits": rows})
     else:
         settings = [baseline.kind, list(cfg.holes), list(cfg.references)]
@@ -64,12 +63,12 @@ def _fill(kind: str, source: np.ndarray, hole_mask: np.ndarray, reference: np.nd
     return (copy_paste if kind == "copy_paste" else poisson)(source, hole_mask, reference)
 
 
-def _results(bench: pa.Table, folder: Path, allow_missing: bool) -> pa.Table:
+def _results(bench: pa.Table, baseline: FolderBaseline) -> pa.Table:
     """Results are of the box hole and the exemplar, as the paper's bench has them."""
-    rows = bench.to_pylist()
+    folder, rows = local_path(baseline.folder), bench.to_pylist()
     headers = {row["bench_id"]: images.read_header(row["source"]) for row in rows}
     sizes_px = {name: (header.width_px, header.height_px) for name, header in headers.items()}
-    found, listed = read_results(folder, sizes_px, allow_missing=allow_missing)
+    found, listed = read_results(folder, sizes_px, allow_missing=baseline.allow_missing)
     print(f"baseline: {len(found)} results of {len(rows)}, {listed.extra_files} other files in {folder}")
     out = [
         _edit_row(row["bench_id"], "box", "exemplar", found[row["bench_id"]])

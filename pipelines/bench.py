@@ -8,7 +8,6 @@ removes them.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +30,7 @@ from pbe.evaluate.features.tables import FeatureTable, extract
 from pbe.evaluate.features.weights import Entry, open_extractor, store_extractor
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, StageError, save_counts
@@ -169,7 +168,7 @@ def _references(store: Store, records: Sequence[Record], rows: np.ndarray) -> pa
 
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
-    folder = repo_root() / Path(str(cfg.cocoee)).expanduser()
+    folder = local_path(str(cfg.cocoee))
     bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
     # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
     contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}

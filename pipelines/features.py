@@ -29,7 +29,7 @@ from pbe.evaluate.metrics.mixture import Mixture, load_mixture, mixture_digest
 from pbe.evaluate.reference_set import make_reference_set
 from pbe.evaluate.score import Method, ReferenceSet
 from pbe.evaluate.settings import ClipExtractorConfig, EvaluateConfig, Region
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.provenance import provenance_tags
@@ -174,7 +174,7 @@ def _mixtures(cfg: EvaluateConfig) -> dict[str, Mixture]:
         for extractor in cfg.extractors
         if isinstance(extractor, ClipExtractorConfig) and extractor.mixture
     }
-    return {extractor: load_mixture(repo_root() / Path(path).expanduser()) for extractor, path in named.items()}
+    return {extractor: load_mixture(local_path(path)) for extractor, path in named.items()}
 
 
 def _reference_set(
@@ -289,7 +289,7 @@ def _extractions_of_real_images(cfg: EvaluateConfig, extractor: str, bench: Mani
                 "COCO test2017, with evaluate.real_images_px: 512"
             )
         return [Extraction(extractor, "real_images", file)]
-    folder = repo_root() / Path(cfg.real_images).expanduser()
+    folder = local_path(cfg.real_images)
     if not folder.is_dir():
         raise StageError(f"evaluate.real_images = {cfg.real_images}: no such folder ({folder})")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))

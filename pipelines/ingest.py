@@ -7,7 +7,6 @@ driver. Then each shard is a unit: check its boxes, read or download its photos,
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +19,7 @@ from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
 from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units
 from pipelines.runtime.progress import progress_bar, with_progress
@@ -52,8 +51,8 @@ def main(stage: Stage) -> None:
 def open_source(cfg: IngestConfig) -> Source:
     """The source that `ingest.source` names. Raises SourceError."""
     if cfg.source == "sample":
-        return SampleSource(repo_root() / cfg.images)
-    tree = file_tree(cfg.images, root=repo_root(), key="ingest.images")
+        return SampleSource(local_path(cfg.images))
+    tree = file_tree(cfg.images, key="ingest.images")
     if cfg.source == "folder":
         return FolderSource(tree)
     return OpenImagesSource(tree, Downloader(cfg.image_base or "", cfg.download, max_bytes=cfg.max_image_bytes))
@@ -61,7 +60,7 @@ def open_source(cfg: IngestConfig) -> Source:
 
 def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:
     """Write an `index` unit per shard (annotations and photos); also return the number of unselected annotations."""
-    tree = file_tree(cfg.boxes, root=repo_root(), key="ingest.boxes")
+    tree = file_tree(cfg.boxes, key="ingest.boxes")
     names = class_names(tree)
     selector = Selector(_selection(cfg), _class_ids(cfg, names))
     records = []
@@ -120,7 +119,7 @@ def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iter
 def _selection(cfg: IngestConfig) -> Selection:
     ids = None
     if cfg.image_ids is not None:
-        path = repo_root() / Path(cfg.image_ids).expanduser()
+        path = local_path(cfg.image_ids)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -141,7 +141,8 @@ def test_a_temporary_folder_whose_sockets_ray_could_not_open(root: Path, monkeyp
 def test_weights_that_are_not_there(root: Path) -> None:
     _edit(root, "params.yaml", "init: random", f"init: {root}/none")
     finding = _found(root, "train.init")
-    assert finding.level == "fail" and "no such folder" in finding.found
+    assert finding.level == "fail" and "no such file or folder" in finding.found
+    assert "org/name@revision" in finding.advice
     (root / "none").mkdir()
     assert _found(root, "train.init").level == "ok"
 

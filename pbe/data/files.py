@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from pbe.errors import UserError
+from pbe.places import local_path
 
 
 class SourceError(UserError):
@@ -120,13 +121,13 @@ class FileTree:
         return self._opened[0].open_input_stream(str(PurePosixPath(self._folder) / name), compression=None)
 
 
-def file_tree(location: str, *, root: Path, key: str) -> FileTree:
-    """Tree of `location`: s3://..., or a local path relative to `root`. Raises SourceError."""
+def file_tree(location: str, *, key: str) -> FileTree:
+    """Tree of `location`: s3://..., or a local path. Raises SourceError."""
     if location.startswith("s3://"):
         if not location.removeprefix("s3://").strip("/"):
             raise SourceError(f"{key} = {location}: names no bucket")
         return FileTree(location.rstrip("/"), key)
     try:
-        return FileTree(str((root / location).resolve()), key)
+        return FileTree(str(local_path(location).resolve()), key)
     except (OSError, RuntimeError) as error:  # a symlink to itself
         raise SourceError(f"{key} = {location}: {' '.join(str(error).split())}") from None

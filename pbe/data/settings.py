@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pbe.data.schema import SPLITS, Split
 from pbe.places import refuse_credentials
-from pbe.settings import Float, Frac, Int, PositiveInt, Settings, TaskResources
+from pbe.settings import Float, Frac, Int, LocalOrS3, LocalPath, PositiveInt, Settings, TaskResources
 
 Chroma = Literal["444", "420"]
 
@@ -28,8 +28,8 @@ class DownloadConfig(Settings):
 
 class IngestConfig(Settings):
     source: Literal["sample", "folder", "openimages"]
-    images: str = Field(min_length=1)
-    boxes: str = Field(min_length=1)
+    images: LocalOrS3
+    boxes: LocalOrS3
     image_base: str | None = Field(
         None,
         description="URL of the images for source openimages: s3://open-images-dataset, read unsigned, or a mirror",
@@ -41,7 +41,7 @@ class IngestConfig(Settings):
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="labels or names of the classes whose boxes are read; null: all"
     )
-    image_ids: str | None = Field(None, description="file of the image ids to read, one per line; null: all")
+    image_ids: LocalPath | None = Field(None, description="file of the image ids to read, one per line; null: all")
     val_frac: Float = Field(ge=0, lt=1)
     exif: Literal["ignore", "apply"]
     max_image_bytes: PositiveInt = Field(64 << 20, description="bytes above which a file is rejected. Ours")

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pbe.data.schema import HoleKind, ReferenceKind, Split
 from pbe.diffusion.settings import SamplerName
 from pbe.model.settings import BackboneName, Precision
-from pbe.settings import ActorResources, Float, Int, PositiveInt, Settings, Weights, refuse_duplicates
+from pbe.settings import ActorResources, Float, Int, LocalPath, PositiveInt, Settings, Weights, refuse_duplicates
 
 Protocol = Literal["ours", "upstream"]
 Region = Literal["whole", "upstream"]
@@ -27,14 +27,14 @@ class ClipExtractorConfig(Settings):
 
     kind: Literal["clip"]
     weights: Weights
-    mixture: str | None  # what `pbe import-mixture` wrote
+    mixture: LocalPath | None  # what `pbe import-mixture` wrote
 
 
 class InceptionExtractorConfig(Settings):
     """Inception as a TorchScript file: fid."""
 
     kind: Literal["inception"]
-    file: str = Field(min_length=1)
+    file: LocalPath
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -46,7 +46,9 @@ ExtractorConfig = Annotated[
 
 class BenchConfig(Settings):
     source: Literal["heldout", "cocoee"]
-    cocoee: str | None = Field(None, description="folder test_bench of the unpacked COCOEE archive, for source cocoee")
+    cocoee: LocalPath | None = Field(
+        None, description="folder test_bench of the unpacked COCOEE archive, for source cocoee"
+    )
     split: Split
     crops_per_box: PositiveInt = Field(1, description="bench items per kept box. Ours")
     max_items: PositiveInt
@@ -116,7 +118,7 @@ class StatisticsConfig(Settings):
 
 class EvaluateConfig(Settings):
     extractors: tuple[ExtractorConfig, ...] = Field(min_length=1)
-    real_images: str | None = Field(
+    real_images: LocalPath | None = Field(
         None,
         description="folder of photos that the Frechet distance, KID and QS rank compare with; null: untouched crops "
         "of the bench's boxes. Paper: COCO test2017",
@@ -176,7 +178,7 @@ class FolderBaseline(Settings):
     """Results made elsewhere: one picture per bench item, named by its id."""
 
     kind: Literal["folder"]
-    folder: str = Field(min_length=1)
+    folder: LocalPath
     allow_missing: bool = Field(False, description="true: score only the items that the folder has")
 
 

@@ -1,6 +1,6 @@
 """Finds weights named in params.yaml or on the command line: a local folder, or a model on the Hugging Face hub.
 
-    /models/sd-v1-4                               a folder; relative to the repository
+    /models/sd-v1-4                               a folder; a relative one is in the repository
     CompVis/stable-diffusion-v1-4@133a221b...     the hub, at a revision; downloaded once, to the hub's cache
 
 A revision is required, because a name alone may mean other weights next year. Nothing is downloaded
@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from pbe.errors import one_line
 from pbe.model.tensors import WeightsError
-from pbe.places import repo_root
+from pbe.places import local_path
 
 # the paper's initial weights
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -26,7 +26,7 @@ _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 def is_on_hub(name: str) -> bool:
-    return not _folder(name).exists() and _HUB.fullmatch(name) is not None
+    return not local_path(name).exists() and _HUB.fullmatch(name) is not None
 
 
 def weights_folder(name: str, *, parts: Sequence[str]) -> Path:
@@ -34,7 +34,7 @@ def weights_folder(name: str, *, parts: Sequence[str]) -> Path:
 
     parts: the subfolders needed, "" for the folder itself; only these are downloaded. Raises WeightsError.
     """
-    folder = _folder(name)
+    folder = local_path(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -69,7 +69,3 @@ def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
 def part_folder(folder: Path, part: str) -> Path:
     """`folder/part` in the folder of a whole model; otherwise the folder itself, which is that part."""
     return folder / part if (folder / part / "config.json").is_file() else folder
-
-
-def _folder(name: str) -> Path:
-    return repo_root() / Path(name).expanduser()

@@ -11,7 +11,7 @@ import json
 import platform
 import shlex
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from pbe.places import refuse_credentials, tracking_uri
+from pbe.settings import paths_in
 from pbe.store import digest
 from pipelines.runtime.environment import WORKER_ENV
 from pipelines.runtime.progress_records import JOB_VARIABLE
@@ -185,55 +186,24 @@ def refuse_what_cannot_travel(stage: Stage, to: str) -> None:
 
 def _refuse_what_stays_here(stage: Stage) -> None:
     """Raises StageError for a file or folder inside the project that the stage would look for on the cluster."""
-    if stage.name == "ingest":
-        for key in ("images", "boxes", "image_ids"):
-            path = getattr(stage.params.ingest, key)
-            travels = path and path.startswith("pbe/") and Path(path).suffix in CODE_SUFFIXES
-            if path and not travels and not Path(path).is_absolute() and not path.startswith("s3://"):
-                raise _does_not_travel(stage, f"ingest.{key}", path)
-    for key, path in _evaluation_files(stage):
-        if not Path(path).expanduser().is_absolute():
-            raise _does_not_travel(stage, key, path)
-    for key, name in _weights(stage):
-        from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
-
-        if not Path(name).is_absolute() and not is_on_hub(name):
-            raise _does_not_travel(stage, key, name)
-
-
-def _weights(stage: Stage) -> Iterator[tuple[str, str]]:
-    """Keys of params.yaml that name weights which the stage reads, and the names."""
-    if stage.name == "encode":
-        codec, backbone = stage.params.encode.codec, stage.params.encode.backbone
-        if codec.kind == "pretrained":
-            yield "encode.codec.weights", codec.weights
-        if backbone.kind == "clip":
-            yield "encode.backbone.weights", backbone.weights
-    if stage.name == "bench" and stage.params.bench.matcher.kind == "clip":
-        yield "bench.matcher.weights", stage.params.bench.matcher.weights
-    if stage.name in ("evaluate", "sweep"):
-        for number, extractor in enumerate(stage.params.evaluate.extractors):
-            if extractor.kind == "clip":
-                yield f"evaluate.extractors.{number}.weights", extractor.weights
+    section = "evaluate" if stage.name == "sweep" else stage.name
+    settings = getattr(stage.params, section, None)
     if stage.name == "train" and stage.variant is not None:
-        init = stage.params.train_variant(stage.variant).init
-        if init not in ("random", "sd"):
-            yield "train.init", init
+        settings = stage.params.train_variant(stage.variant)
+    for key, path in paths_in(settings, f"{section}.") if settings is not None else ():
+        if not _is_seen_there(path):
+            raise _does_not_travel(stage, key, path)
 
 
-def _evaluation_files(stage: Stage) -> Iterator[tuple[str, str]]:
-    """Keys of params.yaml that name files or folders which the stage reads where it runs, and their paths."""
-    if stage.name == "bench" and stage.params.bench.source == "cocoee":
-        yield "bench.cocoee", str(stage.params.bench.cocoee)
-    if stage.name in ("evaluate", "sweep"):
-        cfg = stage.params.evaluate
-        if cfg.real_images is not None:
-            yield "evaluate.real_images", cfg.real_images
-        for number, extractor in enumerate(cfg.extractors):
-            if extractor.kind == "clip" and extractor.mixture is not None:
-                yield f"evaluate.extractors.{number}.mixture", extractor.mixture
-            if extractor.kind == "inception":
-                yield f"evaluate.extractors.{number}.file", extractor.file
+def _is_seen_there(path: str) -> bool:
+    """Return whether the cluster finds what a setting names: by an absolute path, in S3, the package or the hub."""
+    if path.startswith(("s3://", "/", "~")) or path in ("random", "sd"):
+        return True
+    if path.startswith("pbe/") and Path(path).suffix in CODE_SUFFIXES:
+        return True
+    from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
+
+    return is_on_hub(path)
 
 
 def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:

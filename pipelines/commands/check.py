@@ -19,7 +19,7 @@ def main() -> None:
     """Raise ParamsError for invalid settings, SourceError for missing or unreadable photos and boxes."""
     root, ingest = repo_root(), load_params().ingest
     for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
-        tree = file_tree(location, root=root, key=key)
+        tree = file_tree(location, key=key)
         if tree.is_local:
             tree.require()
             _refuse_what_dvc_cannot_read(Path(tree.where), root, key)

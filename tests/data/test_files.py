@@ -10,6 +10,7 @@ import pyarrow.fs as pafs
 import pytest
 from moto.server import ThreadedMotoServer
 
+from pbe import places
 from pbe.data import images
 from pbe.data.annotations import box_files, class_names, read_annotations
 from pbe.data.download import PhotoError
@@ -105,9 +106,10 @@ def test_a_tree_travels_to_other_processes_after_it_was_opened(put: Put) -> None
 def test_a_relative_place_is_one_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "repository"
+    monkeypatch.setattr(places, "repo_root", lambda: root)
 
     def where(location: str) -> str:
-        return file_tree(location, root=root, key="k").where
+        return file_tree(location, key="k").where
 
     assert where("photos") == where("./photos/") == str(root / "photos")
     assert where("../photos") == where(str(tmp_path / "photos")) == str(tmp_path / "photos")

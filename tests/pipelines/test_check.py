@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe import config
+from pbe import config, places
 from pbe.data.files import SourceError
 from pbe.errors import ParamsError
 from pbe.places import repo_root
@@ -21,8 +21,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((home / name).read_bytes())
     (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
-    monkeypatch.setattr(check, "repo_root", lambda: tmp_path)
-    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    for module in (check, config, places):
+        monkeypatch.setattr(module, "repo_root", lambda: tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(check, "TORN_AFTER_S", 0.3)
     return tmp_path
 

@@ -25,7 +25,7 @@ from pbe.model.clip import STEMS
 from pbe.model.hub import weights_folder
 from pbe.model.tensors import WeightsError
 from pbe.model.weight_store import store_weights, stored_folder
-from pbe.places import repo_root
+from pbe.places import local_path
 from pbe.store import Store
 
 Entry = Mapping[str, Any]
@@ -71,7 +71,7 @@ def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) ->
 
 
 def _store_inception(store: Store, cfg: InceptionExtractorConfig) -> str:
-    file = repo_root() / Path(cfg.file).expanduser()
+    file = local_path(cfg.file)
     if not file.is_file():
         raise ExtractorError(f"evaluate.extractors: {file}: no such file; FID needs this TorchScript Inception")
     path = f"parts/weights/inception-{cfg.sha256[:16]}/inception.pt"

@@ -6,6 +6,7 @@ reject. Pillow also reads headers, without decoding.
 
 import io
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -16,9 +17,11 @@ from pbe.data.settings import Chroma
 from pbe.errors import UserError, one_line
 
 Buffer = bytes | memoryview
+Resampling = Literal["bilinear", "bicubic"]
 UPRIGHT = 1
 BILINEAR_SHRINK_MAX = 4
 # EXIF orientation to the rotation that makes the stored picture upright
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TURNS = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -186,7 +189,18 @@ def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
     return cv2.resize(image, (width_px, height_px), interpolation=interpolation)
 
 
-def resize_bicubic(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """Resize bicubically with antialias (Pillow), as CLIP's own preprocessing and the CLIP metrics do."""
+def resize_antialiased(
+    image: np.ndarray,
+    *,
+    width_px: int,
+    height_px: int,
+    resampling: Resampling,
+    area: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize (H, W, 3) or (H, W) uint8 with antialias by Pillow, as torchvision's Resize of a picture and CLIP do.
+
+    area: x0, y0, x1, y1 in pixels, fractions included, of the part to resize; the pixels around it take part in the
+    antialiasing, so that the result is a cut of the whole resized image. None: the whole.
+    """
     picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.array(picture.resize((width_px, height_px), Image.Resampling.BICUBIC))
+    return np.array(picture.resize((width_px, height_px), _FILTERS[resampling], box=area))

@@ -351,32 +351,18 @@ def _fitted(reference: np.ndarray, side_px: int, protocol: EditProtocol) -> np.n
     height_px, width_px = reference.shape[:2]
     if protocol.reference_fit == "squash":
         return _resized(reference, side_px, side_px, protocol)
-    if protocol.reference_fit == "crop":
-        return _cropped(reference, side_px, protocol)
+    if protocol.reference_fit == "crop" and protocol.resampling == "bicubic":
+        return images.centre_square(reference, side_px, resampling="bicubic", odd="down")
+    if protocol.reference_fit == "crop":  # crop first: resizing a whole narrow strip would make it enormous
+        side = min(height_px, width_px)
+        top, left = (height_px - side) // 2, (width_px - side) // 2
+        return images.resize(reference[top : top + side, left : left + side], width_px=side_px, height_px=side_px)
     scale = side_px / max(height_px, width_px)
     high, wide = max(1, round(scale * height_px)), max(1, round(scale * width_px))
     out = np.full((side_px, side_px, 3), PAD_GREY, np.uint8)
     top, left = (side_px - high) // 2, (side_px - wide) // 2
     out[top : top + high, left : left + wide] = _resized(reference, wide, high, protocol)
     return out
-
-
-def _cropped(reference: np.ndarray, side_px: int, protocol: EditProtocol) -> np.ndarray:
-    """The middle (side, side, 3) of the reference whose shorter side becomes `side_px`, as CLIP's image processor.
-
-    Only that middle is resized: a whole narrow strip would become enormous.
-    """
-    height_px, width_px = reference.shape[:2]
-    if protocol.resampling == "bilinear":
-        side = min(height_px, width_px)
-        top, left = (height_px - side) // 2, (width_px - side) // 2
-        return images.resize(reference[top : top + side, left : left + side], width_px=side_px, height_px=side_px)
-    high, wide = (side_px * size_px // min(height_px, width_px) for size_px in (height_px, width_px))
-    top, left = (high - side_px) // 2, (wide - side_px) // 2
-    down, right = height_px / high, width_px / wide  # px of the reference per px of the result
-    x1, y1 = min((left + side_px) * right, width_px), min((top + side_px) * down, height_px)
-    area = (left * right, top * down, x1, y1)
-    return images.resize_antialiased(reference, width_px=side_px, height_px=side_px, resampling="bicubic", area=area)
 
 
 def _window(hole: np.ndarray) -> Box:

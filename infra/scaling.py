@@ -35,7 +35,7 @@ PARAMETERS = 923_306_500
 CHECKPOINT_BYTES = 16 * PARAMETERS
 
 # -- measured: python tests/benchmarks/materialize.py, 234 photos with a kept box
-TRIPLET_BYTES = {"420": 128_700, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; 650 of them are holes
+TRIPLET_BYTES = {"420": 133_900, "444": 157_400}  # a Parquet row at 512 and 224 px, quality 95; 650 of them are holes
 BOX_BYTES = 53  # a Parquet row of boxes
 
 # -- measured: the same program, one core, coco256 at 1024 px

@@ -39,7 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's")
     edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="how to fit the encoder's square")
-    edit.add_argument("--protocol", choices=["ours", "upstream", "diffusers"], default="ours", help="see pbe/README.md")
+    edit.add_argument(
+        "--protocol",
+        choices=["ours", "upstream", "diffusers"],
+        default="ours",
+        help="upstream, diffusers: as they do, the whole photo squashed, nothing pasted back; see pbe/README.md",
+    )
     edit.set_defaults(run=_edit)
     export = commands.add_parser("export", help="write a trained model as a folder of the hub's layout, with a card")
     export.add_argument("model", help="variant, e.g. full, or a model folder")

@@ -3,14 +3,15 @@
     editor = Editor.load("models/full")
     edited, other = editor.edit(photo, hole_mask, reference, seed=7, n=2)
 
-Deliberate differences from upstream's scripts/inference.py: photos may have any size (the square around the hole is
-edited and pasted back); pixels outside the hole stay unchanged; each item has its own noise generator, so that its
-result does not depend on its batch. The protocols `UPSTREAM` and `DIFFUSERS` reproduce upstream and
-diffusers' pipeline.
+Deliberate differences from upstream's scripts/inference.py: the square around the hole is edited and pasted back;
+pixels outside the hole stay unchanged; each item has its own noise generator, so that its result does not depend on
+its batch. By the protocols `UPSTREAM` and `DIFFUSERS` a photo of the model's size is edited as upstream's scripts and
+diffusers' pipeline do, apart from that generator and from upstream's float16. A photo of another size, which both leave
+to their user, is squashed to the model's square by Pillow, and its edit resized back.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,11 @@ import torch
 
 from pbe.data import images
 from pbe.data.boxes import Box
+from pbe.data.images import Resampling
 from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Condition, Sampling, sample
-from pbe.encode import encode_masked, encode_references, to_device, to_images
+from pbe.encode import Levels, encode_masked, encode_references, to_device, to_images
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.precision import float32_products
 from pbe.model.settings import Precision
@@ -33,7 +35,9 @@ DEFAULT_SAMPLING = Sampling()
 CONTEXT_FACTOR = 1.6  # side of the edited square / longer side of the hole, if the photo has room
 BATCH_ROWS = 8  # edits per forward
 PAD_GREY = 128
+HOLE_LEVEL = 128  # of a mask's 0 to 255; what is less is kept
 
+Fit = Literal["squash", "pad", "crop"]
 OnStep = Callable[[], object]
 
 
@@ -41,16 +45,21 @@ OnStep = Callable[[], object]
 class EditProtocol:
     """How inputs and outputs are processed before and after the network."""
 
-    paste_back: bool = True  # keep pixels outside the hole; False: the whole square is decoded
+    area: Literal["window", "photo"] = "window"  # what is edited: the square around the hole, or the squashed photo
+    paste_back: bool = True  # keep pixels outside the hole; False: all that the codec decodes replaces the photo
     feather_frac: float = 0.01  # width of the blend inside the hole's edge / side of the square
-    reference_fit: Literal["squash", "pad", "crop"] = "squash"  # how references become the encoder's square
+    resampling: Resampling = "bilinear"  # of photo and reference: as in training, or Pillow's bicubic
+    reference_fit: Fit = "squash"  # how references become the encoder's square
     masked_latent: Literal["mean", "sample"] = "mean"  # of the codec's posterior
     mask_resize: MaskResize = "bilinear"  # to latent cells
+    timesteps: Literal["asked", "upstream"] = "asked"  # upstream: more than asked where steps do not divide 1000
+    levels: Levels = "nearest"  # decoded values to whole levels
 
 
 OURS = EditProtocol()
-UPSTREAM = EditProtocol(paste_back=False, masked_latent="sample")  # scripts/inference.py, inference_test_bench.py
-DIFFUSERS = EditProtocol(paste_back=False, masked_latent="sample", reference_fit="crop", mask_resize="nearest")
+_SCRIPT = EditProtocol(area="photo", paste_back=False, resampling="bicubic", masked_latent="sample")
+UPSTREAM = replace(_SCRIPT, timesteps="upstream", levels="below")  # scripts/inference.py, inference_test_bench.py
+DIFFUSERS = replace(_SCRIPT, reference_fit="crop", mask_resize="nearest")  # PaintByExamplePipeline
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class EditTask:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The square of a photo that is edited, resized to the model's size."""
+    """The part of a photo that is edited, resized to the model's square."""
 
     window: Box  # in the photo
     source: np.ndarray  # (S, S, 3) uint8
@@ -152,17 +161,17 @@ class Editor:
         """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
 
         With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
-        None: the model's own. on_step: called after every forward, `sampling.steps` times per BATCH_ROWS tasks. Raises
-        ValueError if a hole is empty or the whole photo or if shapes do not match, and SamplerError.
+        None: the model's own. on_step: called after every forward of BATCH_ROWS tasks; PLMS does one more than its
+        steps. Raises ValueError if a hole is empty or the whole photo or if shapes do not match, and SamplerError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._check_size(side)
         for task in tasks:
             _check_task(task)
+        all_cuts = _cuts(tasks, side, protocol)
         edits = []
         for start in range(0, len(tasks), BATCH_ROWS):
-            batch = tasks[start : start + BATCH_ROWS]
-            cuts = _cuts(batch, side)
+            batch, cuts = tasks[start : start + BATCH_ROWS], all_cuts[start : start + BATCH_ROWS]
             fills = self._fill(
                 np.stack([cut.source for cut in cuts]),
                 np.stack([cut.hole_mask for cut in cuts]),
@@ -219,7 +228,7 @@ class Editor:
         """The decoded squares (B, S, S, 3) uint8, before pasting back. Waits for the device once, at its end."""
         with float32_products(tf32=self._precision == "tf32"):
             side = self.card.reference_px
-            fitted = np.stack([_fitted(reference, side, protocol.reference_fit) for reference in references])
+            fitted = np.stack([_fitted(reference, side, protocol) for reference in references])
             tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
             masked, keep = encode_masked(
                 self._codec, sources, hole_masks, mask_resize=protocol.mask_resize, device=self._device
@@ -243,10 +252,11 @@ class Editor:
                 self._noise(seeds, "edit", shape),
                 scheduler=self.card.scheduler,
                 sampling=sampling,
+                upstream_timesteps=protocol.timesteps == "upstream",
                 project=self._codec.project,
                 on_step=on_step,
             )
-            return to_images(self._codec.decode(latent))
+            return to_images(self._codec.decode(latent), levels=protocol.levels)
 
     def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """Noise (B, *shape), each row from its own seed; drawn on the CPU, so that all devices get the same."""
@@ -273,29 +283,44 @@ def _check_task(task: EditTask) -> None:
         raise ValueError("hole_mask covers the whole photo, so there is no context for the edit; is it inverted?")
 
 
-def _cuts(tasks: Sequence[EditTask], side_px: int) -> list[_Cut]:
+def _cuts(tasks: Sequence[EditTask], side_px: int, protocol: EditProtocol) -> list[_Cut]:
     """The cut of each task; tasks that share a photo and a hole share the cut."""
     made: dict[tuple[int, int], _Cut] = {}
     for task in tasks:
         key = id(task.photo), id(task.hole_mask)
         if key not in made:
-            made[key] = _cut(task.photo, task.hole_mask, side_px)
+            made[key] = _cut(task.photo, task.hole_mask, side_px, protocol)
     return [made[id(task.photo), id(task.hole_mask)] for task in tasks]
 
 
-def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int) -> _Cut:
-    window = _window(hole_mask)
+def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int, protocol: EditProtocol) -> _Cut:
+    height_px, width_px = hole_mask.shape
+    window = _window(hole_mask) if protocol.area == "window" else Box(0, 0, width_px, height_px)
     rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
-    source = images.resize(photo[rows, columns], width_px=side_px, height_px=side_px)
+    source = _resized(photo[rows, columns], side_px, side_px, protocol)
+    hole = hole_mask[rows, columns] != 0
+    if protocol.area == "photo":  # as masks are resized for both: the picture by Pillow, its middle grey splits it
+        level = images.resize_antialiased(
+            np.where(hole, np.uint8(255), np.uint8(0)), width_px=side_px, height_px=side_px, resampling="bicubic"
+        )
+        if level.max() < HOLE_LEVEL:
+            raise ValueError(f"hole_mask vanishes where the photo becomes {side_px} x {side_px} px; enlarge the hole")
+        return _Cut(window, source, (level >= HOLE_LEVEL).astype(np.uint8))
     # a pixel with any hole in it is hole: if the model saw it as known, hidden content would return
-    cover = images.resize((hole_mask[rows, columns] != 0).astype(np.float32), width_px=side_px, height_px=side_px)
+    cover = images.resize(hole.astype(np.float32), width_px=side_px, height_px=side_px)
     return _Cut(window, source, (cover > 0).astype(np.uint8))
+
+
+def _resized(picture: np.ndarray, width_px: int, height_px: int, protocol: EditProtocol) -> np.ndarray:
+    if protocol.resampling == "bilinear":
+        return images.resize(picture, width_px=width_px, height_px=height_px)
+    return images.resize_antialiased(picture, width_px=width_px, height_px=height_px, resampling="bicubic")
 
 
 def _pasted(task: EditTask, cut: _Cut, fill: np.ndarray, protocol: EditProtocol) -> np.ndarray:
     window = cut.window
     rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
-    grown = images.resize(fill, width_px=window.width_px, height_px=window.height_px)
+    grown = _resized(fill, window.width_px, window.height_px, protocol)
     edit = task.photo.copy()
     if protocol.paste_back:
         hole = (task.hole_mask[rows, columns] != 0).astype(np.uint8)
@@ -321,21 +346,22 @@ def _feather(fill: np.ndarray, photo: np.ndarray, hole: np.ndarray, feather_px: 
     fill[ring] = np.round(weight * fill[ring] + (1 - weight) * colours[nearest[ring]]).astype(np.uint8)
 
 
-def _fitted(reference: np.ndarray, side_px: int, fit: Literal["squash", "pad", "crop"]) -> np.ndarray:
+def _fitted(reference: np.ndarray, side_px: int, protocol: EditProtocol) -> np.ndarray:
     """The reference as (side, side, 3): squashed, as upstream; padded with grey; or centre-cropped, as in diffusers."""
     height_px, width_px = reference.shape[:2]
-    if fit == "squash":
-        return images.resize(reference, width_px=side_px, height_px=side_px)
-    if fit == "crop":  # crop first: resizing a whole narrow strip would make it enormous
+    if protocol.reference_fit == "squash":
+        return _resized(reference, side_px, side_px, protocol)
+    if protocol.reference_fit == "crop" and protocol.resampling == "bicubic":
+        return images.centre_square(reference, side_px, resampling="bicubic", odd="down")
+    if protocol.reference_fit == "crop":  # crop first: resizing a whole narrow strip would make it enormous
         side = min(height_px, width_px)
         top, left = (height_px - side) // 2, (width_px - side) // 2
-        middle = reference[top : top + side, left : left + side]
-        return images.resize(middle, width_px=side_px, height_px=side_px)
+        return images.resize(reference[top : top + side, left : left + side], width_px=side_px, height_px=side_px)
     scale = side_px / max(height_px, width_px)
     high, wide = max(1, round(scale * height_px)), max(1, round(scale * width_px))
     out = np.full((side_px, side_px, 3), PAD_GREY, np.uint8)
     top, left = (side_px - high) // 2, (side_px - wide) // 2
-    out[top : top + high, left : left + wide] = images.resize(reference, width_px=wide, height_px=high)
+    out[top : top + high, left : left + wide] = _resized(reference, wide, high, protocol)
     return out
 
 

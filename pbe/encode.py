@@ -4,7 +4,7 @@ It returns posterior mean and std, so that training can draw a new sample at eve
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import albumentations as A
 import numpy as np
@@ -23,6 +23,7 @@ from pbe.model.settings import Tokens
 from pbe.settings import Dtype
 
 CPU = torch.device("cpu")
+Levels = Literal["nearest", "below"]  # below: upstream's scripts, whose cast to uint8 truncates
 
 LATENT_COLUMNS = (
     "source_mean",
@@ -50,9 +51,10 @@ def to_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
-def to_images(pixels: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1], clamped, to (B, H, W, 3) uint8 by rounding (upstream truncates)."""
-    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_images(pixels: Tensor, *, levels: Levels = "nearest") -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1], clamped, to (B, H, W, 3) uint8. levels: the nearest whole level, or the one below."""
+    scaled = (pixels.clamp(-1, 1) + 1) * 127.5
+    scaled = (scaled.round() if levels == "nearest" else scaled).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

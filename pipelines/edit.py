@@ -25,7 +25,7 @@ from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, load_train_manifest
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
-VERSION = 1
+VERSION = 2
 # How the work is split and scheduled, not what an edit is. batch_rows is not included: it changes the last bits.
 SPREAD = {"actors", "per_actor", "items_per_unit", "compile"}
 

@@ -37,7 +37,7 @@ from pipelines.runtime.stage import Stage, StageError
 
 # names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
 # weights. What is computed on them has the versions of its stages
-VERSION = 1
+VERSION = 2
 PIXEL_COUNTS = "pixels"  # stands among the extractors' names
 REAL_IMAGES_PER_UNIT = 500
 

@@ -1,21 +1,24 @@
 """The editor: any photo size; nothing changes outside the hole; nothing hidden reappears; items are independent."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pbe.data import images
+from pbe.data.images import Resampling
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling, sample
 from pbe.diffusion.schedule import SamplerError, scheduler_config
 from pbe.diffusion.settings import Objective, SamplerName
-from pbe.edit import CONTEXT_FACTOR, UPSTREAM, Editor, EditProtocol, EditTask, _fitted, _window
+from pbe.edit import CONTEXT_FACTOR, DIFFUSERS, UPSTREAM, Editor, EditProtocol, EditTask, Fit, _fitted, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
@@ -24,6 +27,8 @@ from pbe.model.weights import Model, ModelCard, ModelError, save_model
 from tests.tiny_weights import clip_of, paper_model, vae_of
 
 SIZE_PX, STEPS = 16, 3
+FITS: tuple[Fit, ...] = get_args(Fit)
+RESAMPLINGS: tuple[Resampling, ...] = get_args(Resampling)
 SAMPLING = Sampling(guidance_scale=3.0, steps=STEPS)
 Edit = Callable[..., np.ndarray]
 
@@ -150,15 +155,35 @@ def test_a_feathered_edge_does_not_bring_back_what_the_hole_hides(frac: float, e
 
 
 def test_upstreams_protocol_leaves_what_the_codec_decodes(editor: Editor, crops: np.ndarray) -> None:
-    hole_masks = _hole(16, 16, (2, 1, 14, 9))[None]  # its square is the whole photo
-    ours, theirs = (
-        editor.edit_crops(crops[:1], hole_masks, [_photo(9, 9)], seeds=[1], sampling=SAMPLING, protocol=protocol)
-        for protocol in (EditProtocol(), UPSTREAM)
-    )
+    hole_masks = _hole(16, 16, (2, 1, 14, 9))[None]
+    run = partial(editor.edit_crops, crops[:1], hole_masks, [_photo(9, 9)], seeds=[1], sampling=SAMPLING)
+    ours, theirs = run(), run(protocol=replace(UPSTREAM, resampling="bilinear", levels="nearest"))
     assert (theirs != crops[:1])[hole_masks == 0].any()
     np.testing.assert_array_equal(theirs[hole_masks > 0], ours[hole_masks > 0])  # this codec's std is 0
+    below = run(protocol=replace(UPSTREAM, resampling="bilinear"))
+    assert set(np.unique(theirs.astype(int) - below)) == {0, 1}
     (edit,) = editor.edit(crops[0], hole_masks[0], _photo(9, 9), seed=1, sampling=SAMPLING, protocol=UPSTREAM)
-    np.testing.assert_array_equal(edit, theirs[0])
+    np.testing.assert_array_equal(edit, run(protocol=UPSTREAM)[0])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("protocol", [UPSTREAM, DIFFUSERS], ids=["upstream", "diffusers"])
+def test_the_protocols_of_others_edit_the_whole_photo(
+    protocol: EditProtocol, size: tuple[int, int], edit: Edit
+) -> None:
+    photo, hole_mask = _photo(*size), _hole(*size)
+    out = edit(photo, hole_mask, protocol=protocol)
+    assert out.shape == photo.shape
+    assert (out == photo).all(axis=2).mean() < 0.05
+
+
+def test_a_hole_that_the_squashed_photo_loses_is_refused_before_any_forward(editor: Editor) -> None:
+    """Both would decode the photo as it is; `OURS` keeps such a hole."""
+    seen, photo, hole_mask = [], _photo(300, 300), _hole(300, 300, (150, 10, 151, 290))
+    tasks = [EditTask(photo, mask, _photo(9, 9), seed=1) for mask in (_hole(300, 300), hole_mask)]
+    with pytest.raises(ValueError, match="hole_mask vanishes where the photo becomes 16 x 16 px"):
+        editor.edit_batch(tasks, sampling=SAMPLING, protocol=UPSTREAM, on_step=lambda: seen.append(1))
+    assert not seen
 
 
 def test_photos_of_many_sizes_go_in_one_batch_each_as_if_alone(editor: Editor, edit: Edit) -> None:
@@ -187,12 +212,19 @@ def test_the_network_works_at_another_size_when_asked(edit: Edit) -> None:
 def test_the_reference_is_squashed_padded_or_cropped() -> None:
     reference = np.zeros((20, 60, 3), np.uint8)
     reference[:, 20:40], reference[:, 40:] = 100, 200  # left, middle and right third
-    squash, pad, crop = (_fitted(reference, 30, fit) for fit in ("squash", "pad", "crop"))
+    squash, pad, crop = (_fitted(reference, 30, EditProtocol(reference_fit=fit)) for fit in FITS)
     assert squash[:, 0].max() == 0 and squash[:, -1].min() == 200
     assert (pad[:10] == 128).all() and (pad[20:] == 128).all() and pad[15, 0, 0] == 0 and pad[15, -1, 0] == 200
     assert (crop == 100).all()
-    assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, "crop").shape == (30, 30, 3)
-    assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, "pad").shape == (30, 30, 3)
+    photo = _photo(331, 500, seed=3)
+    bicubic = {fit: _fitted(photo, 30, EditProtocol(reference_fit=fit, resampling="bicubic")) for fit in FITS}
+    picture = Image.fromarray(photo)
+    np.testing.assert_array_equal(bicubic["squash"], picture.resize((30, 30)))  # as upstream
+    np.testing.assert_array_equal(bicubic["crop"], np.array(picture.resize((45, 30)))[:, 7:37])  # as CLIP's processor
+    np.testing.assert_array_equal(bicubic["pad"][5:25], picture.resize((30, 20)))
+    for fit, resampling in itertools.product(FITS, RESAMPLINGS):
+        protocol = EditProtocol(reference_fit=fit, resampling=resampling)
+        assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, protocol).shape == (30, 30, 3)
 
 
 def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:

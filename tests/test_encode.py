@@ -106,6 +106,7 @@ def test_pixels_and_images_are_inverse_and_in_range(crops: np.ndarray) -> None:
 def test_images_are_rounded_and_clamped() -> None:
     values = torch.tensor([-3.0, -1 + 1.6 / 127.5, -1 + 1.4 / 127.5, 3.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert to_images(values)[0, :, :, 0].tolist() == [[0, 2], [1, 255]]
+    assert to_images(values, levels="below")[0, :, :, 0].tolist() == [[0, 1], [1, 255]]
 
 
 def test_what_the_hole_hides_does_not_matter_and_is_mid_grey(codec: PatchCodec, crops: np.ndarray) -> None:

@@ -6,6 +6,7 @@ reject. Pillow also reads headers, without decoding.
 
 import io
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -16,9 +17,12 @@ from pbe.data.settings import Chroma
 from pbe.errors import UserError, one_line
 
 Buffer = bytes | memoryview
+Resampling = Literal["bilinear", "bicubic"]
 UPRIGHT = 1
 BILINEAR_SHRINK_MAX = 4
+STRIP = 16  # longer side / shorter side, above which a picture is not resized as a whole
 # EXIF orientation to the rotation that makes the stored picture upright
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TURNS = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -186,7 +190,38 @@ def resize(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
     return cv2.resize(image, (width_px, height_px), interpolation=interpolation)
 
 
-def resize_bicubic(image: np.ndarray, *, width_px: int, height_px: int) -> np.ndarray:
-    """Resize bicubically with antialias (Pillow), as CLIP's own preprocessing and the CLIP metrics do."""
+def resize_antialiased(
+    image: np.ndarray,
+    *,
+    width_px: int,
+    height_px: int,
+    resampling: Resampling,
+    area: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize (H, W, 3) or (H, W) uint8 with antialias by Pillow, as torchvision's Resize of a picture and CLIP do.
+
+    area: x0, y0, x1, y1 in pixels, fractions included, of the part to resize; the pixels around it take part in the
+    antialiasing, so that the result is a cut of the whole resized image. None: the whole.
+    """
     picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.array(picture.resize((width_px, height_px), Image.Resampling.BICUBIC))
+    return np.array(picture.resize((width_px, height_px), _FILTERS[resampling], box=area))
+
+
+def centre_square(
+    image: np.ndarray, side_px: int, *, resampling: Resampling, odd: Literal["down", "even"] = "even"
+) -> np.ndarray:
+    """Cut the middle (side, side, 3) out of the image, its shorter side resized to `side_px` with antialias.
+
+    As torchvision's Resize and CenterCrop of a picture, the longer side rounded down. odd: where half a pixel goes that
+    is left over on each side, "even" as torchvision rounds, "down" as transformers.
+    """
+    height_px, width_px = image.shape[:2]
+    high, wide = (side_px * size_px // min(height_px, width_px) for size_px in (height_px, width_px))
+    left, top = ((px - side_px) // 2 if odd == "down" else round((px - side_px) / 2) for px in (wide, high))
+    if max(high, wide) <= STRIP * side_px:
+        whole = resize_antialiased(image, width_px=wide, height_px=high, resampling=resampling)
+        return whole[top : top + side_px, left : left + side_px]
+    # a whole strip would become enormous; its middle alone is the same but for rounding, for Pillow's box is float32
+    x0, x1 = (x * width_px / wide for x in (left, left + side_px))
+    y0, y1 = (y * height_px / high for y in (top, top + side_px))
+    return resize_antialiased(image, width_px=side_px, height_px=side_px, resampling=resampling, area=(x0, y0, x1, y1))

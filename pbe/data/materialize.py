@@ -47,8 +47,9 @@ def triplet_tables(
         data = memoryview(images.column("bytes")[index].as_buffer())
         photo = image_codec.decode(data, exif_orientation=exif_orientation)
         for row, window, reference in todo:
-            for name, area, size_px in (("source", window, cfg.image_px), ("reference", reference, cfg.reference_px)):
-                row[name] = image_codec.encode_jpeg(cut(photo, area, size_px), cfg.jpeg_quality, cfg.jpeg_chroma)
+            source, clean = cut(photo, window, cfg.image_px), cut(photo, reference, cfg.reference_px)
+            row["source"] = image_codec.encode_jpeg(source, cfg.jpeg_quality, cfg.jpeg_chroma)
+            row["reference"] = image_codec.encode_jpeg(clean, cfg.jpeg_quality)  # small: "420" would blur its colours
             rows[row["slot"]].append(row)
     tables = {slot_name(slot): table_from_rows(rows[slot], TRIPLETS) for slot in range(cfg.slots)}
     tables["rejects"] = pa.Table.from_pylist(rejects, schema=REJECTS)

@@ -109,7 +109,9 @@ class MaterializeConfig(Settings):
         description="px by which each point moves at most, uniformly. Upstream's code; the paper says 1 to 5",
     )
     jpeg_chroma: Chroma = Field(
-        "444", description="444: keeps the colours of small crops | 420: a fifth smaller, for 512 px. Ours"
+        "444",
+        description="of source crops; references are 444. 444: keeps the colours of small ones | 420: a seventh "
+        "smaller, for 512 px. Ours",
     )
     jpeg_quality: Int = Field(
         95, ge=1, le=100, description="JPEG quality, 1 to 100. Ours; upstream crops from the original"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pbe.diffusion.objective import predicted_x0, target
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, default_sampler, make_sampler, objective_of
+from pbe.diffusion.schedule import TRAIN_TIMESTEPS, default_sampler, make_sampler, objective_of, timesteps_of
 from pbe.diffusion.settings import Objective, SamplerName
 
 # (noisy latent, timestep) -> prediction, for the rows of a Condition
@@ -79,21 +79,23 @@ def sample(
     *,
     scheduler: Mapping[str, Any],
     sampling: Sampling,
+    upstream_timesteps: bool = False,
     project: Project | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Denoise (B, C, h, w) ~ N(0, I) to latents x_0 of the same shape.
 
-    scheduler: the model's scheduler config. on_step: called after each forward. Timesteps stay on the CPU, because
-    diffusers' samplers compare them, which on a GPU would wait for the previous forward. Raises SamplerError.
+    scheduler: the model's scheduler config. upstream_timesteps: as `timesteps_of` says. on_step: called after each
+    forward. Timesteps stay on the CPU, because diffusers' samplers compare them, which on a GPU would wait for the
+    previous forward. Raises SamplerError.
     """
     sampler = make_sampler(scheduler, sampling.sampler or default_sampler(scheduler))
-    sampler.set_timesteps(sampling.steps, device=torch.device("cpu"))
+    timesteps = timesteps_of(sampler, sampling.steps, upstream=upstream_timesteps)
     objective = objective_of(sampler.config)
     alpha_bar = sampler.alphas_cumprod.to(noise.device)
-    times_on_device = sampler.timesteps.to(noise.device)
+    times_on_device = timesteps.to(noise.device)
     latent = noise * sampler.init_noise_sigma
-    for index, timestep in enumerate(sampler.timesteps):
+    for index, timestep in enumerate(timesteps):
         rows = torch.cat([latent] * sampling.forwards_per_step)
         times = times_on_device[index].expand(len(rows))
         prediction = denoise(sampler.scale_model_input(rows, timestep), times)

@@ -87,6 +87,24 @@ def make_sampler(config: Mapping[str, Any], name: SamplerName) -> Sampler:
     return UniPCMultistepScheduler.from_config(dict(config))
 
 
+def timesteps_of(sampler: Sampler, steps: int, *, upstream: bool) -> Tensor:
+    """Set the sampler to `steps` and return the timesteps of its forwards, on the CPU; pndm repeats its second one.
+
+    upstream: as make_ddim_timesteps, every 1000 // steps-th timestep of the whole schedule: where `steps` does not
+    divide 1000 they are more than asked, 31 for 30. diffusers takes the first `steps` of them, so that sampling begins
+    at 958 in place of 991. Upstream fails where its last one is 1000 (at 3, 9, 27, 37 steps ...), which is left out
+    here. It has only pndm and ddim, on Stable Diffusion's spacing: others stay as they are.
+    """
+    sampler.set_timesteps(steps, device=torch.device("cpu"))
+    config = sampler.config
+    if not upstream or config.get("timestep_spacing") != "leading":
+        return sampler.timesteps
+    if not isinstance(sampler, PNDMScheduler | DDIMScheduler):
+        return sampler.timesteps
+    times = list(range(config["steps_offset"], TRAIN_TIMESTEPS, TRAIN_TIMESTEPS // steps))[::-1]
+    return torch.tensor(times[:2] + times[1:] if isinstance(sampler, PNDMScheduler) else times)
+
+
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """alpha_bar_t for t = 0 .. 999, float32."""
     return DDIMScheduler.from_config(dict(config)).alphas_cumprod.to(torch.float32)

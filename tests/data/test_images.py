@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -15,7 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from pbe.data.images import Header, ImageError, ImageTooLargeError, decode, encode_jpeg, encode_png, read_header, resize
+from pbe.data.images import (
+    Header,
+    ImageError,
+    ImageTooLargeError,
+    Resampling,
+    centre_square,
+    decode,
+    encode_jpeg,
+    encode_png,
+    read_header,
+    resize,
+)
 
 HEIGHT_PX, WIDTH_PX = 48, 80
 
@@ -347,6 +358,29 @@ def test_shrinking_to_a_quarter_or_more_interpolates_between_pixel_centres() -> 
 def test_growing_interpolates_between_pixel_centres() -> None:
     image = np.array([[[0] * 3, [200] * 3]], np.uint8)
     assert resize(image, width_px=4, height_px=1)[0, :, 0].tolist() == [0, 50, 150, 200]
+
+
+@pytest.mark.parametrize("size", [(427, 640), (640, 425), (480, 640), (333, 500), (512, 700), (640, 640), (61, 150)])
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("odd", ["even", "down"])
+def test_a_centre_square_is_cut_from_the_whole_resized_picture(
+    size: tuple[int, int], resampling: Resampling, odd: Literal["even", "down"]
+) -> None:
+    """torchvision's Resize(512), whose longer side is int(512 * long / short), then CenterCrop(512); written again."""
+    photo = _noise(*size)
+    high, wide = (int(512 * px / min(size)) for px in size)
+    whole = np.array(Image.fromarray(photo).resize((wide, high), Image.Resampling[resampling.upper()]))
+    top, left = ((px - 512) // 2 if odd == "down" else round((px - 512) / 2.0) for px in (high, wide))
+    expected = whole[top : top + 512, left : left + 512]
+    np.testing.assert_array_equal(centre_square(photo, 512, resampling=resampling, odd=odd), expected)
+
+
+def test_a_centre_square_of_a_strip_needs_no_long_picture() -> None:
+    strip = _noise(30, 600)
+    whole = np.array(Image.fromarray(strip).resize((1280, 64), Image.Resampling.BILINEAR))[:, 608:672]
+    found = centre_square(strip, 64, resampling="bilinear")
+    assert np.abs(found.astype(int) - whole).max() <= 1
+    assert centre_square(_noise(1, 60_000), 512, resampling="bilinear").shape == (512, 512, 3)
 
 
 def test_the_same_size_is_the_same_image() -> None:

@@ -140,12 +140,13 @@ def test_a_photo_is_cut_upright_when_ingest_says_so(shard: dict[str, pa.Table]) 
     assert rows[0] == rows[1]
 
 
-def test_pictures_are_stored_as_asked(shard: dict[str, pa.Table]) -> None:
-    def size(quality: int, chroma: str) -> int:
+def test_pictures_are_stored_as_asked_and_references_with_all_their_colours(shard: dict[str, pa.Table]) -> None:
+    def stored(picture: str, quality: int, chroma: str) -> bytes:
         tables, _ = _tables(shard, jpeg_quality=quality, jpeg_chroma=chroma)
-        return sum(len(row["reference"]) for row in _rows(tables).values())
+        return b"".join(row[picture] for row in _rows(tables).values())
 
-    assert size(95, "444") > size(95, "420") > size(50, "420")
+    assert len(stored("source", 95, "444")) > len(stored("source", 95, "420")) > len(stored("source", 50, "420"))
+    assert stored("reference", 95, "444") == stored("reference", 95, "420") != stored("reference", 50, "420")
 
 
 def test_a_shard_without_train_photos_has_empty_tables(shard: dict[str, pa.Table], tmp_path: Path) -> None:

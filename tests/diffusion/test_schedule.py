@@ -13,6 +13,7 @@ from pbe.diffusion.schedule import (
     make_sampler,
     objective_of,
     scheduler_config,
+    timesteps_of,
 )
 from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
@@ -63,6 +64,28 @@ def test_scaled_linear_has_upstreams_timesteps() -> None:
         sampler.set_timesteps(50, torch.device("cpu"))
     assert ddim.timesteps.tolist() == expected
     assert plms.timesteps.tolist() == [981, 961, 961, *expected[2:]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "count"),
+    [(50, 981, 50), (30, 991, 31), (4, 751, 4), (7, 995, 8), (3, 667, 3), (600, 999, 999), (1, 1, 1)],
+)
+def test_upstream_takes_the_whole_schedule_where_steps_do_not_divide_1000(steps: int, first: int, count: int) -> None:
+    """make_ddim_timesteps again; at 3 and at 600 steps upstream fails, because its last timestep is 1000."""
+    expected = [time + 1 for time in range(0, 1000, 1000 // steps) if time + 1 < 1000][::-1]
+    assert (expected[0], len(expected)) == (first, count)
+    config = scheduler_config("scaled_linear", "eps")
+    assert timesteps_of(make_sampler(config, "ddim"), steps, upstream=True).tolist() == expected
+    plms = timesteps_of(make_sampler(config, "pndm"), steps, upstream=True).tolist()
+    assert plms == expected[:2] + expected[1:]
+    for name in SAMPLERS:
+        sampler = make_sampler(config, name)
+        asked = timesteps_of(sampler, steps, upstream=False)
+        assert asked is sampler.timesteps and len(set(asked.tolist())) == steps
+        if 1000 % steps == 0 or name in ("dpm++", "unipc"):
+            assert torch.equal(timesteps_of(sampler, steps, upstream=True), asked)
+    trailing = make_sampler(scheduler_config("squaredcos_cap_v2", "x0"), "ddim")
+    assert len(timesteps_of(trailing, steps, upstream=True)) == steps
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pbe.data.schema import FEATURES
-from pbe.evaluate.features.crops import Crop
+from pbe.evaluate.features.crops import Crop, square
 from pbe.evaluate.features.extractors import Preprocessing
 from pbe.evaluate.features.tables import FeatureTable, extract
 
@@ -29,6 +30,13 @@ def _view(key: str, value: int) -> Crop:
 def test_a_picture_whose_features_are_not_finite_is_named() -> None:
     with pytest.raises(ValueError, match=r"extractor gives values that are not finite for b\.png \(whole\)"):
         extract([_view("a.png", 1), _view("b.png", 255)], _Extractor(), batch_rows=4)
+
+
+def test_real_images_are_squared_as_by_upstreams_script() -> None:
+    """scripts/create_square_gt_for_fid.py, written again: the longer side is rounded down, the offset to even."""
+    photo = np.random.default_rng(0).integers(0, 256, (427, 640, 3)).astype(np.uint8)
+    whole = np.array(Image.fromarray(photo).resize((767, 512), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(square(photo, 512), whole[:, 128 : 128 + 512])
 
 
 def test_two_pictures_of_one_name_are_not_silently_one() -> None:

@@ -75,10 +75,5 @@ def real_crops(rows: Sequence[Mapping[str, Any]]) -> Iterator[Crop]:
 
 
 def square(photo: np.ndarray, side_px: int) -> np.ndarray:
-    """(H, W, 3) to (side, side, 3): shorter side, then centre crop. Upstream: create_square_gt_for_fid.py."""
-    height_px, width_px = photo.shape[:2]
-    scale = side_px / min(height_px, width_px)
-    high, wide = max(side_px, round(height_px * scale)), max(side_px, round(width_px * scale))
-    grown = images.resize(photo, width_px=wide, height_px=high)
-    top, left = (high - side_px) // 2, (wide - side_px) // 2
-    return grown[top : top + side_px, left : left + side_px]
+    """(H, W, 3) to (side, side, 3), as upstream's scripts/create_square_gt_for_fid.py: bilinearly with antialias."""
+    return images.centre_square(photo, side_px, resampling="bilinear")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionModelWithProjection
 
-from pbe.data.images import resize, resize_bicubic
+from pbe.data.images import centre_square, resize, resize_antialiased
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
 from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
@@ -113,14 +113,9 @@ class ClipExtractor:
             tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
             return interpolate(tensor, (side, side), mode="bilinear", align_corners=False, antialias=False)[0]
         if preprocessing == "reference":
-            picture = resize_bicubic(image, width_px=side, height_px=side)
+            picture = resize_antialiased(image, width_px=side, height_px=side, resampling="bicubic")
         else:
-            height_px, width_px = image.shape[:2]
-            scale = side / min(height_px, width_px)
-            high, wide = max(side, int(height_px * scale)), max(side, int(width_px * scale))
-            grown = resize_bicubic(image, width_px=wide, height_px=high)
-            top, left = round((high - side) / 2), round((wide - side) / 2)
-            picture = grown[top : top + side, left : left + side]
+            picture = centre_square(image, side, resampling="bicubic")
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 255
 
 

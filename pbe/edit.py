@@ -26,6 +26,7 @@ from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import Levels, encode_masked, encode_references, to_device, to_images
+from pbe.errors import UserError
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.precision import float32_products
 from pbe.model.settings import Precision
@@ -70,6 +71,10 @@ class EditTask:
     hole_mask: np.ndarray
     reference: np.ndarray
     seed: int
+
+
+class NonFiniteEditError(UserError, FloatingPointError):
+    """The network's result has NaN or infinite values, which would become black pixels."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class Editor:
 
         With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
         None: the model's own. on_step: called after every forward of BATCH_ROWS tasks; PLMS does one more than its
-        steps. Raises ValueError if a hole is empty or the whole photo or if shapes do not match, and SamplerError.
+        steps. Raises ValueError if a hole is empty or the whole photo or if shapes do not match, SamplerError,
+        NonFiniteEditError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._check_size(side)
@@ -241,14 +247,21 @@ class Editor:
             given = Condition.of_rows(masked_latent, keep, tokens, sampling=sampling, dtype=dtype)
             with torch.no_grad():
                 context = self._network.exemplar(given.exemplar_tokens, given.drop_condition)
-            latent = sample(
-                lambda noisy, timestep: self._network.denoise(
+            finite = torch.ones((), dtype=torch.bool, device=self._device)  # read once, at the end
+
+            def denoise(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+                prediction = self._network.denoise(
                     noisy.to(dtype),
                     timestep,
                     masked_latent=given.masked_latent,
                     keep_mask_latent=given.keep_mask_latent,
                     context=context,
-                ).float(),
+                ).float()
+                finite.logical_and_(prediction.isfinite().all())
+                return prediction
+
+            latent = sample(
+                denoise,
                 self._noise(seeds, "edit", shape),
                 scheduler=self.card.scheduler,
                 sampling=sampling,
@@ -256,7 +269,16 @@ class Editor:
                 project=self._codec.project,
                 on_step=on_step,
             )
-            return to_images(self._codec.decode(latent), levels=protocol.levels)
+            pixels = self._codec.decode(latent)
+            finite.logical_and_(pixels.isfinite().all())
+            edited = to_images(pixels, levels=protocol.levels)
+        if not finite:
+            narrow = "" if self._precision == "fp32" else f", or {self._precision} is too narrow for it: try fp32"
+            raise NonFiniteEditError(
+                f"the model gives NaN or infinite values (seeds {', '.join(map(str, seeds))}); its weights are damaged"
+                f"{narrow}"
+            )
+        return edited
 
     def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """Noise (B, *shape), each row from its own seed; drawn on the CPU, so that all devices get the same."""

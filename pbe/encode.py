@@ -17,6 +17,7 @@ from pbe.data.masks import HOLE_KINDS, MaskResize, hole_of, keep_mask_latent
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
 from pbe.data.schema import array_bytes, encoded_schema
+from pbe.errors import UserError
 from pbe.model.backbone import Backbone
 from pbe.model.codec import Codec
 from pbe.model.settings import Tokens
@@ -30,6 +31,10 @@ LATENT_COLUMNS = (
     "source_std",
     *(f"{kind}_{what}" for kind in HOLE_KINDS for what in ("masked_mean", "masked_std", "hole_mask_latent")),
 )
+
+
+class EncodeError(UserError, FloatingPointError):
+    """A network's output is not finite in the type that is stored."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def encode_triplets(
 
     draws: references per row; draw 0 is clean, the others are augmented. clean_tokens: cache of draw 0 by reference
     bytes, updated here, because slots that share a box share its clean reference. Images go through the networks in
-    batches of `batch_rows`. dtype: of the stored arrays.
+    batches of `batch_rows`. dtype: of the stored arrays. Raises EncodeError for values that it cannot hold.
     """
 
     def encoded_tokens(references: list[np.ndarray]) -> list[np.ndarray]:
@@ -152,8 +157,18 @@ def encode_triplets(
     )
     arrays: dict[str, list[object]] = {name: [row[name] for row in rows] for name in ("image_id", "slot", "box_index")}
     for name, values in columns.items():
+        _refuse_non_finite(name, values, rows, dtype)
         arrays[name] = [array_bytes(schema.field(name), value) for value in values]
     return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
+
+
+def _refuse_non_finite(name: str, values: list[np.ndarray], rows: list[dict[str, Any]], dtype: Dtype) -> None:
+    for row, value in zip(rows, values, strict=True):
+        if not np.abs(value).max() <= np.finfo(dtype).max:  # of NaN too
+            raise EncodeError(
+                f"{row['image_id']}, slot {row['slot']}: {name} has NaN, infinite or too large values for {dtype}; the "
+                "weights of encode.codec or encode.backbone are damaged, or set encode.dtype: float32"
+            )
 
 
 def _latent_columns(

@@ -18,7 +18,7 @@ from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling, sample
 from pbe.diffusion.schedule import SamplerError, scheduler_config
 from pbe.diffusion.settings import Objective, SamplerName
-from pbe.edit import CONTEXT_FACTOR, DIFFUSERS, UPSTREAM, Editor, EditProtocol, EditTask, Fit, _fitted, _window
+from pbe.edit import CONTEXT_FACTOR, DIFFUSERS, UPSTREAM, Editor, EditProtocol, EditTask, Fit, NonFiniteEditError, _fitted, _window
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
@@ -454,6 +454,17 @@ def test_the_window_holds_the_hole_and_is_a_square_with_context_where_the_photo_
             )
             kinds["full context"] += 1
     assert min(kinds.values()) > 50, kinds
+
+
+@pytest.mark.parametrize("where", ["unet", "decoder"])
+def test_an_edit_that_overflows_on_its_way_is_an_error(where: str) -> None:
+    """Finite weights that are too large: clamping would turn NaN into black pixels."""
+    model = paper_model()
+    layer = model.network.unet.conv_out if where == "unet" else vae_of(model).decoder.conv_out
+    layer.weight.data.fill_(3e38)
+    editor = Editor(model, torch.device("cpu"), precision="bf16")
+    with pytest.raises(NonFiniteEditError, match=r"NaN or infinite values \(seeds 7\).*try fp32"):
+        editor.edit(_photo(32, 32), _hole(32, 32), _photo(9, 9), seed=7, sampling=Sampling(steps=2))
 
 
 def test_in_bfloat16_every_network_computes_in_it_and_edits_stay_near() -> None:

@@ -10,7 +10,15 @@ from pbe.data.masks import keep_mask_latent, pack_mask
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import TRIPLETS, array_value, encoded_schema, require
-from pbe.encode import encode_masked, encode_references, encode_source, encode_triplets, to_images, to_pixels
+from pbe.encode import (
+    EncodeError,
+    encode_masked,
+    encode_references,
+    encode_source,
+    encode_triplets,
+    to_images,
+    to_pixels,
+)
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
 from pbe.model.settings import Tokens
@@ -201,6 +209,15 @@ def test_float32_keeps_what_float16_rounds(
         assert np.abs(half["source_mean"] - posterior.mean[0].numpy()).max() > 1e-5
         for name, value in full.items():
             np.testing.assert_array_equal(value.astype(np.float16), half[name])
+
+
+def test_values_that_the_stored_type_cannot_hold_are_an_error(
+    triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
+) -> None:
+    large = PatchCodec(codec.mean, codec.basis, codec.rms * 1e-6)
+    with pytest.raises(EncodeError, match=r"slot \d+: \w+ has .* too large values for float16; .* float32"):
+        _encode(triplets, large, backbone)
+    _encode(triplets, large, backbone, dtype="float32")
 
 
 def test_the_same_call_gives_the_same_bytes(

@@ -142,6 +142,20 @@ def test_half_precision_is_widened_and_stays_what_it_was(
     _same(load_model(tmp_path / "out"), original, tolerance=2e-3)
 
 
+def test_bfloat16_is_imported_like_float16(original: Model, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    short = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors.items()}
+    import_weights(_save(short, tmp_path / "bf16.ckpt"), tmp_path / "out")
+    _same(load_model(tmp_path / "out"), original, tolerance=2e-2)
+
+
+def test_a_checkpoint_is_read_by_its_content(original: Model, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    _save(tensors, tmp_path / "a.safetensors").rename(tmp_path / "a.ckpt")
+    torch.save({"model": tensors, "step": torch.tensor(7)}, tmp_path / "b.safetensors")
+    for name in ("a.ckpt", "b.safetensors"):
+        import_weights(tmp_path / name, tmp_path / f"out-{name}")
+        _same(load_model(tmp_path / f"out-{name}"), original)
+
+
 def test_an_empty_folder_may_be_the_target(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     import_weights(_save(tensors, tmp_path / "model.ckpt"), tmp_path / "out")
@@ -243,6 +257,22 @@ def test_a_hub_folder_with_pickles_becomes_one_with_safetensors(hub: Path, tmp_p
     }
 
 
+def test_a_hub_folder_of_copies_in_half_precision_alone_is_read(hub: Path, tmp_path: Path) -> None:
+    for path in list(hub.rglob("*.bin")):
+        if path.parent.name != "safety_checker":
+            save_file(torch.load(path), path.with_name(f"{path.stem.removeprefix('pytorch_')}.fp16.safetensors"))
+            path.unlink()
+    imported = import_weights(hub, tmp_path / "out")
+    _same(load_model(tmp_path / "out"), paper_model(), tolerance=1e-3)
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in imported.sha256
+
+
+def test_a_hub_folder_of_pointers_says_so(hub: Path, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167534\n"
+    (hub / "unet" / "diffusion_pytorch_model.bin").write_bytes(pointer)
+    _refused(hub, tmp_path, "diffusion_pytorch_model.bin: a Git LFS pointer", "git lfs pull")
+
+
 def test_a_folder_of_this_project_may_be_imported_too(tmp_path: Path, model_folder: Path) -> None:
     imported = import_weights(model_folder, tmp_path / "out")
     a, b = state_of(load_model(tmp_path / "out")), state_of(load_model(model_folder))
@@ -277,7 +307,22 @@ def test_a_partial_file_is_refused_and_leaves_nothing(tensors: dict[str, Tensor]
     whole = _save(tensors, tmp_path / "c.ckpt").read_bytes()
     (tmp_path / "c.ckpt").write_bytes(whole[: len(whole) // 2])
     _refused(tmp_path / "c.ckpt", tmp_path, "damaged or incomplete weight file")
-    _refused(tmp_path / "nothing.ckpt", tmp_path, "damaged or incomplete weight file")
+    _refused(tmp_path / "nothing.ckpt", tmp_path, "no such file")
+
+
+@pytest.mark.parametrize("name", ["model.diffusion_model.out.2.weight", "learnable_vector", "proj_out.bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_with_its_name(
+    name: str, bad: float, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    damaged = tensors[name].clone()
+    damaged.view(-1)[3] = bad
+    _refused(_save({**tensors, name: damaged}, tmp_path / "a.ckpt"), tmp_path, "NaN or infinite", f"such as {name};")
+
+
+def test_what_is_left_out_need_not_be_finite(stable_diffusion: dict[str, Tensor], tmp_path: Path) -> None:
+    ema = {name: value * float("nan") for name, value in stable_diffusion.items() if name.startswith("model_ema.")}
+    import_weights(_save({**stable_diffusion, **ema}, tmp_path / "sd.ckpt"), tmp_path / "out")
 
 
 def test_tensors_that_are_no_layers_at_all_are_one_line(tensors: dict[str, Tensor], tmp_path: Path) -> None:

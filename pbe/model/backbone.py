@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pbe.errors import UserError
 from pbe.model.settings import BackboneName
+from pbe.model.tensors import load_strictly, read_tensors, refuse_non_finite
 
 
 class Backbone(Protocol):
@@ -110,14 +111,16 @@ class EfficientNetLite(nn.Module):
 def load_backbone(name: BackboneName) -> EfficientNetLite:
     """The named backbone with its ImageNet weights, on the CPU, from installed packages.
 
-    Raises BackboneError if they are not installed.
+    Raises BackboneError if they are not installed, WeightsError if their file is damaged.
     """
     path = _weight_file(name)
     from efficientnet_lite_pytorch import EfficientNet
 
     # Padding is fixed at construction; lite2's default of 260 px would shift every stride at 224 px.
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=EfficientNetLite.input_px)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    tensors = read_tensors(path)
+    refuse_non_finite(tensors, str(path))
+    load_strictly(network, tensors, str(path))
     network._fc = nn.Identity()  # the classifier is never called
     return EfficientNetLite(network, name=name, digest=weights_digest(name))
 

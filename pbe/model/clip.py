@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
+from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_folder, read_json
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]; upstream open-images.py, OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,9 +87,8 @@ def load_clip(folder: Path) -> ClipBackbone:
 
     Raises WeightsError.
     """
-    network = new_clip(vision_config(read_json(folder / "config.json"), str(folder)))
-    tensors = clip_tensors(read_folder(folder, *STEMS))
-    load_clip_tensors(network, tensors, str(folder))
+    config = vision_config(read_json(folder / "config.json"), str(folder))
+    network = loaded_clip(config, clip_tensors(read_folder(folder, *STEMS)), str(folder))
     return ClipBackbone(network, digest=folder_digest(folder, *STEMS))
 
 
@@ -115,18 +114,19 @@ def new_clip(config: CLIPVisionConfig) -> CLIPVisionModel:
 
 
 def clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of CLIP's vision part, float32, under flat names, from any of the three spellings."""
+    """The tensors of CLIP's vision part under flat names, from any of the three spellings."""
     out = {}
     for name, value in tensors.items():
         flat = name.removeprefix("model.").removeprefix("vision_model.")
         if flat.startswith(_PARTS) and not flat.endswith("position_ids"):  # a counter that old files carry
-            out[flat] = value.float()
+            out[flat] = value
     return out
 
 
-def load_clip_tensors(network: CLIPVisionModel, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors with flat names, regardless of the names in the installed transformers. Raises WeightsError."""
-    nested = any(name.startswith("vision_model.") for name in network.state_dict())
-    load_strictly(
-        network, {f"vision_model.{name}" if nested else name: value for name, value in tensors.items()}, where
-    )
+def loaded_clip(config: CLIPVisionConfig, tensors: Mapping[str, Tensor], where: str) -> CLIPVisionModel:
+    """A network with tensors of flat names, regardless of the names in the installed transformers. Raises
+    WeightsError."""
+    with torch.device("meta"):
+        nested = any(name.startswith("vision_model.") for name in new_clip(config).state_dict())
+    named = {f"vision_model.{name}" if nested else name: value for name, value in tensors.items()}
+    return new_loaded(lambda: new_clip(config), named, where)

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pbe.errors import UserError
+from pbe.model.tensors import WeightsError, refuse_non_finite
 
 CODEC_FILE = "codec/codec.safetensors"  # the patch codec's, in a model folder
 
@@ -105,9 +106,13 @@ def codec_from_bytes(data: bytes, where: str) -> PatchCodec:
     """Inverse of codec_bytes. Raises CodecError, which names `where`, if the data is damaged."""
     try:
         tensors = load(data)
-        return PatchCodec(tensors["mean"], tensors["basis"], tensors["rms"])
-    except (SafetensorError, KeyError) as error:
+        refuse_non_finite(tensors, "its values")
+        mean, basis, rms = (tensors[name] for name in ("mean", "basis", "rms"))
+    except (SafetensorError, KeyError, WeightsError) as error:
         raise CodecError(f"{where}: damaged codec ({error}); delete it and repeat the stage that wrote it") from None
+    if basis.ndim != 2 or mean.shape != basis.shape[1:] or rms.ndim:
+        raise CodecError(f"{where}: damaged codec (its shapes differ); delete it and repeat the stage that wrote it")
+    return PatchCodec(mean, basis, rms)
 
 
 def fit_patch_codec(crops: Iterable[np.ndarray], *, patch_px: int, channels: int) -> tuple[PatchCodec, float]:

@@ -20,7 +20,7 @@ from pbe.places import local_path
 
 # the paper's initial weights
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b"
-OTHER_PRECISION = ("*.fp16.*", "*.non_ema.*")
+OTHER_WEIGHTS = ["*.non_ema.*", "*.non_ema-*"]  # of the model before its running mean
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "safety_checker")  # diffusers' parts that have weights
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
@@ -54,14 +54,16 @@ def weights_folder(name: str, *, parts: Sequence[str]) -> Path:
 
 
 def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
-    """Download safetensors, or pickles if a part has none: a model often has both, and copies in half precision."""
-    for suffix in (".safetensors", ".bin"):
+    """Download safetensors; for parts without them pickles; for parts without either, copies in half precision."""
+    for suffix in (".safetensors", ".bin", ".fp16*.safetensors", ".fp16*.bin"):
         wanted = ["*.json", *(f"{part}/*{suffix}".removeprefix("/") for part in parts)]
         # `*` also matches across subfolders, so exclude the unwanted ones
-        unwanted = [*OTHER_PRECISION, *(f"{part}/*" for part in PARTS if part not in parts)]
+        unwanted = [f"{part}/*" for part in PARTS if part not in parts]
+        unwanted += OTHER_WEIGHTS if suffix.startswith(".fp16") else [*OTHER_WEIGHTS, "*.fp16.*", "*.fp16-*"]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-        there = [folder / part for part in parts if (folder / part / "config.json").is_file()]
-        if there and all(any(part.glob(f"*{suffix}")) for part in there):
+        there = [part for part in parts if (folder / part / "config.json").is_file()]
+        parts = [part for part in there or parts if not any((folder / part).glob(f"*{suffix}"))]
+        if not parts:
             break
     return folder
 

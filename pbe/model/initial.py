@@ -51,7 +51,7 @@ def load_initial(network: ConditionedUNet, unet: Path, image_encoder: Path | Non
     """
     config = _full_config(read_json(unet / "config.json"), unet)
     _check_sizes(config, network.unet.config, unet)
-    tensors = {name: value.float() for name, value in read_folder(unet, STEM).items()}
+    tensors = read_folder(unet, STEM)
     given, wanted = config["in_channels"], network.unet.config.in_channels
     if image_encoder is None:
         if given != config["out_channels"]:
@@ -64,7 +64,7 @@ def load_initial(network: ConditionedUNet, unet: Path, image_encoder: Path | Non
     load_strictly(network.unet, tensors, str(unet))
     if image_encoder is not None:
         encoder = read_folder(image_encoder, *STEMS)
-        mapper = {name: value.float() for name, value in encoder.items() if name.startswith(MAPPER_PARTS)}
+        mapper = {name: value for name, value in encoder.items() if name.startswith(MAPPER_PARTS)}
         load_strictly(network.exemplar, mapper, f"{image_encoder} (train.exemplar must match its sizes)")
 
 

@@ -23,9 +23,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pbe.model.clip import load_clip_tensors, new_clip
+from pbe.model.clip import loaded_clip
 from pbe.model.exemplar import ExemplarMapper
-from pbe.model.tensors import WeightsError, check_fit, load_strictly, some_names
+from pbe.model.tensors import WeightsError, check_fit, new_loaded, refuse_non_finite, some_names
 
 IMAGE_PX = 512
 ATTENTION_HEADS = 8
@@ -163,6 +163,7 @@ def _by_part(
         raise WeightsError(
             f"{where}: unexpected {len(unknown)} such as {some_names(unknown)}: from a model unknown to this project"
         )
+    refuse_non_finite({name: value for part in parts.values() for name, value in part.items()}, where)
     return parts, left_out
 
 
@@ -294,14 +295,16 @@ def _exemplar(tensors: Mapping[str, Tensor], where: str) -> ExemplarMapper:
         else:
             renamed[name.replace("cond_stage_model.final_ln.", "final_layer_norm.")] = value
     width = _get(tensors, "cond_stage_model.final_ln.weight", where).shape[0]
-    exemplar = ExemplarMapper(
-        backbone_width=width,
-        mapper_width=width,
-        mapper_blocks=len(_numbers(tensors, re.escape(MAPPER) + r"(\d+)\.")),
-        context_width=_get(tensors, "proj_out.weight", where).shape[0],
-    )
-    load_strictly(exemplar, renamed, f"{where}: exemplar mapper")
-    return exemplar.eval()
+    return new_loaded(
+        lambda: ExemplarMapper(
+            backbone_width=width,
+            mapper_width=width,
+            mapper_blocks=len(_numbers(tensors, re.escape(MAPPER) + r"(\d+)\.")),
+            context_width=_get(tensors, "proj_out.weight", where).shape[0],
+        ),
+        renamed,
+        f"{where}: exemplar mapper",
+    ).eval()
 
 
 def _clip(tensors: Mapping[str, Tensor], where: str) -> CLIPVisionModel:
@@ -309,19 +312,16 @@ def _clip(tensors: Mapping[str, Tensor], where: str) -> CLIPVisionModel:
     patches = _get(flat, "embeddings.patch_embedding.weight", where)
     width, patch_px = patches.shape[0], patches.shape[-1]
     positions = _get(flat, "embeddings.position_embedding.weight", where).shape[0]
-    network = new_clip(
-        CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=_get(flat, "encoder.layers.0.mlp.fc1.weight", where).shape[0],
-            num_hidden_layers=len(_numbers(flat, r"encoder\.layers\.(\d+)\.")),
-            num_attention_heads=max(1, width // CLIP_HEAD_WIDTH),
-            image_size=math.isqrt(positions - 1) * patch_px,
-            patch_size=patch_px,
-            hidden_act="quick_gelu",
-        )
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=_get(flat, "encoder.layers.0.mlp.fc1.weight", where).shape[0],
+        num_hidden_layers=len(_numbers(flat, r"encoder\.layers\.(\d+)\.")),
+        num_attention_heads=max(1, width // CLIP_HEAD_WIDTH),
+        image_size=math.isqrt(positions - 1) * patch_px,
+        patch_size=patch_px,
+        hidden_act="quick_gelu",
     )
-    load_clip_tensors(network, flat, f"{where}: CLIP")
-    return network.eval()
+    return loaded_clip(config, flat, f"{where}: CLIP").eval()
 
 
 # -- tensors by name -------------------------------------------------------------------------------------------------

@@ -1,122 +1,144 @@
-"""Reads tensors by name from safetensors and from pickles (.bin, .ckpt, .pt), without executing the pickle.
+"""Reads weight files by their content: safetensors, and what torch.save wrote, without executing anything.
 
-A pickle is a program. torch's weights_only reader, which is pure Python, rejects classes that it does not know, and the
-official checkpoint names Lightning's. So every such name is replaced by a class that makes an empty mapping.
+Every reader here also checks that the values are finite: a NaN in one weight makes every picture black.
 """
 
 import hashlib
 import json
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pbe.errors import UserError, one_line
+from pbe.model.file_kind import weight_format
+from pbe.model.torch_file import read_torch_file
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+M = TypeVar("M", bound=torch.nn.Module)
+# of a file's name, after its stem: as trained, or a copy in half precision
+VARIANTS = ("", ".fp16", ".bf16")
+_WRAPPERS = ("module.", "_orig_mod.")  # before every name, from data parallelism and torch.compile
 
 
 class WeightsError(UserError, ValueError):
     """A weight file is missing, damaged or of the wrong kind; the message names the file."""
 
 
-class _Ignored:
-    """Replaces a class or function named in a pickle: takes any arguments, makes an empty mapping."""
-
-    def __new__(cls, *_: object) -> OrderedDict[str, object]:  # type: ignore[misc]
-        return OrderedDict()  # the reader sets items and attributes on this class only
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name, on the CPU; of a checkpoint, those of `state_dict`. Raises WeightsError."""
+    """The model's tensors of one file by name, on the CPU; of a checkpoint, those of `state_dict` or the like.
+
+    The suffix does not matter. Raises WeightsError.
+    """
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except pickle.UnpicklingError:  # torch's message is a page on how to execute the file
-        raise WeightsError(
-            f"{path}: damaged, or it holds Python objects that torch's weights_only reader rejects; save its "
-            "state_dict alone and use that file"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, *_DAMAGE) as error:
-        raise WeightsError(f"{path}: damaged or incomplete weight file ({_named(error)})") from None
-    tensors = found.get("state_dict", found) if isinstance(found, dict) else {}
-    tensors = {str(key): value.detach() for key, value in tensors.items() if isinstance(value, Tensor)}
+        # the file's own message comes first: safetensors' and torch's do not say that it is a web page
+        tensors = load_file(path) if weight_format(path) == "safetensors" else read_torch_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged or incomplete weight file ({one_line(error, 200)})") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise WeightsError(f"{path}: {one_line(error, 300)}") from None
     if not tensors:
         raise WeightsError(f"{path}: no tensors in it")
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     return tensors
 
 
-# what reading a damaged pickle may raise
-_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError, MemoryError, RecursionError)
+def refuse_non_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise WeightsError that names the tensors with NaN or infinite values, which damage every result."""
+    bad = [name for name, value in tensors.items() if not _is_finite(value)]
+    if bad:
+        raise WeightsError(
+            f"{where}: {len(bad)} of {len(tensors)} tensors have NaN or infinite values, such as {some_names(bad)}; "
+            "the file is damaged, or its training diverged"
+        )
 
 
-def _read_pickle(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # written by torch before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True)
-    foreign: list[Any] = [(_Ignored, name) for name in get_unsafe_globals_in_checkpoint(path)]
-    with safe_globals(foreign):  # mmap, because a checkpoint may also hold an optimizer
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _is_finite(value: Tensor) -> bool:
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return True
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if value.dtype.itemsize == 1:  # float8, which has few operations
+        value = value.half()
+    low, high = torch.aminmax(value)  # 20 times as fast as isfinite, and without a copy
+    return bool(low.float().isfinite() and high.float().isfinite())  # networks compute in float32, or less
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """Return the weight file `folder/stem.*`, or the shards in its index; prefers safetensors to pickles.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a folder: one, or shards and their index."""
 
-    Raises WeightsError if neither exists.
-    """
-    for suffix in (".safetensors", ".bin"):
-        if (folder / f"{stem}{suffix}").is_file():
-            return [folder / f"{stem}{suffix}"]
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise WeightsError(f"{index}: not an index of weight files ({_named(error)})") from None
-            if any(Path(name).name != name for name in names):
-                raise WeightsError(f"{index}: names a file outside its folder")
-            return [folder / name for name in names]
-    raise WeightsError(f"{folder}: no {stem}.safetensors and no {stem}.bin in it")
+    files: list[Path]
+    index: Path | None = None
+
+
+def weight_files(folder: Path, *stems: str) -> WeightFiles:
+    """The weight files named by the first of `stems` that exists. Prefers safetensors to pickles, and both to copies in
+    half precision. Raises WeightsError if there are none."""
+    for stem in stems:
+        for variant in VARIANTS:
+            for suffix in (".safetensors", ".bin"):
+                one = folder / f"{stem}{variant}{suffix}"
+                if one.is_file():
+                    return WeightFiles([one])
+                for index in (f"{one.name}.index.json", f"{stem}{suffix}.index{variant}.json"):
+                    if (folder / index).is_file():
+                        return WeightFiles(_shards(folder / index), folder / index)
+    similar = sorted(path.name for path in folder.glob("*") if path.name.startswith(stems) and path.is_file())
+    wanted = f"no {stems[0]}.safetensors and no {stems[0]}.bin in it"
+    if similar:
+        wanted += f", only {', '.join(similar[:3])}; rename the right one"
+    raise WeightsError(f"{folder}: {wanted}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises WeightsError for a name that is not of a file beside it."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise WeightsError(f"{index}: not an index of weight files ({_named(error)})") from None
+    if not names:
+        raise WeightsError(f"{index}: names no files")
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+            raise WeightsError(f"{index}: names a file outside its folder ({name!r})")
+    return [index.with_name(name) for name in sorted(names)]
 
 
 def read_folder(folder: Path, *stems: str) -> dict[str, Tensor]:
-    """All tensors of a folder's weight files, named by the first of `stems` that exists. Raises WeightsError."""
+    """All tensors of a folder's weight files, named by the first of `stems` that exists; all are finite.
+
+    Raises WeightsError.
+    """
     tensors: dict[str, Tensor] = {}
-    for path in _first_files(folder, stems):
+    for path in weight_files(folder, *stems).files:
         tensors |= read_tensors(path)
+    refuse_non_finite(tensors, str(folder))
     return tensors
 
 
 def folder_digest(folder: Path, *stems: str) -> str:
     """16 hex digits of the sha256 over the sha256 of the files that `read_folder` reads. Raises WeightsError."""
     digest = hashlib.sha256()
-    for path in _first_files(folder, stems):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in weight_files(folder, *stems).files:
+        try:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:16]
 
 
 def weight_files_of(folder: Path, *stems: str) -> list[Path]:
     """The files that `read_folder` reads, and the index if they are shards. Raises WeightsError."""
-    files = _first_files(folder, stems)
-    stem = next(stem for stem in stems if files[0].name.startswith(stem))
-    return [*files, *folder.glob(f"{stem}{files[0].suffix}.index.json")]
-
-
-def _first_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
-    missing: list[WeightsError] = []
-    for stem in stems:
-        try:
-            return weight_files(folder, stem)
-        except WeightsError as error:
-            missing.append(error)
-    raise missing[0]
+    found = weight_files(folder, *stems)
+    return [*found.files, *([found.index] if found.index else [])]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,6 +170,19 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], where:
     """Load tensors into a module after `check_fit`. Raises WeightsError."""
     check_fit(module.state_dict(), tensors, where)
     module.load_state_dict(tensors)
+
+
+def new_loaded(make: Callable[[], M], tensors: Mapping[str, Tensor], where: str) -> M:
+    """The module that `make` builds, with these tensors in its own type. Raises WeightsError.
+
+    Shapes are compared before memory is taken: a damaged digit in a config would ask for any amount.
+    """
+    with torch.device("meta"):
+        skeleton = make()
+    check_fit(skeleton.state_dict(), tensors, where)
+    module = make()
+    module.load_state_dict(tensors)
+    return module
 
 
 def some_names(names: Iterable[str]) -> str:

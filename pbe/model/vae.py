@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
+from pbe.model.tensors import folder_digest, new_loaded, read_folder, read_json
 
 STEM = "diffusion_pytorch_model"
 
@@ -51,8 +51,8 @@ class KlCodec(nn.Module):
 
 def load_vae(folder: Path) -> KlCodec:
     """Load the `vae` folder of a model in the hub's layout. Raises WeightsError."""
-    vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
-    load_strictly(vae, vae_tensors(read_folder(folder, STEM)), str(folder))
+    config = read_json(folder / "config.json")
+    vae = new_loaded(lambda: AutoencoderKL.from_config(config), vae_tensors(read_folder(folder, STEM)), str(folder))
     return KlCodec(vae, digest=folder_digest(folder, STEM))
 
 
@@ -64,5 +64,5 @@ def vae_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = name.split(".")
         if "attentions" in parts and parts[-2] in new:
             name = ".".join([*parts[:-2], new[parts[-2]], parts[-1]])
-        out[name] = value.float()
+        out[name] = value
     return out

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from pbe.errors import UserError, one_line
 from pbe.model.backbone import Backbone, load_backbone
-from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, load_clip_tensors, new_clip, vision_config
+from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, loaded_clip, vision_config
 from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
 from pbe.model.exemplar import ExemplarMapper
 from pbe.model.settings import Tokens
-from pbe.model.tensors import folder_digest, load_strictly, read_folder, read_json
+from pbe.model.tensors import folder_digest, new_loaded, read_folder, read_json, refuse_non_finite
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec, load_vae
 
@@ -66,7 +66,7 @@ class Model:
 
 
 def save_model(folder: Path, model: Model) -> None:
-    """Write a model folder. Tensors are copied to contiguous float32 on the CPU."""
+    """Write a model folder. Tensors are copied to contiguous float32 on the CPU. Raises WeightsError for NaN."""
     unet = model.network.unet
     _write_json(folder / "unet" / "config.json", _plain(unet.config) | {"_class_name": "UNet2DConditionModel"})
     _save(folder / "unet" / f"{STEM}.safetensors", unet.state_dict())
@@ -161,6 +161,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}
+    refuse_non_finite(plain, f"{path}: not written")
     save_file(plain, path, metadata={"format": "pt"})
 
 
@@ -190,8 +191,9 @@ def load_model(folder: Path) -> Model:
 
 
 def _read_model(folder: Path) -> Model:
-    unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
-    load_strictly(unet, _float32(read_folder(folder / "unet", STEM)), f"{folder}/unet")
+    config = read_json(folder / "unet" / "config.json")
+    tensors = read_folder(folder / "unet", STEM)
+    unet = new_loaded(lambda: UNet2DConditionModel.from_config(config), tensors, f"{folder}/unet")
     exemplar, backbone = _read_encoder(folder / "image_encoder")
     codec = _read_codec(folder)
     if unet.config.in_channels != 2 * codec.channels + 1 or unet.config.out_channels != codec.channels:
@@ -223,7 +225,7 @@ def _sizes(folder: Path, unet: UNet2DConditionModel, codec: Codec, backbone: Bac
 
 def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
     raw = read_json(folder / "config.json")
-    tensors = _float32(read_folder(folder, *STEMS))
+    tensors = read_folder(folder, *STEMS)
     backbone: Backbone
     if "backbone" in raw:  # its weights come in a pip package
         backbone, blocks = load_backbone(raw["backbone"]), raw["mapper_blocks"]
@@ -232,18 +234,20 @@ def _read_encoder(folder: Path) -> tuple[ExemplarMapper, Backbone]:
                 f"{folder}: made with {raw['backbone']} {raw['backbone_digest']}, but {backbone.digest} is installed"
             )
     else:
-        network = new_clip(vision_config(raw, str(folder)))
-        load_clip_tensors(network, clip_tensors(tensors), str(folder))
+        network = loaded_clip(vision_config(raw, str(folder)), clip_tensors(tensors), str(folder))
         backbone = ClipBackbone(network, digest=folder_digest(folder, *STEMS))
         blocks = raw.get("mapper_blocks", (network.config.num_hidden_layers + 1) // CLIP_LAYERS_PER_BLOCK)
-    exemplar = ExemplarMapper(
-        backbone_width=backbone.width,
-        mapper_width=raw.get("mapper_width", backbone.width),
-        mapper_blocks=blocks,
-        context_width=raw["projection_dim"],
-    )
     mapper = {name: value for name, value in tensors.items() if name.startswith(MAPPER_PARTS)}
-    load_strictly(exemplar, mapper, str(folder))
+    exemplar = new_loaded(
+        lambda: ExemplarMapper(
+            backbone_width=backbone.width,
+            mapper_width=raw.get("mapper_width", backbone.width),
+            mapper_blocks=blocks,
+            context_width=raw["projection_dim"],
+        ),
+        mapper,
+        str(folder),
+    )
     return exemplar, backbone
 
 
@@ -254,7 +258,3 @@ def _read_codec(folder: Path) -> Codec:
     if not path.is_file():
         raise ModelError(f"{folder}: neither vae/ nor {CODEC_FILE} in it")
     return codec_from_bytes(path.read_bytes(), str(path))
-
-
-def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in tensors.items()}

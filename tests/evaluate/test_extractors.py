@@ -1,15 +1,18 @@
 """Extraction keeps order, follows the resize rule and does not depend on the batch size. No wheel needed."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pbe.evaluate.features.extractors import (
+    PROJECTION,
     EfficientNetExtractor,
     Preprocessing,
     load_clip_extractor,
@@ -160,6 +163,25 @@ def test_only_the_real_clip_counts_as_the_papers(clip_folder: Path) -> None:
 def test_a_clip_without_projection_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no visual_projection\.weight"):
         load_clip_extractor(write_clip(tmp_path / "clip"))
+
+
+def test_an_extractor_that_is_not_finite_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    tensors = load_file(clip_folder / "model.safetensors")
+    save_file(tensors | {PROJECTION: tensors[PROJECTION] * float("nan")}, tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"such as {PROJECTION}"):
+        load_clip_extractor(tmp_path / "clip")
+    save_file(tensors | {PROJECTION: tensors[PROJECTION] * 1e38}, tmp_path / "clip" / "model.safetensors")
+    overflows = load_clip_extractor(tmp_path / "clip")
+    overflows._network.visual_projection.weight.data *= 1e3
+    with pytest.raises(WeightsError, match="NaN or infinite features"):
+        overflows(_images(), batch_rows=4)
+    network = torch.jit.load(write_inception(tmp_path / "inception.pt"))
+    network.convolution.bias.data[0] = float("nan")
+    network.save(str(tmp_path / "inception.pt"))
+    sha256 = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
+    with pytest.raises(WeightsError, match=r"such as convolution\.bias"):
+        load_inception_extractor(tmp_path / "inception.pt", sha256=sha256)
 
 
 # -- Inception -----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pbe.evaluate.metrics.mixture import (
     quality_scores,
     save_mixture,
 )
+from tests.memory import in_memory_of
 
 TYPES = ("full", "tied", "diag", "spherical")
 
@@ -94,7 +95,7 @@ def test_what_is_no_fitted_mixture_is_refused() -> None:
         (whole[: len(whole) // 2], "not a complete pickle of a mixture"),
         (b"", "not a complete pickle"),
         (b"PK\x03\x04 an archive", "not a complete pickle"),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "damaged: it has a memo index beyond its number of objects"),  # 18 GiB in C
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ):
         with pytest.raises(MixtureError, match=message):
             mixture_from_pickle(data, "x.pkl")
@@ -162,3 +163,28 @@ def test_saving_writes_no_pickle(tmp_path: Path) -> None:
     save_mixture(tmp_path / "m.npz", Mixture(np.ones(1), np.zeros((1, 2)), np.ones(1), "spherical"), source_sha256="0")
     with np.load(tmp_path / "m.npz", allow_pickle=False) as arrays:
         assert set(arrays) >= {"weights", "means", "precisions_cholesky", "covariance_type"}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_changed_byte_takes_no_memory(protocol: int) -> None:
+    """A memo index of 2**31 took 18 GiB of Python's own unpickler; so may a length."""
+    whole = pickle.dumps(_fitted("diag")[0], protocol=protocol)
+    hostile = [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # memo
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",  # a bytearray of 1 TiB
+        b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",  # bytes
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\1\x85R.",  # bytearray(2**32)
+    ]
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] = rng.integers(256)
+        hostile.append(bytes(data))
+    messages = []
+    with in_memory_of(1 << 28):
+        for broken in hostile:
+            try:
+                mixture_from_pickle(broken, "x.pkl")
+            except MixtureError as error:
+                messages.append(str(error))
+    assert messages and not any("MemoryError" in message for message in messages)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pbe.model.codec import CodecError, PatchCodec, codec_bytes, codec_from_bytes, fit_patch_codec
@@ -124,6 +125,14 @@ def test_crops_of_one_colour_give_finite_latents() -> None:
     codec, explained = fit_patch_codec([np.full((4, 4, 3), 77, np.uint8)], patch_px=2, channels=3)
     latents = codec.posterior(_pixels(np.full((1, 4, 4, 3), 78, np.uint8)))[0]
     assert torch.isfinite(latents).all() and np.isfinite(explained)
+
+
+@pytest.mark.parametrize("name", ["mean", "basis", "rms"])
+def test_a_codec_that_is_not_finite_or_of_other_shapes_is_refused(codec: PatchCodec, name: str) -> None:
+    tensors = load(codec_bytes(codec))
+    for damaged in (tensors[name] * float("nan"), tensors[name][None]):
+        with pytest.raises(CodecError, match=r"^parts/codec: damaged codec"):
+            codec_from_bytes(save(tensors | {name: damaged}), "parts/codec")
 
 
 @pytest.mark.parametrize("cut", [0, 100, -1])

@@ -31,6 +31,8 @@ FILES = {
     "text_encoder/config.json": b'{"text": 1}',
     "text_encoder/model.safetensors": b"text",
     "model.safetensors": b"top",
+    "image_encoder/config.json": b"{}",
+    "image_encoder/model.fp16.safetensors": b"half alone",
 }
 
 
@@ -117,7 +119,13 @@ def test_only_the_parts_that_are_needed_come_and_pickles_only_without_safetensor
     assert first.returncode == 0, first.stderr
     folder = Path(first.stdout.splitlines()[-1])
     assert (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes() == b"unet"
-    assert set(hub.fetched) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert (folder / "image_encoder/model.fp16.safetensors").read_bytes() == b"half alone"
+    assert set(hub.fetched) == {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "image_encoder/model.fp16.safetensors",
+    }
     second = _fetch(hub, tmp_path, f"org/model@{COMMIT}", ["vae"])
     assert (Path(second.stdout.splitlines()[-1]) / "vae/diffusion_pytorch_model.bin").read_bytes() == b"vae as a pickle"
     asked = len(hub.fetched)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pbe.errors import UserError
 from pbe.model.weights import ModelError, load_model, save_model
+from tests.memory import in_memory_of
 from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, clip_of, paper_model, state_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -198,6 +199,37 @@ def test_a_damaged_file_is_refused(name: str, model_folder: Path) -> None:
     for damaged in (data[: len(data) // 2], b"", b"\x80\x04pickle"):
         (model_folder / name).write_bytes(damaged)
         _refused(model_folder)
+
+
+@pytest.mark.parametrize("file", [UNET, ENCODER, "vae/diffusion_pytorch_model.safetensors"])
+def test_a_value_that_is_not_finite_is_named_and_neither_opened_nor_written(
+    file: str, paper_folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(paper_folder / file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, paper_folder / file)
+    _refused(paper_folder, str((paper_folder / file).parent), f"such as {name};")
+    model = paper_model()
+    next(model.network.unet.parameters()).data[0] = float("inf")
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model\.safetensors: not written: .*conv_in"):
+        save_model(tmp_path / "out", model)
+    assert not (tmp_path / "out" / UNET).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"block_out_channels": [32000, 64000]}),
+        ("image_encoder/config.json", {"hidden_size": 64_000, "intermediate_size": 640_000}),
+        ("image_encoder/config.json", {"mapper_width": 200_000}),
+        ("vae/config.json", {"block_out_channels": [80_000] * 4}),
+    ],
+)
+def test_a_damaged_size_in_a_config_takes_no_memory(file: str, changes: dict[str, Any], paper_folder: Path) -> None:
+    _edit_json(paper_folder / file, **changes)
+    with in_memory_of(1 << 30):
+        _refused(paper_folder, "do not fit")
 
 
 def test_a_codec_without_its_tensors_is_refused(model_folder: Path) -> None:

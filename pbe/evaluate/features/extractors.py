@@ -23,7 +23,7 @@ from transformers import CLIPVisionModelWithProjection
 from pbe.data.images import centre_square, resize, resize_antialiased
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
-from pbe.model.tensors import WeightsError, folder_digest, load_strictly, read_folder, read_json
+from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_folder, read_json, refuse_non_finite
 
 CPU = torch.device("cpu")
 Preprocessing = Literal["whole", "region", "reference"]
@@ -153,11 +153,13 @@ def load_clip_extractor(folder: Path, *, device: torch.device = CPU) -> ClipExtr
         )
     config.projection_dim = tensors[PROJECTION].shape[0]
     config._attn_implementation = "sdpa"
-    network = CLIPVisionModelWithProjection(config)
-    nested = any(name.startswith("vision_model.vision_model.") for name in network.state_dict())
+    with torch.device("meta"):
+        names = CLIPVisionModelWithProjection(config).state_dict()
+    nested = any(name.startswith("vision_model.vision_model.") for name in names)
     prefix = "vision_model.vision_model." if nested else "vision_model."
     named = {f"{prefix}{name}": value for name, value in clip_tensors(tensors).items()}
-    load_strictly(network, named | {PROJECTION: tensors[PROJECTION].float()}, str(folder))
+    named[PROJECTION] = tensors[PROJECTION]
+    network = new_loaded(lambda: CLIPVisionModelWithProjection(config), named, str(folder))
     return ClipExtractor(network.to(device), digest=folder_digest(folder, *STEMS))
 
 
@@ -174,6 +176,7 @@ def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = 
         network = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"{file}: not a TorchScript file ({' '.join(str(error).split())[:150]})") from None
+    refuse_non_finite(network.state_dict(), str(file))
     return InceptionExtractor(network, digest=sha256[:16], device=device)
 
 
@@ -186,4 +189,7 @@ def _in_batches(images: Sequence[np.ndarray], features: Any, *, width: int | Non
     if not len(images):
         return np.empty((0, width or 0), np.float64)
     rows = [features(images[start : start + batch_rows]) for start in range(0, len(images), batch_rows)]
-    return torch.cat([row.cpu() for row in rows]).numpy().astype(np.float64)
+    found = torch.cat([row.cpu() for row in rows]).numpy().astype(np.float64)
+    if not np.isfinite(found).all():
+        raise WeightsError("the feature extractor gives NaN or infinite features; its weights are damaged")
+    return found

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pbe.errors import UserError
+from pbe.errors import UserError, printable
 
 MASK_BLACK, MASK_WHITE = 32, 224  # of 255; what lies between is grey
 Number = TypeVar("Number", int, float)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (UserError, ValueError, OSError) as error:
-        print(f"pbe: error: {_with_cure(error)}", file=sys.stderr)
+        print(f"pbe: error: {printable(' '.join(_with_cure(error).splitlines()))}", file=sys.stderr)
         return 1
     return 0
 
@@ -149,7 +149,7 @@ def _show(args: argparse.Namespace) -> None:
     manifest = load_manifest(path)
     sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
     args.out.write_bytes(images.encode_png(sheet))
-    print("\n".join(names))
+    print("\n".join(map(printable, names)))
     print(f"wrote {args.out}")
 
 
@@ -179,7 +179,7 @@ def _gc(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from pbe.import_weights import import_weights, table_text
 
-    print(table_text(import_weights(args.source, args.out)))
+    print("\n".join(map(printable, table_text(import_weights(args.source, args.out)).split("\n"))))
     print(f"wrote {args.out}")
 
 
@@ -272,7 +272,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     levels = []
     for finding in examine(repo_root(), gpu=args.gpu, ranks=args.ranks):
-        print(finding, flush=True)
+        print(printable(str(finding)), flush=True)
         levels.append(finding.level)
     print(f"{levels.count('fail')} fail, {levels.count('warn')} warn, {levels.count('ok')} ok")
     return 1 if "fail" in levels else 0

@@ -254,7 +254,7 @@ def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
         )
-    if images.read_alpha(args.mask.read_bytes()) is not None:
+    if images.open_picture(args.mask).upright_alpha() is not None:
         raise ValueError(f"{args.mask}: has transparent parts; a mask is black and white, without transparency")
     level = mask.max(axis=2)
     painted, grey = (
@@ -296,14 +296,15 @@ def _slices(box: tuple[int, int, int, int], image: np.ndarray, what: str) -> tup
 
 
 def _read(path: Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB, upright, on white where it is transparent. Raises ValueError."""
+    """Read an image as (H, W, 3) uint8 sRGB, upright, on white where it is transparent. Raises ValueError."""
     from pbe.data import images
 
     try:
-        data = path.read_bytes()
         with warnings.catch_warnings(action="ignore"):  # Pillow warns above 89 megapixels
-            image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
-            alpha = images.read_alpha(data)
+            picture = images.open_picture(path)
+        image, alpha = picture.upright(), picture.upright_alpha()
+        if note := images.colour_note(picture.data):
+            print(f"{path}: {printable(note)}")
     except images.ImageError as error:
         raise ValueError(f"{path}: {error}") from None
     if alpha is None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pbe.errors import UserError
+from pbe.errors import UserError, printable
 
 MASK_BLACK, MASK_WHITE = 32, 224  # of 255; what lies between is grey
 Number = TypeVar("Number", int, float)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (UserError, ValueError, OSError) as error:
-        print(f"pbe: error: {_with_cure(error)}", file=sys.stderr)
+        print(f"pbe: error: {printable(' '.join(_with_cure(error).splitlines()))}", file=sys.stderr)
         return 1
     return 0
 
@@ -154,7 +154,7 @@ def _show(args: argparse.Namespace) -> None:
     manifest = load_manifest(path)
     sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
     args.out.write_bytes(images.encode_png(sheet))
-    print("\n".join(names))
+    print("\n".join(map(printable, names)))
     print(f"wrote {args.out}")
 
 
@@ -184,7 +184,7 @@ def _gc(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from pbe.import_weights import import_weights, table_text
 
-    print(table_text(import_weights(args.source, args.out)))
+    print("\n".join(map(printable, table_text(import_weights(args.source, args.out)).split("\n"))))
     print(f"wrote {args.out}")
 
 
@@ -259,7 +259,7 @@ def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
         )
-    if images.read_alpha(args.mask.read_bytes()) is not None:
+    if images.open_picture(args.mask).upright_alpha() is not None:
         raise ValueError(f"{args.mask}: has transparent parts; a mask is black and white, without transparency")
     level = mask.max(axis=2)
     painted, grey = (
@@ -277,7 +277,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     levels = []
     for finding in examine(repo_root(), gpu=args.gpu, ranks=args.ranks):
-        print(finding, flush=True)
+        print(printable(str(finding)), flush=True)
         levels.append(finding.level)
     print(f"{levels.count('fail')} fail, {levels.count('warn')} warn, {levels.count('ok')} ok")
     return 1 if "fail" in levels else 0
@@ -301,14 +301,15 @@ def _slices(box: tuple[int, int, int, int], image: np.ndarray, what: str) -> tup
 
 
 def _read(path: Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB, upright, on white where it is transparent. Raises ValueError."""
+    """Read an image as (H, W, 3) uint8 sRGB, upright, on white where it is transparent. Raises ValueError."""
     from pbe.data import images
 
     try:
-        data = path.read_bytes()
         with warnings.catch_warnings(action="ignore"):  # Pillow warns above 89 megapixels
-            image = images.decode(data, exif_orientation=images.read_header(data).exif_orientation)
-            alpha = images.read_alpha(data)
+            picture = images.open_picture(path)
+        image, alpha = picture.upright(), picture.upright_alpha()
+        if note := images.colour_note(picture.data):
+            print(f"{path}: {printable(note)}")
     except images.ImageError as error:
         raise ValueError(f"{path}: {error}") from None
     if alpha is None:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import yaml
 
 from pbe.data.schema import REJECTS, TRANSIENT_REASONS
+from pbe.errors import printable
 from pbe.store import Manifest, Store, load_manifest
 
 STAGES = ("ingest", "filter", "materialize")
+FORMULA = r"^[\s'\x{FEFF}]*[=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}]|^[\t\r\n]"  # also in full width
 
 
 @dataclass
@@ -70,17 +74,30 @@ def count_rejects(store: Store, manifests: Mapping[str, Manifest], *, examples: 
 
 
 def write_rejects(store: Store, manifests: Mapping[str, Manifest], target: Path) -> int:
-    """Write every row to a CSV; returns their number."""
+    """Write every row to a CSV that spreadsheets may open; returns their number.
+
+    A cell that a spreadsheet would compute begins with an apostrophe, as OWASP advises (CSV injection); numbers stay.
+    """
     rows = 0
     with pacsv.CSVWriter(str(target), REJECTS) as writer:
         for stage, manifest in manifests.items():
             for unit in manifest.units:
                 if any(file.dataset == "rejects" for file in unit.files):
                     table = store.read_table(unit.file("rejects"))
-                    writer.write_table(table)
+                    writer.write_table(_without_formulas(table))
                     rows += table.num_rows
             assert stage in STAGES
     return rows
+
+
+def _without_formulas(table: pa.Table) -> pa.Table:
+    """Rows of REJECTS, all text."""
+    cells = []
+    for column in table.columns:
+        formula = pc.match_substring_regex(column, FORMULA)
+        number = pc.match_substring_regex(column, r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$")
+        cells.append(pc.if_else(pc.and_not(formula, number), pc.binary_join_element_wise("'", column, ""), column))
+    return pa.table(cells, schema=table.schema)
 
 
 def _tables(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
@@ -108,5 +125,5 @@ def table_text(reasons: list[Reason], totals: Mapping[str, Manifest], stale: Col
             if entry.stage == stage:
                 note = "  (ingest.retry_rejected retries these)" if entry.reason in TRANSIENT_REASONS else ""
                 lines.append(f"  {entry.rows:>9}  {entry.reason}{note}")
-                lines += [f"             {row['key']}: {row['detail']}" for row in entry.examples]
+                lines += [f"             {printable(row['key'])}: {printable(row['detail'])}" for row in entry.examples]
     return "\n".join(lines)

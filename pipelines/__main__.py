@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from pbe.errors import UserError
+from pbe.errors import UserError, printable
 from pbe.places import home_root
 from pipelines.runtime import local_ray
 from pipelines.runtime.cures import with_cure
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _dispatch(args)
     except UserError as error:
-        print(f"pbe: error: {with_cure(error)}", file=sys.stderr)
+        print(f"pbe: error: {printable(' '.join(with_cure(error).splitlines()))}", file=sys.stderr)
         return 1
     except OSError as error:  # a file or folder of the user that cannot be read or written
-        print(f"pbe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pbe: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pbe: interrupted; finished parts and checkpoints are kept; rerun the command to resume", file=sys.stderr)

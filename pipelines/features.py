@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.data import images
+from pbe.data.files import named
 from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REAL_IMAGES, require
 from pbe.evaluate.features.crops import Crop, bench_crops, edited_crops, real_crops, square
 from pbe.evaluate.features.extractors import Extractor
@@ -292,7 +293,10 @@ def _extractions_of_real_images(cfg: EvaluateConfig, extractor: str, bench: Mani
     folder = local_path(cfg.real_images)
     if not folder.is_dir():
         raise StageError(f"evaluate.real_images = {cfg.real_images}: no such folder ({folder})")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    files = [path for path in entries if path.is_file()]
+    if strange := [str(path) for path in entries if not path.is_file()]:
+        raise StageError(f"evaluate.real_images: {named(strange)}: pipes, devices or broken links; remove them")
     if len(files) < 2:
         raise StageError(
             f"evaluate.real_images = {cfg.real_images}: {len(files)} photos in {folder}; a reference set needs more"
@@ -357,6 +361,6 @@ def _region(cfg: EvaluateConfig, extractor: str) -> Region:
 def _folder_crop(path: Path, cfg: EvaluateConfig) -> Crop:
     assert cfg.real_images_px is not None
     try:
-        return Crop(path.name, "whole", "whole", square(images.decode(path.read_bytes()), cfg.real_images_px))
+        return Crop(path.name, "whole", "whole", square(images.open_picture(path).stored(), cfg.real_images_px))
     except (images.ImageError, OSError) as error:
         raise StageError(f"evaluate.real_images: {path}: {error}; remove it from the folder") from None

@@ -19,6 +19,7 @@ from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
 from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
+from pbe.errors import printable
 from pbe.places import local_path
 from pbe.store import Record, Store, digest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units
@@ -26,7 +27,7 @@ from pipelines.runtime.progress import progress_bar, with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
-VERSION = 1
+VERSION = 2
 
 
 def main(stage: Stage) -> None:
@@ -84,7 +85,7 @@ def _say_missing(selector: Selector) -> None:
     wanted = set(selector.selection.image_ids or ())
     missing = sorted(wanted - selector.found_ids)
     if missing:
-        shown = ", ".join(missing[:3])
+        shown = printable(", ".join(missing[:3]))
         print(f"ingest: {len(missing)} of {len(wanted)} ids of ingest.image_ids have no box, such as {shown}")
 
 

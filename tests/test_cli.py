@@ -1,5 +1,7 @@
 """`pbe edit`: writes the editor's PNG; every error is one line on stderr and exit code 1."""
 
+import io
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from pbe.cli import main
 from pbe.data import images
 from pbe.places import repo_root
+from tests.icc import WIDE
 
 
 @pytest.fixture
@@ -137,6 +140,50 @@ def test_a_phones_photo_is_edited_upright_as_every_viewer_shows_it(args: dict[st
     out, hole_mask = _pixels(args["out"]), _pixels(args["mask"])[..., 0] > 0
     np.testing.assert_array_equal(out[~hole_mask], upright[~hole_mask])
     assert images.read_header(Path(args["out"]).read_bytes()).exif_orientation == images.UPRIGHT
+
+
+def test_a_photo_of_a_wide_gamut_is_edited_in_srgb_and_that_is_said(
+    args: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PNG without a profile is sRGB to a viewer: with the photo's own numbers the colours would change."""
+    photo = Image.fromarray(_pixels(args["photo"]))
+    photo.save(tmp_path / "wide.png", icc_profile=WIDE)
+    assert _run({**args, "photo": str(tmp_path / "wide.png")}) == 0
+    assert f"{tmp_path / 'wide.png'}: colours converted from its profile to sRGB\n" in capsys.readouterr().out
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(WIDE))
+    seen = np.asarray(ImageCms.profileToProfile(photo, profile, ImageCms.createProfile("sRGB"))).astype(int)
+    outside = _pixels(args["mask"])[..., 0] == 0
+    assert np.abs(_pixels(args["out"])[outside] - seen[outside]).max() <= 1 < np.abs(seen - np.asarray(photo)).max()
+
+
+def test_transparency_turns_with_the_photo(args: dict[str, str], tmp_path: Path) -> None:
+    """A PNG whose orientation stands in its XMP: pixels and transparency once disagreed about it."""
+    upright = np.dstack([_pixels(args["photo"]), np.full((24, 40), 255, np.uint8)])
+    upright[:, 30:, 3] = 0
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", pnginfo=text)
+    assert _run({**args, "photo": str(tmp_path / "turned.png")}) == 0
+    out = _pixels(args["out"])
+    assert (out[:, 30:] == 255).all()
+    np.testing.assert_array_equal(out[:5, :30], upright[:5, :30, :3])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["photo", "mask", "reference"])
+def test_no_picture_is_waited_for_or_unpacked_beyond_the_limit(
+    name: str, args: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    for file, told in {
+        "pipe.png": "a named pipe, not a file",
+        "endless.png": "a device, not a file",
+        "large.png": "13000 x 13000 px, more than 89000000 pixels",
+    }.items():
+        assert _run({**args, name: str(tmp_path / file)}) == 1
+        assert capsys.readouterr().err == f"pbe: error: {tmp_path / file}: {told}\n"
 
 
 @pytest.mark.parametrize(

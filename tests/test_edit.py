@@ -18,7 +18,18 @@ from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling, sample
 from pbe.diffusion.schedule import SamplerError, scheduler_config
 from pbe.diffusion.settings import Objective, SamplerName
-from pbe.edit import CONTEXT_FACTOR, DIFFUSERS, UPSTREAM, Editor, EditProtocol, EditTask, Fit, NonFiniteEditError, _fitted, _window
+from pbe.edit import (
+    CONTEXT_FACTOR,
+    DIFFUSERS,
+    UPSTREAM,
+    Editor,
+    EditProtocol,
+    EditTask,
+    Fit,
+    NonFiniteEditError,
+    _fitted,
+    _window,
+)
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec

@@ -140,6 +140,21 @@ def test_every_row_goes_into_the_csv(root: Path, store: Store, capsys: pytest.Ca
     assert rows == expected
 
 
+def test_names_from_data_steer_neither_the_terminal_nor_a_spreadsheet(
+    root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formulas = ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "\t=1", "-2+3"]
+    keys = ["\x1b[2J\u202egpj.exe", "two\nlines", "\x9b1m", *formulas, "-2.5", "日本.jpg"]
+    _run_stage(root, store, "ingest", [[(key, "image_unreadable") for key in keys]], images_in=9, boxes_in=44)
+    assert main(["rejects", "--examples", "10", "--out", str(root / "all.csv")]) == 0
+    out = capsys.readouterr().out
+    assert not set("\x1b\u202e\x9b") & set(out) and "\\x1b[2J\\u202egpj.exe: why" in out and "two\\nlines: why" in out
+    assert "日本.jpg" in out
+    with (root / "all.csv").open(newline="") as stream:
+        cells = [row["key"] for row in csv.DictReader(stream)]
+    assert cells == [*keys[:3], *(f"'{key}" for key in formulas), *keys[8:]]
+
+
 def test_before_any_stage_has_run_it_says_which_is_the_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rejects"]) == 1
     assert capsys.readouterr().err == "pbe: error: no data stage has run here; run `dvc repro ingest` first\n"

@@ -97,6 +97,18 @@ def test_given_photos_are_shown_slot_by_slot_in_the_order_given(root: Path, caps
     assert (box == HOLE_GREY).all() and (bezier == HOLE_GREY).all()  # their holes are in the middle
 
 
+def test_names_are_shown_without_control_characters(
+    root: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = _row("plum", 0) | {"label_name": "Dog\x1b[2J\u202e"}
+    table = pa.Table.from_pylist([row], schema=TRIPLETS)
+    unit = store.write_unit("materialize", "s0009-0", {slot_name(0): table}, counts={})
+    manifest = make_manifest("materialize", config={}, version=1, units=[unit])
+    save_manifest(root / "data" / "materialize" / "manifest.json", manifest)
+    assert _show(root, "--rows", "1")[0] == 0
+    assert _names(capsys, root) == [r"plum slot 0: Dog\x1b[2J\u202e"]
+
+
 def test_holes_are_where_their_masks_are(root: Path) -> None:
     assert _show(root, "--ids", "plum", "--rows", "1")[0] == 0
     sheet = images.decode((root / "sheet.png").read_bytes())

@@ -1,14 +1,20 @@
 """A file or folder of the user's, local or s3://, behind one pyarrow filesystem."""
 
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.fs as pafs
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 from pbe.places import local_path
+
+_NAMED = 5  # entries that an error names one by one
 
 
 class SourceError(UserError):
@@ -22,6 +28,24 @@ class FileInfo:
     name: str
     size: int
     version: str
+
+
+def irregular(path: Path) -> str:
+    """What `path` is, in words, if it is no regular file, else "". Links are followed. Raises OSError.
+
+    Opening a named pipe waits for a writer, and reading a device may never end.
+    """
+    return _kind(path.stat().st_mode)
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFREG: "",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,8 @@ class FileTree:
         kind = self._info(self._opened[1]).type
         if kind == pafs.FileType.NotFound:
             raise SourceError(f"{self.key}: {self.where} does not exist")
+        if kind == pafs.FileType.Unknown:
+            raise SourceError(f"{self.key}: {self.where} is {irregular(Path(self.where))}, not a file or folder")
         return bool(kind == pafs.FileType.Directory)
 
     def require(self) -> None:
@@ -95,14 +121,59 @@ class FileTree:
         return self.siblings()
 
     def walk(self) -> list[FileInfo]:
-        """All files below the folder and its subfolders, sorted by name."""
+        """All files below the folder and its subfolders, sorted by name.
+
+        Raises SourceError that names what DVC cannot watch: links to folders, which it does not follow, and what is
+        neither a file nor a folder, at which it would wait forever.
+        """
+        found = list(self._walk_locally() if self.is_local else self._walk_remotely())
+        return sorted(found, key=lambda info: info.name)
+
+    def _walk_remotely(self) -> Iterator[FileInfo]:
         root = self._opened[1]
-        found = []
         for info in self._list(pafs.FileSelector(root, recursive=True)):
             if info.type == pafs.FileType.File:
                 inner = PurePosixPath(self._text(info)).relative_to(root).as_posix()
-                found.append(FileInfo(inner, info.size, f"{info.size}:{info.mtime_ns}"))
-        return sorted(found, key=lambda info: info.name)
+                yield FileInfo(inner, info.size, f"{info.size}:{info.mtime_ns}")
+
+    def _walk_locally(self) -> Iterator[FileInfo]:
+        refused, pending = [], [self.where]
+        while pending:
+            folder = pending.pop()
+            try:
+                with os.scandir(folder) as listed:
+                    entries = list(listed)
+            except OSError as error:
+                refused.append(f"{folder} ({one_line(error.strerror)})")
+                continue
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                    continue
+                try:
+                    info = entry.stat()
+                except OSError as error:
+                    broken = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+                    refused.append(f"{entry.path} ({'a broken link' if broken else one_line(error.strerror)})")
+                    continue
+                if kind := _kind(info.st_mode):
+                    refused.append(f"{entry.path} ({'a link to ' if entry.is_symlink() else ''}{kind})")
+                else:
+                    inner = self._decoded(entry.path.removeprefix(self.where).lstrip("/"))
+                    yield FileInfo(inner, info.st_size, f"{info.st_size}:{info.st_mtime_ns}")
+        if refused:
+            raise SourceError(
+                f"{self.key}: {named(sorted(refused))}: DVC can watch only plain files and folders; remove these, and "
+                "copy what a link points to (cp -al makes hard links, which take no space)"
+            )
+
+    def _decoded(self, name: str) -> str:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            raise SourceError(f"{self.key}: {shown}: the name is not UTF-8; rename the file") from None
+        return name
 
     def _text(self, info: Any) -> str:
         try:
@@ -117,8 +188,17 @@ class FileTree:
             return bytes(stream.read())
 
     def open(self, name: str) -> Any:
-        """Open a file as a stream of bytes. Raises OSError."""
+        """Open a file as a stream of bytes. Raises OSError, also for what is no regular file."""
+        path = Path(self._folder, name)
+        if self.is_local and (kind := irregular(path)):
+            raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
         return self._opened[0].open_input_stream(str(PurePosixPath(self._folder) / name), compression=None)
+
+
+def named(entries: Sequence[str]) -> str:
+    """The first of a list, for a message, and how many more there are."""
+    more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+    return ", ".join(entries[:_NAMED]) + more
 
 
 def file_tree(location: str, *, key: str) -> FileTree:

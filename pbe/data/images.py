@@ -1,24 +1,26 @@
 """Decode, encode and resize images. Inside the project every image is RGB uint8 (H, W, 3).
 
 simplejpeg (libjpeg-turbo) decodes JPEG straight to RGB; OpenCV decodes other formats; Pillow decodes what these two
-reject. Pillow also reads headers, without decoding.
+reject. What a file says besides its pixels is in metadata.py, colour profiles are in colour.py.
 """
 
-import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from pbe.data.settings import Chroma
+from pbe.data.colour import Profile, lab_to_srgb, open_profile
+from pbe.data.files import irregular
+from pbe.data.metadata import UPRIGHT as UPRIGHT
+from pbe.data.metadata import Buffer, open_header, read_orientation, read_profile, without_metadata
+from pbe.data.settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Chroma
 from pbe.errors import UserError, one_line
 
-Buffer = bytes | memoryview
 Resampling = Literal["bilinear", "bicubic"]
-UPRIGHT = 1
 BILINEAR_SHRINK_MAX = 4
 STRIP = 16  # longer side / shorter side, above which a picture is not resized as a whole
 # EXIF orientation to the rotation that makes the stored picture upright
@@ -31,7 +33,7 @@ class ImageError(UserError, ValueError):
 
 
 class ImageTooLargeError(ImageError):
-    """The header claims more pixels than Pillow accepts."""
+    """The file has more bytes, or its header claims more pixels, than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,58 @@ class Header:
     exif_orientation: int
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture from outside within the limits; nothing is decoded before a method is called, all raise ImageError."""
+
+    data: bytes
+    header: Header
+
+    def upright(self) -> np.ndarray:
+        """(H, W, 3) uint8 sRGB as every viewer shows it."""
+        return decode(self.data, exif_orientation=self.header.exif_orientation)
+
+    def upright_alpha(self) -> np.ndarray | None:
+        """Alpha of `upright`, (H, W) uint8, 255 = opaque; None if nothing is transparent."""
+        return read_alpha(self.data)
+
+    def stored(self) -> np.ndarray:
+        """(H, W, 3) uint8 as stored: neither rotated nor converted to sRGB, as upstream reads files."""
+        return decode(self.data, convert=False)
+
+
+def open_picture(
+    source: Path | bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Picture:
+    """Open a picture that somebody else made: a file or its bytes. All that the user names are read through this.
+
+    Raises ImageError for what is no regular file (a pipe would never end) or no picture, ImageTooLargeError beyond the
+    limits, and OSError for a file that is not there.
+    """
+    if isinstance(source, bytes):
+        data = source
+    else:
+        if kind := irregular(source):
+            raise ImageError(f"{kind}, not a file")
+        with source.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ImageTooLargeError(f"more than {max_bytes} bytes")
+    header = read_header(data)
+    if header.width_px * header.height_px > max_pixels:
+        raise ImageTooLargeError(f"{header.width_px} x {header.height_px} px, more than {max_pixels} pixels")
+    return Picture(data, header)
+
+
 def read_header(data: bytes) -> Header:
     """Read size and orientation without decoding. Raises ImageError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            orientation = _orientation(image)
-            width_px, height_px = image.size
+        with open_header(data) as image:
+            return Header(*image.size, read_orientation(data, image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(str(error)) from None
     except Exception as error:
         raise ImageError(_what_it_is(data) or f"not a readable image ({type(error).__name__})") from None
-    return Header(width_px, height_px, orientation if orientation in range(1, 9) else UPRIGHT)
 
 
 def read_mode(data: bytes) -> str:
@@ -62,47 +105,73 @@ def read_mode(data: bytes) -> str:
     Raises ImageError.
     """
     read_header(data)  # raises the clearer error
-    with Image.open(io.BytesIO(data)) as image:
+    with open_header(data) as image:
         return image.mode
 
 
-def _orientation(image: Image.Image) -> int:
-    """Orientation from the EXIF block before the pixels; Pillow's getexif() decodes a PNG to search after them too."""
-    if image.format == "TIFF":
-        return UPRIGHT  # its decoders rotate it themselves
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        return exif.get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:
-        return UPRIGHT
+def colour_note(data: bytes) -> str:
+    """What `decode` did to the colours, for a message; empty if the picture is sRGB. Raises ImageError."""
+    icc = read_profile(data)
+    profile = open_profile(icc) if icc else None
+    if not icc or (profile is not None and profile.is_srgb):
+        return ""
+    if other_colours(data) is None or profile is None:
+        return "its colour profile cannot be used; its colours are taken as sRGB"
+    return f"colours converted from {profile.name or 'its profile'} to sRGB"
 
 
-def decode(data: Buffer, *, exif_orientation: int = UPRIGHT) -> np.ndarray:
+def decode(data: Buffer, *, exif_orientation: int = UPRIGHT, convert: bool = True) -> np.ndarray:
     """Decode to (H, W, 3) uint8 RGB, rotated by `exif_orientation`; 1 leaves the picture as stored.
 
-    TIFF comes out upright: its decoders rotate it. Greyscale becomes three equal channels, alpha is dropped, 16 bits
-    become 8, and only the first frame is read. Raises ImageError, also for a truncated image (it would be partly grey).
+    convert: to sRGB, from the embedded colour profile; an sRGB profile changes nothing. TIFF comes out upright: its
+    decoders rotate it. Greyscale becomes three equal channels, alpha is dropped, 16 bits become 8, and only the first
+    frame is read. Raises ImageError, also for a truncated image (it would be partly grey).
     """
-    if data[:3] == b"\xff\xd8\xff":
+    profile = other_colours(data) if convert else None
+    if profile is not None and profile.mode == "CMYK":
+        image = _decode_tolerantly(data, profile)
+    elif data[:3] == b"\xff\xd8\xff":
         image = _decode_jpeg(data)
     else:
         image = _decode_other(data)
-    return image if exif_orientation == UPRIGHT else _upright(image, exif_orientation)
+    if profile is not None and profile.mode != "CMYK":
+        image = profile.convert(Image.fromarray(image[..., 0] if profile.mode == "L" else image))
+    return _upright(image, exif_orientation)
+
+
+def other_colours(data: Buffer) -> Profile | None:
+    """The profile that `decode` converts from; None if the picture is sRGB, or has a profile that does not fit it."""
+    try:
+        icc = read_profile(data)
+        profile = open_profile(icc) if icc else None
+        if profile is None or profile.is_srgb:
+            return None
+        with open_header(data) as image:
+            return profile if profile.describes(image.mode) else None
+    except Exception:  # damaged headers raise all kinds of errors; the decoder has the clear one
+        return None
 
 
 def read_alpha(data: Buffer) -> np.ndarray | None:
-    """Alpha channel, (H, W) uint8, 255 = opaque; None if nothing is transparent. Raises ImageError."""
+    """Alpha channel, upright, (H, W) uint8, 255 = opaque; None if nothing is transparent. Raises ImageError."""
     if data[:3] == b"\xff\xd8\xff":
         return None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_header(data) as image:
             if not image.has_transparency_data:
                 return None
-            alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+            orientation = read_orientation(data, image)
+            _leave_as_stored(image)
+            layered = image if "A" in image.getbands() else image.convert("RGBA")
+            alpha = np.asarray(layered.getchannel("A"))
     except Exception as error:
         raise ImageError(one_line(error) or type(error).__name__) from None
-    return None if alpha.min() == 255 else alpha
+    return None if alpha.min() == 255 else _upright(alpha, orientation)
+
+
+def _leave_as_stored(image: Image.Image) -> None:
+    """Pillow rotates a TIFF also by its XMP, OpenCV by its tag alone."""
+    image.info.pop("xmp", None)
 
 
 def _decode_jpeg(data: Buffer) -> np.ndarray:
@@ -114,13 +183,16 @@ def _decode_jpeg(data: Buffer) -> np.ndarray:
         return _decode_tolerantly(data)  # CMYK, or harmless defects that libjpeg warns about
 
 
-def _decode_tolerantly(data: Buffer) -> np.ndarray:
-    """Decode with Pillow, which ignores warnings but rejects a truncated image."""
+def _decode_tolerantly(data: Buffer, cmyk: Profile | None = None) -> np.ndarray:
+    """Decode with Pillow, which ignores warnings but rejects a truncated image. cmyk: profile of a picture in CMYK."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_header(data) as image:
             if image.mode.startswith(("F", "I")):  # the value range is unknown: Pillow would clip it to black or white
                 raise ImageError(f"pixels of 32 bits or floating point (mode {image.mode}); save it with 8 or 16 bits")
-            return np.asarray(image.convert("RGB"))
+            _leave_as_stored(image)
+            if image.mode == "LAB":
+                return lab_to_srgb(image)
+            return np.asarray(image.convert("RGB")) if cmyk is None else cmyk.convert(image)
     except ImageError:
         raise
     except Exception as error:
@@ -130,11 +202,27 @@ def _decode_tolerantly(data: Buffer) -> np.ndarray:
 def _decode_other(data: Buffer) -> np.ndarray:
     if not data:
         raise ImageError("empty file")
+    if _is_tiff(data) and _tiff_mode(data) in ("LAB", "LA", "RGBA"):  # OpenCV darkens what is transparent
+        return _decode_tolerantly(data)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = np.frombuffer(without_metadata(data), np.uint8)
+        image = cv2.imdecode(pixels, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         image = None
     return _decode_tolerantly(data) if image is None else image
+
+
+def _is_tiff(data: Buffer) -> bool:
+    return bytes(data[:4]) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _tiff_mode(data: Buffer) -> str:
+    """Pillow's mode of a TIFF; empty for kinds that only OpenCV reads."""
+    try:
+        with open_header(data) as image:
+            return image.mode
+    except Exception:
+        return ""
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -163,6 +251,8 @@ def _what_it_is(data: Buffer) -> str:
         b"msf1",
     ):
         return "HEIC, the format of phones, which nothing here reads; export it as JPEG"
+    if start.startswith((b"%!ps", b"%pdf", b"\xc5\xd0\xd3\xc6")):
+        return "PostScript or PDF, not a picture; export it as PNG"
     if start.startswith((b"ii*", b"mm\0*")):
         return "a TIFF of a kind that nothing here reads; save it with three channels of 8 or 16 bits"
     return ""

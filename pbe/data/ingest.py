@@ -77,7 +77,8 @@ def read_shard(
 
     annotations: ANNOTATIONS. photos: PHOTOS. read: takes image id and address, returns bytes, raises PhotoError;
     called from `threads` threads. lists_all: photos without a box count as input and are rejected.
-    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>.
+    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected>, rejected_<reason>, and
+    images_converted_to_srgb, of those kept, whose colours later stages convert.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}
@@ -112,6 +113,8 @@ def read_shard(
             for box in mine:
                 shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
+        if image_codec.other_colours(row["bytes"]):
+            shard.counts["images_converted_to_srgb"] = shard.counts.get("images_converted_to_srgb", 0) + 1
         kept_images.append(row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(mine)]
     tables = {
@@ -173,12 +176,9 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         sha256 = hashlib.sha256(data).hexdigest()
         if hashed and sha256 != photo.version:  # the part's name depends on the hashed bytes
             raise PhotoError("image_changed", f"{photo.address}: not the bytes that were there when ingest began")
-        header = image_codec.read_header(data)
-        if header.width_px * header.height_px > limits.max_pixels:
-            detail = f"{photo.address}: {header.width_px} x {header.height_px} px, more than {limits.max_pixels} pixels"
-            raise PhotoError("image_too_large", detail)
-        orientation = header.exif_orientation if limits.exif == "apply" else 1
-        height_px, width_px = image_codec.decode(data, exif_orientation=orientation).shape[:2]
+        picture = image_codec.open_picture(data, max_bytes=len(data), max_pixels=limits.max_pixels)  # `read` bounds it
+        orientation = picture.header.exif_orientation if limits.exif == "apply" else 1
+        height_px, width_px = image_codec.decode(data, exif_orientation=orientation, convert=False).shape[:2]
     except image_codec.ImageError as error:
         large = isinstance(error, image_codec.ImageTooLargeError)
         reason = "image_too_large" if large else "image_unreadable"

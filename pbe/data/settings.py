@@ -9,6 +9,9 @@ from pbe.places import refuse_credentials
 from pbe.settings import Float, Frac, Int, LocalOrS3, LocalPath, PositiveInt, Settings, TaskResources
 
 Chroma = Literal["444", "420"]
+# what is accepted of a picture that somebody else made, where no setting says otherwise
+MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGE_PIXELS = 89_000_000
 
 
 class DownloadConfig(Settings):
@@ -44,10 +47,10 @@ class IngestConfig(Settings):
     image_ids: LocalPath | None = Field(None, description="file of the image ids to read, one per line; null: all")
     val_frac: Float = Field(ge=0, lt=1)
     exif: Literal["ignore", "apply"]
-    max_image_bytes: PositiveInt = Field(64 << 20, description="bytes above which a file is rejected. Ours")
+    max_image_bytes: PositiveInt = Field(MAX_IMAGE_BYTES, description="bytes above which a file is rejected. Ours")
     # Pillow, which reads the headers, warns from 89,478,485 on
     max_image_pixels: Int = Field(
-        89_000_000,
+        MAX_IMAGE_PIXELS,
         ge=1,
         le=89_478_485,
         description="pixels above which a picture is rejected, before it is decoded. Ours",

@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 
 from pbe.data.annotations import clean_ids, csv_batches, csv_header
 from pbe.data.download import Downloader, PhotoError
-from pbe.data.files import FileTree, SourceError
+from pbe.data.files import FileInfo, FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
 
 # the last three and HEIC may be unreadable here; they are listed so that such photos are rejected, not skipped
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif", ".tif",
                   ".tiff", ".jp2", ".jxl", ".dng")  # fmt: skip
 HASH_THREADS = 8
+HUGE_BYTES = 1 << 30  # no photo is as large: ingest rejects it, and need not hash it before
 
 
 class Source(Protocol):
@@ -109,16 +110,18 @@ class FolderSource:
         versions = [info.version for info in files]
         if self.tree.is_local:  # by content: the same photos in another folder are the same input
             with ThreadPoolExecutor(HASH_THREADS) as pool:
-                versions = list(pool.map(self._sha256, names))
+                versions = list(pool.map(self._sha256, files))
         ids = clean_ids(pa.array([name.rpartition("/")[2] for name in names]))
         nothing = pa.nulls(len(names), pa.string())
         columns = [ids, names, versions, nothing, nothing, nothing, pa.nulls(len(names), pa.int16())]
         yield pa.table([pa.array(column) for column in columns], schema=PHOTOS)
 
-    def _sha256(self, name: str) -> str:
+    def _sha256(self, file: FileInfo) -> str:
+        if file.size > HUGE_BYTES:
+            return file.version
         digest = hashlib.sha256()
         try:
-            with self.tree.open(name) as stream:
+            with self.tree.open(file.name) as stream:
                 while part := stream.read(1 << 20):
                     digest.update(part)
         except OSError as error:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from pbe.config import load_params
-from pbe.data.files import SourceError, file_tree
+from pbe.data.files import FileInfo, FileTree, SourceError, file_tree, named
+from pbe.data.sources import HUGE_BYTES, IMAGE_SUFFIXES
 from pbe.places import repo_root
 
 TORN_AFTER_S = 2.0  # writing a lock takes far less
@@ -18,28 +19,36 @@ TORN_AFTER_S = 2.0  # writing a lock takes far less
 def main() -> None:
     """Raise ParamsError for invalid settings, SourceError for missing or unreadable photos and boxes."""
     root, ingest = repo_root(), load_params().ingest
+    most_bytes = max(HUGE_BYTES, ingest.max_image_bytes)
     for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
         tree = file_tree(location, key=key)
         if tree.is_local:
             tree.require()
-            _refuse_what_dvc_cannot_read(Path(tree.where), root, key)
+            _refuse_what_dvc_cannot_read(tree, root, most_bytes)
     _remove_torn_lock(root / ".dvc" / "tmp" / "rwlock")
 
 
-def _refuse_what_dvc_cannot_read(place: Path, root: Path, key: str) -> None:
-    """Raise SourceError for what DVC cannot hash; its own message would name neither the file nor the key."""
+def _refuse_what_dvc_cannot_read(tree: FileTree, root: Path, most_bytes: int) -> None:
+    """Raise SourceError for what DVC cannot hash, or not in a lifetime; it would name neither the file nor the key."""
+    key, place = tree.key, Path(tree.where)
     if place == root or place == root / "data" or root / "data" in place.parents or place in root.parents:
         raise SourceError(f"{key} = {place}: the stages write there (data/); put your photos and boxes elsewhere")
-    for path in place.rglob("*") if place.is_dir() else [place]:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:  # bytes in another encoding
-            shown = os.fsencode(path).decode(errors="backslashreplace")
-            raise SourceError(f"{key}: {shown}: the name is not UTF-8; rename the file") from None
-        if not path.exists():
-            raise SourceError(f"{key}: {path}: a broken link; remove it")
+    files = tree.walk() if tree.is_folder else [FileInfo("", place.stat().st_size, "")]
+    refused = []
+    for file in files:
+        path = place / file.name
         if not os.access(path, os.R_OK):
-            raise SourceError(f"{key}: {path}: no permission to read it")
+            refused.append(f"{path} (no permission to read it)")
+        elif file.size > most_bytes and (path.suffix.lower() in IMAGE_SUFFIXES or _is_sparse(path)):
+            refused.append(f"{path} ({file.size / 1e9:,.0f} GB, which DVC would read)")
+    if refused:
+        raise SourceError(f"{key}: {named(refused)}; make them readable, or move them out of the way")
+
+
+def _is_sparse(path: Path) -> bool:
+    """Whether a file takes hardly any space on the disk."""
+    info = path.stat()
+    return 512 * info.st_blocks < info.st_size / 10
 
 
 def _remove_torn_lock(path: Path) -> None:

@@ -1,14 +1,18 @@
 """Draw the report's charts as SVG, with text as text and the page's colours."""
 
 import io
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from pbe.errors import printable
 from pbe.evaluate.metrics.intervals import Estimate
 
+NAME_CHARACTERS = 40  # of a class, in a chart
 SWEEP_COLUMNS = 4  # panels in a row
 INK = "#010203"  # replaced by currentColor
 
@@ -23,6 +27,8 @@ def _style() -> Iterator[Any]:
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names are no formulas, whatever dollars they have
+        "text.usetex": False,
         "svg.hashsalt": "pbe",
         "font.family": "sans-serif",
         "font.size": 11,
@@ -46,14 +52,25 @@ def _colour(index: int) -> str:
 
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has fonts for all scripts
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    for index in range(256):
-        svg = svg.replace(_colour(index), f"var(--v{index % 4})")
-    return svg
+    return re.sub(r'style="[^"<>]*"', lambda style: _page_colours(style[0]), svg[svg.index("<svg") :])
+
+
+def _page_colours(style: str) -> str:
+    """Put the page's colours into an attribute, only there: a class may be called #010203."""
+    style = style.replace(INK, "currentColor")
+    return re.sub("#0400(..)", lambda found: f"var(--v{int(found[1], 16) % 4})", style)
+
+
+def _shown(name: str) -> str:
+    """A name from data, as long as a chart has room for."""
+    name = printable(name)
+    return name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…"
 
 
 def loss_svg(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -111,7 +128,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
     """Plot a histogram of relative box areas on a log axis: all boxes and kept boxes."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     edges = np.geomspace(1e-4, 1, 33)
     with _style() as plt:
@@ -121,6 +138,7 @@ def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
             axes.hist(np.clip(areas, edges[0], 1), bins=edges, color=colour, alpha=alpha, label=label)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("box area / photo area (log)")
         axes.set_ylabel("boxes")
         axes.legend(frameon=False, loc="upper left")
@@ -129,12 +147,13 @@ def areas_svg(all_areas: np.ndarray, kept_areas: np.ndarray) -> str:
 
 def classes_svg(classes: Sequence[tuple[str, int, int]]) -> str:
     """Plot bars of the most frequent classes, given (name, boxes read, boxes kept)."""
-    names = [name for name, _, _ in classes][::-1]
+    names = [_shown(name) for name, _, _ in classes][::-1]
     with _style() as plt:
         figure, axes = plt.subplots(figsize=(5.4, 0.6 + 0.26 * len(names)), layout="constrained")
         for index, counts in enumerate(([c[1] for c in classes][::-1], [c[2] for c in classes][::-1])):
             alpha = 0.35 if index == 0 else 0.9
-            axes.barh(names, counts, color=_colour(index), alpha=alpha, label=("read", "kept")[index])
+            axes.barh(range(len(names)), counts, color=_colour(index), alpha=alpha, label=("read", "kept")[index])
+        axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("boxes")
         axes.legend(frameon=False, loc="lower right")
         return _svg(figure)

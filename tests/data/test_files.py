@@ -1,6 +1,8 @@
 """A file or a folder that the user names, on disk or on S3: the same names, bytes and tables from both."""
 
+import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +135,65 @@ def test_a_folder_that_cannot_be_listed_is_one_message(tmp_path: Path, ask: Call
     with pytest.raises(SourceError, match=r"^ingest\.images") as caught:
         ask(tree)
     assert str(tmp_path / "closed") in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- what a folder may hold ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(20)
+def test_links_to_folders_are_named_and_no_circle_is_walked(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "deep" / "a.jpg").write_bytes(b"a")
+    (photos / "link.jpg").symlink_to("deep/a.jpg")  # DVC watches the file behind it
+    tree = FileTree(str(photos), "ingest.images")
+    assert [info.name for info in tree.walk()] == ["deep/a.jpg", "link.jpg"]
+    (photos / "deep" / "up").symlink_to("..")
+    (photos / "deep" / "er" / "top").symlink_to(photos)
+    (photos / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError) as caught:
+        list(FolderSource(tree).photos())
+    told = str(caught.value)
+    assert told.startswith("ingest.images: ") and "\n" not in told
+    assert all(f"{photos}/{name} (a link to a folder)" in told for name in ("deep/up", "deep/er/top", "more"))
+
+
+@pytest.mark.timeout(20)
+def test_what_is_neither_file_nor_folder_is_named_and_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "gone.jpg").symlink_to("nothing")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jpg"))
+    tree = FileTree(str(tmp_path), "ingest.images")
+    kinds = {"pipe": "a named pipe", "zero": "a link to a device", "gone": "a broken link", "loop": "a broken link"}
+    with pytest.raises(SourceError) as caught:
+        tree.walk()
+    for name, kind in (kinds | {"socket": "a socket"}).items():
+        assert f"{tmp_path}/{name}.jpg ({kind})" in str(caught.value)
+    for name in ("pipe.jpg", "zero.jpg", "socket.jpg"):
+        with pytest.raises(OSError, match="not a file"):
+            tree.open(name)
+        with pytest.raises(PhotoError) as refused:
+            FolderSource(tree).read(name, 100)
+        assert refused.value.reason == "image_unreadable"
+    with pytest.raises(SourceError, match=r"^ingest\.boxes: .*pipe\.jpg is a named pipe, not a file or folder$"):
+        FileTree(str(tmp_path / "pipe.jpg"), "ingest.boxes").require()
+
+
+@pytest.mark.timeout(20)
+def test_a_file_too_large_for_a_photo_is_not_hashed(tmp_path: Path) -> None:
+    with (tmp_path / "huge.jpg").open("wb") as stream:
+        stream.truncate(1 << 40)
+    source = FolderSource(FileTree(str(tmp_path), "ingest.images"))
+    (listed,) = source.photos()
+    assert listed.column("version")[0].as_py().startswith(f"{1 << 40}:")
+    with pytest.raises(PhotoError) as caught:
+        source.read("huge.jpg", 100)
+    assert caught.value.reason == "image_too_large"
 
 
 # -- the same input on disk and on S3 ---------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """One image backend: RGB in, RGB out, every usual format, pixels as stored or upright, one clear error for the rest."""
 
 import io
+import os
+import socket
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -24,6 +28,7 @@ from pbe.data.images import (
     decode,
     encode_jpeg,
     encode_png,
+    open_picture,
     read_header,
     resize,
 )
@@ -124,6 +129,7 @@ GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "avif": (_saved(PICTURE, "AVIF", quality=100, subsampling="4:4:4"), PHOTO, 8),
     "bmp": (_saved(PICTURE, "BMP"), PHOTO, 0),
     "tiff": (_saved(PICTURE, "TIFF"), PHOTO, 0),
+    "tiff alpha": (_saved(_with_alpha(PICTURE), "TIFF"), PHOTO, 0),
     "tiff packed": (_saved(PICTURE, "TIFF", compression="tiff_lzw"), PHOTO, 0),
     "tiff 16 bit": (_saved(Image.fromarray(DEEP), "TIFF"), _three(DEEP / 257), 1),
 }
@@ -236,7 +242,7 @@ def test_all_orientations_are_turned_as_every_viewer_does(kind: str, more: dict[
         exif[ExifTags.Base.Orientation] = orientation
         data = _saved(PICTURE, kind, exif=exif, **more)
         assert read_header(data) == Header(WIDTH_PX, HEIGHT_PX, orientation)
-        upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=[kind])))
         got = decode(data, exif_orientation=orientation)
         assert got.shape == upright.shape == ((HEIGHT_PX, WIDTH_PX, 3) if orientation < 5 else (WIDTH_PX, HEIGHT_PX, 3))
         assert np.abs(got.astype(int) - upright).max() <= (2 if kind == "JPEG" else 0)
@@ -290,6 +296,48 @@ def test_an_orientation_that_makes_no_sense_is_upright_and_costs_no_photo(body: 
         warnings.simplefilter("ignore")  # Pillow warns about damaged tags
         assert read_header(_tagged(body)) == Header(WIDTH_PX, HEIGHT_PX, orientation)
     np.testing.assert_array_equal(decode(_tagged(body)), decode(JPEG))
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "told"), [(_pipe, "a named pipe"), (_socket, "a socket"), (_device, "a device"), (Path.mkdir, "a folder")]
+)
+def test_what_is_no_file_is_told_and_not_waited_for(make: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+    make(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match=f"^{told}, not a file$"):
+        open_picture(tmp_path / "a.jpg")
+
+
+def test_a_file_and_its_bytes_are_held_to_the_same_limits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(JPEG)
+    for source in (path, JPEG):
+        np.testing.assert_array_equal(open_picture(source).upright(), decode(JPEG))
+        assert open_picture(source, max_bytes=len(JPEG), max_pixels=HEIGHT_PX * WIDTH_PX).data == JPEG
+        with pytest.raises(ImageTooLargeError, match=f"^more than {len(JPEG) - 1} bytes$"):
+            open_picture(source, max_bytes=len(JPEG) - 1)
+        with pytest.raises(ImageTooLargeError, match=r"^80 x 48 px, more than 3839 pixels$"):
+            open_picture(source, max_pixels=HEIGHT_PX * WIDTH_PX - 1)
+    with path.open("r+b") as stream:
+        stream.truncate(1 << 40)  # of which the disk holds nothing
+    with pytest.raises(ImageTooLargeError):
+        open_picture(path)
 
 
 # -- JPEG and PNG of our own ----------------------------------------------------------------------------------------

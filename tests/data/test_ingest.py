@@ -33,6 +33,7 @@ from pbe.data.schema import (
 )
 from pbe.data.sources import FolderSource
 from pbe.store import Store
+from tests.icc import SRGB, WIDE
 
 REASONS = {*IMAGE_REASONS, *INGEST_BOX_REASONS} - {"image_without_kept_box"}  # that one is materialize's
 LIMITS = PhotoLimits(exif="ignore", max_pixels=10_000)
@@ -399,6 +400,16 @@ def test_any_mixture_adds_up_and_the_order_of_the_files_does_not_matter(place: P
         again, _ = place.check(photos=some.take(np.arange(some.num_rows)[::-1]))
         assert tables["images"].equals(again["images"]) and tables["boxes"].equals(again["boxes"])
         assert all(split in SPLITS for split in tables["images"].column("split").to_pylist())
+
+
+def test_a_photo_of_a_wide_gamut_is_kept_as_it_is_and_counted(place: Place) -> None:
+    for name, profile in (("a", WIDE), ("b", SRGB), ("c", None)):
+        path = place.photo(f"{name}.png", grey=40)
+        Image.open(path, formats=["PNG"]).save(path, icc_profile=profile)
+    place.boxes(_line("a"), _line("b"), _line("c"))
+    tables, counts = place.check()
+    assert (counts["images_kept"], counts["images_converted_to_srgb"]) == (3, 1)
+    assert tables["images"].column("bytes")[0].as_py() == (place.folder / "photos" / "a.png").read_bytes()
 
 
 def test_limits_are_inclusive(place: Place) -> None:

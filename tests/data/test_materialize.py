@@ -1,6 +1,7 @@
 """A photo's triplets depend on the photo, its boxes, the slot and the seed only; slots take all boxes in turn."""
 
 import hashlib
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pbe.data import images
 from pbe.data.materialize import triplet_tables
@@ -15,6 +17,7 @@ from pbe.data.schema import BOXES, IMAGE_REASONS, IMAGES, REJECTS, TRIPLETS, req
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
 from pbe.store import Store
+from tests.icc import WIDE
 
 CFG = MaterializeConfig(
     image_px=16,
@@ -137,6 +140,19 @@ def test_a_photo_is_cut_upright_when_ingest_says_so(shard: dict[str, pa.Table]) 
         photo = _photo("apple", "train", data, orientation)
         tables, _ = _tables({**shard, "images": pa.Table.from_pylist([photo], schema=IMAGES)})
         rows.append(_rows(tables))
+    assert rows[0] == rows[1]
+
+
+def test_triplets_are_srgb_whatever_profile_the_photo_has(shard: dict[str, pa.Table]) -> None:
+    stored = np.random.default_rng(2).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    with_profile = io.BytesIO()
+    Image.fromarray(stored).save(with_profile, "PNG", icc_profile=WIDE)
+    converted = images.decode(with_profile.getvalue())
+    assert (converted != stored).mean() > 0.5
+    rows = []
+    for data in (with_profile.getvalue(), images.encode_png(converted)):
+        photo = pa.Table.from_pylist([_photo("apple", "train", data)], schema=IMAGES)
+        rows.append(_rows(_tables({**shard, "images": photo})[0]))
     assert rows[0] == rows[1]
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, require
 from pbe.evaluate.bench.cocoee import SIDE_PX, CocoeeError, read_cocoee
+from tests.icc import WIDE
 
 IDS = [900100000042, 17, 581930]  # annotation ids: larger than any image id, unsorted
 
@@ -48,6 +50,16 @@ def test_items_are_the_published_ones_in_the_lists_order(tmp_path: Path) -> None
         others = [other["exemplar"] for other in rows if other is not row]
         assert row["foreign"] in others
     assert _read(tmp_path / "test_bench") == rows
+
+
+def test_pixels_are_taken_as_stored_as_upstream_does_whatever_profile_a_file_has(tmp_path: Path) -> None:
+    folder = write_cocoee(tmp_path / "test_bench")
+    rows = _read(folder)
+    for path in (*folder.glob("GT_3500/*"), *folder.glob("Ref_3500/*")):
+        Image.open(path, formats=["PNG"]).save(path, icc_profile=WIDE)
+    for row, before in zip(_read(folder), rows, strict=True):
+        for name in ("source", "exemplar", "foreign"):
+            np.testing.assert_array_equal(images.decode(row[name]), images.decode(before[name]))
 
 
 def _refused(folder: Path, message: str, **changes: int) -> None:

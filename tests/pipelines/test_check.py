@@ -63,11 +63,32 @@ def test_what_dvc_would_stumble_over_is_named_with_its_key(root: Path, what: str
     _replace(root, "  images: pbe/data/sample/photos.csv", f"  images: {photos}")
     words = {
         "a name in Latin-1": r"caf.xe9\.jpg: the name is not UTF-8",
-        "a dangling link": r"b\.jpg: a broken link",
+        "a dangling link": r"b\.jpg \(a broken link\)",
         "where the stages write": "the stages write there",
-        "no permission": r"a\.jpg: cannot be read",
+        "no permission": r"a\.jpg \(no permission to read it\)",
     }
     with pytest.raises(SourceError, match=rf"^ingest\.images.*{words[what]}"):
+        check.main()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("key", ["images", "boxes"])
+def test_what_dvc_would_wait_for_or_not_watch_is_named_before_it_starts(root: Path, key: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"a")
+    os.mkfifo(folder / "deep" / "b.jpg")
+    (folder / "deep" / "up").symlink_to("..")
+    old = {"images": "pbe/data/sample/photos.csv", "boxes": "pbe/data/sample/boxes_openimages.csv"}[key]
+    _replace(root, f"  {key}: {old}", f"  {key}: {folder}")
+    with pytest.raises(SourceError, match=rf"^ingest\.{key}: .*b\.jpg \(a named pipe\), .*up \(a link to a folder\)"):
+        check.main()
+    (folder / "deep" / "b.jpg").unlink()
+    (folder / "deep" / "up").unlink()
+    for name in ("c.jpg", "c.bin"):
+        with (folder / name).open("wb") as stream:
+            stream.truncate(1 << 40)  # of which the disk holds nothing, but DVC would read it all
+    with pytest.raises(SourceError, match=rf"^ingest\.{key}: .*c\.bin \(1,100 GB.*c\.jpg \(1,100 GB, which DVC would"):
         check.main()
 
 

@@ -1,5 +1,6 @@
 """What evaluation looks at and with which settings, refused before an extractor is opened."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,15 @@ def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
     (look,) = features._extractions_of_real_images(cfg, "extractor", None)  # type: ignore[arg-type]
     views = [features._folder_crop(Path(path), cfg) for path, _, _ in look.photos]
     assert [view.key for view in views] == ["a.png", "b.png", "c.png"]
+
+
+def test_an_entry_that_is_no_photo_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(images.encode_png(np.zeros((8, 8, 3), np.uint8)))
+    os.mkfifo(tmp_path / "c.png")
+    cfg = load_params().evaluate.model_copy(update={"real_images": str(tmp_path), "real_images_px": 8})
+    with pytest.raises(StageError, match=r"evaluate\.real_images: .*/c\.png: pipes, devices or broken links"):
+        features._extractions_of_real_images(cfg, "extractor", None)  # type: ignore[arg-type]
 
 
 def edits(**config: object) -> Manifest:

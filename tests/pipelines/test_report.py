@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from jinja2 import Environment, nodes
+from markupsafe import Markup
 from pydantic import BaseModel
 
 from pbe.config import Params
@@ -301,6 +302,27 @@ def test_charts_name_what_they_show_and_draw_what_is_empty() -> None:
         assert names <= set(_texts(svg))
     tops = {text: at for text, at in _texts(classes_svg([("Cat", 30, 20), ("Dog", 4, 0)])).items() if at is not None}
     assert tops["Cat"] < tops["Dog"]  # the most frequent above
+
+
+def test_names_from_data_are_no_formulas_no_markup_and_no_control_characters() -> None:
+    names = [
+        r"$\frac{a$",
+        "Dog$$",
+        "$x^2$",
+        "<b>bold</b>",
+        "#010203",
+        "日本犬",
+        "\x1b[2J",
+        "\u202egpj",
+        "",
+        "7",
+        "n" * 90,
+    ]
+    found = _texts(classes_svg([(name, 20 - index, 1) for index, name in enumerate(names)]))
+    assert {*names[:6], r"\x1b[2J", r"\u202egpj", "7", "n" * 39 + "…"} <= set(found)
+    page = report.page_environment().from_string('<i title="{{ name }}">{{ name }}</i>')
+    assert page.render(name='"><b>\u202e') == '<i title="&#34;&gt;&lt;b&gt;\\u202e">&#34;&gt;&lt;b&gt;\\u202e</i>'
+    assert page.render(name=Markup("<svg>\n</svg>")) == '<i title="<svg>\n</svg>"><svg>\n</svg></i>'
 
 
 def _texts(svg: str) -> dict[str, float | None]:

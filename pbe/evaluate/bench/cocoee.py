@@ -48,14 +48,12 @@ def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int =
         raise CocoeeError(
             f"COCOEE is {SIDE_PX} px and is not resized; set materialize.image_px, now {image_px}, to {SIDE_PX}"
         )
-    exemplars = [(folder / _file("exemplar", number)).read_bytes() for number in ids]
+    exemplars = [_exemplar(folder / _file("exemplar", number)) for number in ids]
     rows = []
     for position, number in enumerate(ids):
         source_file, mask_file = folder / _file("source", number), folder / _file("mask", number)
         other = int(row_rng(seed, int(number), "foreign").integers(len(ids) - 1))
-        _picture(exemplars[position], folder / _file("exemplar", number), side_px=None)
-        source = _picture(source_file.read_bytes(), source_file, side_px=SIDE_PX)
-        mask = _picture(mask_file.read_bytes(), mask_file, side_px=SIDE_PX)
+        source, mask = _square(source_file), _square(mask_file)
         rows.append(
             {
                 "bench_id": f"{number:012d}",
@@ -107,14 +105,25 @@ def _file(part: str, number: int) -> str:
     return f"{where}/{number:012d}_{suffix}.png"
 
 
-def _picture(data: bytes, path: Path, *, side_px: int | None) -> np.ndarray:
+def _exemplar(path: Path) -> bytes:
+    """The file's bytes. A colour profile would change what they mean: upstream reads pixels as stored."""
+    picture, pixels = _read(path)
+    return images.encode_png(pixels) if images.colour_note(picture.data) else picture.data
+
+
+def _square(path: Path) -> np.ndarray:
+    _, pixels = _read(path)
+    if pixels.shape[:2] != (SIDE_PX, SIDE_PX):
+        raise CocoeeError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} px, expected {SIDE_PX} x {SIDE_PX}")
+    return pixels
+
+
+def _read(path: Path) -> tuple[images.Picture, np.ndarray]:
     try:
-        picture = images.decode(data)
+        picture = images.open_picture(path)
+        return picture, picture.stored()
     except images.ImageError as error:
         raise CocoeeError(f"{path}: {error}; unpack the archive again") from None
-    if side_px is not None and picture.shape[:2] != (side_px, side_px):
-        raise CocoeeError(f"{path}: {picture.shape[1]} x {picture.shape[0]} px, expected {side_px} x {side_px}")
-    return picture
 
 
 def _hole(mask: np.ndarray, path: Path) -> np.ndarray:

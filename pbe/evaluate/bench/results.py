@@ -87,19 +87,20 @@ def find_results(folder: Path, bench_ids: Collection[str], *, allow_missing: boo
 
 
 def read_result(path: Path, *, width_px: int, height_px: int) -> np.ndarray:
-    """Read one result as (height_px, width_px, 3) uint8 RGB, as stored (EXIF orientation is ignored).
+    """Read one result as (height_px, width_px, 3) uint8 RGB, as stored: EXIF orientation and colour profiles are
+    ignored, as upstream does.
 
     Raises ResultsError naming the file if it is unreadable or truncated, has another size (resizing would affect the
     score), is greyscale, palette or CMYK, or is transparent anywhere. A fully opaque alpha channel is dropped.
     """
-    data = path.read_bytes()
     try:
-        mode = images.read_mode(data)
+        picture = images.open_picture(path)
+        mode = images.read_mode(picture.data)
         if mode not in ("RGB", "RGBA"):
             raise ResultsError(f"{path}: pixels are stored as {mode}; save results as RGB, 8 bits a channel")
-        if images.read_alpha(data) is not None:
+        if picture.upright_alpha() is not None:
             raise ResultsError(f"{path}: is partly transparent; save results as RGB without an alpha channel")
-        edit = images.decode(data)
+        edit = picture.stored()
     except images.ImageError as error:
         raise ResultsError(f"{path}: {error}") from None
     if edit.shape[:2] != (height_px, width_px):

@@ -54,6 +54,10 @@ class FileTree:
             raise SourceError(f"{self.key}: {self.where} does not exist")
         return bool(kind == pafs.FileType.Directory)
 
+    @property
+    def exists(self) -> bool:
+        return bool(self._info(self._opened[1]).type != pafs.FileType.NotFound)
+
     def require(self) -> None:
         """Raises SourceError if the file or folder does not exist."""
         _ = self.is_folder

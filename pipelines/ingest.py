@@ -4,24 +4,28 @@ First the annotations and the list of photos are cut by shard in one streaming p
 driver. Then each shard is a unit: check its boxes, read or download its photos, write them down.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pbe.data.annotations import box_files, class_names, clean_ids, read_annotations, with_names, without_lines
+from pbe.data.annotations import box_files, class_names, read_annotations, with_names, without_lines
+from pbe.data.boxfiles.findings import EVERY_FILE, Findings
+from pbe.data.boxfiles.photo_names import BY_PATH, BY_SUFFIX, PhotoNames
 from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_shard
 from pbe.data.ingest import PhotoLimits, read_shard
-from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, TRANSIENT_REASONS
+from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, STATED, TRANSIENT_REASONS
 from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
-from pbe.errors import printable
+from pbe.errors import one_line, printable
 from pbe.places import local_path
-from pbe.store import Record, Store, digest, make_manifest, save_manifest
+from pbe.rejects import count_rejects
+from pbe.store import Manifest, Record, Store, digest, make_manifest, save_manifest
+from pipelines.runtime.cures import cure_of_reject
 from pipelines.runtime.parts import Unit, run_units
 from pipelines.runtime.progress import progress_bar, with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
@@ -29,11 +33,19 @@ from pipelines.runtime.stage import Stage, StageError, save_counts
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 2
 
+MENDED = {  # counts of boxes that were changed, in words
+    "boxes_clipped": "ended outside their photo by less than rounding, and were clipped",
+    "boxes_turned": "were turned with their photo: their file states the size of the other frame (ingest.exif)",
+    "boxes_without_class_name": "have a category_id without a name, and keep it as their class",
+}
+# a photo without a usable box, a box without a usable photo: what happened to the other is the cause
+CONSEQUENCES = ("image_without_box", "box_image_rejected")
+
 
 def main(stage: Stage) -> None:
     cfg = stage.params.ingest
     source = open_source(cfg)
-    left_out, index = write_index(stage.store, source, cfg)
+    done, index = write_index(stage.store, source, cfg)
     everything = _takes_all(source, cfg)
     units = [Unit(record.unit.split("-")[0], _identity(cfg, record, everything), record) for record in index]
     units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
@@ -41,12 +53,13 @@ def main(stage: Stage) -> None:
     worker = partial(_worker, stage.store, source, cfg)
     records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_shard, key="ingest")
     manifest = make_manifest("ingest", config=_content(cfg), version=VERSION, units=records)
-    counts = {**manifest.counts, "boxes_not_selected": left_out}
+    counts = _sum(manifest.counts, done)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
     assert counts["boxes_in"] == counts["boxes_kept"] + counts["boxes_rejected"]
     save_counts(stage, counts)
     save_manifest(stage.outputs / "manifest.json", manifest)  # before the refusal: `pbe rejects` reads it
-    _refuse_too_many_rejects(counts, cfg.max_reject_frac)
+    _say_mended(counts)
+    _refuse_too_many_rejects(stage.store, manifest, counts, cfg.max_reject_frac)
 
 
 def open_source(cfg: IngestConfig) -> Source:
@@ -59,25 +72,63 @@ def open_source(cfg: IngestConfig) -> Source:
     return OpenImagesSource(tree, Downloader(cfg.image_base or "", cfg.download, max_bytes=cfg.max_image_bytes))
 
 
-def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[int, list[Record]]:
-    """Write an `index` unit per shard (annotations and photos); also return the number of unselected annotations."""
+def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[str, int], list[Record]]:
+    """Write an `index` unit per shard: annotations, photos, and `stated` where box files say more of photos.
+
+    Returns counts of boxes, first those that are not selected, and the units.
+    """
     tree = file_tree(cfg.boxes, key="ingest.boxes")
-    names = class_names(tree)
-    selector = Selector(_selection(cfg), _class_ids(cfg, names))
+    classes = class_names(tree)
+    names = PhotoNames(pa.concat_tables(source.photos()) if source.lists_all else None)
+    selector = Selector(_selection(cfg, names), _class_ids(cfg, classes))
+    findings = Findings()
     records = []
     with (
-        by_shard(_selected(tree, names, selector), ANNOTATIONS, cfg.shards) as annotations,
-        by_shard(source.photos(), PHOTOS, cfg.shards) as photos,
+        by_shard(_selected(tree, classes, names, selector, findings), ANNOTATIONS, cfg.shards) as annotations,
+        # after the annotations, because their names decide how photos that share a name are told apart
+        by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
+        by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
     ):
-        pairs = with_progress(zip(annotations, photos, strict=True), "ingest: index", total=cfg.shards, unit="shard")
-        for shard, (boxes, known) in enumerate(pairs):
+        tables = zip(annotations, photos, stated, strict=True)
+        shards = with_progress(tables, "ingest: index", total=cfg.shards, unit="shard")
+        for shard, (boxes, known, said) in enumerate(shards):
+            ids = boxes.column("image_id").combine_chunks()
             if not _takes_all(source, cfg):  # only what the selected boxes name is part of the input
-                known = known.filter(pc.is_in(known.column("image_id"), boxes.column("image_id").combine_chunks()))
-            records.append(
-                store.write_unit_by_content("index", f"s{shard:04d}", {"annotations": boxes, "photos": known})
-            )
+                known = known.filter(pc.is_in(known.column("image_id"), ids))
+            said = said.filter(pc.is_in(said.column("image_id"), ids))
+            datasets = {"annotations": boxes, "photos": known} | ({"stated": said} if said.num_rows else {})
+            records.append(store.write_unit_by_content("index", f"s{shard:04d}", datasets))
+    _say_findings(names, findings)
     _say_missing(selector)
-    return selector.left_out, records
+    return {"boxes_not_selected": selector.left_out} | dict(+findings.counts), records
+
+
+def _stated(names: PhotoNames, findings: Findings) -> pa.Table:
+    findings.problems |= {(image_id, EVERY_FILE): problem for image_id, problem in names.ambiguous()}
+    return findings.stated()
+
+
+def _say_findings(names: PhotoNames, findings: Findings) -> None:
+    """Report how box files were read, where that is a decision that the user may want to check."""
+    for remark in findings.remarks:
+        print(f"ingest: {remark}")
+    for how, count in sorted(names.counts().items()):
+        if how not in (BY_PATH, BY_SUFFIX):
+            print(f"ingest: {count} photos were found {how}")
+
+
+def _say_mended(counts: Mapping[str, int]) -> None:
+    for key, text in MENDED.items():
+        if counts.get(key):
+            print(f"ingest: {counts[key]} boxes {text}")
+
+
+def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for one in counts:
+        for key, value in one.items():
+            out[key] = out.get(key, 0) + value
+    return out
 
 
 def _say_missing(selector: Selector) -> None:
@@ -95,19 +146,21 @@ def _takes_all(source: Source, cfg: IngestConfig) -> bool:
     return source.lists_all and every_split and cfg.limit is None and cfg.classes is None and cfg.image_ids is None
 
 
-def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iterator[pa.Table]:
+def _selected(
+    tree: FileTree, classes: dict[str, str], names: PhotoNames, selector: Selector, findings: Findings
+) -> Iterator[pa.Table]:
     rows = 0
     labels: set[str] = set()
     with progress_bar("ingest: boxes", total=None, unit="box") as bar:
-        for file in box_files(tree):
-            for table in read_annotations(tree, file):
+        for file in box_files(tree, findings):
+            for table in read_annotations(tree, file, names, findings):
                 rows += table.num_rows
                 bar.update(table.num_rows)
-                named = with_names(table, names)
-                if selector.class_ids is not None and not names:  # COCO and CSVs without class descriptions
+                named = with_names(table, classes)
+                if selector.class_ids is not None and not classes:  # COCO and CSVs without class descriptions
                     labels.update(pc.unique(named.column("label")).to_pylist())
                 yield without_lines(selector(named))
-    unknown = sorted(set(selector.class_ids or ()) - labels) if not names else []
+    unknown = sorted(set(selector.class_ids or ()) - labels) if not classes else []
     if unknown:
         known = ", ".join(sorted(labels)[:20])
         raise SourceError(f"ingest.classes: no box in {tree.where} is of class {', '.join(unknown)}; there are {known}")
@@ -117,7 +170,7 @@ def _selected(tree: FileTree, names: dict[str, str], selector: Selector) -> Iter
         )
 
 
-def _selection(cfg: IngestConfig) -> Selection:
+def _selection(cfg: IngestConfig, names: PhotoNames) -> Selection:
     ids = None
     if cfg.image_ids is not None:
         path = local_path(cfg.image_ids)
@@ -126,8 +179,8 @@ def _selection(cfg: IngestConfig) -> Selection:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
             raise SourceError(f"ingest.image_ids: {path} cannot be read: {reason}") from None
-        named = [line.strip().rpartition("/")[2] for line in lines]  # also `train/<id>`, as the official downloader's
-        ids = set(clean_ids(pa.array(named, pa.string())).to_pylist()) - {""}
+        named = [line.strip().lstrip("/") for line in lines]  # also `train/<id>`, as the official downloader's
+        ids = set(names.ids(pa.array(named, pa.string())).to_pylist()) - {""}
         if not ids:
             raise SourceError(f"ingest.image_ids: {path} holds no id")
     return Selection(splits=cfg.splits, limit=cfg.limit, classes=cfg.classes, image_ids=ids, val_frac=cfg.val_frac)
@@ -228,6 +281,7 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
 def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit], Record]:
     def work(unit: Unit) -> Record:
         index = _index_of(unit)
+        stated = next((file for file in index.files if file.dataset == "stated"), None)
         tables, counts = read_shard(
             store.read_table(index.file("annotations")),
             store.read_table(index.file("photos")),
@@ -236,6 +290,7 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             lists_all=_takes_all(source, cfg),
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
+            stated=store.read_table(stated) if stated else None,
         )
         after = unit.payload.chain if isinstance(unit.payload, _Retry) else ()
         return store.write_unit("ingest", unit.name, tables, counts=counts, after=after)
@@ -243,16 +298,43 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
     return work
 
 
-def _refuse_too_many_rejects(counts: dict[str, int], max_reject_frac: float) -> None:
-    for kind, known in (("images", IMAGE_REASONS), ("boxes", INGEST_BOX_REASONS)):
+def _refuse_too_many_rejects(
+    store: Store, manifest: Manifest, counts: Mapping[str, int], max_reject_frac: float
+) -> None:
+    for kind, reasons in (("images", IMAGE_REASONS), ("boxes", INGEST_BOX_REASONS)):
         total, rejected = counts[f"{kind}_in"], counts[f"{kind}_rejected"]
-        found = {reason: counts.get(f"rejected_{reason}", 0) for reason in known}
-        reasons = ", ".join(f"{reason} {count}" for reason, count in found.items() if count)
-        if counts[f"{kind}_kept"] == 0:
-            raise StageError(f"ingest: none of {total} {kind} could be used ({reasons}); see `pbe rejects`")
-        if rejected > max_reject_frac * total:
-            raise StageError(
-                f"ingest: {rejected} of {total} {kind} rejected ({reasons}), above ingest.max_reject_frac = "
-                f"{max_reject_frac}. `pbe rejects` shows them; fix the input, set ingest.retry_rejected for failed "
-                "downloads and files that were gone, or raise the limit. What was read stays in the storage"
-            )
+        none_kept = total > 0 and not counts[f"{kind}_kept"]
+        if not none_kept and rejected <= max_reject_frac * total:
+            continue
+        found = _causes(counts, reasons)
+        listed = ", ".join(f"{reason} {count}" for reason, count in found.items())
+        cause = next(iter(found))
+        advice = (
+            f"First {_example(store, manifest, cause)}. To cure it, {cure_of_reject(cause)}; `pbe rejects` shows all"
+        )
+        if none_kept:
+            raise StageError(f"ingest: none of {total} {kind} could be used ({listed}). {advice}")
+        raise StageError(
+            f"ingest: {rejected} of {total} {kind} rejected ({listed}), above ingest.max_reject_frac = "
+            f"{max_reject_frac}. {advice}. Fix the input, or raise the limit; what was read stays in the storage"
+        )
+
+
+def _causes(counts: Mapping[str, int], reasons: Collection[str]) -> dict[str, int]:
+    """Counts of the `reasons`, the most frequent first; where that one is a consequence, of all, consequences last."""
+    found = {reason: counts.get(f"rejected_{reason}", 0) for reason in (*IMAGE_REASONS, *INGEST_BOX_REASONS)}
+    most = max(reasons, key=lambda reason: found[reason])
+    chosen = [reason for reason, count in found.items() if count and (reason in reasons or most in CONSEQUENCES)]
+    if most in CONSEQUENCES:
+        order = sorted(chosen, key=lambda reason: (reason in CONSEQUENCES, -found[reason]))
+    else:
+        order = sorted(chosen, key=lambda reason: -found[reason])
+    return {reason: found[reason] for reason in order}
+
+
+def _example(store: Store, manifest: Manifest, reason: str) -> str:
+    """The first row that was rejected for `reason`."""
+    rows = (row for entry in count_rejects(store, {"ingest": manifest}, examples=1) for row in entry.examples)
+    row = next(row for row in rows if row["reason"] == reason)
+    detail = one_line(row["detail"], 300)
+    return detail if row["key"] in detail else f"{row['key']}: {detail}"

@@ -50,7 +50,10 @@ def main(stage: Stage) -> None:
     assert counts["triplets"] == counts["images_kept"] * cfg.slots
     save_counts(stage, counts)
     if not counts["triplets"]:
-        raise StageError("materialize: no photo of the train split has a kept box; see data/filter/counts.json")
+        raise StageError(
+            f"materialize: none of {counts['images_in']} photos of the train split has a kept box; the filter may have "
+            "dropped them (data/filter/counts.json), or the box files' names say another split: set ingest.val_frac"
+        )
     save_manifest(stage.outputs / "manifest.json", manifest)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from pbe import places
 from pbe.config import Params
+from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.schema import BENCH
 from pbe.errors import ParamsError, UserError
 from pbe.evaluate.features.weights import store_extractor
@@ -131,9 +132,9 @@ READERS: dict[str, Callable[[str], object]] = {
         open_source(_stage({"source": "folder", "images": name}, "ingest").params.ingest).photos()
     ),
     "ingest.boxes": lambda name: write_index(
-        Store("/nowhere"), mock.Mock(), _stage({"boxes": name}, "ingest").params.ingest
+        Store("/nowhere"), mock.Mock(lists_all=False), _stage({"boxes": name}, "ingest").params.ingest
     ),
-    "ingest.image_ids": lambda name: _selection(_stage({"image_ids": name}, "ingest").params.ingest),
+    "ingest.image_ids": lambda name: _selection(_stage({"image_ids": name}, "ingest").params.ingest, PhotoNames(None)),
     "encode.codec.weights": lambda name: _codec_entry(
         _stage({"codec": {"kind": "pretrained", "weights": name}}, "encode"), NO_MANIFEST
     ),

@@ -81,6 +81,10 @@ class FileTree:
             raise SourceError(f"{self.key}: {self.where} is {irregular(Path(self.where))}, not a file or folder")
         return bool(kind == pafs.FileType.Directory)
 
+    @property
+    def exists(self) -> bool:
+        return bool(self._info(self._opened[1]).type != pafs.FileType.NotFound)
+
     def require(self) -> None:
         """Raises SourceError if the file or folder does not exist."""
         _ = self.is_folder

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,8 +10,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pbe.data import images as image_codec
+from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.download import PhotoError
-from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, table_from_rows
+from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
+from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, STATED, table_from_rows
 
 FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
 
@@ -43,11 +45,15 @@ class Photo:
 
 @dataclass(frozen=True)
 class _Read:
-    """Exactly one of `row` and `error` is set."""
+    """Exactly one of `row` and `error` is set. frame: set with `row`."""
 
     photo: Photo
     row: dict[str, Any] | None
     error: PhotoError | None
+    frame: Frame | None = None
+
+
+Statements = Mapping[tuple[str, str], Mapping[str, Any]]  # rows of STATED by image id and file
 
 
 class _Shard:
@@ -59,8 +65,11 @@ class _Shard:
 
     def reject(self, kind: Literal["images", "boxes"], key: str, reason: str, detail: str) -> None:
         self.rejects.append({"stage": "ingest", "key": key, "reason": reason, "detail": detail})
-        for count in (f"{kind}_rejected", f"rejected_{reason}"):
-            self.counts[count] = self.counts.get(count, 0) + 1
+        self.count(f"{kind}_rejected")
+        self.count(f"rejected_{reason}")
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
 
 
 def read_shard(
@@ -72,13 +81,14 @@ def read_shard(
     lists_all: bool,
     limits: PhotoLimits,
     threads: int,
+    stated: pa.Table | None = None,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Check every box and read every photo that has one; every dropped row is in `rejects`.
 
-    annotations: ANNOTATIONS. photos: PHOTOS. read: takes image id and address, returns bytes, raises PhotoError;
-    called from `threads` threads. lists_all: photos without a box count as input and are rejected.
-    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected>, rejected_<reason>, and
-    images_converted_to_srgb, of those kept, whose colours later stages convert.
+    annotations: ANNOTATIONS. photos: PHOTOS. stated: STATED. read: takes image id and address, returns bytes, raises
+    PhotoError; called from `threads` threads. lists_all: photos without a box count as input and are rejected.
+    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected>, rejected_<reason>; and where there are any
+    boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose colours later stages convert.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}
@@ -86,7 +96,9 @@ def read_shard(
         copies = known.setdefault(row["image_id"], [])
         if all(row["address"] != copy.address for copy in copies):  # a list may contain duplicates
             copies.append(Photo(**row))
-    boxes = _usable_boxes(annotations, known, address_without_photo, shard)
+    rows = (STATED.empty_table() if stated is None else stated).to_pylist()
+    statements = {(row["image_id"], row["file"]): row for row in rows}
+    boxes = _usable_boxes(annotations, known, statements, address_without_photo, shard)
     wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
 
     jobs = []
@@ -108,15 +120,20 @@ def read_shard(
     kept_images, kept_boxes = [], []
     for tried in results:
         mine = boxes[tried[0].photo.image_id]
-        row = _one_photo(tried, shard)
-        if row is None:
+        found = _one_photo(tried, shard)
+        if found is None:
             for box in mine:
                 shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
+        placed = _placed(mine, found, statements, shard)
+        if not placed:
+            shard.reject("images", found.photo.address, "image_without_box", "every line about it was rejected")
+            continue
+        row = found.row or {}
         if image_codec.other_colours(row["bytes"]):
             shard.counts["images_converted_to_srgb"] = shard.counts.get("images_converted_to_srgb", 0) + 1
         kept_images.append(row | {"split": mine[0]["split"]})
-        kept_boxes += [box | {"box_index": index} for index, box in enumerate(mine)]
+        kept_boxes += [box | {"box_index": index} for index, box in enumerate(placed)]
     tables = {
         "images": table_from_rows(kept_images, IMAGES),
         "boxes": pa.Table.from_pylist(kept_boxes, schema=BOXES),
@@ -128,6 +145,7 @@ def read_shard(
 def _usable_boxes(
     annotations: pa.Table,
     known: dict[str, list[Photo]],
+    statements: Statements,
     address_without_photo: Callable[[str, str], str | None],
     shard: _Shard,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -152,15 +170,48 @@ def _usable_boxes(
                 continue
             known[image_id] = [Photo(image_id, address)]
         mine = boxes.setdefault(image_id, [])
+        problem = _problem(statements, image_id, row["file"])
         if row["reason"]:
             shard.reject("boxes", key, row["reason"], row["detail"])
+        elif problem:
+            shard.reject("boxes", key, "box_image_ambiguous", problem)
         elif mine and mine[0]["split"] != split:
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
             shard.reject("boxes", key, "box_in_other_split", detail)
         else:
             names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS)
-            mine.append({"key": key, "image_id": image_id, "split": split, **{name: row[name] for name in names}})
+            box = {"key": key, "file": row["file"], "image_id": image_id, "split": split}
+            mine.append(box | {name: row[name] for name in names})
     return boxes
+
+
+def _problem(statements: Statements, image_id: str, file: str) -> str | None:
+    found = (statements.get((image_id, where)) for where in (file, EVERY_FILE))
+    return next((row["problem"] for row in found if row is not None and row["problem"]), None)
+
+
+def _placed(
+    boxes: Sequence[dict[str, Any]], photo: _Read, statements: Statements, shard: _Shard
+) -> list[dict[str, Any]]:
+    """The boxes in fractions of the photo as it is kept; those that do not fit it are rejected."""
+    assert photo.frame is not None
+    out = []
+    for box in boxes:
+        stated = statements.get((box["image_id"], box["file"]))
+        if stated is None:
+            out.append(box)
+            continue
+        try:
+            placed = place(box, stated, photo.frame)
+        except NotOnPhotoError as error:
+            shard.reject("boxes", box["key"], error.reason, str(error))
+            continue
+        if placed.clipped:
+            shard.count("boxes_clipped")
+        if placed.turned:
+            shard.count("boxes_turned")
+        out.append(box | dict(zip(COORDINATES, placed.ends, strict=True)))
+    return out
 
 
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
@@ -197,10 +248,10 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         "rotation": photo.rotation,
         "exif_orientation": orientation,
     }
-    return _Read(photo, row, None)
+    return _Read(photo, row, None, Frame(width_px, height_px, picture.header.exif_orientation, limits.exif == "apply"))
 
 
-def _one_photo(copies: Sequence[_Read], shard: _Shard) -> dict[str, Any] | None:
+def _one_photo(copies: Sequence[_Read], shard: _Shard) -> _Read | None:
     """The first readable file of one id; None if no file is readable or the readable ones differ."""
     read = [copy for copy in copies if copy.row is not None]
     for copy in copies:
@@ -215,4 +266,4 @@ def _one_photo(copies: Sequence[_Read], shard: _Shard) -> dict[str, Any] | None:
             "and differ: boxes could mean either" if ambiguous else "and the same bytes; the first is kept"
         )
         shard.reject("images", copy.photo.address, "image_id_duplicated", detail)
-    return None if ambiguous else read[0].row
+    return None if ambiguous else read[0]

@@ -45,6 +45,8 @@ INGEST_BOX_REASONS = (
     "box_unparsable",  # a cell is missing, surplus or not a number
     "box_outside_image",  # a coordinate is outside [0, 1] or min >= max
     "image_missing",  # the box names an image that the source does not have
+    "box_image_ambiguous",  # what the box file says fits several photos, or several entries fit one
+    "box_size_mismatch",  # the box file states a size that its photo has neither as stored nor upright
     "box_in_other_split",  # an earlier line put its image into another split
     "box_image_rejected",  # the box is fine, its image was rejected
 )
@@ -77,6 +79,17 @@ ANNOTATIONS = pa.schema(
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
+    ]
+)
+# What box files say of photos, by image id and file ("": every file). Boxes are in fractions of the stated size;
+# without one, the file's boxes of that photo are in pixels. Of a photo without a row, they are in fractions.
+STATED = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("width_px", pa.float64()),
+        pa.field("height_px", pa.float64()),
+        pa.field("problem", pa.string()),  # why its boxes are rejected as box_image_ambiguous
     ]
 )
 # What a source knows about its photos without reading them.

@@ -18,7 +18,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pbe.data.annotations import clean_ids, csv_batches, csv_header
+from pbe.data.boxfiles.csv_rows import csv_batches, csv_header
+from pbe.data.boxfiles.photo_names import clean_ids
 from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileInfo, FileTree, SourceError
 from pbe.data.schema import PHOTOS, SPLITS
@@ -166,7 +167,7 @@ class OpenImagesSource:
         if "ImageID" not in header or "Subset" not in header:
             raise SourceError(f"{self.info.path_of(name)}: not an OpenImages image-info CSV: no ImageID and Subset")
         optional = [column for column in ("License", "Author", "OriginalLandingURL", "Rotation") if column in header]
-        for batch in csv_batches(self.info, name, ["ImageID", "Subset", *optional], irregular=[], quoted=True):
+        for batch in csv_batches(self.info, name, ["ImageID", "Subset", *optional]):
             image_id = clean_ids(batch.column("ImageID"))
 
             def text(column: str, batch: pa.RecordBatch = batch, optional: Sequence[str] = optional) -> pa.Array:

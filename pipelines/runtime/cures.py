@@ -1,4 +1,6 @@
-"""Adds the command that fixes an error: pbe/store.py names the part or manifest at fault but does not know stages."""
+"""Adds what fixes an error: the command, where pbe/store.py names a part or manifest at fault but does not know stages;
+the setting, where ingest rejected rows.
+"""
 
 from pathlib import Path
 
@@ -6,6 +8,31 @@ from pbe.errors import UserError
 from pbe.store import ManifestError, PartError
 
 STAGE_OF_KIND = {"index": "ingest", "features": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else: kind
+
+_NAMES = "ImageID (CSV) and file_name (COCO) must be file names of photos, or their paths below ingest.images"
+_AGAIN = "set ingest.retry_rejected: true"
+_OF_REJECTS = {
+    "image_id_invalid": "rename the file",
+    "image_without_box": f"see that ingest.boxes belongs to the photos in ingest.images: {_NAMES}",
+    "image_id_duplicated": "rename one of the files, or name each by its path below ingest.images in the box file",
+    "image_unreadable": "replace these files, or save them as JPEG or PNG",
+    "image_too_large": "raise ingest.max_image_bytes or ingest.max_image_pixels, or scale the photos down",
+    "image_unpublished": "check ingest.image_base, and that the box file's name says the split in which the photos are",
+    "download_failed": f"check ingest.image_base, and {_AGAIN}",
+    "image_changed": f"leave the photos as they are, and {_AGAIN}",
+    "box_image_id_invalid": f"correct the box file (ingest.boxes): {_NAMES}",
+    "box_unparsable": "correct the box file (ingest.boxes)",
+    "box_outside_image": "correct the box file (ingest.boxes): a CSV has fractions of the photo, a COCO JSON pixels",
+    "image_missing": f"name the folder of these photos in ingest.images: {_NAMES}",
+    "box_image_ambiguous": "name each photo by its path below ingest.images in the box file (ingest.boxes)",
+    "box_size_mismatch": "name in ingest.images the photos that were labelled, unchanged",
+    "box_in_other_split": "put all lines about a photo into the box file of one split, or set ingest.val_frac",
+}
+
+
+def cure_of_reject(reason: str) -> str:
+    """Return what likely cures a reason for which ingest rejects images or boxes."""
+    return _OF_REJECTS.get(reason, "see the detail")
 
 
 def with_cure(error: UserError) -> str:

@@ -139,12 +139,12 @@ def index(folder: Path, shards: int) -> int:
             connections=1, attempts=1, connect_timeout_s=1, read_timeout_s=1, attempt_timeout_s=1, backoff_s=0
         )
         source = OpenImagesSource(FileTree(str(info), "images"), Downloader("http://127.0.0.1:9", limits, max_bytes=1))
-        left_out, records = write_index(Store(str(folder / "store")), source, cfg)
+        counts, records = write_index(Store(str(folder / "store")), source, cfg)
         rows = sum(record.file("annotations").rows for record in records)
         known = sum(record.file("photos").rows for record in records)
         size = sum(file.bytes for record in records for file in record.files)
         elapsed = time.perf_counter() - started
-        print(f"{rows} boxes and {known} photos in {len(records)} shards, {size / 1e9:.2f} GB, {left_out} left out")
+        print(f"{rows} boxes and {known} photos in {len(records)} shards, {size / 1e9:.2f} GB, {counts}")
         print(f"time_s={elapsed:.1f} boxes_per_s={rows / elapsed:.0f} ", end="")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak_rss_mib={peak:.0f}")

@@ -146,7 +146,7 @@ CASES = [
     _box("above 1", "box_outside_image", YMax="1.0001"),
     _box("overflow", "box_outside_image", XMax="1e400"),
     _box("decimal commas", "box_unparsable", XMin="0,1", XMax="0,5", YMin="0,2", YMax="0,75"),
-    _box("quoted decimal comma", "box_unparsable", XMin='"0,1"'),
+    _box("quoted decimal comma", None, XMin='"0,1"'),
     _box("null", "box_unparsable", XMin="null"),
     _box("whole photo", None, XMin="0", XMax="1", YMin="0.0", YMax="1.000"),
     _box("exponents and spaces", None, XMin=" 1e-1", XMax="5E-1 ", YMin="+.2"),

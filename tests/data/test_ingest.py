@@ -29,6 +29,7 @@ from pbe.data.schema import (
     PHOTOS,
     REJECTS,
     SPLITS,
+    STATED,
     require,
 )
 from pbe.data.sources import FolderSource
@@ -84,6 +85,7 @@ class Place:
         lists_all: bool = True,
         limits: PhotoLimits = LIMITS,
         threads: int = 3,
+        stated: list[dict[str, Any]] | None = None,
     ) -> tuple[dict[str, pa.Table], dict[str, int]]:
         """read_shard, with all its laws asserted."""
         photos, annotations = self.photos() if photos is None else photos, self.annotations()
@@ -95,6 +97,7 @@ class Place:
             lists_all=lists_all,
             limits=limits,
             threads=threads,
+            stated=pa.Table.from_pylist(stated or [], schema=STATED),
         )
         for name, schema in (("images", IMAGES), ("boxes", BOXES), ("rejects", REJECTS)):
             require(tables[name], schema, name)
@@ -160,6 +163,9 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
         _line("twice"),
         _line("../good"),
     )
+    place.photo("cropped.png")
+    place.photo("two.png")
+    place.boxes(_line("cropped"), _line("two"), name="stated.csv")
     place.photo("other.png")
     place.boxes(_line("good"), name="val.csv")
     place.boxes(_line("other"), name="z.csv")
@@ -181,6 +187,10 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
             ]
         ),
         read=read,
+        stated=[
+            {"image_id": "cropped", "file": "stated.csv", "width_px": 20, "height_px": 20},  # it is 20 x 10
+            {"image_id": "two", "file": "", "problem": "box files call it 1/two and 2/two"},
+        ],
     )
     rejects = _rejects(tables)
     assert rejects == {
@@ -204,6 +214,10 @@ def test_every_reason_occurs_and_nothing_is_lost(place: Place) -> None:
         "s503": "download_failed",
         "other.png": "image_changed",
         "z.csv:2": "box_image_rejected",
+        "stated.csv:2": "box_size_mismatch",
+        "stated.csv:3": "box_image_ambiguous",
+        "cropped.png": "image_without_box",
+        "two.png": "image_without_box",
         "web.csv:2": "box_image_rejected",
         "web.csv:3": "box_image_rejected",
     }

@@ -87,8 +87,9 @@ def read_shard(
 
     annotations: ANNOTATIONS. photos: PHOTOS. stated: STATED. read: takes image id and address, returns bytes, raises
     PhotoError; called from `threads` threads. lists_all: photos without a box count as input and are rejected.
-    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected>, rejected_<reason>; and where there are any
-    boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose colours later stages convert.
+    Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>. Where there are
+    any, also boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose colours later stages
+    convert.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}

@@ -12,7 +12,6 @@ import numpy as np
 
 from pbe.errors import UserError, printable
 
-MASK_BLACK, MASK_WHITE = 32, 224  # of 255; what lies between is grey
 Number = TypeVar("Number", int, float)
 
 
@@ -244,31 +243,23 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _hole_mask(args: argparse.Namespace, photo: np.ndarray) -> np.ndarray:
-    """(H, W) bool, True where the edit goes: the box, or where any channel of the mask is 128 or more.
-
-    Upstream also splits soft edges in the middle. Raises ValueError for an unsuitable mask or box.
-    """
+    """(H, W) bool, True where the edit goes: the box or the mask. Raises ValueError for an unsuitable one."""
     if args.box is not None:
         hole_mask = np.zeros(photo.shape[:2], bool)
         hole_mask[_slices(args.box, photo, f"--box in {args.photo}")] = True
         return hole_mask
     from pbe.data import images
+    from pbe.data.masks import MaskError, read_hole_mask
 
-    mask = _read(args.mask)
-    if mask.shape != photo.shape:
-        raise ValueError(
-            f"{args.mask} is {mask.shape[1]} x {mask.shape[0]} px, the photo {photo.shape[1]} x {photo.shape[0]}"
-        )
-    if images.open_picture(args.mask).upright_alpha() is not None:
-        raise ValueError(f"{args.mask}: has transparent parts; a mask is black and white, without transparency")
-    level = mask.max(axis=2)
-    painted, grey = (
-        np.count_nonzero(level >= MASK_BLACK),
-        np.count_nonzero((level >= MASK_BLACK) & (level < MASK_WHITE)),
-    )
-    if grey > painted / 2:
-        raise ValueError(f"{args.mask}: mostly greys where it is not black; a mask is white where the edit goes")
-    return level >= 128
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns above 89 megapixels
+            hole_mask = read_hole_mask(images.open_picture(args.mask))
+    except (images.ImageError, MaskError) as error:
+        raise ValueError(f"{args.mask}: {error}") from None
+    if hole_mask.shape != photo.shape[:2]:
+        size, photo_size = (f"{array.shape[1]} x {array.shape[0]}" for array in (hole_mask, photo))
+        raise ValueError(f"{args.mask} is {size} px, the photo {photo_size}")
+    return hole_mask
 
 
 def _doctor(args: argparse.Namespace) -> int:

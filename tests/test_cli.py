@@ -98,9 +98,36 @@ def _white_mask(path: Path) -> None:
     Image.new("L", (40, 24), 255).save(path)
 
 
+def _dim_mask(path: Path) -> None:
+    mask = np.zeros((24, 40), np.uint8)
+    mask[5:15, 8:25] = 3
+    Image.fromarray(mask).save(path)
+
+
+def _dim_mask_of_16_bits(path: Path) -> None:
+    mask = np.zeros((24, 40), np.uint16)
+    mask[5:15, 8:25] = 1
+    Image.fromarray(mask).save(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_a_mask_of_0_and_1_is_black_and_white(mode: str, args: dict[str, str]) -> None:
+    assert _run(args) == 0
+    wanted = _pixels(args["out"])
+    mask = (_pixels(args["mask"])[..., 0] > 0).astype(np.uint8)
+    image = Image.fromarray(mask).convert(mode)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 1, 1, 1])
+    image.save(args["mask"])
+    assert _run(args) == 0
+    np.testing.assert_array_equal(_pixels(args["out"]), wanted)
+
+
 @pytest.mark.parametrize(
     ("write", "told"),
     [
+        (_dim_mask, "mask.png: its largest value is 3 of 255"),
+        (_dim_mask_of_16_bits, "mask.png: no value of its 16 bits reaches 256"),
         (_grey_mask, "mask.png: mostly greys where it is not black"),
         (_transparent_mask, "mask.png: has transparent parts"),
         (_white_mask, "hole_mask covers the whole photo"),

@@ -16,12 +16,43 @@ from typing import Any, Literal, get_args
 import cv2
 import numpy as np
 
+from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.schema import HoleKind
+from pbe.errors import UserError
 
 MaskResize = Literal["bilinear", "nearest"]
 HOLE_KINDS: tuple[HoleKind, ...] = get_args(HoleKind)
 _POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
+BLACK, WHITE = 32, 224  # of 255; what lies between is grey
+
+
+class MaskError(UserError, ValueError):
+    """A picture is no mask; the message says why, to follow the file's name."""
+
+
+def read_hole_mask(picture: images.Picture) -> np.ndarray:
+    """(H, W) bool, upright, of a mask that somebody painted: True where any channel is 128 or more.
+
+    Upstream also splits soft edges in the middle. A picture of 0 and 1 alone, as annotation tools store masks, is read
+    as black and white. Raises MaskError for a picture that is neither, ImageError for one that does not decode.
+    """
+    if picture.upright_alpha() is not None:
+        raise MaskError("has transparent parts; a mask is black and white, without transparency")
+    exif_orientation = picture.header.exif_orientation
+    level = images.decode(picture.data, exif_orientation=exif_orientation, convert=False).max(axis=2)
+    most = int(level.max())
+    if most == 1:
+        return level == 1
+    if 0 < most < BLACK:
+        raise MaskError(f"its largest value is {most} of 255; a mask is white (255) where the edit goes")
+    if most == 0 and images.read_mode(picture.data).startswith("I"):
+        raise MaskError("no value of its 16 bits reaches 256 of 65535; save it with 8 bits, white where the edit goes")
+    painted = np.count_nonzero(level >= BLACK)
+    grey = np.count_nonzero((level >= BLACK) & (level < WHITE))
+    if grey > painted / 2:
+        raise MaskError("mostly greys where it is not black; a mask is white where the edit goes")
+    return level >= 128
 
 
 def box_hole(ends_px: tuple[float, float, float, float], *, width_px: int, height_px: int) -> np.ndarray:

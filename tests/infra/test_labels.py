@@ -2,11 +2,13 @@
 
 import csv
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from pbe.places import repo_root
 
@@ -16,7 +18,25 @@ COCO256 = ROOT.parent / "shared" / "data" / "coco256"
 
 def _run(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "infra" / "labels" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=check, env=here)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def _rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+def _refused(script: str, *arguments: str) -> str:
+    """The message, which is one line; nothing is on stdout."""
+    failed = _run(script, *arguments, check=False)
+    assert failed.returncode == 1 and failed.stdout == "", failed.stderr
+    return failed.stderr.splitlines()[-1]
 
 
 def _boxes(text: str) -> list[tuple[str, list[float]]]:
@@ -65,13 +85,13 @@ def test_voc_pixels_start_at_1(tmp_path: Path) -> None:
         "<bndbox><xmin>1</xmin><ymin>11</ymin><xmax>200</xmax><ymax>60</ymax></bndbox></object></annotation>"
     )
     rows = list(csv.reader(io.StringIO(_run("from_voc.py", str(tmp_path)).stdout)))
-    assert rows[1:] == [["2008_000008", "horse", "0.0", "1.0", "0.1", "0.6", "1"]]
+    assert rows[1:] == [["2008_000008", "horse", "0.0", "1.0", "0.1", "0.6", "1", "200", "100"]]
     (tmp_path / "bad.xml").write_text("<annotation>")
     failed = _run("from_voc.py", str(tmp_path), check=False)
     assert failed.returncode == 1 and "bad.xml" in failed.stderr and "Traceback" not in failed.stderr
 
 
-@pytest.mark.parametrize("tool", ["from_yolo.py", "from_voc.py"])
+@pytest.mark.parametrize("tool", ["from_yolo.py", "from_voc.py", "from_oidv4.py"])
 def test_a_folder_without_labels_is_an_error(tool: str, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         failed = _run(tool, str(folder), check=False)
@@ -95,3 +115,141 @@ def test_bytes_before_the_first_class_and_files_that_cannot_be_read(tmp_path: Pa
     for arguments in ((str(tmp_path),), (str(tmp_path), str(tmp_path / "nowhere"))):
         failed = _run("from_yolo.py", *arguments, check=False)
         assert failed.returncode == 1 and "cannot be read" in failed.stderr and "Traceback" not in failed.stderr
+
+
+PENTAGON = "0.5 0.5 0.6 0.5 0.6 0.6 0.5 0.65 0.45 0.6"  # its first four, as a box, have the other points in them
+POSE_BOX = "0.67 0.58 0.12 0.02"
+POSE = f"{POSE_BOX} 0.61 0.575 0.69 0.58 0.73 0.588"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("0 320 240 100 80", "not fractions of the photo: 320"),
+        ("0 0.5 0.5 1.001 0.2", "not fractions of the photo: 1.001"),
+        ("0 -0.01 0.5 0.2 0.2", "not fractions of the photo: -0.01"),
+        ("0 1 30 200 30 200 90 1 90", "not fractions"),  # a polygon in pixels
+        ("0 0.5 0.5 0.2", "3 numbers after the class"),
+        ("0 0.5 0.5 0.2 0.2 1.5", "not fractions of the photo: 1.5"),  # as confidence
+        ("0 0.1 0.1 0.2 0.1 0.2 0.2 0.9", "7 numbers after the class"),
+        ("Apple 12.5 30 100 90", "from_oidv4.py"),
+        ("Coffee cup 12.5 30 100 90", "from_oidv4.py"),
+        ("0.5 0.5 0.5 0.2 0.2", "class number"),
+        (f"0 {POSE}", "--task"),
+        (f"0 {PENTAGON}", "kpt_shape"),
+    ],
+)
+def test_a_yolo_line_of_no_format_is_refused_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+    _write(tmp_path / "a.txt", f"\n{line}\n")
+    message = _refused("from_yolo.py", str(tmp_path))
+    assert "a.txt:2: " in message and said in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "ends"),
+    [
+        (["0 0.99 0.5 0.1 0.5"], (0.94, 1.0, 0.25, 0.75)),  # an object at the edge may be cut off
+        (["0 0.500001 0.5 1.000002 0.5"], (0.0, 1.0, 0.25, 0.75)),
+        (["0 0.5 0.5 0.5 0.25 0.93"], (0.25, 0.75, 0.375, 0.625)),  # a prediction
+        (["0 0.5 0.4 0.6 0.5 0.5 0.6 0.4 0.5"], (0.4, 0.6, 0.4, 0.6)),  # a rotated box
+        ([f"0 {PENTAGON}", "0 0.1 0.1 0.4 0.1 0.3 0.6"], (0.45, 0.6, 0.5, 0.65)),
+        ([f"0 {POSE_BOX} 0.61 0.575 2 0.69 0.58 1 0 0 0"], (0.61, 0.73, 0.57, 0.59)),
+    ],
+)
+def test_yolo_formats_are_known_by_their_columns(tmp_path: Path, lines: list[str], ends: tuple[float, ...]) -> None:
+    _write(tmp_path / "a.txt", "\n".join(lines))
+    row = _rows(_run("from_yolo.py", str(tmp_path)))[0]
+    assert [float(row[key]) for key in ("XMin", "XMax", "YMin", "YMax")] == pytest.approx(ends, abs=1e-6)
+
+
+def test_yolo_keypoints_are_no_polygon_where_the_data_set_says_so(tmp_path: Path) -> None:
+    _write(tmp_path / "labels" / "a.txt", f"0 {POSE}\n")
+    _write(tmp_path / "data.yaml", "kpt_shape: [3, 2]\nnames: {0: hero}\n")
+    for arguments in ((str(tmp_path / "labels"),), (str(tmp_path / "labels"), str(tmp_path / "data.yaml"))):
+        (row,) = _rows(_run("from_yolo.py", *arguments))
+        assert (row["LabelName"], float(row["XMin"]), float(row["YMax"])) == ("hero", 0.61, 0.59)
+    _write(tmp_path / "data.yaml", "kpt_shape: [17, 3]\nnames: {0: hero}\n")
+    assert "a.txt:1: 10 numbers after the class, kpt_shape makes 55" in _refused("from_yolo.py", str(tmp_path))
+    (tmp_path / "data.yaml").unlink()
+    xmins = {
+        task: _rows(_run("from_yolo.py", str(tmp_path), "--task", task))[0]["XMin"] for task in ("pose", "segment")
+    }
+    assert xmins == {"pose": "0.61", "segment": "0.12"}
+
+
+def test_a_yolo_data_set_of_roboflow_is_read_as_it_lies(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        _write(tmp_path / split / "labels" / "cat_jpg.rf.1a.txt", "0 0.5 0.5 0.5 0.5\n")
+    _write(tmp_path / "train" / "labels" / "dog_jpg.rf.2b.txt", "1 0.5 0.5 0.5 0.5\n")
+    _write(tmp_path / "README.roboflow.txt", "pets - v1\n")
+    _write(tmp_path / "data.yaml", "names: [cat, dog]\nnc: 2\n")
+    rows = _rows(_run("from_yolo.py", str(tmp_path)))
+    assert {(row["ImageID"], row["LabelName"]) for row in rows} == {
+        ("train/images/cat_jpg.rf.1a", "cat"),
+        ("valid/images/cat_jpg.rf.1a", "cat"),
+        ("dog_jpg.rf.2b", "dog"),
+    }
+
+
+def test_lists_of_photos_are_no_labels(tmp_path: Path) -> None:
+    _write(tmp_path / "obj_train_data" / "a.txt", "0 0.5 0.5 0.5 0.5\n")
+    _write(tmp_path / "train.txt", "data/obj_train_data/a.jpg\ndata/obj_train_data/b.PNG\n")
+    assert [row["ImageID"] for row in _rows(_run("from_yolo.py", str(tmp_path)))] == ["a"]
+
+
+def _voc(box: tuple[object, ...], size: tuple[object, ...] = (160, 120)) -> str:
+    sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    width, height = size
+    return (
+        f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+        f"<object><name>cup</name><bndbox>{sides}</bndbox></object></annotation>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (_voc((41, 31, 110, 90), (0, 0)), "its size is 0 x 0"),
+        (_voc((41, 31, 110, 90), (-160, 120)), "its size is -160 x 120"),
+        (_voc((41, 31, 110, 90), ("", 120)), "size/width is '', not a number"),
+        (_voc((41, 31, 110, 150)), "object 1 (cup): x 40..110, y 30..150 px is not inside a photo of 160 x 120"),
+        (_voc((0.25, 0.25, 0.7, 0.75)), "is not in pixels"),
+        (_voc((41, 31, "nan", 90)), "bndbox/xmax is 'nan', not a number"),
+        (_voc((41, 31, 110, 90)).replace("cup", " "), "object 1 has no name"),
+        ("<annotations/>", "not a VOC annotation"),
+    ],
+)
+def test_a_voc_file_that_does_not_fit_its_photo_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    _write(tmp_path / "a.xml", text)
+    assert said in _refused("from_voc.py", str(tmp_path))
+
+
+def test_voc_pixels_may_start_at_0_and_end_a_pixel_outside(tmp_path: Path) -> None:
+    _write(tmp_path / "a.xml", _voc((0, 0, 161, 121)))
+    (row,) = _rows(_run("from_voc.py", str(tmp_path)))
+    assert [float(row[key]) for key in ("XMin", "XMax", "YMin", "YMax")] == [0, 1, 0, 1]
+    assert (row["ImageWidth"], row["ImageHeight"]) == ("160", "120")
+
+
+def test_labels_of_oidv4_are_pixels_of_the_photo_above_them(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # the toolkit's OpenCV had it upright
+    for name, exif in (("Apple/a.jpg", None), ("Coffee cup/a.jpg", None), ("Coffee cup/b.jpg", turned)):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (160, 120)).save(tmp_path / "train" / name, exif=exif or Image.Exif())
+    _write(tmp_path / "train" / "Apple" / "Label" / "a.txt", "Apple 40.0 30.0 110.0 90.0\n")
+    _write(tmp_path / "train" / "Coffee cup" / "Label" / "a.txt", "Coffee cup 0 0 160.4 120\n")
+    last = _write(tmp_path / "train" / "Coffee cup" / "Label" / "b.txt", "Coffee cup 30 40 60 160\n")
+    rows = _rows(_run("from_oidv4.py", str(tmp_path)))
+    ends = ("XMin", "XMax", "YMin", "YMax")
+    assert [(row["ImageID"], row["LabelName"], *(float(row[end]) for end in ends)) for row in rows] == [
+        ("a", "Apple", 0.25, 0.6875, 0.25, 0.75),
+        ("a", "Coffee cup", 0, 1, 0, 1),
+        ("b", "Coffee cup", 0.25, 0.5, 0.25, 1),
+    ]
+    for text, said in (("Cup 0 0 200 120\n", "not inside"), ("1 2 3 4\n", "4 words"), ("Cup 0 0 .5 .5", "in pixels")):
+        last.write_text(text)
+        message = _refused("from_oidv4.py", str(tmp_path))
+        assert "b.txt:1: " in message and said in message
+    (tmp_path / "train" / "Coffee cup" / "b.jpg").unlink()
+    assert "0 photos" in _refused("from_oidv4.py", str(tmp_path))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.data import images
-from pbe.data.masks import pack_mask
+from pbe.data.masks import MaskError, pack_mask, read_hole_mask
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH
 from pbe.errors import UserError
@@ -53,14 +53,14 @@ def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int =
     for position, number in enumerate(ids):
         source_file, mask_file = folder / _file("source", number), folder / _file("mask", number)
         other = int(row_rng(seed, int(number), "foreign").integers(len(ids) - 1))
-        source, mask = _square(source_file), _square(mask_file)
+        source = _square(source_file)
         rows.append(
             {
                 "bench_id": f"{number:012d}",
                 "image_id": f"{number:012d}",
                 "label_name": "",
                 "source": images.encode_png(source),
-                "box_hole_mask": pack_mask(_hole(mask, mask_file)),
+                "box_hole_mask": pack_mask(_hole(mask_file)),
                 "bezier_hole_mask": None,
                 "exemplar": exemplars[position],
                 "exemplar_image_id": f"{number:012d}",
@@ -126,9 +126,13 @@ def _read(path: Path) -> tuple[images.Picture, np.ndarray]:
         raise CocoeeError(f"{path}: {error}; unpack the archive again") from None
 
 
-def _hole(mask: np.ndarray, path: Path) -> np.ndarray:
-    """Return (S, S) uint8 of 0/1 from a white-on-black picture."""
-    hole = (mask[..., 0] > 127).astype(np.uint8)
+def _hole(path: Path) -> np.ndarray:
+    """Return (S, S) bool from a white-on-black picture."""
+    _square(path)
+    try:
+        hole = read_hole_mask(images.open_picture(path))
+    except MaskError as error:
+        raise CocoeeError(f"{path}: {error}") from None
     if not hole.any() or hole.all():
         raise CocoeeError(
             f"{path}: {'nothing' if not hole.any() else 'everything'} is white; white is where the edit goes"

@@ -88,50 +88,42 @@ def main(stage: Stage) -> None:
     scope = (stage.params.edit.holes[0], "exemplar")
     first = next(iter(next(iter(results.values())).scopes[scope].values()))
     all_areas, kept_areas, classes = _box_statistics(stage, data)
-    html = (
-        page_environment()
-        .get_template("page.html.j2")
-        .render(
-            params=stage.params,
-            trained=trained,
-            results=list(results.values()),
-            card=card,
-            bench=bench,
-            recall=seen_in_training(stage.params),
-            extractor=extractor,
-            extractor_conditions=extractor == stage.params.encode.backbone.kind,
-            data=data,
-            counts={name: dict(manifest.counts) for name, manifest in data.items()},
-            first=first,
-            tables=[result_table(results, paired, hole, extractor) for hole in stage.params.edit.holes],
-            colours=colours(results),
-            few_photos=FEW_PHOTOS,
-            headline=[
-                (
-                    *how_to_read(metric),
-                    hole,
-                    reference,
-                    bars([(r.name, r.scopes[hole, reference][metric]) for r in found]),
-                )
-                for metric, hole, reference in _cards(stage.params, extractor)
-                if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
-            ],
-            grids=list(_grids(stage, results)),
-            sweep=_sweep(stage, extractor),
-            triplets=_triplet_rows(stage, data["materialize"]),
-            augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
-            loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
-            metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.extractors]),
-            filtered=filter_table(data["filter"].counts, stage.params.filter),
-            areas_svg=Markup(areas_svg(all_areas, kept_areas)),
-            classes_svg=Markup(classes_svg(classes)),
-            dropped=list(dropped_photos(stage, data)),
-            dropped_total=data["ingest"].counts["images_rejected"] + data["materialize"].counts["images_rejected"],
-            credits=_credits(stage, data["ingest"]),
-            deviations=deviations(stage.params, train_photos=data["materialize"].counts["images_kept"]),
-            provenance=provenance_tags(stage.root),
-            timing={r.name: timing(r.history) for r in trained},
-        )
+    template = page_environment().get_template("page.html.j2")
+    html = template.render(
+        params=stage.params,
+        trained=trained,
+        results=list(results.values()),
+        card=card,
+        bench=bench,
+        recall=seen_in_training(stage.params),
+        extractor=extractor,
+        extractor_conditions=extractor == stage.params.encode.backbone.kind,
+        data=data,
+        counts={name: dict(manifest.counts) for name, manifest in data.items()},
+        first=first,
+        tables=[result_table(results, paired, hole, extractor) for hole in stage.params.edit.holes],
+        colours=colours(results),
+        few_photos=FEW_PHOTOS,
+        headline=[
+            (*how_to_read(metric), hole, reference, bars([(r.name, r.scopes[hole, reference][metric]) for r in found]))
+            for metric, hole, reference in _cards(stage.params, extractor)
+            if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
+        ],
+        grids=list(_grids(stage, results)),
+        sweep=_sweep(stage, extractor),
+        triplets=_triplet_rows(stage, data["materialize"]),
+        augmented=augmentation_rows(stage.store, data["materialize"], seed=stage.params.seed),
+        loss_svg=Markup(loss_svg({r.name: r.history for r in trained})),
+        metrics=metric_groups(results, [found.kind for found in stage.params.evaluate.extractors]),
+        filtered=filter_table(data["filter"].counts, stage.params.filter),
+        areas_svg=Markup(areas_svg(all_areas, kept_areas)),
+        classes_svg=Markup(classes_svg(classes)),
+        dropped=list(dropped_photos(stage, data)),
+        dropped_total=data["ingest"].counts["images_rejected"] + data["materialize"].counts["images_rejected"],
+        credits=_credits(stage, data["ingest"]),
+        deviations=deviations(stage.params, train_photos=data["materialize"].counts["images_kept"]),
+        provenance=provenance_tags(stage.root),
+        timing={r.name: timing(r.history) for r in trained},
     )
     target = stage.root / "reports" / "index.html"
     target.parent.mkdir(exist_ok=True)

@@ -43,6 +43,20 @@ WIDE = profile(
         **{name: _gamma(2.2) for name in (b"rTRC", b"gTRC", b"bTRC")},
     },
 )
+# sRGB of another maker, with other rounding: it changes some levels by one
+_LIGHT = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in np.linspace(0, 1, 256)]
+_CURVE = b"curv\0\0\0\0" + struct.pack(">I256H", 256, *(round(65000 * light) for light in _LIGHT))
+SRGB_BY_TABLE = profile(
+    b"RGB ",
+    b"XYZ ",
+    {
+        **WHITE,
+        b"rXYZ": _xyz(0.4360, 0.2225, 0.0139),
+        b"gXYZ": _xyz(0.3851, 0.7169, 0.0971),
+        b"bXYZ": _xyz(0.1431, 0.0606, 0.7141),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), _CURVE),
+    },
+)
 GREY = profile(b"GRAY", b"XYZ ", {**WHITE, b"kTRC": _gamma(1.0)})
 
 

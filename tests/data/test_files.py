@@ -159,7 +159,7 @@ def test_links_to_folders_are_named_and_no_circle_is_walked(tmp_path: Path) -> N
     assert all(f"{photos}/{name} (a link to a folder)" in told for name in ("deep/up", "deep/er/top", "more"))
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, method="thread")  # a signal does not end a wait inside Arrow
 def test_what_is_neither_file_nor_folder_is_named_and_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -184,7 +184,7 @@ def test_what_is_neither_file_nor_folder_is_named_and_not_opened(tmp_path: Path)
         FileTree(str(tmp_path / "pipe.jpg"), "ingest.boxes").require()
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, method="thread")  # a signal does not end a wait inside Arrow
 def test_a_file_too_large_for_a_photo_is_not_hashed(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as stream:
         stream.truncate(1 << 40)

@@ -12,9 +12,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from pbe.config import Params
+from pbe.data.slots import TRIPLETS_PER_GROUP
+from pbe.evaluate.settings import ClipExtractorConfig, EditConfig
 
 TABLE = Path(__file__).with_suffix(".yaml")
 PAPER_PHOTOS = 1_900_000
+TRAIN_TIMESTEPS = 1000  # as pbe/diffusion/schedule.py, which imports torch
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,35 @@ def deviations(params: Params, *, train_photos: int) -> list[Deviation]:
 
 def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]:
     """Return the values that deviations.yaml may use: params.yaml, `train` of one variant, derived values."""
-    edit, train = params.edit, params.train
+    edit, train = params.edit, params.train_variant(variant)
     extractors = [extractor.kind for extractor in params.evaluate.extractors]
     default_is_plms = train.beta_schedule == "scaled_linear" and train.objective != "x0"
     return {
         **{name: getattr(params, name) for name in Params.model_fields},
-        "train": params.train_variant(variant),
+        "train": train,
         "train_photos": train_photos,
         "few_photos": train_photos < PAPER_PHOTOS // 2,
         "plms": edit.sampler == "pndm" if edit.sampler else default_is_plms,
         "holds_pixels": params.encode.codec.kind == "patch",  # pbe/edit.py clips what such a codec decodes
+        "rows_per_group": params.encode.rows_per_group if train.input == "encoded" else TRIPLETS_PER_GROUP,
+        **_timesteps(edit, leading=train.beta_schedule == "scaled_linear"),
         "extractors": extractors,
         "clip_is_extractor": "clip" in extractors,
+        "clip_has_mixture": any(isinstance(e, ClipExtractorConfig) and e.mixture for e in params.evaluate.extractors),
+    }
+
+
+def _timesteps(edit: EditConfig, *, leading: bool) -> dict[str, Any]:
+    """Return upstream's number of steps where it is not edit.steps, else null, and the first timestep here.
+
+    leading: timesteps are spaced as Stable Diffusion's (`timesteps_of` of pbe/diffusion/schedule.py).
+    """
+    apart = TRAIN_TIMESTEPS // edit.steps
+    upstream = len(range(0, TRAIN_TIMESTEPS, apart))
+    as_upstream = edit.protocol == "upstream" and edit.sampler in (None, "ddim", "pndm")
+    return {
+        "more_steps": None if not leading or as_upstream or upstream == edit.steps else upstream,
+        "first_timestep": (edit.steps - 1) * apart + 1,
     }
 
 

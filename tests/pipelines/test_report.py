@@ -68,6 +68,10 @@ def topics(found: Params, train_photos: int = 8) -> dict[str, deviations.Deviati
         ("picture size", "materialize.image_px", 512),
         ("guidance scale", "edit.guidance_scale", 5.0),
         ("points of a Bezier hole", "materialize.bezier_points_per_side", 20),
+        ("levels of the decoded picture", "edit.protocol", "upstream"),
+        ("stored latents", "encode.dtype", "float32"),
+        ("stored latents", "train.input", "pixels"),
+        ("warm-up", "train.warmup_steps", 0),
     ],
 )
 def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_the_paper: object) -> None:
@@ -94,6 +98,17 @@ def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_
 def test_a_setting_of_the_paper_is_not_a_deviation(topic: str, key: str, other: object) -> None:
     assert topic not in topics(params())
     assert topic in topics(params((key, other)))
+
+
+def test_steps_that_do_not_divide_1000_are_a_deviation_but_by_upstreams_protocol() -> None:
+    topic, leading = "steps that do not divide 1000", ("train.beta_schedule", "scaled_linear")
+    assert topic not in topics(params(leading, ("edit.steps", 50)))
+    assert topic not in topics(params(("edit.steps", 30)))  # its schedule, not the paper's, is spaced otherwise
+    found = topics(params(leading, ("edit.steps", 30)))[topic]
+    assert found.here == "30 timesteps, from 958 on" and found.original == "31: one in 33 of all 1000"
+    assert topic not in topics(params(leading, ("edit.steps", 30), ("edit.protocol", "upstream")))
+    unipc = ("edit.sampler", "unipc")
+    assert topic in topics(params(leading, ("edit.steps", 30), ("edit.protocol", "upstream"), unipc))
 
 
 def test_a_deviation_of_one_variant_names_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names
+from pbe.data.boxfiles.findings import Findings
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import ANNOTATIONS, SPLITS
 
@@ -325,3 +326,293 @@ def test_a_coco_annotations_own_id_may_be_anything(tmp_path: Path, own: Any) -> 
 def test_nested_brackets_without_end_are_one_message(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not a JSON file"):
         _read(tmp_path, "[" * 100_000, "instances.json")
+
+
+# -- CSVs of other tools ----------------------------------------------------------------------------------------------
+
+
+def _boxes(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(row[key] for key in ("line", "image_id", "label", "xmin", "xmax", "ymin", "ymax")) for row in rows]
+
+
+TWO = [(2, "a", "Café", 0.1, 0.5, 0.2, 0.6), (3, "b", "Cup", 0.25, 1.0, 0.0, 0.75)]
+PLAIN = f"{HEADER}\na,Café,0.1,0.5,0.2,0.6\nb,Cup,0.25,1,0,0.75\n"
+OTHER_FORMS = {
+    "semicolons": PLAIN.replace(",", ";"),
+    "decimal commas": PLAIN.replace(",", ";").replace(".", ","),
+    "decimal commas in quotes": f'{HEADER}\na,Café,"0,1","0,5","0,2","0,6"\nb,Cup,"0,25",1,0,"0,75"\n',
+    "tabs": PLAIN.replace(",", "\t"),
+    "bars": PLAIN.replace(",", " | "),
+    "names in lower case": PLAIN.replace(HEADER, HEADER.lower()),
+    "names in snake case": PLAIN.replace(HEADER, "Image ID,label_name,x_min,x-max,YMIN, ymax "),
+    "quoted names": PLAIN.replace(HEADER, ",".join(f'"{name}"' for name in HEADER.split(","))),
+    "unnamed columns": PLAIN.replace("\n", ",,\n"),
+    "columns twice that are not read": "\n".join(
+        line + end for line, end in zip(PLAIN.splitlines(), [",Note,Note", ",x,", ",,y"], strict=True)
+    ),
+    "more cells than names": PLAIN.replace("0.6\n", "0.6,\n").replace("0.75\n", "0.75,, \n"),
+    "an index column": "\n".join(f"{mark},{line}" for mark, line in zip(["", 0, 1], PLAIN.splitlines(), strict=True)),
+    "Windows ends": PLAIN.replace("\n", "\r\n"),
+    "carriage returns": PLAIN.replace("\n", "\r"),
+    "no last end": PLAIN.rstrip("\n"),
+    "empty rows of a spreadsheet": PLAIN + ",,,,,\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_forms_of_a_csv_give_the_same_boxes(tmp_path: Path, form: str, encoding: str) -> None:
+    assert _boxes(_read(tmp_path, OTHER_FORMS[form].encode(encoding))) == TWO
+
+
+@pytest.mark.parametrize("block_bytes", [7, 64, 300])
+def test_the_form_holds_over_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    monkeypatch.setattr("pbe.data.annotations.BLOCK_BYTES", block_bytes)
+    lines = [f"i{n};Bär;0,{n + 100};0,9;0,25;0,75" for n in range(50)]
+    text = "\ufeffsep=;\r\n" + "\r\n".join([HEADER.replace(",", ";"), *lines])
+    rows = _read(tmp_path, text.encode("utf-16-le"))
+    assert [row["line"] for row in rows] == list(range(3, 53))  # Excel's own line is the first
+    assert [row["xmin"] for row in rows] == [float(f"0.{n + 100}") for n in range(50)]
+    assert {(row["label"], row["reason"]) for row in rows} == {("Bär", None)}
+
+
+def test_how_a_file_was_read_is_told(tmp_path: Path) -> None:
+    findings = Findings()
+    (tmp_path / "boxes.csv").write_bytes(OTHER_FORMS["semicolons"].encode("utf-16"))
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    list(read_annotations(tree, box_files(tree)[0], findings=findings))
+    assert findings.remarks == ["boxes.csv: read with UTF-16, semicolons between cells"]
+
+
+def test_one_bad_byte_costs_its_own_row_and_none_in_a_column_that_is_not_read(tmp_path: Path) -> None:
+    lines = [
+        HEADER + ",Note",
+        GOOD + ",ok",
+        "b\xe9,/m/1,0.1,0.5,0.2,0.6,x",
+        "c,/m/1,0.1,0.5,0.2,0.6,\xe9",
+        "d,\xe9",
+        GOOD,
+    ]
+    rows = _read(tmp_path, "\n".join(lines).encode("latin-1"))
+    assert [(row["line"], row["reason"]) for row in rows] == [
+        (2, None), (3, "box_unparsable"), (4, None), (5, "box_unparsable"), (6, "box_unparsable"),
+    ]  # fmt: skip
+    assert "byte 0xe9 is not UTF-8; save the file as UTF-8" in rows[1]["detail"]
+    assert "6 cells where the header has 7" in rows[4]["detail"]
+
+
+def test_half_a_character_of_utf16_costs_its_own_row(tmp_path: Path) -> None:
+    bad = "b,X,0.1,0.5,0.2,0.6".encode("utf-16-le").replace(b"X\0", b"\0\xd8")
+    data = f"{HEADER}\n{GOOD}\n".encode("utf-16") + bad + f"\n{GOOD}\n".encode("utf-16-le")
+    assert [(row["line"], row["reason"]) for row in _read(tmp_path, data)] == [
+        (2, None), (3, "box_unparsable"), (4, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [9 << 20, 17 << 20, 40 << 20])
+def test_a_row_without_end_costs_no_other_row(tmp_path: Path, length: int) -> None:
+    rows = _read(tmp_path, f"{HEADER}\n{GOOD}\nb,".encode() + b"x" * length + f"\n{GOOD}\n".encode())
+    assert [(row["line"], row["reason"]) for row in rows] == [(2, None), (3, "box_unparsable"), (4, None)]
+    assert ("a row of more than 16 MB" in rows[1]["detail"]) == (length > 16 << 20)
+    assert len(rows[1]["detail"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("cells", "ends"),
+    [
+        ("0.25,1.0000001,-1e-09,0.75", (0.25, 1, 0, 0.75)),
+        ("-0.00001,1.00001,0,1", (0, 1, 0, 1)),
+        ("0.25,1.000011,0,0.75", None),
+        ("-0.00002,0.5,0,0.75", None),
+        ("1.000001,1.000002,0,0.75", None),  # nothing is left of it
+    ],
+)
+def test_a_box_that_ends_outside_by_rounding_is_clipped_and_counted(
+    tmp_path: Path, cells: str, ends: tuple[float, ...] | None
+) -> None:
+    (tmp_path / "boxes.csv").write_text(f"{HEADER}\na,/m/1,{cells}\n{GOOD}\n")
+    tree, findings = FileTree(str(tmp_path), "ingest.boxes"), Findings()
+    (table,) = read_annotations(tree, box_files(tree)[0], findings=findings)
+    row, good = table.to_pylist()
+    assert row["reason"] == (None if ends else "box_outside_image") and good["xmin"] == 0.1
+    assert findings.counts["boxes_clipped"] == bool(ends)
+    if ends:
+        assert tuple(row[key] for key in ("xmin", "xmax", "ymin", "ymax")) == ends
+
+
+@pytest.mark.parametrize(("flag", "value"), [("1.0", 1), ("0.0", 0), ("-1.0", -1), ("TRUE", 1), ("False", 0), ("", -1)])
+def test_flags_of_spreadsheets_are_flags(tmp_path: Path, flag: str, value: int) -> None:
+    rows = _read(tmp_path, f"{HEADER},IsOccluded\n{GOOD},{flag}\n{GOOD},1\n")
+    assert [(row["is_occluded"], row["reason"]) for row in rows] == [(value, None), (1, None)]
+
+
+def test_files_without_boxes_beside_box_files_are_passed_over_and_fiftyones_class_names_are_read(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "labels"
+    for name, text in (
+        ("labels/detections.csv", f"{HEADER}\n{GOOD}\n"),
+        ("labels/classifications.csv", "ImageID,Source,LabelName,Confidence\na,verification,/m/1,1\n"),
+        ("labels/segmentations.csv", "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax\n"),
+        ("metadata/classes.csv", "/m/1,Cup\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    tree, findings = FileTree(str(folder), "ingest.boxes"), Findings()
+    assert [file.name for file in box_files(tree, findings)] == ["detections.csv"]
+    assert [remark.partition(":")[0] for remark in findings.remarks] == ["classifications.csv", "segmentations.csv"]
+    assert class_names(tree) == {"/m/1": "Cup"}
+    (folder / "detections.csv").unlink()
+    with pytest.raises(SourceError, match=r"classifications\.csv: not an OpenImages box CSV"):
+        list(read_annotations(tree, box_files(tree)[0]))
+
+
+@pytest.mark.parametrize(
+    "text", ["/m/1;Cat, big\n/m/2;Dog\n", "/m/1\tCat, big\n/m/2\tDog\n", '/m/1,"Cat, big"\n/m/2,Dog\n']
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_names_between_other_delimiters_are_not_lost(tmp_path: Path, text: str, encoding: str) -> None:
+    (tmp_path / "class-descriptions.csv").write_bytes(text.encode(encoding))
+    assert class_names(FileTree(str(tmp_path), "ingest.boxes")) == {"/m/1": "Cat, big", "/m/2": "Dog"}
+
+
+# -- COCO of other tools ----------------------------------------------------------------------------------------------
+
+
+def _coco_row(folder: Path, findings: Findings | None = None, **changes: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(_coco(**changes))
+    (folder / "instances.json").write_text(text)
+    tree = FileTree(str(folder), "ingest.boxes")
+    (table,) = read_annotations(tree, box_files(tree)[0], findings=findings)
+    (row,) = table.to_pylist()
+    return row
+
+
+def _ends(row: dict[str, Any]) -> list[float]:
+    return [row[key] for key in ("xmin", "xmax", "ymin", "ymax")]
+
+
+@pytest.mark.parametrize(("listed", "named"), [(9, "9"), ("9", 9), (9, 9.0), ("009", 9), (" 9", "9"), ("x1", "x1 ")])
+def test_coco_ids_may_be_numbers_or_text(tmp_path: Path, listed: Any, named: Any) -> None:
+    coco = _coco()
+    (image,), (category,), (entry,) = coco["images"], coco["categories"], coco["annotations"]
+    row = _coco_row(
+        tmp_path,
+        images=[image | {"id": listed}],
+        categories=[category | {"id": listed}],
+        annotations=[entry | {"image_id": named, "category_id": named}],
+    )
+    assert (row["image_id"], row["label"], row["reason"]) == ("000000000009", "bowl", None)
+
+
+def test_coco_ids_that_read_alike_are_those_of_their_own_type(tmp_path: Path) -> None:
+    (entry,) = _coco()["annotations"]
+    categories = [{"id": 1, "name": "cup"}, {"id": "1", "name": "cat"}]
+    for own, label in ((1, "cup"), ("1", "cat")):
+        row = _coco_row(tmp_path, categories=categories, annotations=[entry | {"category_id": own}])
+        assert row["label"] == label
+    row = _coco_row(tmp_path, categories=categories, annotations=[entry | {"category_id": "01"}])
+    assert row["reason"] == "box_unparsable" and "category_id '01'" in row["detail"]
+
+
+@pytest.mark.parametrize("sides", [{}, {"width": 0, "height": 0}, {"width": None, "height": 100}, {"width": "wide"}])
+def test_a_coco_photo_without_a_size_has_boxes_in_pixels(tmp_path: Path, sides: dict[str, Any]) -> None:
+    findings = Findings()
+    row = _coco_row(tmp_path, findings, images=[{"id": 9, "file_name": "a.jpg", **sides}])
+    assert (row["reason"], _ends(row)) == (None, [20, 120, 10, 60])
+    assert findings.sizes == {("a", "instances.json"): None}
+    findings = Findings()
+    _coco_row(tmp_path, findings, images=[{"id": 9, "file_name": "a.jpg", "width": "200", "height": 100.0}])
+    assert findings.sizes == {("a", "instances.json"): (200, 100)}
+
+
+# in 100 rows and 200 columns: rows 10 to 12 of columns 20 and 21; and compressed, by the rule of cocoapi's maskApi.c
+RUNS, COMPRESSED_RUNS = [2010, 3, 97, 3, 17887], "jn13Q30n[a0"
+
+
+@pytest.mark.parametrize(
+    ("shape", "ends"),
+    [
+        ({"segmentation": [[20, 10, 120, 10, 120, 60, 20, 60]]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"segmentation": [[20, 10, 60, 10, 60, 60], [70, 20, 120, 20, 120, 50]]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"segmentation": [20, 10, 120, 10, 120, 60]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"segmentation": [[20, 10], [120, 10], [120, 60]]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"segmentation": {"size": [100, 200], "counts": RUNS}}, [0.1, 0.11, 0.1, 0.13]),
+        ({"segmentation": {"size": [100, 200], "counts": COMPRESSED_RUNS}}, [0.1, 0.11, 0.1, 0.13]),
+        ({"segmentation": {"size": [100, 200], "counts": [2010, 200, 17790]}}, [0.1, 0.115, 0, 1]),
+        ({"bbox": [], "segmentation": [[20, 10, 120, 10, 120, 60]]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"bbox": [None] * 4, "segmentation": [[20, 10, 120, 10, 120, 60]]}, [0.1, 0.6, 0.1, 0.6]),
+        ({"bbox": ["20", "10.0", 100, "50"]}, [0.1, 0.6, 0.1, 0.6]),
+    ],
+    ids=str,
+)
+def test_coco_boxes_without_a_bbox_are_the_bounds_of_their_shape(
+    tmp_path: Path, shape: dict[str, Any], ends: list[float]
+) -> None:
+    row = _coco_row(tmp_path, annotations=[{"image_id": 9, "category_id": 51, **shape}])
+    assert row["reason"] is None and _ends(row) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({}, "it has neither bbox nor segmentation"),
+        ({"bbox": [1, 2, 3]}, "bbox [1, 2, 3] is not [x, y, width, height]"),
+        ({"bbox": {"x": 1}}, "bbox {'x': 1} is not"),
+        ({"bbox": [1, 2, float("nan"), 3]}, "nan is not a number"),
+        ({"bbox": [1, 2, None, 3]}, "None is not a number"),
+        ({"bbox": [1, 2, True, 3]}, "True is not a number"),
+        ({"bbox": [1, 2, 10**400, 3]}, "is not a number"),
+        ({"bbox": [1, 2, 3, 4], "category_id": None}, "category_id None is no id"),
+        ({"bbox": [1, 2, 3, 4], "category_id": [1]}, "category_id [1] is no id"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "fewer than 3 points"),
+        ({"segmentation": [[1, 2, 3, 4, "x", 6]]}, "'x' is not a number"),
+        ({"segmentation": [[1, 2, 3]]}, "is no polygon"),
+        ({"segmentation": {"counts": "??", "size": [4, 4]}}, "no run-length encoded mask"),
+        ({"segmentation": {"counts": [16], "size": [4, 4]}}, "its segmentation is empty"),
+        ({"segmentation": {"counts": [1, 2], "size": [4, 4]}}, "no run-length encoded mask"),
+        ({"segmentation": {}}, "no run-length encoded mask"),
+    ],
+)
+def test_an_unusable_coco_annotation_says_why_in_words(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+    row = _coco_row(tmp_path, annotations=[{"id": 7, "image_id": 9, "category_id": 51, **entry}])
+    assert row["reason"] == "box_unparsable" and said in row["detail"] and "Error" not in row["detail"]
+    assert row["detail"].startswith("annotation 7: ")
+
+
+NAMELESS = {"id": 8, "file_name": None}
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], {}, {"id": None}, {"id": [1]}, {"id": True}, NAMELESS])
+def test_odd_coco_entries_of_images_and_categories_cost_only_their_own_boxes(tmp_path: Path, odd: Any) -> None:
+    (entry,), coco = _coco()["annotations"], _coco()
+    text = json.dumps(
+        coco
+        | {"images": [odd, *coco["images"]], "categories": [odd, *coco["categories"]]}
+        | {"annotations": [entry, entry | {"id": 8, "image_id": 8}]}
+    )
+    good, other = _read(tmp_path, text, "instances.json")
+    assert (good["reason"], good["label"]) == (None, "bowl")
+    assert other["reason"] == ("box_image_id_invalid" if odd == NAMELESS else "image_missing")
+
+
+def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path) -> None:
+    coco = _coco()
+    (image,), (entry,) = coco["images"], coco["annotations"]
+    coco["images"] = [image, {"id": 10, "file_name": "XX.jpg", "width": 200, "height": 100}]
+    coco["categories"] += [{"id": 52, "name": "\ud800"}]
+    coco["annotations"] = [entry, entry | {"id": 8, "category_id": 52}, entry | {"id": 9, "image_id": 10}]
+    rows = _read(tmp_path, json.dumps(coco).encode().replace(b"XX", b"\xe9"), "instances.json")
+    assert [row["reason"] for row in rows] == [None, "box_unparsable", "box_image_id_invalid"]
+
+
+def test_coco_boxes_in_fractions_are_one_message(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"every box ends within the first pixel; bbox is .* in pixels"):
+        _coco_row(tmp_path, annotations=[{"image_id": 9, "category_id": 51, "bbox": [0.1, 0.1, 0.5, 0.5]}])
+
+
+@pytest.mark.parametrize(("crowd", "group"), [(1, 1), ("1", 1), (True, 1), (0, 0), ("0", 0), (None, 0)])
+def test_a_crowd_may_be_text(tmp_path: Path, crowd: Any, group: int) -> None:
+    (entry,) = _coco()["annotations"]
+    assert _coco_row(tmp_path, annotations=[entry | {"iscrowd": crowd}])["is_group_of"] == group

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import ExifTags, Image
 
 from pbe.config import Params
 from pbe.data import images
@@ -487,9 +488,200 @@ def test_coco256_from_a_folder_loses_nothing_in_either_format(project: Project, 
         "rejected_image_without_box": 2,
         "boxes_in": 1827,
         "boxes_kept": 1827,
+        "images_converted_to_srgb": 39,
     }
     found = project.rows(manifest, "boxes")
     areas = [(box["xmax"] - box["xmin"]) * (box["ymax"] - box["ymin"]) for box in found]
     assert sum(0.02 <= area <= 0.8 for area in areas) == 772
     assert Counter(box["split"] for box in found) == {"train": 929, "validation": 898}
     assert all(box["label_name"] != box["label"] or boxes_as == "json" for box in found)
+
+
+# -- box files of other tools, with their photos -----------------------------------------------------------------------
+
+
+class Folder:
+    """A folder of photos with one red object each, and box files about them."""
+
+    def __init__(self, project: Project) -> None:
+        self.project, self.root = project, project.root / "own"
+        (self.root / "boxes").mkdir(parents=True)
+
+    def photo(self, name: str, *, orientation: int = 1, shade: int = 200) -> None:
+        """160 x 120 as stored, red in x 40..110, y 30..90."""
+        pixels = np.full((120, 160, 3), 90, np.uint8)
+        pixels[30:90, 40:110] = (shade, 10, 10)
+        tag, path = Image.Exif(), self.root / "photos" / name
+        tag[ExifTags.Base.Orientation] = orientation
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, exif=tag, quality=95)
+
+    def csv(self, *lines: str, header: str = HEADER, encoding: str = "utf-8") -> None:
+        (self.root / "boxes" / "boxes.csv").write_bytes("\n".join([header, *lines, ""]).encode(encoding))
+
+    def coco(self, images: list[dict[str, Any]], boxes: list[dict[str, Any]]) -> None:
+        entries = [{"category_id": 1, "bbox": [40, 30, 70, 60]} | box for box in boxes]
+        coco = {"images": images, "categories": [{"id": 1, "name": "cup"}], "annotations": entries}
+        (self.root / "boxes" / "instances.json").write_text(json.dumps(coco))
+
+    def run(self, **changes: Any) -> tuple[Manifest, dict[str, Any]]:
+        """The manifest, and by image id how red its boxes are: 0 to 255."""
+        own = {"source": "folder", "images": str(self.root / "photos"), "boxes": str(self.root / "boxes")}
+        manifest, _ = self.project.run(**{**own, "image_base": None, "max_reject_frac": 1.0, **changes})
+        rows = {row["image_id"]: row for row in self.project.rows(manifest, "images")}
+        reds: dict[str, list[float]] = {}
+        for box in self.project.rows(manifest, "boxes"):
+            row = rows[box["image_id"]]
+            pixels = images.decode(row["bytes"], exif_orientation=row["exif_orientation"])
+            height, width = pixels.shape[:2]
+            x0, x1, y0, y1 = (
+                round(box[end] * side) for end, side in zip(ENDS, (width, width, height, height), strict=True)
+            )
+            inside = pixels[y0:y1, x0:x1].astype(float)
+            assert abs(inside.shape[0] * inside.shape[1] - 70 * 60) < 300
+            reds.setdefault(box["image_id"], []).append(round((inside[..., 0] - inside[..., 1]).mean(), -1))
+        return manifest, reds
+
+    def reasons(self, manifest: Manifest) -> Counter[str]:
+        return Counter(row["reason"] for row in self.project.rows(manifest, "rejects"))
+
+
+ENDS = ("xmin", "xmax", "ymin", "ymax")
+RED = 190.0  # of the object, less green
+
+
+@pytest.fixture
+def folder(project: Project) -> Folder:
+    return Folder(project)
+
+
+UPRIGHT_BOX = {6: [30, 40, 60, 70], 8: [30, 50, 60, 70], 5: [30, 40, 60, 70], 7: [30, 50, 60, 70]}  # by orientation
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_coco_box_is_on_its_object_in_whichever_frame_the_file_states(
+    folder: Folder, exif: str, orientation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("stored", "upright"):
+        folder.photo(f"{name}.jpg", orientation=orientation)
+    folder.photo("plain.jpg")
+    sizes = {"stored": (160, 120), "upright": (120, 160), "plain": (120, 160)}
+    listed = [{"id": n, "file_name": f"{n}.jpg", "width": w, "height": h} for n, (w, h) in sizes.items()]
+    turned = {"image_id": "upright", "bbox": UPRIGHT_BOX[orientation]}
+    folder.coco(listed, [{"image_id": "stored"}, turned, {"image_id": "plain"}])
+    manifest, reds = folder.run(exif=exif)
+    assert reds == {"stored": [RED], "upright": [RED]}
+    assert folder.reasons(manifest) == {"box_size_mismatch": 1, "image_without_box": 1}
+    assert manifest.counts["boxes_turned"] == 1
+    assert "1 boxes were turned with their photo" in capsys.readouterr().out
+
+
+def test_a_coco_box_of_a_photo_without_a_size_is_in_its_pixels(folder: Folder) -> None:
+    folder.photo("a.jpg")
+    folder.photo("b.jpg")
+    folder.coco(
+        [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg", "width": 0, "height": None}],
+        [{"image_id": 1}, {"image_id": 2}, {"image_id": 2, "bbox": [40, 30, 200, 60]}],
+    )
+    manifest, reds = folder.run()
+    assert reds == {"a": [RED], "b": [RED]} and folder.reasons(manifest) == {"box_outside_image": 1}
+
+
+def test_a_csv_that_states_the_size_of_the_other_frame_is_turned_too(folder: Folder) -> None:
+    """As infra/labels/from_voc.py writes it."""
+    folder.photo("a.jpg", orientation=6)
+    folder.csv("a,cup,0.25,0.75,0.25,0.6875,120,160", header=f"{HEADER},ImageWidth,ImageHeight")
+    assert folder.run()[1] == {"a": [RED]}
+
+
+def test_coco_entries_of_one_name_are_never_all_on_one_photo(folder: Folder) -> None:
+    folder.photo("frame.jpg")
+    folder.photo("a.jpg")
+    size = {"width": 160, "height": 120}
+    names = {1: "frame.jpg", 2: "frame.jpg", 3: "video/frame.jpg", 4: "a.jpg"}
+    folder.coco([{"id": n, "file_name": name, **size} for n, name in names.items()], [{"image_id": n} for n in names])
+    manifest, reds = folder.run()
+    assert reds == {"a": [RED]}
+    assert folder.reasons(manifest) == {"box_image_ambiguous": 3, "image_without_box": 1}
+
+
+@pytest.mark.parametrize("form", ["coco", "csv"])
+def test_photos_of_one_name_in_two_folders_each_get_their_own_boxes(folder: Folder, form: str) -> None:
+    folder.photo("train/p0.jpg", shade=200)
+    folder.photo("val/p0.jpg", shade=150)
+    names = {1: "train/p0.jpg", 2: "/data/photos/val/p0.jpg"}
+    if form == "coco":
+        folder.coco([{"id": n, "file_name": name} for n, name in names.items()], [{"image_id": n} for n in (1, 2, 2)])
+    else:
+        folder.csv(*(f"{names[n]},cup,0.25,0.6875,0.25,0.75" for n in (1, 2, 2)))
+    manifest, reds = folder.run()
+    assert reds == {"train__p0": [RED], "val__p0": [RED - 50] * 2} and not folder.reasons(manifest)
+    (folder.root / "ids.txt").write_text("val/p0.jpg\n")
+    assert folder.run(image_ids=str(folder.root / "ids.txt"))[1].keys() == {"val__p0"}
+
+
+def test_a_csv_that_calls_one_photo_by_two_paths_gives_it_no_box(folder: Folder) -> None:
+    folder.photo("p0.jpg")
+    folder.photo("p1.jpg")
+    folder.csv(*(f"{name},cup,0.25,0.6875,0.25,0.75" for name in ("a/p0.jpg", "p1.jpg", "b/p0.jpg", "c/none.jpg")))
+    manifest, reds = folder.run()
+    assert reds == {"p1": [RED]}
+    assert folder.reasons(manifest) == {"box_image_ambiguous": 2, "image_without_box": 1, "image_missing": 1}
+
+
+def test_names_in_other_spellings_find_their_photos_and_that_is_told(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cafe\u0301.jpg", "my cup.jpg", "0012.jpg", "1.jpg"):
+        folder.photo(name)
+    folder.csv(*(f"{name};cup;0,25;0,6875;0,25;0,75" for name in ("caf\u00e9", "my%20cup.jpg", "12", "1")),
+               header=HEADER.replace(",", ";"), encoding="utf-16")  # fmt: skip
+    manifest, reds = folder.run()
+    assert reds == {name: [RED] for name in ("cafe\u0301", "my cup", "0012", "1")} and not folder.reasons(manifest)
+    out = capsys.readouterr().out
+    for said in ("in another Unicode form", "percent-decoded", "with the zeros a spreadsheet took"):
+        assert f"ingest: 1 photos were found {said}" in out
+    assert "ingest: boxes.csv: read with UTF-16, semicolons between cells" in out
+
+
+def test_clipped_boxes_are_counted_over_files_and_photos(folder: Folder) -> None:
+    folder.photo("a.jpg")
+    folder.csv("a,cup,0.25,1.0000001,-1e-9,1", "a,cup,0.25,0.6875,0.25,0.75")
+    folder.coco([{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "bbox": [-0.5, 0, 160, 121]}])
+    manifest, _ = folder.project.run(
+        source="folder", images=str(folder.root / "photos"), boxes=str(folder.root / "boxes"), image_base=None
+    )
+    counts = json.loads((folder.project.root / "data" / "ingest" / "counts.json").read_text())
+    assert (counts["boxes_clipped"], counts["boxes_kept"], manifest.counts["boxes_clipped"]) == (2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "p{n},cup,12,48,30,90",
+            r"box_outside_image 8, .* First boxes\.csv:\d: x 12.* cure it, .* fractions of the photo",
+        ),
+        ("p{n},cup,a,0.5,0.2,0.6", r"box_unparsable 8, .* First boxes\.csv:\d: XMin a is not a number\. To cure it"),
+        ("q{n},cup,0.1,0.5,0.2,0.6", r"image_missing 8, .* First .* 'q\d'\. To cure it, .*ingest\.images"),
+        ("p{n},cup,0.1,0.5,0.2", r"box_unparsable 8, .* 5 cells where the header has 6"),
+    ],
+)
+def test_what_hits_all_lines_is_named_with_its_first_line_and_its_cure(folder: Folder, line: str, said: str) -> None:
+    for n in range(8):
+        folder.photo(f"p{n}.jpg")
+    folder.csv(*(line.format(n=n) for n in range(8)))
+    with pytest.raises(StageError, match=rf"none of 8 images could be used \({said}") as caught:
+        folder.run()
+    assert "\n" not in str(caught.value) and "`pbe rejects`" in str(caught.value)
+
+
+def test_the_index_of_a_plain_csv_says_nothing_new(folder: Folder) -> None:
+    """Else the parts of everybody's photos would have new names."""
+    folder.photo("a.jpg")
+    folder.csv("a,cup,0.25,0.6875,0.25,0.75")
+    folder.run()
+    store = folder.project.store
+    names = {name for unit in store.list_names("parts/index") for name in store.list_names(f"parts/index/{unit}")}
+    assert names and not any("stated" in name for name in names)

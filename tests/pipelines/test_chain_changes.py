@@ -316,6 +316,16 @@ def test_a_training_whose_lease_was_taken_over_stops(tmp_path: Path) -> None:
     assert json.loads(lease.read_text()) == theirs
 
 
+def test_a_temporary_experiment_reads_weights_that_git_does_not_track(changeable: Project) -> None:
+    changeable.git("add", "-A")
+    changeable.git("commit", "-qm", "after repro")
+    shutil.copytree(changeable.folder / "models" / "full", changeable.folder / "weights" / "mine")
+    (changeable.folder / ".git" / "info" / "exclude").write_text("/weights/\n")
+    changeable.run("dvc", "exp", "run", "--temp", "-S", "train.init=weights/mine", "train@untrained")
+    runs = [path.name for path in (changeable.folder / ".store" / "runs").glob("untrained-*")]
+    assert len(runs) == 2  # in the main repository's storage
+
+
 @pytest.mark.drill
 def test_experiments_land_in_the_main_mlflow_database(changeable: Project) -> None:
     from mlflow import MlflowClient

@@ -62,6 +62,7 @@ EXECUTION_ONLY = {
 
 def main(stage: Stage) -> None:
     assert stage.variant is not None
+    track.check(tracking_uri())
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
     triplets = load_manifest(stage.input("materialize")) if cfg.input == "pixels" else None
@@ -82,6 +83,7 @@ def main(stage: Stage) -> None:
             stack.enter_context(hold(run))
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
         if run.read_json("finished.json") is None:  # the previous holder may have finished it
+            stack.enter_context(_shown_as_failed(run_id))
             refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
             track.resume_run(tracking_uri(), run_id)
             _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
@@ -149,7 +151,6 @@ def _open_mlflow_run(
     stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run, identity: str, origin: tuple[str, int] | None
 ) -> str:
     uri = tracking_uri()
-    track.check(uri)
     known = run.read_json("mlflow.json") or {"run_id": None, "attempt": 0}
     attempt = known["attempt"] + 1
     run_id = track.open_run(
@@ -286,7 +287,6 @@ def _train(
     stage.store.delete_file(f"{run.folder}/stopped.json")
     trainer = new_trainer(spec, attempt=(run.read_json("mlflow.json") or {})["attempt"])
     with ExitStack() as stack:
-        stack.enter_context(_shown_as_failed(run_id))
         stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
         stack.enter_context(track.system_metrics(uri, run_id))
         try:

@@ -1,12 +1,12 @@
 """MLflow around a stage: asked before its work, told after its results are written."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pbe import track
 from pbe.places import tracking_uri
+from pipelines.runtime.environment import is_local
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage
 
@@ -17,7 +17,7 @@ def after_results(stage: Stage) -> Iterator[None]:
     try:
         yield
     except track.TrackError as error:
-        here = "env -u RAY_ADDRESS " if "RAY_ADDRESS" in os.environ else ""  # a finished job would not run again
+        here = "" if is_local() else "env -u RAY_ADDRESS "  # a finished job would not run again
         print(
             f"pbe: warning: {stage.title}: its results are written, but not logged to MLflow ({error}); later, "
             f"`{here}dvc repro -f -s {stage.title}` logs them, from the parts that are there",
@@ -34,7 +34,7 @@ def training_run(stage: Stage, *, variant: str, run: str, run_id: str) -> str:
     uri, identity = tracking_uri(), {"run": run}
     found = track.find_run(uri, run_id=run_id, identity=identity)
     if found is None:
-        tags = {**provenance_tags(stage.root), "variant": variant}
+        tags = {**provenance_tags(stage.root), "variant": variant, "storage": stage.store.uri}
         found = track.open_run(uri, name=variant, identity=identity, params={}, tags=tags)
         track.end_run(uri, found)
         print(f"{stage.title}: MLflow has no run {run_id} of {variant}; what is measured goes to a new one", flush=True)

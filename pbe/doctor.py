@@ -4,6 +4,7 @@ Every check reports what it found and, if that is a problem, what to do. No chec
 train run only on request (`--gpu`, `--ranks`).
 """
 
+import configparser
 import importlib.metadata
 import json
 import os
@@ -55,7 +56,7 @@ class Finding:
 def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     """Yield findings as they are made. ranks: also train with this many, on the GPUs with `gpu`, else on the CPU."""
     yield from _versions(root)
-    yield from _repository(root)
+    yield from repository(root)
     yield from _limits()
     params = None
     try:
@@ -66,7 +67,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("fail", "params.yaml", one_line(error), "Checks that need it are skipped")
     yield from _guarded("storage", _storage)
-    yield from _guarded("MLflow", _tracking)
+    yield from _guarded("MLflow", tracking)
     if params is not None:
         yield from _guarded("processors", lambda: _processors(params))
         yield from _guarded("disk", lambda: _disk(root, params))
@@ -109,13 +110,55 @@ def _versions(root: Path) -> Iterator[Finding]:
             yield Finding("warn", name, f"{version}, requirements.lock has {pin}", advice)
 
 
-def _repository(root: Path) -> Iterator[Finding]:
-    for tool, folder in (("git", ".git"), ("DVC", ".dvc")):
-        if (root / folder).exists():
-            yield Finding("ok", tool, "repository")
-        else:
-            advice = f"`{tool.lower()} init`; `dvc repro` needs both" if tool == "git" else "`dvc init`"
-            yield Finding("fail", tool, f"{root} is not a {tool} repository", advice)
+def repository(root: Path) -> Iterator[Finding]:
+    """Whether DVC can run in `root`: it needs its own folder there and, unless it is told otherwise, git."""
+    if (root / ".dvc").is_dir():
+        yield Finding("ok", "DVC", "repository")
+    else:
+        yield Finding("fail", "DVC", f"{root} is not a DVC repository", "`dvc init`")
+    try:
+        without_git = _does_without_git(root)
+    except (configparser.Error, ValueError) as error:
+        yield Finding("fail", "DVC", one_line(error), "Mend .dvc/config")
+        return
+    yield Finding("ok", "git", "not used (core.no_scm)") if without_git else _git(root)
+
+
+def _does_without_git(root: Path) -> bool:
+    settings = configparser.ConfigParser(interpolation=None, strict=False)
+    settings.read([root / ".dvc" / "config", root / ".dvc" / "config.local"])
+    return settings.getboolean("core", "no_scm", fallback=False)
+
+
+def _git(root: Path) -> Finding:
+    """Ask git itself, which knows worktrees, submodules and folders inside a repository."""
+    try:
+        asked = _ask_git(root, "rev-parse", "--is-inside-work-tree")
+    except FileNotFoundError:  # DVC reads repositories without it
+        known = any((folder / ".git").exists() for folder in (root, *root.parents))
+        if known:
+            return Finding("warn", "git", "a repository, but no git on PATH", "Runs will not record their commit")
+        return Finding("fail", "git", f"{root} is not in a git repository", "Install git, then `git init`")
+    except subprocess.TimeoutExpired:
+        return Finding("fail", "git", f"does not answer within {ANSWER_S:g} s in {root}")
+    if "dubious ownership" in asked.stderr:
+        advice = next((line.strip() for line in asked.stderr.splitlines() if "safe.directory" in line), "")
+        return Finding("fail", "git", f"{root} belongs to another user, so git and DVC refuse it", f"`{advice}`")
+    if asked.stdout.strip() == "false":
+        return Finding("fail", "git", f"{root} is in a bare repository, without files", "`git clone` it and run there")
+    if asked.returncode:
+        said = one_line(asked.stderr.removeprefix("fatal: "))
+        damaged = (root / ".git").exists()
+        advice = "Put that repository back, or remove .git and `git init`" if damaged else "`git init`"
+        return Finding("fail", "git", f"{root}: {said}", f"{advice}; `dvc repro` needs it")
+    if _ask_git(root, "check-ignore", "-q", "dvc.yaml").returncode == 0:
+        return Finding("fail", "git", f"a repository around {root} ignores it", "`git init`; `dvc repro` needs its own")
+    return Finding("ok", "git", "repository")
+
+
+def _ask_git(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    in_english = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(["git", *command], cwd=root, env=in_english, capture_output=True, text=True, timeout=ANSWER_S)
 
 
 def _limits() -> Iterator[Finding]:
@@ -151,13 +194,14 @@ def _storage() -> Iterator[Finding]:
         yield Finding("ok", "storage", f"{store.uri}: written, read, listed, removed")
 
 
-def _tracking() -> Iterator[Finding]:
+def tracking() -> Iterator[Finding]:
     uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        yield Finding("ok", "MLflow", f"{uri}: does not exist yet, the first run creates it")
-        return
-    track.reach(uri)
-    yield Finding("ok", "MLflow", f"{uri} answers")
+    try:
+        yield Finding("ok", "MLflow", f"{uri}: {track.check(uri)}")
+    except track.TrackError as error:
+        if not os.environ.get("RAY_ADDRESS"):
+            raise
+        yield Finding("warn", "MLflow", one_line(error), "From here; the cluster in RAY_ADDRESS must reach it")
 
 
 def _processors(params: Params) -> Iterator[Finding]:

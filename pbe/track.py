@@ -1,8 +1,15 @@
-"""MLflow tracking: one run per train digest, evaluations as its children. Only this file imports mlflow."""
+"""MLflow tracking: one run per train digest, evaluations as its children. Only this file imports mlflow.
+
+Whatever MLflow cannot do is a TrackError of one line. The same work, done again, updates its run.
+"""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shlex
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,101 +18,204 @@ import numpy as np
 from pbe.errors import UserError, one_line
 
 EXPERIMENT = "paint-by-example"
+CURVE, GRIDS = "train/", "edits"  # prefix of the loss curve's metrics; series of the grids of edits
+ANSWER_S = 30
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of an id that it does not know
 
 
 class TrackError(UserError):
     """The tracking server or database cannot be used."""
 
 
-def _client(tracking_uri: str) -> Any:
+# -- reaching it -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _connected(tracking_uri: str) -> Iterator[Any]:
+    """Give an MlflowClient; whatever it raises becomes a TrackError of one line."""
     # must be set before the first import; turns off MLflow's usage reporting
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default, 7, takes four minutes to fail
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))  # seconds; the default is 120
     import logging
+
+    from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints tracebacks of what it raises
+    try:
+        yield MlflowClient(tracking_uri)
+    except TrackError:
+        raise
+    except Exception as error:  # databases, servers and buckets all raise exceptions of their own
+        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {_reason(error)}") from error
 
-    return MlflowClient(tracking_uri)
+
+def _reason(error: Exception) -> str:
+    from mlflow.exceptions import MlflowException
+
+    text = str(error).partition("\n[SQL")[0].partition("(Background on")[0]
+    if "Max retries exceeded" in text:
+        cause = one_line(text.rpartition("(Caused by ")[2].removesuffix(")"), 200)
+        return f"no answer: {cause}; start that server, or unset MLFLOW_TRACKING_URI to log to a file here"
+    if "database schema" in text:
+        text += " If that does not know the version found, a newer MLflow wrote the database: install that one."
+    kind = "" if isinstance(error, MlflowException | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{one_line(text, 500)}"
 
 
-def reach(tracking_uri: str) -> None:
-    """Raises TrackError if MLflow does not answer."""
-    _reach(_client(tracking_uri), tracking_uri)
+def check(tracking_uri: str) -> str:
+    """Ask for all that logging will need, before any work; returns what was found.
+
+    Writes a tag of the experiment, which it makes if necessary, and a small file beside the runs' artifacts. A SQLite
+    file that does not exist yet is not made. Raises TrackError.
+    """
+    file = _sqlite_file(tracking_uri)
+    if file is not None and not file.exists():
+        folder = next(parent for parent in file.parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {folder} is not a folder that can be written")
+        return "does not exist yet, the first run creates it"
+    if file is not None:
+        _require_writable(file, tracking_uri)
+    with _connected(tracking_uri) as client:
+        experiment = _experiment(client, tracking_uri)
+        client.set_experiment_tag(experiment.experiment_id, "checked", str(time.time_ns()))
+    try:
+        with _connected(tracking_uri), tempfile.TemporaryDirectory(prefix="pbe-mlflow-") as local:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            (Path(local) / "checked.txt").write_text("pbe wrote this to see whether artifacts can be written\n")
+            artifacts = get_artifact_repository(experiment.artifact_location, tracking_uri)
+            artifacts.log_artifact(str(Path(local) / "checked.txt"))
+    except TrackError as error:
+        raise TrackError(
+            f"{error}. Artifacts go to {experiment.artifact_location}, as since the experiment was made; make "
+            "that place usable, or name another database"
+        ) from None
+    return f"takes runs; their artifacts go to {experiment.artifact_location}"
+
+
+def _sqlite_file(tracking_uri: str) -> Path | None:
+    path = tracking_uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if tracking_uri.startswith("sqlite:////") else None
+
+
+def _require_writable(file: Path, tracking_uri: str) -> None:
+    """Ask SQLite itself: MLflow would try for 100 seconds to open what is no database."""
+    try:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("begin immediate")
+    except sqlite3.Error as error:
+        advice = "; another program holds it: end it, or wait" if "locked" in str(error) else ""
+        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {error}{advice}") from None
+
+
+def _experiment(client: Any, tracking_uri: str) -> Any:
+    """Return the experiment, created if necessary. Raises TrackError if it is deleted: its name stays taken."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        file = _sqlite_file(tracking_uri)
+        # absolute: workers run in other folders, and the default ./mlruns would be lost
+        location = None if file is None else (file.parent / "mlartifacts").as_uri()
+        try:
+            client.create_experiment(EXPERIMENT, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # created by another program since
+                raise
+        found = client.get_experiment_by_name(EXPERIMENT)
+    if found.lifecycle_stage != "active":
+        restore = (
+            f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} python -m mlflow experiments restore -x "
+            f"{found.experiment_id}"
+        )
+        raise TrackError(
+            f"MLFLOW_TRACKING_URI={tracking_uri}: the experiment {EXPERIMENT} is deleted there; `{restore}` restores it"
+        )
+    return found
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def find_run(tracking_uri: str, *, run_id: str | None, identity: Mapping[str, str]) -> str | None:
+    """Return `run_id` if that run is there and not deleted, else the newest run that has the tags `identity`, if any.
+
+    An id that was written down may belong to another database. Raises TrackError.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _connected(tracking_uri) as client:
+        if run_id:
+            try:
+                if client.get_run(run_id).info.lifecycle_stage == "active":
+                    return run_id
+            except MlflowException as error:
+                if error.error_code not in NOT_THERE:
+                    raise
+        experiment = _experiment(client, tracking_uri)
+        same = " and ".join(f"tags.`{key}` = {_quoted(value)}" for key, value in identity.items())
+        found = client.search_runs(
+            [experiment.experiment_id], same, order_by=["attributes.start_time DESC"], max_results=1
+        )
+        return found[0].info.run_id if found else None
 
 
 def open_run(
     tracking_uri: str,
     *,
-    run_id: str | None,
     name: str,
+    identity: Mapping[str, str],
     params: Mapping[str, Any],
     tags: Mapping[str, str],
+    run_id: str | None = None,
     parent_run_id: str | None = None,
 ) -> str:
-    """Open an existing run, or create one with `params`, which MLflow never lets change; returns its id.
+    """Return the run that `find_run` finds, or a new one, with `identity` and `tags` as its tags.
 
-    If the server no longer has `run_id` (a deleted database), a new run is created. Raises TrackError.
+    Params that the run has already stay as they are: MLflow never lets them change. Raises TrackError.
     """
-    client = _client(tracking_uri)
-    _reach(client, tracking_uri)
-    if run_id is not None and _exists(client, run_id):
-        client.update_run(run_id, status="RUNNING")
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
-        return run_id
-    # MLflow's own names: they fill the columns Source and Version of its run table
-    all_tags = {"mlflow.source.name": "pbe", "mlflow.source.type": "JOB", **tags}
-    if "git_commit" in tags:
-        all_tags["mlflow.source.git.commit"] = tags["git_commit"]
+    from mlflow.entities import Param, RunTag
+
     if parent_run_id is not None:
-        all_tags["mlflow.parentRunId"] = parent_run_id
-    run = client.create_run(_experiment(client, tracking_uri), run_name=name, tags=all_tags)
-    for key, value in flatten(params).items():
-        client.log_param(run.info.run_id, key, value)
-    return run.info.run_id
+        identity = {"mlflow.parentRunId": parent_run_id, **identity}
+    # MLflow's own names: they fill the columns Source and Version of its run table
+    tags = {"mlflow.source.name": "pbe", "mlflow.source.type": "JOB", **tags, **identity}
+    if "git_commit" in tags:
+        tags["mlflow.source.git.commit"] = tags["git_commit"]
+    found = find_run(tracking_uri, run_id=run_id, identity=identity)
+    with _connected(tracking_uri) as client:
+        if found is None:
+            experiment = _experiment(client, tracking_uri)
+            found = client.create_run(experiment.experiment_id, run_name=name, tags=tags).info.run_id
+        known = client.get_run(found).data.params
+        client.log_batch(
+            found,
+            params=[Param(key, value) for key, value in flatten(params).items() if key not in known],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+    return str(found)
 
 
-def _reach(client: Any, tracking_uri: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_experiment_by_name(EXPERIMENT)
-    except MlflowException as error:
-        reason = one_line(error)
-        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: MLflow does not answer: {reason}") from None
+def resume_run(tracking_uri: str, run_id: str) -> None:
+    """Show a run that had ended as running again. Raises TrackError."""
+    with _connected(tracking_uri) as client:
+        client.update_run(run_id, status="RUNNING")
 
 
-@contextmanager
-def _as_track_error(tracking_uri: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:  # OSError: from the disk or the connection
-        raise TrackError(f"MLFLOW_TRACKING_URI={tracking_uri}: {' '.join(str(error).split())[:300]}") from error
+def end_run(tracking_uri: str, run_id: str, *, failed: bool = False) -> None:
+    """End a run unless it has ended, whose time then stays. Raises TrackError."""
+    with _connected(tracking_uri) as client:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
-def _exists(client: Any, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
-
-
-def _experiment(client: Any, tracking_uri: str) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return found.experiment_id
-    location = None
-    if tracking_uri.startswith("sqlite:///"):
-        # absolute: workers run in other folders, and the default ./mlruns would be lost
-        location = (Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return client.create_experiment(EXPERIMENT, artifact_location=location)
+def _quoted(value: str) -> str:
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -119,22 +229,34 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
+# -- what a run holds ------------------------------------------------------------------------------------------------
+
+
 def log_metrics(
     tracking_uri: str, run_id: str, metrics: Mapping[str, float], *, step: int = 0, prefix: str = ""
 ) -> None:
     """Log metrics of one step. Raises TrackError."""
-    import time
+    with _connected(tracking_uri) as client:
+        client.log_batch(run_id, metrics=_entries(metrics, step, prefix))
 
+
+def log_curve(tracking_uri: str, run_id: str, points: Mapping[int, Mapping[str, float]]) -> None:
+    """Log those points of the loss curve, by step, that the run lacks because MLflow was away. Raises TrackError."""
+    with _connected(tracking_uri) as client:
+        there = {entry.step for entry in client.get_metric_history(run_id, f"{CURVE}loss")}
+        missing = [entry for step in sorted(points.keys() - there) for entry in _entries(points[step], step, CURVE)]
+        client.log_batch(run_id, metrics=missing)
+
+
+def _entries(metrics: Mapping[str, float], step: int, prefix: str) -> Sequence[Any]:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    entries = [Metric(prefix + key, float(value), now, step) for key, value in metrics.items() if key != "step"]
-    with _as_track_error(tracking_uri):
-        _client(tracking_uri).log_batch(run_id, metrics=entries)
+    return [Metric(prefix + key, float(value), now, step) for key, value in metrics.items() if key != "step"]
 
 
 def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, source: str, rows: int) -> None:
-    """Record which encoded data a run read; shown in MLflow's dataset column."""
+    """Record which encoded data a run read; shown in MLflow's dataset column. Raises TrackError."""
     import json
 
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -142,22 +264,20 @@ def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, sourc
     dataset = Dataset(
         name=name, digest=digest, source_type="local", source=source, profile=json.dumps({"num_rows": rows})
     )
-    _client(tracking_uri).log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    with _connected(tracking_uri) as client:
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def log_image(tracking_uri: str, run_id: str, image: np.ndarray, *, file: str) -> None:
-    """Log (H, W, 3) uint8 RGB as a PNG artifact."""
-    _client(tracking_uri).log_image(run_id, image, file)
+    """Log (H, W, 3) uint8 RGB as a PNG artifact. Raises TrackError."""
+    with _connected(tracking_uri) as client:
+        client.log_image(run_id, image, file)
 
 
 def log_image_at(tracking_uri: str, run_id: str, image: np.ndarray, *, key: str, step: int) -> None:
     """Log (H, W, 3) uint8 RGB in a series that MLflow shows with a slider. Raises TrackError."""
-    with _as_track_error(tracking_uri):
-        _client(tracking_uri).log_image(run_id, image, key=key, step=step, synchronous=True)
-
-
-def log_files(tracking_uri: str, run_id: str, folder: Path, *, to: str) -> None:
-    _client(tracking_uri).log_artifacts(run_id, str(folder), to)
+    with _connected(tracking_uri) as client:
+        client.log_image(run_id, image, key=key, step=step, synchronous=True)
 
 
 def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) -> str:
@@ -168,42 +288,31 @@ def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) ->
     """
     from mlflow.exceptions import MlflowException
 
-    client = _client(tracking_uri)
-    with _as_track_error(tracking_uri):
+    with _connected(tracking_uri) as client:
         client.set_tag(run_id, "export", source)
         known = [version for version in client.search_model_versions(f"name='{name}'") if version.run_id == run_id]
         if known:
             return f"already registered in MLflow as {name} version {known[0].version}"
         if not client.search_registered_models(f"name='{name}'"):
             client.create_registered_model(name)
-    try:
-        version = client.create_model_version(name, source=source, run_id=run_id).version
-    except MlflowException as error:
-        reason = one_line(error, 200)
-        return f"the export is in {source}; MLflow does not accept it as a registered model ({reason})"
+        try:
+            version = client.create_model_version(name, source=source, run_id=run_id).version
+        except MlflowException as error:
+            reason = one_line(error, 200)
+            return f"the export is in {source}; MLflow does not accept it as a registered model ({reason})"
     return f"registered in MLflow as {name} version {version}"
-
-
-def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    client = _client(tracking_uri)
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
-
-
-def end_run(tracking_uri: str, run_id: str, *, failed: bool = False) -> None:
-    _client(tracking_uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
 @contextmanager
 def system_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
-    """Log CPU, memory, disk and network of this machine while the block runs."""
-    _client(tracking_uri)
-    import mlflow
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    """Log CPU, memory, disk and network of this machine while the block runs. Raises TrackError, before the block."""
+    with _connected(tracking_uri):
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    mlflow.set_tracking_uri(tracking_uri)
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True)
-    monitor.start()
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True, tracking_uri=tracking_uri
+        )
+        monitor.start()
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """evaluate: score variants, baselines and results made elsewhere on one bench, as rows of one table."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,11 +14,12 @@ from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import edit_grid
 from pbe.evaluate.score import ScopeScores, numbers_of, score_method
 from pbe.places import tracking_uri
-from pbe.store import Manifest, load_manifest, make_manifest, save_manifest, write_json
+from pbe.store import Manifest, digest, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.features import Extracted, extract_features
 from pipelines.reporting.summary import headline_metrics
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, output_folder
+from pipelines.runtime.tracking import after_results, training_run
 
 # raise it when a number changes for the same edits and settings; features have their own (features.py)
 VERSION = 1
@@ -29,6 +29,7 @@ GRID_COLUMNS = 14
 def main(stage: Stage) -> None:
     cfg = stage.params.evaluate
     methods = _methods(stage)
+    track.check(tracking_uri())
     started = time.perf_counter()
     extracted = extract_features(stage, {name: manifest.files("edits") for name, manifest in methods.items()})
     features_done = time.perf_counter()
@@ -127,9 +128,10 @@ def _write(
     record = stage.store.write_unit_by_content("evaluate", "scores", {"scores": table})
     config = {"edits": {name: manifest.digest for name, manifest in methods.items()}, **card}
     manifest = make_manifest("evaluate", config=config, version=VERSION, units=[record, *extracted.parts.records])
-    for name in scored:
-        _log(stage, methods[name], scored[name], card)
     save_manifest(stage.outputs / "manifest.json", manifest)
+    with after_results(stage):
+        for name in scored:
+            _log(stage, methods[name], scored[name], card)
 
 
 def _protocol(manifest: Manifest) -> dict[str, Any]:
@@ -164,7 +166,11 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
     uri, method = tracking_uri(), edits.config["method"]
     tags = {**provenance_tags(stage.root), "variant": method, "bench": card["bench"]["sha256"][:16]}
     tags |= {f"extractor.{name}": value["digest"] for name, value in card["extractors"].items()}
-    parent = edits.config.get("mlflow_run_id") or _baseline_run(stage, uri, edits, tags)
+    if "mlflow_run_id" in edits.config:
+        run, run_id = edits.config["run"], edits.config["mlflow_run_id"]
+        parent = training_run(stage, variant=method, run=run, run_id=run_id)
+    else:
+        parent = _baseline_run(uri, edits, tags)
     values = {
         f"{scope.hole_kind}/{scope.reference_kind}/{score.metric}": score.estimate
         for scope in scopes
@@ -181,11 +187,13 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
         columns["edit/guidance_scale"] = edits.config["guidance_scale"]  # a metric: it may be measured at several
     track.log_metrics(uri, parent, columns)
     track.log_image(uri, parent, _grid(stage, edits), file="edits.png")
+    settings = stage.params.evaluate.identity(without={"actors", "per_actor"})
+    params = {"evaluate": stage.params.evaluate.model_dump(mode="json"), "edit": _protocol(edits), "card": card}
     child = track.open_run(
         uri,
-        run_id=None,
         name=f"evaluate-{method}",
-        params={"evaluate": stage.params.evaluate.model_dump(mode="json"), "edit": _protocol(edits), "card": card},
+        identity={"digest": digest(["evaluate", VERSION, edits.digest, settings, card])},
+        params=params,
         tags=tags,
         parent_run_id=parent,
     )
@@ -209,12 +217,10 @@ def _grid(stage: Stage, edits: Manifest) -> np.ndarray:
     return edit_grid(bench, pictures, hole_kind=hole, reference_kinds=kinds, columns=GRID_COLUMNS)
 
 
-def _baseline_run(stage: Stage, uri: str, edits: Manifest, tags: Mapping[str, str]) -> str:
+def _baseline_run(uri: str, edits: Manifest, tags: Mapping[str, str]) -> str:
     """Return the MLflow run of a baseline and its edits, which has no training run to belong to."""
-    path = f"runs/baseline-{edits.config['method']}-{edits.digest}/mlflow.json"
-    known = json.loads(stage.store.read_bytes(path))["run_id"] if stage.store.exists(path) else None
     name = f"baseline-{edits.config['method']}"
-    run_id = track.open_run(uri, run_id=known, name=name, params={"baseline": _protocol(edits)}, tags=tags)
-    stage.store.write_bytes(path, json.dumps({"run_id": run_id}).encode())
+    identity = {"run": f"{name}-{edits.digest}"}
+    run_id = track.open_run(uri, name=name, identity=identity, params={"baseline": _protocol(edits)}, tags=tags)
     track.end_run(uri, run_id)
     return run_id

@@ -22,11 +22,12 @@ from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
 from pbe.evaluate.metrics.intervals import bootstrap_mean
 from pbe.evaluate.score import ScopeScores, numbers_of, score_method
 from pbe.places import tracking_uri
-from pbe.store import Record, load_manifest, make_manifest, save_manifest, write_json
+from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest, write_json
 from pipelines.edit import Request, fill_bench
 from pipelines.features import Extracted, extract_features
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, load_train_manifest
+from pipelines.runtime.tracking import after_results, training_run
 
 # raise it when a number changes for the same edits and settings; edits (edit.py) and features (features.py) have theirs
 VERSION = 1
@@ -37,6 +38,7 @@ def main(stage: Stage) -> None:
     cfg = stage.params.sweep
     trained = load_train_manifest(stage, cfg.variant)
     bench_file = load_manifest(stage.input("bench")).files("bench")[0]
+    track.check(tracking_uri())
     requests = _requests(stage, bench_file.rows)
     parts = dict(zip(requests, fill_bench(stage, trained, bench_file, list(requests.values())), strict=True))
     extracted = extract_features(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
@@ -59,7 +61,8 @@ def main(stage: Stage) -> None:
     config = {**about, "edits": {name: [part.unit for part in found] for name, found in parts.items()}}
     units = [*(part for found in parts.values() for part in found), *extracted.parts.records]
     save_manifest(stage.outputs / "manifest.json", make_manifest("sweep", config=config, version=VERSION, units=units))
-    _log(stage, trained, metrics, diversity, parts)
+    with after_results(stage):
+        _log(stage, trained, metrics, diversity, parts)
 
 
 def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
@@ -153,7 +156,8 @@ def _log(
     parts: Mapping[str, Sequence[Record]],
 ) -> None:
     """The grids and spreads to the training run; a child of it per scale, so that MLflow draws metrics over scales."""
-    uri, run = tracking_uri(), trained["mlflow_run_id"]
+    uri, variant = tracking_uri(), stage.params.sweep.variant
+    run = training_run(stage, variant=variant, run=trained["run"], run_id=trained["mlflow_run_id"])
     hole_kind = stage.params.edit.holes[0]
     for name, fills in sweep_fills({name: _edit_rows(stage, found) for name, found in parts.items()}).items():
         items = _bench_rows(stage, next(iter(fills.values())))[:GRID_COLUMNS]
@@ -165,10 +169,17 @@ def _log(
             file=f"{name}.png",
         )
     track.log_metrics(uri, run, {name: value["value"] for name, value in diversity.items()}, prefix="diversity/")
-    tags = {**provenance_tags(stage.root), "variant": stage.params.sweep.variant, "part_of": "sweep"}
+    tags = {**provenance_tags(stage.root), "variant": variant, "part_of": "sweep"}
+    settings = stage.params.evaluate.identity(without={"actors", "per_actor"})
     for scale, numbers in metrics.items():
+        edits = [part.unit for part in parts[scale]]
         child = track.open_run(
-            uri, run_id=None, name=f"guidance-{scale}", params={"guidance_scale": scale}, tags=tags, parent_run_id=run
+            uri,
+            name=f"guidance-{scale}",
+            identity={"digest": digest(["sweep", VERSION, scale, edits, settings])},
+            params={"guidance_scale": scale},
+            tags=tags,
+            parent_run_id=run,
         )
         detail: dict[str, float] = {}
         for metric, value in numbers.items():

@@ -12,17 +12,18 @@ import pickle
 import queue
 import shutil
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pbe import track
+from pbe.data.images import decode
 from pbe.data.slots import InputError, require_same_rows
 from pbe.errors import UserError
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
-from pbe.train.checkpoints import Run
+from pbe.train.checkpoints import UNLOGGED, Run
 from pbe.train.settings import TrainConfig
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
@@ -32,6 +33,7 @@ from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, load_train_manifest
+from pipelines.runtime.tracking import after_results
 from pipelines.train_preflight import refuse_what_cannot_train
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ EXECUTION_ONLY = {
 
 def main(stage: Stage) -> None:
     assert stage.variant is not None
+    track.check(tracking_uri())
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
     triplets = load_manifest(stage.input("materialize")) if cfg.input == "pixels" else None
@@ -80,18 +83,19 @@ def main(stage: Stage) -> None:
             stack.enter_context(hold(run))
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
         if run.read_json("finished.json") is None:  # the previous holder may have finished it
+            stack.enter_context(_shown_as_failed(run_id))
             refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
+            track.resume_run(tracking_uri(), run_id)
             _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
         else:
             print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.read_json("finished.json")
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
-    export_uri = stage.store.full_uri(f"{run.folder}/export")
-    registered = track.register_model(tracking_uri(), run_id, name=f"pbe-{stage.variant}", source=export_uri)
-    print(f"train@{stage.variant}: {registered}")
-    track.end_run(tracking_uri(), run_id)
-    _write_outputs(stage, run, run_id, identity, initial, origin, finished)
+    history = (run.read_json("history.json") or {"history": []})["history"]
+    _write_outputs(stage, run, run_id, identity, initial, origin, finished, history)
+    with after_results(stage):
+        _log_result(stage, run, run_id, history, origin)
 
 
 def fetch_export(stage: Stage) -> None:
@@ -153,6 +157,7 @@ def _open_mlflow_run(
         uri,
         run_id=known["run_id"],
         name=f"{stage.variant}-{identity[:8]}",
+        identity={"run": run.name, "storage": stage.store.uri},  # a colleague's training is another run
         params={
             "seed": stage.params.seed,
             "train": cfg.model_dump(mode="json") | {"seed": _seed(stage, cfg)},
@@ -166,16 +171,50 @@ def _open_mlflow_run(
             "dataset_digest": encoded.digest,
             "world_size": str(cfg.workers),
             "attempt": str(attempt),
-            "run": run.name,
             **({"resumed_from": f"{origin[0]}@{origin[1]}"} if origin else {}),
         },
     )
-    if run_id != known["run_id"]:
-        track.log_dataset(
-            uri, run_id, name="encoded", digest=encoded.digest, source=stage.store.uri, rows=encoded.counts["rows"]
-        )
     run.write_json("mlflow.json", {"run_id": run_id, "attempt": attempt})
+    track.log_dataset(
+        uri, run_id, name="encoded", digest=encoded.digest, source=stage.store.uri, rows=encoded.counts["rows"]
+    )
     return run_id
+
+
+def _log_result(
+    stage: Stage,
+    run: Run,
+    run_id: str,
+    history: Sequence[Mapping[str, float]],
+    origin: tuple[str, int] | None,
+) -> None:
+    """Complete the MLflow run: what rank 0 could not log, the export, the end. Raises TrackError."""
+    uri = tracking_uri()
+    first = origin[1] if origin else 0  # earlier points are the other run's
+    points = {int(point["samples_seen"]): point for point in history if point["step"] > first}
+    track.log_curve(uri, run_id, points)
+    for name in run.store.list_names(f"{run.folder}/{UNLOGGED}"):
+        path = f"{run.folder}/{UNLOGGED}/{name}"
+        picture = decode(run.store.read_bytes(path))
+        track.log_image_at(uri, run_id, picture, key=track.GRIDS, step=int(name.partition(".")[0]))
+        run.store.delete_file(path)
+    export_uri = stage.store.full_uri(f"{run.folder}/export")
+    registered = track.register_model(uri, run_id, name=f"pbe-{stage.variant}", source=export_uri)
+    print(f"train@{stage.variant}: {registered}")
+    track.end_run(uri, run_id)
+
+
+@contextmanager
+def _shown_as_failed(run_id: str) -> Iterator[None]:
+    """End the MLflow run as failed if the block raises; an MLflow that fails too does not hide why."""
+    try:
+        yield
+    except BaseException:
+        try:
+            track.end_run(tracking_uri(), run_id, failed=True)
+        except track.TrackError as error:
+            print(f"train: MLflow run {run_id} still looks as if it ran: {error}", flush=True)
+        raise
 
 
 def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple[str, str | None] | None:
@@ -253,14 +292,8 @@ def _train(
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            track.end_run(uri, run_id, failed=True)
             _raise_what_stopped(stage, run)
             raise StageError(f"train@{stage.variant}: {_root_cause(error)}; checkpoints stay in the storage") from error
-        except BaseException:
-            track.end_run(uri, run_id, failed=True)
-            raise
-    if run.read_json("stopped.json") is not None:
-        track.end_run(uri, run_id, failed=True)
         _raise_what_stopped(stage, run)
 
 
@@ -381,8 +414,8 @@ def _write_outputs(
     initial: tuple[str, str | None] | None,
     origin: tuple[str, int] | None,
     finished: dict[str, Any],
+    history: Sequence[Mapping[str, float]],
 ) -> None:
-    history = (run.read_json("history.json") or {"history": []})["history"]
     stage.outputs.mkdir(parents=True, exist_ok=True)
     columns = ["step", "samples_seen", "loss", "validation_loss", "lr", "grad_norm", "rows_per_s", "peak_memory_gib"]
     columns += ["step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s"]

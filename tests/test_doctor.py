@@ -1,8 +1,10 @@
 """`pbe doctor`: each possible problem, made for real, is a line that says what to do."""
 
 import json
+import re
 import resource
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pbe.cli import main
-from pbe.doctor import Finding, examine
+from pbe.doctor import Finding, examine, repository, tracking
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
 from tests.profiles import FOLDER
@@ -28,9 +30,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     (tmp_path / "params.yaml").write_text(full_text(FOLDER, "tiny"))
     shutil.copy(repo_root() / "requirements.lock", tmp_path)
-    for name in (".git", ".dvc"):
-        (tmp_path / name).mkdir()
+    (tmp_path / ".dvc").mkdir()
+    _git(tmp_path, "init")
     return tmp_path
+
+
+def _git(folder: Path, *command: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *command, "--quiet"], check=True, capture_output=True)
 
 
 def _found(root: Path, check: str) -> Finding:
@@ -62,11 +68,80 @@ def test_a_package_of_another_version(root: Path) -> None:
     assert "make env" in finding.advice
 
 
+def _repository(root: Path) -> dict[str, Finding]:
+    return {finding.check: finding for finding in repository(root)}
+
+
 def test_a_folder_that_is_no_repository(root: Path) -> None:
     (root / ".dvc").rmdir()
-    assert _found(root, "DVC").level == "fail"
-    assert "dvc init" in _found(root, "DVC").advice
-    assert _found(root, "git").level == "ok"
+    found = _repository(root)
+    assert found["DVC"].level == "fail" and "dvc init" in found["DVC"].advice
+    assert found["git"].level == "ok"
+
+
+@pytest.mark.parametrize("where", ["a subfolder", "a worktree", "a separate git folder", "without git"])
+def test_where_dvc_works_doctor_agrees(root: Path, tmp_path: Path, where: str) -> None:
+    """None of these has a folder .git."""
+    if where == "a subfolder":
+        at = root / "projects" / "mine"
+    elif where == "a worktree":
+        at = tmp_path / "worktree"
+        _git(root, "-c", "user.name=me", "-c", "user.email=me@example.com", "commit", "--allow-empty", "-m", "start")
+        _git(root, "worktree", "add", str(at))
+    elif where == "a separate git folder":  # as a submodule's
+        at = tmp_path / "inner"
+        _git(tmp_path, "init", "--separate-git-dir", str(tmp_path / "elsewhere"), str(at))
+    else:
+        at = tmp_path / "plain"
+        shutil.rmtree(root / ".git")
+    (at / ".dvc").mkdir(parents=True)
+    if where == "without git":
+        (at / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n['remote \"mine\"']\n    url = /x\n")
+    assert {finding.level for finding in repository(at)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("a ZIP file's folder", r"not a git repository.* `git init`; `dvc repro` needs it$"),
+        ("a bare repository", r"bare repository.* `git clone` it"),
+        ("a lost worktree", r"not a git repository: .*worktrees.* Put that repository back, or remove \.git"),
+        ("another user's folder", r"belongs to another user.* `git config --global --add safe\.directory .*`$"),
+        ("an ignored folder", r"a repository around .* ignores it\. `git init`"),
+        ("no git program", r"is not in a git repository\. Install git, then `git init`$"),
+        ("a damaged config", r"DVC: .*no section headers.* Mend \.dvc/config$"),
+    ],
+)
+def test_where_dvc_cannot_work_doctor_says_what_to_do(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str
+) -> None:
+    at = root
+    if where == "a bare repository":
+        at = tmp_path / "bare.git"
+        _git(tmp_path, "init", "--bare", str(at))
+    elif where == "a lost worktree":
+        shutil.rmtree(root / ".git")
+        (root / ".git").write_text(f"gitdir: {tmp_path}/gone/.git/worktrees/mine\n")
+    elif where == "another user's folder":
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own, for its tests
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "nothing"))
+    elif where == "an ignored folder":
+        at = root / "projects" / "mine"
+        (root / ".gitignore").write_text("projects/\n")
+    elif where == "a damaged config":
+        (root / ".dvc" / "config").write_text("no_scm\n")
+    else:
+        shutil.rmtree(root / ".git")
+        if where == "no git program":
+            monkeypatch.setenv("PATH", str(tmp_path))
+    (at / ".dvc").mkdir(parents=True, exist_ok=True)
+    [failed] = [finding for finding in repository(at) if finding.level == "fail"]
+    assert re.search(said, str(failed)), str(failed)
+
+
+def test_without_a_git_program_a_repository_is_enough(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(root))
+    assert _repository(root)["git"].level == "warn"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +175,19 @@ def test_an_mlflow_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     finding = _found(root, "MLflow")
     assert finding.level == "fail" and "127.0.0.1:9" in finding.found
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")  # whose network may be another
+    [finding] = tracking()
+    assert finding.level == "warn" and "the cluster in RAY_ADDRESS must reach it" in finding.advice
+
+
+def test_an_mlflow_whose_experiment_is_deleted(root: Path, mlflow_uri: str) -> None:
+    from mlflow import MlflowClient
+
+    [finding] = tracking()
+    assert finding.level == "ok" and "takes runs" in finding.found
+    MlflowClient(mlflow_uri).delete_experiment("1")
+    finding = _found(root, "MLflow")
+    assert finding.level == "fail" and "mlflow experiments restore -x 1" in finding.found
 
 
 @pytest.mark.parametrize(("token", "level"), [(None, "fail"), ("right", "ok")])

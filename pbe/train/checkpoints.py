@@ -4,6 +4,7 @@
 <run>/checkpoints/step-00000200/history.json      the loss curve up to that step
 <run>/checkpoints/step-00000200/COMPLETE.json     written last: run, step, ranks, stage, sizes and hashes
 <run>/mlflow.json        the MLflow run that this training logs to, the same after every restart
+<run>/unlogged/          grids of edits that MLflow did not take when they were drawn; the stage logs them at its end
 <run>/origin.json        the checkpoint that `train.resume_from` started from
 <run>/stopped.json       why the last attempt stopped, in one line
 <run>/export/            the finished model
@@ -26,6 +27,7 @@ from pbe.store import Store
 from pbe.train.ranks import Ranks
 
 MARKER = "COMPLETE.json"
+UNLOGGED = "unlogged"
 
 
 class CheckpointError(UserError):

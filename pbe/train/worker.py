@@ -8,6 +8,7 @@ embedding, cosine learning rate) are switches in params.yaml.
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pbe import track
+from pbe.data.images import encode_png
 from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
@@ -29,7 +31,7 @@ from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float
 from pbe.model.weight_store import open_backbone, open_codec
 from pbe.model.weights import Model, ModelCard, save_model
 from pbe.store import Manifest, Store
-from pbe.train.checkpoints import Run, Saver, newest_whole
+from pbe.train.checkpoints import UNLOGGED, Run, Saver, newest_whole
 from pbe.train.data.batch import Batch
 from pbe.train.data.input import open_input
 from pbe.train.data.order import Share
@@ -118,7 +120,7 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         validation = Validation(spec.card, codec, diffusion, batches.validation())
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
-        laps = StepTimer(device)
+        laps, log = StepTimer(device), _Log(spec, run)
         # step of the last log point; since then, the sum of this rank's losses and the steps that this process timed
         logged, loss_sum, timed = window[0], torch.tensor(window[1], device=device), 0
         norm: OnHost | None = None  # of the newest gradient
@@ -176,7 +178,7 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
                 point["peak_memory_gib"] = max(ranks.all_gather(peak_memory_gib(device)))
                 history.append(point)
                 if ranks.rank == 0:
-                    _log(spec, point, grid if validates else None)
+                    log(point, grid if validates else None)
 
             # save
             if saves:
@@ -296,18 +298,35 @@ def _non_finite_message(step: int, rows: Sequence[str], *, seen_rows: int) -> st
     )
 
 
-def _log(spec: TrainSpec, point: dict[str, float], grid: np.ndarray | None) -> None:
-    if spec.on_progress is not None:
-        spec.on_progress(point)
-    if spec.tracking_uri is None:
-        return
-    seen = int(point["samples_seen"])
-    try:
-        track.log_metrics(spec.tracking_uri, spec.mlflow_run_id, point, step=seen, prefix="train/")
+class _Log:
+    """Rank 0's log: points to the driver, points and grids to MLflow.
+
+    Training neither ends nor waits for an MLflow that goes away: after a failure it is left alone for twenty times as
+    long as the failure took. The driver logs the rest at the end: points from history.json, grids from unlogged/.
+    """
+
+    def __init__(self, spec: TrainSpec, run: Run) -> None:
+        self._spec, self._run, self._next_try = spec, run, 0.0
+
+    def __call__(self, point: dict[str, float], grid: np.ndarray | None) -> None:
+        spec, seen = self._spec, int(point["samples_seen"])
+        if spec.on_progress is not None:
+            spec.on_progress(point)
+        if spec.tracking_uri is None:
+            return
+        began = time.monotonic()
+        if began >= self._next_try:
+            try:
+                track.log_metrics(spec.tracking_uri, spec.mlflow_run_id, point, step=seen, prefix=track.CURVE)
+                if grid is not None:
+                    track.log_image_at(spec.tracking_uri, spec.mlflow_run_id, grid, key=track.GRIDS, step=seen)
+                return
+            except track.TrackError as error:
+                now = time.monotonic()
+                self._next_try = now + 20 * (now - began)
+                print(f"train: step {int(point['step'])} is not logged to MLflow yet: {error}", flush=True)
         if grid is not None:
-            track.log_image_at(spec.tracking_uri, spec.mlflow_run_id, grid, key="edits", step=seen)
-    except track.TrackError as error:  # not worth ending the training: history.json has every point
-        print(f"train: cannot log step {int(point['step'])} to MLflow: {error}", flush=True)
+            self._run.store.write_bytes(f"{self._run.folder}/{UNLOGGED}/{seen:012d}.png", encode_png(grid))
 
 
 def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:

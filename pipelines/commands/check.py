@@ -1,4 +1,5 @@
-"""check: validate settings, photos and boxes before DVC reads them, with clear messages; `make repro` runs it first.
+"""check: settings, photos, boxes, the repository and MLflow, before DVC reads them and before an hour of work; `make
+repro` runs it first.
 
 Also removes a lock file that a killed DVC left half written; DVC would refuse to start.
 """
@@ -11,13 +12,16 @@ from pathlib import Path
 from pbe.config import load_params
 from pbe.data.files import FileInfo, FileTree, SourceError, file_tree, named
 from pbe.data.sources import HUGE_BYTES, IMAGE_SUFFIXES
+from pbe.doctor import repository, tracking
+from pbe.errors import UserError
 from pbe.places import repo_root
 
 TORN_AFTER_S = 2.0  # writing a lock takes far less
 
 
 def main() -> None:
-    """Raise ParamsError for invalid settings, SourceError for missing or unreadable photos and boxes."""
+    """Raise ParamsError for invalid settings, SourceError for missing or unreadable photos and boxes, TrackError for an
+    MLflow that takes no runs, UserError where DVC cannot run."""
     root, ingest = repo_root(), load_params().ingest
     most_bytes = max(HUGE_BYTES, ingest.max_image_bytes)
     for location, key in ((ingest.images, "ingest.images"), (ingest.boxes, "ingest.boxes")):
@@ -26,6 +30,11 @@ def main() -> None:
             tree.require()
             _refuse_what_dvc_cannot_read(tree, root, most_bytes)
     _remove_torn_lock(root / ".dvc" / "tmp" / "rwlock")
+    for finding in (*repository(root), *tracking()):
+        if finding.level == "fail":
+            raise UserError(f"{finding.check}: {finding.found}. {finding.advice}")
+        if finding.level == "warn":
+            print(f"pbe: {finding}")
 
 
 def _refuse_what_dvc_cannot_read(tree: FileTree, root: Path, most_bytes: int) -> None:

@@ -76,7 +76,7 @@ def read_golden() -> Golden:
 
 def run_stages(root: Path) -> Golden:
     """Run all stages with outputs and storage below `root`."""
-    store, params = Store(str(root / "store")), _params()
+    store, params = Store(str(root / "store")), small_params()
     made: dict[str, Any] = {}
 
     def units(name: str, *variants: str) -> list[Record]:
@@ -87,7 +87,7 @@ def run_stages(root: Path) -> Golden:
             found += load_manifest(stage.outputs / "manifest.json").units
         return found
 
-    with _in_this_process():
+    with in_this_process(), _nothing_logged():
         for name in ("ingest", "filter", "materialize", "encode", "bench"):
             made[name] = _of_units(store, units(name), inexact=name == "encode")
         _write_model(root, store, params)
@@ -107,7 +107,7 @@ def run_stages(root: Path) -> Golden:
     return {module: {"version": version_of(module), "made": made[module]} for module in READS}
 
 
-def _params() -> Params:
+def small_params() -> Params:
     """Of profile tiny, with fewer networks and pictures."""
     params = profile("tiny")
     return params.model_copy(
@@ -120,13 +120,17 @@ def _params() -> Params:
 
 
 @contextlib.contextmanager
-def _in_this_process() -> Iterator[None]:
-    """No Ray, and nothing to MLflow."""
+def in_this_process() -> Iterator[None]:
+    """No Ray."""
     with contextlib.ExitStack() as stack:
         for module in ("ingest", "materialize", "encode", "bench", "edit", "features"):
             stack.enter_context(mock.patch(f"pipelines.{module}.run_units", _run_units))
-        for module in ("evaluate", "sweep"):
-            stack.enter_context(mock.patch(f"pipelines.{module}._log"))
+        yield
+
+
+@contextlib.contextmanager
+def _nothing_logged() -> Iterator[None]:
+    with mock.patch("pipelines.evaluate._log"), mock.patch("pipelines.sweep._log"), mock.patch("pbe.track.check"):
         yield
 
 

@@ -4,12 +4,14 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pbe.data import images
+from tests.mlflow_server import mlflow_server
 from tests.pipelines.project import BASELINES, VARIANTS, Project, kill_tree, make_project, metrics
 from tests.tiny_weights import write_inception
 
@@ -244,6 +247,40 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
         shutil.rmtree(run / "checkpoints" / "step-00000012")
 
 
+def test_an_mlflow_that_goes_away_costs_a_training_nothing(changeable: Project, tmp_path: Path) -> None:
+    """And the whole curve is logged when it is back."""
+    from mlflow import MlflowClient
+
+    changeable.set_params(train__steps=400, train__checkpoint_every=100, train__validate_every=200)
+    train = ("pipelines", "train", "--variant", "full")
+    with mlflow_server(tmp_path) as server:
+        env: dict[str, Any] = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        process = changeable.start(*train, **env)
+        runs = changeable.folder / ".store" / "runs"
+        before = set(runs.glob("full-*/checkpoints/*/COMPLETE.json"))
+        _wait_for(lambda: set(runs.glob("full-*/checkpoints/*/COMPLETE.json")) - before, process, "checkpoint")
+        server.stop()
+        assert process.wait(timeout=300) == 0, changeable.started_log()
+        said = changeable.started_log()
+        assert "is not logged to MLflow yet" in said and "`dvc repro -f -s train@full`" in said
+        manifest = json.loads((changeable.folder / "data/train/full/manifest.json").read_text())
+        assert manifest["steps"] == 400 and (changeable.folder / "models/full/unet").is_dir()
+
+        refused = changeable.run("pipelines", "sweep", check=False, **env)
+        assert refused.returncode == 1 and "start that server, or unset MLFLOW_TRACKING_URI" in refused.stderr
+
+        server.start()
+        changeable.run(*train, **env)
+        client, run_id = MlflowClient(server.uri), manifest["mlflow_run_id"]
+        with (changeable.folder / "data/train/full/loss.csv").open() as stream:
+            seen = [int(row["samples_seen"]) for row in csv.DictReader(stream)]
+        assert sorted(point.step for point in client.get_metric_history(run_id, "train/loss")) == seen
+        pictures = [Path(image.path).name for image in client.list_artifacts(run_id, "images")]
+        assert {int(re.split(r"[%+]", name)[2]) for name in pictures} == {200 * 8, 400 * 8}
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert client.search_model_versions(f"run_id = '{run_id}'")
+
+
 def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(changeable: Project) -> None:
     broken = changeable.folder / "broken"
     shutil.copytree(changeable.folder / "models" / "full", broken)
@@ -277,6 +314,16 @@ def test_a_training_whose_lease_was_taken_over_stops(tmp_path: Path) -> None:
     assert process.wait(timeout=120) == 1, project.started_log()
     assert "is being trained right now by the other" in project.started_log()
     assert json.loads(lease.read_text()) == theirs
+
+
+def test_a_temporary_experiment_reads_weights_that_git_does_not_track(changeable: Project) -> None:
+    changeable.git("add", "-A")
+    changeable.git("commit", "-qm", "after repro")
+    shutil.copytree(changeable.folder / "models" / "full", changeable.folder / "weights" / "mine")
+    (changeable.folder / ".git" / "info" / "exclude").write_text("/weights/\n")
+    changeable.run("dvc", "exp", "run", "--temp", "-S", "train.init=weights/mine", "train@untrained")
+    runs = [path.name for path in (changeable.folder / ".store" / "runs").glob("untrained-*")]
+    assert len(runs) == 2  # in the main repository's storage
 
 
 @pytest.mark.drill

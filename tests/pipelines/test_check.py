@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pbe import config, places
 from pbe.data.files import SourceError
-from pbe.errors import ParamsError
+from pbe.errors import ParamsError, UserError
 from pbe.places import repo_root
+from pbe.track import TrackError
 from pipelines.commands import check
 
 
@@ -21,9 +24,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((home / name).read_bytes())
     (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     for module in (check, config, places):
         monkeypatch.setattr(module, "repo_root", lambda: tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(check, "TORN_AFTER_S", 0.3)
     return tmp_path
 
@@ -90,6 +95,27 @@ def test_what_dvc_would_wait_for_or_not_watch_is_named_before_it_starts(root: Pa
             stream.truncate(1 << 40)  # of which the disk holds nothing, but DVC would read it all
     with pytest.raises(SourceError, match=rf"^ingest\.{key}: .*c\.bin \(1,100 GB.*c\.jpg \(1,100 GB, which DVC would"):
         check.main()
+
+
+def test_a_folder_without_git_is_refused_before_dvc_does(root: Path) -> None:
+    shutil.rmtree(root / ".git")
+    with pytest.raises(UserError, match=r"^git: .*not a git repository.*`git init`; `dvc repro` needs it$"):
+        check.main()
+
+
+def test_mlflow_is_asked_before_an_hour_of_work(
+    root: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    check.main()
+    assert capsys.readouterr().out == ""
+    MlflowClient(mlflow_uri).delete_experiment("1")
+    with pytest.raises(TrackError, match="mlflow experiments restore -x 1"):
+        check.main()
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")  # whose MLflow may be out of reach from here
+    check.main()
+    assert "the cluster in RAY_ADDRESS must reach it" in capsys.readouterr().out
 
 
 def test_settings_are_refused_in_our_words(root: Path) -> None:

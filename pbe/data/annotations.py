@@ -316,15 +316,24 @@ def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
     return values, ~np.asarray(plain)
 
 
+# control characters (C0, C1), soft hyphen, zero-width and direction marks, BOM, tags; not the joiners that Persian and
+# emoji need
+_UNSEEN = (
+    r"\x00-\x1f\x7f-\x9f\xad\x{61c}\x{180e}\x{200b}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2060}-\x{206f}\x{feff}"
+    r"\x{fff9}-\x{fffb}\x{e0000}-\x{e007f}"
+)
+
+
 def clean_ids(text: pa.Array) -> pa.Array:
     """Strip surrounding spaces and an image suffix from image ids."""
     return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), pattern=IMAGE_SUFFIX, replacement="")
 
 
 def invalid_ids(image_id: pa.Array) -> pa.Array:
-    """True for ids that are empty, over 200 characters, or unsafe as a path: separators, "..", control characters."""
+    """True for ids that are empty, over 200 characters, or unsafe as a path or in a terminal: separators, "..", control
+    characters, and characters that show nothing or turn the direction of text."""
     return pc.or_(
-        pc.match_substring_regex(image_id, r"[/\\\x00-\x1f]|^\.*$"), pc.greater(pc.utf8_length(image_id), 200)
+        pc.match_substring_regex(image_id, rf"[/\\{_UNSEEN}]|^\.*$"), pc.greater(pc.utf8_length(image_id), 200)
     )
 
 

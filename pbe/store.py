@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +30,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
 
 COPY_BYTES = 8 << 20
 
@@ -64,6 +65,17 @@ class ManifestError(StoreError):
         return f"{self.path}: " + ("not there" if self.damage is None else f"not a manifest ({self.damage})")
 
 
+def inner_path(name: str, root: str) -> PurePosixPath:
+    """`name` as a path below `root`. Raises StoreError for a name that would leave it.
+
+    Names come from listings of a storage, manifests and markers, so whoever writes there chooses them; a key of S3 may
+    have ".." in it.
+    """
+    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise StoreError(f"{root}: the name {name!r} leads out of this folder; remove it there")
+    return PurePosixPath(name)
+
+
 def digest(value: Any) -> str:
     """16 hex characters of SHA-256 over canonical JSON: equal values, equal digest, on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -79,6 +91,8 @@ class File:
     rows: int
     bytes: int
     sha256: str
+    # of the end of the file that locates its values, which some readers need alone; None in older records
+    footer_sha256: str | None = None
 
     @property
     def kind(self) -> str:
@@ -113,8 +127,11 @@ class Record:
 
 
 def record_from(raw: Mapping[str, Any]) -> Record:
-    """Parse a Record from JSON. Raises KeyError or TypeError for anything else."""
+    """Parse a Record from JSON. Raises KeyError, TypeError, ValueError or StoreError for anything else."""
     files = tuple(File(**file) for file in raw["files"])
+    for file in files:
+        if len(inner_path(file.path, "parts").parts) != 4:
+            raise ValueError(f"{file.path}: not parts/<stage>/<unit>/<file>")
     return Record(unit=raw["unit"], files=files, counts=raw["counts"], after=tuple(raw.get("after", ())))
 
 
@@ -158,8 +175,8 @@ class Store:
         return isinstance(self._fs, pafs.LocalFileSystem)
 
     def path(self, relative: str) -> str:
-        """Path for this store's filesystem."""
-        return str(PurePosixPath(self._root) / relative)
+        """Path for this store's filesystem. Raises StoreError for a name that leads out of the storage."""
+        return str(PurePosixPath(self._root) / inner_path(relative, self.uri))
 
     def full_uri(self, relative: str) -> str:
         """Absolute local path or s3:// address, for tools that take one."""
@@ -184,14 +201,33 @@ class Store:
             if self.is_local:
                 _write_beside_and_rename(Path(self.path(relative)), data)
             else:
-                with self._fs.open_output_stream(self.path(relative)) as stream:
-                    stream.write(data)
+                self._upload(self.path(relative), data)
         except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())[:300]
+            reason = error.strerror or one_line(error, 300)
             raise StoreError(
                 f"{self.full_uri(relative)}: cannot be written: {reason}; finished parts are kept; "
                 "rerun the command to resume"
             ) from None
+
+    def _upload(self, path: str, data: bytes | memoryview) -> None:
+        """Put a file in one atomic request, or in several that are taken back if one fails. Raises OSError.
+
+        pyarrow would leave the parts of a failed upload in the bucket, where nothing shows them but the bill.
+        """
+        from boto3.exceptions import Boto3Error  # only for a storage on S3
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = path.partition("/")
+        try:
+            self._s3.upload_fileobj(pa.BufferReader(data), bucket, key)
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise OSError(one_line(error)) from None
+
+    @cached_property
+    def _s3(self) -> Any:
+        import boto3
+
+        return boto3.client("s3", region_name=self._fs.region)
 
     def list_names(self, relative: str) -> list[str]:
         """Names of files and folders directly below `relative`, sorted; empty if there is no such folder."""
@@ -201,7 +237,12 @@ class Store:
         """Paths of all files below `relative`, relative to it, sorted."""
         selector = pafs.FileSelector(self.path(relative), recursive=True, allow_not_found=True)
         infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
-        return sorted(PurePosixPath(info.path).relative_to(self.path(relative)).as_posix() for info in infos)
+        return sorted(self._inner(info, relative).as_posix() for info in infos)
+
+    def _inner(self, info: Any, relative: str) -> PurePosixPath:
+        """The path of a listed file below `relative`. Raises StoreError if it leads out of it."""
+        name = PurePosixPath(info.path).relative_to(self.path(relative)).as_posix()
+        return inner_path(name, self.full_uri(relative))
 
     def list_folders(self, relative: str) -> list[str]:
         """Names of the folders directly below `relative`, sorted."""
@@ -236,15 +277,14 @@ class Store:
             source.unlink()
 
     def copy_tree_out(self, relative: str, target: Path) -> None:
-        """Copy a folder of the storage to the local folder `target`."""
+        """Copy a folder of the storage to the local folder `target`. Raises StoreError if a name leads out of it."""
         selector = pafs.FileSelector(self.path(relative), recursive=True)
-        for info in self._fs.get_file_info(selector):
-            if info.type == pafs.FileType.File:
-                inner = PurePosixPath(info.path).relative_to(self.path(relative))
-                local = target / inner
-                local.parent.mkdir(parents=True, exist_ok=True)
-                with self._fs.open_input_stream(info.path) as stream, local.open("wb") as out:
-                    shutil.copyfileobj(stream, out, COPY_BYTES)
+        files = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        for info, inner in [(info, self._inner(info, relative)) for info in files]:  # all names before any file
+            local = target / inner
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with self._fs.open_input_stream(info.path) as stream, local.open("wb") as out:
+                shutil.copyfileobj(stream, out, COPY_BYTES)
 
     def delete_file(self, relative: str) -> None:
         """Remove a file, if it exists."""
@@ -278,7 +318,7 @@ class Store:
         try:
             raw = json.loads(self.read_bytes(relative))
             record = record_from(raw)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, StoreError):
             return None
         return record if self._complete(record) else None
 
@@ -326,30 +366,56 @@ class Store:
         return record
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one file of a unit. Raises PartError if it is missing or damaged."""
-        with self._readable(file):
-            return pq.read_table(
-                self.path(file.path),
-                filesystem=self._fs,
-                columns=columns,
-                partitioning=None,
-                page_checksum_verification=True,
-            )
+        """Read one file of a unit. Raises PartError if it is missing or damaged.
 
-    def open_parquet(self, file: File, footer: bytes | None = None) -> pq.ParquetFile:
-        """Open a file for row-group reads; a `footer` from `read_footer` is not read again.
-
-        Raises PartError if the file is missing or not a Parquet file.
+        A whole file is compared with its recorded sha256. With `columns` only they are read, which is a thousandth of a
+        part with photos: the footer is compared with its own sha256, and each page with the checksum in it.
         """
         with self._readable(file):
-            stream = self._fs.open_input_file(self.path(file.path))
-            metadata = pq.read_metadata(pa.BufferReader(footer or _footer(stream)))
-            return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
+            if columns is None:
+                return pq.read_table(pa.BufferReader(self._whole(file)), page_checksum_verification=True)
+            with self._opened(file, None, pre_buffer=True) as parquet:
+                missing = [name for name in columns if name not in parquet.schema_arrow.names]
+                if missing:
+                    raise pa.ArrowInvalid(f"it has no column {missing[0]}")
+                return parquet.read(columns=list(columns)).select(list(columns))
+
+    def open_parquet(self, file: File, footer: bytes | None = None) -> pq.ParquetFile:
+        """Open a file for its metadata; a `footer` from `read_footer` is not read again.
+
+        Raises PartError if the file is missing or not the one that was written.
+        """
+        with self._readable(file):
+            return self._opened(file, footer)
+
+    def _opened(self, file: File, footer: bytes | None, *, pre_buffer: bool = False) -> pq.ParquetFile:
+        """pre_buffer: read the columns of all row groups in few requests."""
+        stream = self._fs.open_input_file(self.path(file.path))
+        metadata = pq.read_metadata(pa.BufferReader(footer or _footer(stream, file)))
+        return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True, pre_buffer=pre_buffer)
+
+    def read_row_group(self, file: File, group: int, footer: bytes) -> pa.Table:
+        """Read one row group. footer: from `read_footer`. Raises PartError if the file is missing or damaged."""
+        parquet = self.open_parquet(file, footer)
+        try:
+            with self._readable(file):
+                return parquet.read_row_group(group)
+        finally:
+            parquet.close(force=True)
 
     def read_footer(self, file: File) -> bytes:
-        """Read the stored footer, for `open_parquet`. Raises PartError if the file is missing or not a Parquet file."""
+        """Read the stored footer, for `open_parquet`. Raises PartError if the file is missing, or not as written."""
         with self._readable(file), self._fs.open_input_file(self.path(file.path)) as stream:
-            return _footer(stream)
+            footer = _footer(stream, file)
+            pq.read_metadata(pa.BufferReader(footer))
+            return footer
+
+    def _whole(self, file: File) -> pa.Buffer:
+        with self._fs.open_input_file(self.path(file.path)) as stream:
+            data = stream.read_buffer()
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise pa.ArrowInvalid("its bytes differ from the recorded sha256")
+        return data
 
     @contextmanager
     def _readable(self, file: File) -> Iterator[None]:
@@ -357,20 +423,28 @@ class Store:
             yield
         except FileNotFoundError:
             raise PartError(self.full_uri(file.path), file.kind, None) from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise PartError(self.full_uri(file.path), file.kind, str(error)) from None
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            raise PartError(self.full_uri(file.path), file.kind, one_line(error, 200)) from None
 
 
-def _footer(stream: pa.NativeFile) -> bytes:
-    """Read only the footer; pyarrow would read the last 64 KiB, all of a small file."""
+def _footer(stream: pa.NativeFile, file: File) -> bytes:
+    """Read only the footer, as it was written; pyarrow would read the last 64 KiB, all of a small file."""
     size = stream.size()
     stream.seek(max(0, size - 8))
-    end = stream.read(8)
+    length = _footer_bytes(stream.read(8), size)
+    stream.seek(size - length)
+    footer = stream.read(length)
+    if file.footer_sha256 is not None and hashlib.sha256(footer).hexdigest() != file.footer_sha256:
+        raise pa.ArrowInvalid("its footer differs from the recorded sha256")
+    return footer
+
+
+def _footer_bytes(end: bytes, size: int) -> int:
+    """Length of a Parquet file's footer, of which `end` is the last 8 bytes."""
     length = int.from_bytes(end[:4], "little") + 8
     if end[4:] != b"PAR1" or length > size:
         raise pa.ArrowInvalid("not a Parquet file: no footer at its end")
-    stream.seek(size - length)
-    return stream.read(length)
+    return length
 
 
 def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
@@ -389,7 +463,9 @@ def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:
     path = f"parts/{stage}/{unit}/{dataset}.parquet"
-    return File(dataset, path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+    footer = data[-_footer_bytes(bytes(data[-8:]), len(data)) :]
+    sha256, footer_sha256 = (hashlib.sha256(part).hexdigest() for part in (data, footer))
+    return File(dataset, path, table.num_rows, len(data), sha256, footer_sha256)
 
 
 def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:
@@ -450,5 +526,5 @@ def load_manifest(path: Path) -> Manifest:
         return Manifest(raw["stage"], raw["digest"], raw["config"], raw["version"], units, raw["counts"])
     except FileNotFoundError:
         raise ManifestError(path, None) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise ManifestError(path, f"{type(error).__name__} {error}") from None

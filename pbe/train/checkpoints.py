@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.errors import UserError
-from pbe.store import Store
+from pbe.store import Store, inner_path
 from pbe.train.ranks import Ranks
 
 MARKER = "COMPLETE.json"
@@ -73,7 +73,8 @@ class Run:
                         f"{self.store.full_uri(self.folder)}/checkpoints/{name}: written by run {marker['run']}, with "
                         "other settings, data or code; remove it, or set train.resume_from to resume from it"
                     )
-                files = {path: (size, sha256) for path, (size, sha256) in marker["files"].items()}
+                folder = f"{self.store.full_uri(self.folder)}/checkpoints/{name}"
+                files = {str(inner_path(path, folder)): tuple(entry) for path, entry in marker["files"].items()}
                 found.append(Checkpoint(self.name, marker["step"], marker["world"], marker["zero_stage"], files))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 

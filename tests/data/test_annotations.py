@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names
 from pbe.data.boxfiles.findings import Findings
+from pbe.data.boxfiles.photo_names import invalid_ids
 from pbe.data.files import FileTree, SourceError
 from pbe.data.schema import ANNOTATIONS, SPLITS
 
@@ -245,6 +247,15 @@ def test_coco_boxes_become_fractions_ids_lose_folder_and_suffix_and_crowds_are_g
     assert (first["is_group_of"], second["is_group_of"], first["split"]) == (0, 1, SPLITS.index("validation"))
     assert [second[key] for key in ("xmin", "xmax", "ymin", "ymax")] == [0, 1, 0, 1]
     assert first["reason"] is None and second["reason"] is None
+
+
+def test_ids_that_hide_something_are_refused_and_scripts_that_need_joiners_are_not(tmp_path: Path) -> None:
+    """C1 controls are escape sequences of terminals; direction marks show "gpj.exe" as another name."""
+    hidden = "\x7f\x80\x9b\x9f\xad\u061c\u200b\u200e\u200f\u2028\u202e\u2060\u2066\ufeff\U000e0041"
+    good = ["café", "\u0645\u06cc\u200c\u0631\u0648\u0645", "\U0001f468\u200d\U0001f4bb", "\u5199\u771f", "a b"]
+    ids = [f"a{mark}b" for mark in hidden] + good
+    found = invalid_ids(pa.array(ids)).to_pylist()
+    assert found == [True] * len(hidden) + [False] * len(good)
 
 
 @pytest.mark.parametrize("entry", [None, [], 3, {"id": 2**70, "image_id": 9}, {"id": 1e400, "image_id": 9}], ids=str)

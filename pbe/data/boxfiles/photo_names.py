@@ -28,7 +28,12 @@ IMAGE_SUFFIX = (
     r"(?i)\.(jpe?g?|jfif|png|webp|avif|hei[cf]|bmp|gif|tiff?|jp2|jxl|dng)$"  # some tools write file names into ImageID
 )
 ID_CHARACTERS_MAX = 200
-CONTROL = r"\x00-\x1f\x7f-\x{9f}"  # characters, within [] of a regular expression of pyarrow's
+# within [] of a regular expression of pyarrow's: control characters (C0, C1), soft hyphen, zero-width and direction
+# marks, BOM, tags; not the joiners that Persian and emoji need
+UNSEEN = (
+    r"\x00-\x1f\x7f-\x{9f}\xad\x{61c}\x{180e}\x{200b}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2060}-\x{206f}\x{feff}"
+    r"\x{fff9}-\x{fffb}\x{e0000}-\x{e007f}"
+)
 _SUFFIX = re.compile(IMAGE_SUFFIX)
 _SEPARATOR = re.compile(r"[/\\]+")
 _ORDINARY = re.compile(r"[0-9A-Za-z_-]*[A-Za-z_-][0-9A-Za-z_-]*")  # has no other spelling
@@ -44,9 +49,10 @@ def clean_ids(text: pa.Array) -> pa.Array:
 
 
 def invalid_ids(image_id: pa.Array) -> pa.Array:
-    """True for ids that are empty, over 200 characters, or unsafe as a path: separators, "..", control characters."""
+    """True for ids that are empty, over 200 characters, or unsafe as a path or in a terminal: separators, "..", control
+    characters, and characters that show nothing or turn the direction of text."""
     return pc.or_(
-        pc.match_substring_regex(image_id, rf"[/\\{CONTROL}]|^\.*$"),
+        pc.match_substring_regex(image_id, rf"[/\\{UNSEEN}]|^\.*$"),
         pc.greater(pc.utf8_length(image_id), ID_CHARACTERS_MAX),
     )
 
@@ -113,7 +119,7 @@ class PhotoNames:
         """True for paths that `ids` left: the source has no photo that fits."""
         if self._listed is None:
             return pa.array(np.zeros(len(image_ids), bool))
-        path = rf"^[^{CONTROL}]{{0,999}}[/\\][^{CONTROL}/\\]{{1,{ID_CHARACTERS_MAX}}}$"
+        path = rf"^[^{UNSEEN}]{{0,999}}[/\\][^{UNSEEN}/\\]{{1,{ID_CHARACTERS_MAX}}}$"
         path = pc.match_substring_regex(image_ids, path)
         return pc.and_not(path, pc.match_substring_regex(image_ids, r"(^|[/\\])\.\.([/\\]|$)"))
 

@@ -45,11 +45,7 @@ class RowReader:
 
     def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
         slot, file, group = key
-        parquet = self._store.open_parquet(self._files[slot][file], self.footers.get((slot, file)).data)
-        try:
-            return parquet.read_row_group(group)
-        finally:
-            parquet.close(force=True)
+        return self._store.read_row_group(self._files[slot][file], group, self.footers.get((slot, file)).data)
 
     def _read_footer(self, key: tuple[int, int]) -> "Footer":
         slot, file = key

@@ -171,7 +171,7 @@ def _gc(args: argparse.Namespace) -> None:
         forget_missing=args.forget_missing,
     )
     for entry in unused:
-        print(f"{entry.bytes / 1e6:>10.1f} MB  {entry.age_s / 3600:>7.1f} h old  {entry.path}")
+        print(f"{entry.bytes / 1e6:>10.1f} MB  {entry.age_s / 3600:>7.1f} h old  {printable(entry.path)}")
     total = f"{len(unused)} folders, {sum(entry.bytes for entry in unused) / 1e6:.1f} MB in {store.uri}"
     if args.yes:
         remove(store, unused)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from label_csv import Boxes, from_pixels
-from PIL import ExifTags, Image
+
+from pbe.data.images import ImageError, open_picture
 
 SIDES = 4
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
@@ -54,11 +55,11 @@ def photo_size(label: Path) -> tuple[int, int]:
     if len(found) != 1:
         raise ValueError(f"{len(found)} photos {label.parent.parent / label.stem}.*, one is needed for its size")
     try:
-        with Image.open(found[0]) as photo:
-            sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-            return (photo.height, photo.width) if sideways else (photo.width, photo.height)
-    except OSError as error:
+        photo = open_picture(found[0]).header
+    except (ImageError, OSError) as error:
         raise ValueError(f"its photo {found[0]} cannot be read: {error}") from None
+    sideways = photo.exif_orientation in SIDEWAYS
+    return (photo.height_px, photo.width_px) if sideways else (photo.width_px, photo.height_px)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def _decode_tolerantly(data: Buffer, cmyk: Profile | None = None) -> np.ndarray:
 def _decode_other(data: Buffer) -> np.ndarray:
     if not data:
         raise ImageError("empty file")
-    if _is_tiff(data) and _tiff_mode(data) in ("LAB", "LA", "RGBA"):  # OpenCV darkens what is transparent
+    if _opencv_errs(data):
         return _decode_tolerantly(data)
     try:
         pixels = np.frombuffer(without_metadata(data), np.uint8)
@@ -212,17 +212,15 @@ def _decode_other(data: Buffer) -> np.ndarray:
     return _decode_tolerantly(data) if image is None else image
 
 
-def _is_tiff(data: Buffer) -> bool:
-    return bytes(data[:4]) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-def _tiff_mode(data: Buffer) -> str:
-    """Pillow's mode of a TIFF; empty for kinds that only OpenCV reads."""
+def _opencv_errs(data: Buffer) -> bool:
+    """Whether OpenCV decodes wrong colours: TIFF in Lab, transparent TIFF (darkened) and AVIF (channels mixed up)."""
+    if bytes(data[:4]) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and bytes(data[4:8]) != b"ftyp":
+        return False
     try:
         with open_header(data) as image:
-            return image.mode
-    except Exception:
-        return ""
+            return image.mode in ("LAB", "LA", "RGBA")
+    except Exception:  # Pillow does not read it, OpenCV may
+        return False
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -127,6 +127,7 @@ GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "webp alpha": (_saved(_with_alpha(PICTURE), "WEBP", lossless=True, exact=True), PHOTO, 0),
     "webp animated": (_saved(PICTURE, "WEBP", lossless=True, **FRAMES), PHOTO, 0),
     "avif": (_saved(PICTURE, "AVIF", quality=100, subsampling="4:4:4"), PHOTO, 8),
+    "avif alpha": (_saved(_with_alpha(PICTURE), "AVIF", quality=100, subsampling="4:4:4"), PHOTO, 8),
     "bmp": (_saved(PICTURE, "BMP"), PHOTO, 0),
     "tiff": (_saved(PICTURE, "TIFF"), PHOTO, 0),
     "tiff alpha": (_saved(_with_alpha(PICTURE), "TIFF"), PHOTO, 0),

@@ -8,12 +8,13 @@ the streams, also when the code has changed and VERSION has not; a finished one 
 
 import csv
 import hashlib
+import itertools
 import pickle
 import queue
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +254,6 @@ def _train(
     origin: tuple[str, int] | None,
 ) -> None:
     import ray
-    from ray.train import TrainingFailedError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -285,19 +285,34 @@ def _train(
         on_progress=_Put(progress),
     )
     stage.store.delete_file(f"{run.folder}/stopped.json")
-    trainer = new_trainer(spec, attempt=(run.read_json("mlflow.json") or {})["attempt"])
     with ExitStack() as stack:
         stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
         stack.enter_context(track.system_metrics(uri, run_id))
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            _raise_what_stopped(stage, run)
-            raise StageError(f"train@{stage.variant}: {_root_cause(error)}; checkpoints stay in the storage") from error
+        _fit(stage, spec, run)
         _raise_what_stopped(stage, run)
 
 
-def new_trainer(spec: "TrainSpec", *, attempt: int) -> "TorchTrainer":
+def _fit(stage: Stage, spec: "TrainSpec", run: Run) -> None:
+    """Train to the end; where memory is short, wait and go on from the newest checkpoint. Raises StageError."""
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    from pipelines.runtime.memory import Patience, shortage
+
+    attempt = (run.read_json("mlflow.json") or {})["attempt"]
+    patience = Patience(stage.title, "lower train.micro_batch or train.workers")
+    for again in itertools.count():
+        try:
+            new_trainer(spec, attempt=f"{attempt}-{again}" if again else str(attempt)).fit()
+            return
+        except (TrainingFailedError, RayError) as error:
+            _raise_what_stopped(stage, run)
+            if (problem := shortage(error)) is None:
+                raise StageError(f"{stage.title}: {_root_cause(error)}; checkpoints stay in the storage") from error
+            patience.wait(problem, done=max((found.step for found in run.checkpoints()), default=0))
+
+
+def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
     """Ray Train's side of a spec: its ranks, their GPUs or processors, and how often lost ones are replaced."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -354,7 +369,10 @@ class _Put:
     queue: Any
 
     def __call__(self, point: Mapping[str, float]) -> None:
-        self.queue.put_nowait((int(point["step"]), point["loss"]))
+        from ray.exceptions import RayActorError
+
+        with suppress(RayActorError):  # a bar that Ray has ended, for want of memory, does not end the training
+            self.queue.put_nowait((int(point["step"]), point["loss"]))
 
 
 def _root_cause(error: Exception) -> str:
@@ -380,6 +398,7 @@ class ProgressBar:
         self._bar.close()
 
     def _follow(self) -> None:
+        from ray.exceptions import RayActorError
         from ray.util.queue import Empty
 
         while not self._stop.is_set():
@@ -387,6 +406,8 @@ class ProgressBar:
                 step, loss = self._progress.get(timeout=0.5)
             except (Empty, queue.Empty):
                 continue
+            except RayActorError:
+                return
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
 

@@ -26,6 +26,8 @@ WORKER_ENV = {
 
 DRIVER_ENV = {
     **WORKER_ENV,
+    # a task that Ray ends for want of memory: run_units says so and waits, where Ray would try for ever, in silence
+    "RAY_task_oom_retries": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # our own bar counts units, not operators
     # log lines of Ray's workers that do not help a user; without a dashboard the first repeats every second

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
 
 from pbe.errors import UserError
 from pbe.settings import ActorResources, TaskResources
@@ -24,6 +25,7 @@ from pipelines.runtime import local_ray
 from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import DRIVER_ENV, WORKER_ENV, is_local, set_unset
+from pipelines.runtime.memory import Patience, shortage, tell_if_restarted
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.stage import Stage, StageError
@@ -129,7 +131,7 @@ def run_units(
     kind: folder of parts/ for the results.
     worker: creates the function that runs one unit. Called once per actor if `actors` is set (for models), otherwise
     once per task. each: what Ray reserves for a task or an actor; `key` is its section in params.yaml.
-    A failing unit fails the stage; units that finished before it stay stored.
+    A failing unit fails the stage; units that finished before it stay stored. Where memory is short, it waits.
     """
     records = {index: stage.store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
     pending = [index for index, record in records.items() if record is None]
@@ -137,24 +139,54 @@ def run_units(
     write_plan(stage.store, stage.title, kind, [unit.name for unit in units], total=len(units))
     if pending:
         start_ray()
-        todo = [units[index] for index in pending]
-        rows = ray.data.range(len(todo), override_num_blocks=len(todo))
-        wanted = ray_resources(each)
-        options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
-        if actors is None:
-            refuse_unmet(stage.title, Demand(each, f"{key}.per_shard"))
-            results = rows.map(_task(todo, worker), **options)
-        else:
-            count = min(actors, len(todo))
-            refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=READ)
-            results = rows.map(_actor_class(todo, worker), compute=ActorPoolStrategy(size=count), **options)
-        with progress_bar(kind, total=len(todo), unit="part") as bar:
-            for row in results.iter_rows():
-                if row["error"]:
-                    raise StageError(row["error"])
-                records[pending[row["id"]]] = record_from(json.loads(row["record"]))
-                bar.update()
+        patience = Patience(stage.title, _fewer(key, actors))
+        with progress_bar(kind, total=len(pending), unit="part") as bar:
+            while pending:
+                todo = [units[index] for index in pending]
+                try:
+                    for place, record in _results(stage, todo, worker, each, key, actors):
+                        records[pending[place]] = record
+                        bar.update()
+                except RayError as error:
+                    if (problem := shortage(error)) is None:
+                        raise
+                    patience.wait(problem, done=bar.n)
+                    for index in pending:  # a part may have been stored whose record did not arrive
+                        records[index] = records[index] or stage.store.find_unit(kind, units[index].name)
+                pending = [index for index in pending if records[index] is None]
+                bar.update(bar.total - len(pending) - bar.n)
     return [record for record in records.values() if record is not None]
+
+
+def _fewer(key: str, actors: int | None) -> str:
+    """Return the advice for nodes that are low on memory."""
+    return f"lower {key}.actors" if actors else f"raise {key}.per_shard.memory_gib, so that fewer tasks run at a time"
+
+
+def _results(
+    stage: Stage,
+    units: Sequence[Unit],
+    worker: Callable[[], Callable[[Unit], Record]],
+    each: TaskResources,
+    key: str,
+    actors: int | None,
+) -> Iterator[tuple[int, Record]]:
+    """Run the units; yield each one's place among them and its record. Raises StageError if one fails."""
+    rows = ray.data.range(len(units), override_num_blocks=len(units))
+    wanted = ray_resources(each)
+    options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
+    if actors is None:
+        refuse_unmet(stage.title, Demand(each, f"{key}.per_shard"))
+        results = rows.map(_task(units, worker), **options)
+    else:
+        count = min(actors, len(units))
+        refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=READ)
+        actor = _actor_class(units, worker, stage.title, _fewer(key, actors))
+        results = rows.map(actor, compute=ActorPoolStrategy(size=count), **options)
+    for row in results.iter_rows():
+        if row["error"]:
+            raise StageError(row["error"])
+        yield row["id"], record_from(json.loads(row["record"]))
 
 
 def torch_device(each: ActorResources) -> Any:
@@ -180,9 +212,12 @@ def _task(
     return run
 
 
-def _actor_class(units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]) -> type:
+def _actor_class(
+    units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]], title: str, advice: str
+) -> type:
     class UnitActor:
         def __init__(self) -> None:
+            tell_if_restarted(title, advice)
             try:
                 self._work, self._error = worker(), ""
             except UserError as error:  # if raised here, Ray would restart the actor forever

@@ -84,7 +84,7 @@ def train_through_ray(device: torch.device, work: Path, name: str, stage: int) -
     changes = {"zero_stage": stage, "per_worker": resources, "max_failures": 0}
     cfg = tiny_config(steps=STEPS, final_lr_frac=1.0, **changes)
     run = f"ray-{name}-{stage}"
-    new_trainer(tiny_spec(store, _encoded(store, work), cfg, run), attempt=0).fit()
+    new_trainer(tiny_spec(store, _encoded(store, work), cfg, run), attempt="0").fit()
     return loss_curve(store, run)
 
 

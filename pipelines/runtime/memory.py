@@ -1,0 +1,90 @@
+"""What to say and how long to wait when a node runs out of memory, mostly because of other programs.
+
+Ray ends tasks and actors of a node above RAY_memory_usage_threshold (95 %), before the kernel ends what it likes.
+"""
+
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import ray
+
+from pbe.errors import one_line
+from pipelines.runtime.stage import StageError
+
+WAITS_S = (10, 20, 40, 80, 160)  # each before one more attempt; from the first again once something was done
+
+_NODE = re.compile(r"Memory on the node \(IP: ([^,)]+).*?\) was ([\d.]+)GB used / ([\d.]+)GB")
+_LARGEST = re.compile(r"Top 10 memory users:[^\n]*\n(\d+)\t([\d.]+)\t([^\n]*)")
+
+
+@dataclass
+class Patience:
+    """Waits until memory may be free again. advice: what the user can change, beside closing other programs."""
+
+    title: str
+    advice: str
+    _done: int = 0
+    _waited: int = 0
+
+    def wait(self, problem: str, *, done: int) -> None:
+        """Say what happened and wait, longer each time. Raises StageError after the longest wait.
+
+        done: parts or steps so far; if there are more than at the last wait, the next wait is the shortest one.
+        """
+        if done > self._done:
+            self._done, self._waited = done, 0
+        if self._waited == len(WAITS_S):
+            total_s = sum(WAITS_S)
+            raise StageError(
+                f"{self.title}: {problem}, and again after waits of {total_s:g} s; close other programs, or "
+                f"{self.advice}; what was done is kept, and the same command goes on"
+            )
+        wait_s = WAITS_S[self._waited]
+        self._waited += 1
+        print(f"{self.title}: {problem}; going on in {wait_s:g} s. If it repeats: {self.advice}", flush=True)
+        time.sleep(wait_s)
+
+
+def shortage(error: BaseException) -> str | None:
+    """Return the shortage of memory that an error of Ray tells of, in half a sentence; None if it tells of none."""
+    text = "\n".join(str(each) for each in _chain(error))
+    if found := _NODE.search(text):
+        host, used, total = found.groups()
+        problem = f"node {host} is low on memory ({float(used):.1f} of {float(total):.1f} GB in use"
+        if largest := _LARGEST.search(text):
+            number, size, command = largest.groups()
+            problem += f", the most by process {number} with {size} GB: {one_line(command, 60)}"
+        return f"{problem}), so Ray ended some of this work"
+    if "Worker exit type: SYSTEM_ERROR" in text or "The worker died unexpectedly" in text:
+        return "a process of this work was killed, by the kernel if memory was short (`dmesg` says so there)"
+    return None
+
+
+def tell_if_restarted(title: str, advice: str) -> None:
+    """In an actor: if Ray has started it again, print how much memory its node has. Ray goes on doing so by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 calls a method of its own here that it calls deprecated
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+    if restarted:
+        node = psutil.virtual_memory()
+        print(
+            f"{title}: an actor ended and was started again; its node has {node.available / 1e9:.1f} of "
+            f"{node.total / 1e9:.1f} GB of memory left. If that is too little: close other programs, or {advice}",
+            flush=True,
+        )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and what caused it, once each; for Ray Train also the errors of the workers."""
+    seen: list[BaseException] = []
+    todo = [error]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, BaseException) and each not in seen:
+            seen.append(each)
+            yield each
+            todo += [each.__cause__, *getattr(each, "worker_failures", {}).values()]

@@ -16,7 +16,7 @@ from pbe.store import Record, digest, load_manifest, make_manifest, save_manifes
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
-VERSION = 1
+VERSION = 2
 
 
 def main(stage: Stage) -> None:
@@ -58,7 +58,9 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
     folder = repo_root() / Path(str(cfg.cocoee)).expanduser()
-    bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
+    bench = read_cocoee(
+        folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed, max_items=cfg.max_items
+    )
     # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
     contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}
     return stage.store.write_unit_by_content("bench", "cocoee", contents)

@@ -169,7 +169,9 @@ def _references(store: Store, records: Sequence[Record], rows: np.ndarray) -> pa
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
     folder = local_path(str(cfg.cocoee))
-    bench = read_cocoee(folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed)
+    bench = read_cocoee(
+        folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed, max_items=cfg.max_items
+    )
     # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
     contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}
     return stage.store.write_unit_by_content("bench", "cocoee", contents)

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pbe.config import Params
 from pbe.data.slots import TRIPLETS_PER_GROUP
+from pbe.evaluate.bench.cocoee import ITEMS
 from pbe.evaluate.settings import ClipExtractorConfig, EditConfig
 
 TABLE = Path(__file__).with_suffix(".yaml")
@@ -67,6 +68,7 @@ def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]
         "holds_pixels": params.encode.codec.kind == "patch",  # pbe/edit.py clips what such a codec decodes
         "rows_per_group": params.encode.rows_per_group if train.input == "encoded" else TRIPLETS_PER_GROUP,
         **_timesteps(edit, leading=train.beta_schedule == "scaled_linear"),
+        "whole_cocoee": params.bench.source != "cocoee" or params.bench.max_items >= ITEMS,
         "extractors": extractors,
         "clip_is_extractor": "clip" in extractors,
         "clip_has_mixture": any(isinstance(e, ClipExtractorConfig) and e.mixture for e in params.evaluate.extractors),

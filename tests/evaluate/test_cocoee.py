@@ -62,6 +62,17 @@ def test_pixels_are_taken_as_stored_as_upstream_does_whatever_profile_a_file_has
             np.testing.assert_array_equal(images.decode(row[name]), images.decode(before[name]))
 
 
+def test_some_items_are_chosen_by_hash_from_a_whole_archive(tmp_path: Path) -> None:
+    write_cocoee(tmp_path, [*IDS, 5])
+    every, two, three = (_read(tmp_path, expected_items=4, max_items=count) for count in (4, 2, 3))
+    names = [[row["bench_id"] for row in rows] for rows in (every, two, three)]
+    assert len(names[1]) == 2 and len(names[2]) == 3 and set(names[1]) < set(names[2]) < set(names[0])
+    assert all([name for name in names[0] if name in some] == some for some in names)  # in the list's order
+    assert all(row["foreign"] in [other["exemplar"] for other in two if other is not row] for row in two)
+    (tmp_path / "GT_3500/000000000017_GT.png").unlink()
+    _refused(tmp_path, "1 of its 12 files are missing", expected_items=4, max_items=1)
+
+
 def _refused(folder: Path, message: str, **changes: int) -> None:
     with pytest.raises(CocoeeError, match=message):
         _read(folder, **changes)

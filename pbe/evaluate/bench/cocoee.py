@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pbe.data import images
 from pbe.data.masks import MaskError, pack_mask, read_hole_mask
-from pbe.data.rng import row_rng
+from pbe.data.rng import row_rng, shard_of
 from pbe.data.schema import BENCH
 from pbe.errors import UserError
 
@@ -36,11 +36,14 @@ class CocoeeError(UserError, ValueError):
     """The folder is not COCOEE as published; the message says what is missing and how to get it."""
 
 
-def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int = ITEMS) -> pa.Table:
+def read_cocoee(
+    folder: Path, *, image_px: int, seed: int, max_items: int = ITEMS, expected_items: int = ITEMS
+) -> pa.Table:
     """Return a BENCH table in the order of id_list.npy, with box holes and exemplars.
 
-    Foreign references are exemplars of other items, drawn at random with `seed`. image_px must be SIDE_PX: nothing is
-    resized. Raises CocoeeError.
+    The archive must be whole; of its items at most `max_items` are taken, chosen by hash of their ids. Foreign
+    references are exemplars of other items, drawn at random with `seed`. image_px must be SIDE_PX: nothing is resized.
+    Raises CocoeeError.
     """
     ids = _ids(folder, expected_items)
     _refuse_missing(folder, ids)
@@ -48,6 +51,9 @@ def read_cocoee(folder: Path, *, image_px: int, seed: int, expected_items: int =
         raise CocoeeError(
             f"COCOEE is {SIDE_PX} px and is not resized; set materialize.image_px, now {image_px}, to {SIDE_PX}"
         )
+    if len(ids) > max_items:
+        taken = sorted(range(len(ids)), key=lambda at: shard_of(str(ids[at]), 2**61))[:max_items]
+        ids = ids[sorted(taken)]
     exemplars = [_exemplar(folder / _file("exemplar", number)) for number in ids]
     rows = []
     for position, number in enumerate(ids):

@@ -1,6 +1,7 @@
 """Box files: every line becomes a row, typed or with a reason; OpenImages' real columns; COCO JSON."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -593,9 +594,24 @@ def test_an_unusable_coco_annotation_says_why_in_words(tmp_path: Path, entry: di
 
 
 NAMELESS = {"id": 8, "file_name": None}
+NAN = {"id": 8, "file_name": math.nan, "name": math.nan}
 
 
-@pytest.mark.parametrize("odd", [None, 3, [], {}, {"id": None}, {"id": [1]}, {"id": True}, NAMELESS])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        3,
+        [],
+        {},
+        {"id": None},
+        {"id": [1]},
+        {"id": True},
+        {"id": "\ud800"},
+        NAMELESS,
+        NAMELESS | {"name": math.nan},
+    ],
+)
 def test_odd_coco_entries_of_images_and_categories_cost_only_their_own_boxes(tmp_path: Path, odd: Any) -> None:
     (entry,), coco = _coco()["annotations"], _coco()
     text = json.dumps(
@@ -605,7 +621,9 @@ def test_odd_coco_entries_of_images_and_categories_cost_only_their_own_boxes(tmp
     )
     good, other = _read(tmp_path, text, "instances.json")
     assert (good["reason"], good["label"]) == (None, "bowl")
-    assert other["reason"] == ("box_image_id_invalid" if odd == NAMELESS else "image_missing")
+    assert other["reason"] == (
+        "box_image_id_invalid" if isinstance(odd, dict) and odd.get("id") == 8 else "image_missing"
+    )
 
 
 def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path) -> None:
@@ -616,6 +634,15 @@ def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path)
     coco["annotations"] = [entry, entry | {"id": 8, "category_id": 52}, entry | {"id": 9, "image_id": 10}]
     rows = _read(tmp_path, json.dumps(coco).encode().replace(b"XX", b"\xe9"), "instances.json")
     assert [row["reason"] for row in rows] == [None, "box_unparsable", "box_image_id_invalid"]
+    (row,) = _read(tmp_path, json.dumps(_coco()).replace("bowl", "bo\nwl"), "instances.json")
+    assert (row["label"], row["reason"]) == ("bo\nwl", None)
+
+
+def test_a_last_row_of_bad_bytes_alone_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pbe.data.annotations.BLOCK_BYTES", len(HEADER) + 1)
+    for end in ("", "\n"):
+        rows = _read(tmp_path, f"{HEADER}\n".encode() + b"\xff" + end.encode())
+        assert [(row["line"], row["reason"]) for row in rows] == [(2, "box_unparsable")]
 
 
 def test_coco_boxes_in_fractions_are_one_message(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
     data = tree.read(name)
     try:
         try:
-            coco = json.loads(data)
+            coco = json.loads(data, strict=False)  # a line end within a name costs nothing
         except UnicodeDecodeError:
-            coco = json.loads(data.decode(errors="surrogateescape"))
+            coco = json.loads(data.decode(errors="surrogateescape"), strict=False)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{tree.path_of(name)}: not a JSON file: {one_line(error)}") from None
     if not isinstance(coco, dict):
@@ -102,7 +102,7 @@ class _ById:
             if key is None:
                 continue  # no box can name it
             other = self.entries.setdefault(key, entry)
-            if other.get(name) != entry.get(name):
+            if other is not entry and other.get(name) != entry.get(name):  # NaN is not itself
                 raise SourceError(
                     f"{where}: {what}: id {entry['id']!r} is both {other.get(name)!r} and {entry.get(name)!r}"
                 )
@@ -121,7 +121,7 @@ class _ById:
 
 def _key(own: object) -> Key | None:
     if isinstance(own, str):
-        return True, own.strip()
+        return (True, own.strip()) if _is_text(own) else None
     if isinstance(own, bool) or not isinstance(own, (int, float)) or not math.isfinite(own):
         return None
     return False, str(int(own) if own == int(own) else own)

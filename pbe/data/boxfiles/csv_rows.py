@@ -285,7 +285,7 @@ def _in_utf8(data: bytes, dialect: Dialect, places: Sequence[int]) -> _Block:
         return _Block(data)
     except UnicodeDecodeError:
         pass
-    lines, unreadable = data.split(b"\n"), []
+    lines, unreadable = data.removesuffix(b"\n").split(b"\n"), []
     for number, line in enumerate(lines):
         try:
             line.decode()
@@ -297,7 +297,7 @@ def _in_utf8(data: bytes, dialect: Dialect, places: Sequence[int]) -> _Block:
                 why = f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
                 unreadable.append(OddRow(number, text[:_SHOWN], why, tuple(cells)))
                 lines[number] = b""
-    return _Block(b"\n".join(lines), tuple(unreadable))
+    return _Block(b"\n".join([*lines, b""]), tuple(unreadable))
 
 
 # -- other CSVs ------------------------------------------------------------------------------------------------------

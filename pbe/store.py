@@ -43,7 +43,8 @@ class PartError(StoreError):
     """A unit's file is missing or damaged. Callers know from `kind` which stage makes it again."""
 
     def __init__(self, uri: str, kind: str, damage: str | None) -> None:
-        """kind: the folder of parts/ that the unit is in. damage: the read error; None if the file is gone."""
+        """kind: the folder of parts/ that the unit is in, or runs, of trainings. damage: the read error; None if the
+        file is gone."""
         super().__init__(uri, kind, damage)
         self.uri, self.kind, self.damage = uri, kind, damage
 
@@ -277,9 +278,15 @@ class Store:
             source.unlink()
 
     def copy_tree_out(self, relative: str, target: Path) -> None:
-        """Copy a folder of the storage to the local folder `target`. Raises StoreError if a name leads out of it."""
-        selector = pafs.FileSelector(self.path(relative), recursive=True)
+        """Copy a folder of the storage to the local folder `target`.
+
+        Raises PartError if there is none, StoreError if a name leads out of it.
+        """
+        selector = pafs.FileSelector(self.path(relative), recursive=True, allow_not_found=True)
         files = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        if not files:
+            root, name = PurePosixPath(relative).parts[:2]
+            raise PartError(self.full_uri(relative), name if root == "parts" else root, None)
         for info, inner in [(info, self._inner(info, relative)) for info in files]:  # all names before any file
             local = target / inner
             local.parent.mkdir(parents=True, exist_ok=True)

@@ -80,17 +80,17 @@ def main(stage: Stage) -> None:
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     with ExitStack() as stack:
-        if run.read_json("finished.json") is None:
+        if run.finished() is None:
             stack.enter_context(hold(run))
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
-        if run.read_json("finished.json") is None:  # the previous holder may have finished it
+        if run.finished() is None:  # the previous holder may have finished it
             stack.enter_context(_shown_as_failed(run_id))
             refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
             track.resume_run(tracking_uri(), run_id)
             _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
         else:
             print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
-    finished = run.read_json("finished.json")
+    finished = run.finished()
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
     history = (run.read_json("history.json") or {"history": []})["history"]

@@ -171,6 +171,9 @@ def test_trees_are_copied_in_and_out_and_deleted(any_store: Store, tmp_path: Pat
     any_store.delete_tree("runs/r")
     any_store.delete_tree("runs/never")
     assert any_store.list_names("runs") == ["other"]
+    with pytest.raises(PartError, match=r"/runs/r/export: this part is gone$") as caught:
+        any_store.copy_tree_out("runs/r/export", target)
+    assert caught.value.kind == "runs"
 
 
 def test_a_store_travels_to_other_processes(any_store: Store) -> None:

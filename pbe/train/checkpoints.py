@@ -62,6 +62,10 @@ class Run:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.store.write_bytes(f"{self.folder}/{name}", json.dumps(value, sort_keys=True).encode())
 
+    def finished(self) -> dict[str, Any] | None:
+        """Return steps and loss of a finished run; None also if its model is gone, which its checkpoint gives again."""
+        return self.read_json("finished.json") if self.store.exists(f"{self.folder}/export/pbe.json") else None
+
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first. Raises CheckpointError if another run wrote one of them."""
         found = []

@@ -91,7 +91,7 @@ def _parts(store: Store, plan: Plan) -> str:
 
 def _steps(store: Store, plan: Plan) -> str:
     run = Run(store, plan.units[0])
-    if run.read_json("finished.json") is not None:
+    if run.finished() is not None:
         return ""
     checkpoints = run.checkpoints()
     last = f"last checkpoint at step {checkpoints[-1].step:,}" if checkpoints else "no checkpoint yet"

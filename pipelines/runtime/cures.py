@@ -7,7 +7,12 @@ from pathlib import Path
 from pbe.errors import UserError
 from pbe.store import ManifestError, PartError
 
-STAGE_OF_KIND = {"index": "ingest", "features": "evaluate", "edit": "edit@VARIANT (or baseline@NAME)"}  # else: kind
+STAGE_OF_KIND = {
+    "index": "ingest",
+    "features": "evaluate",
+    "edit": "edit@VARIANT (or baseline@NAME)",
+    "runs": "train@VARIANT",
+}  # else: kind
 
 _NAMES = "ImageID (CSV) and file_name (COCO) must be file names of photos, or their paths below ingest.images"
 _AGAIN = "set ingest.retry_rejected: true"

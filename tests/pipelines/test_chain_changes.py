@@ -247,6 +247,19 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
         shutil.rmtree(run / "checkpoints" / "step-00000012")
 
 
+def test_a_model_that_is_gone_from_the_storage_is_exported_again(changeable: Project) -> None:
+    run = next((changeable.folder / ".store" / "runs").glob("full-*"))
+    model = (run / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for folder in (run / "export", changeable.folder / ".store" / "parts" / "edit"):
+        shutil.rmtree(folder)
+    result = changeable.run("pipelines", "edit", "--variant", "full", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("pbe: error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and "Traceback" not in result.stderr
+    assert f"{run}/export: this part is gone; `dvc repro -f -s train@VARIANT` makes it again" in errors[0]
+    changeable.run("pipelines", "train", "--variant", "full")
+    assert (run / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == model
+
+
 def test_an_mlflow_that_goes_away_costs_a_training_nothing(changeable: Project, tmp_path: Path) -> None:
     """And the whole curve is logged when it is back."""
     from mlflow import MlflowClient

@@ -10,7 +10,13 @@ from pipelines.runtime.cures import with_cure
 
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [("encode", "encode"), ("index", "ingest"), ("features", "evaluate"), ("edit", "edit@VARIANT (or baseline@NAME)")],
+    [
+        ("encode", "encode"),
+        ("index", "ingest"),
+        ("features", "evaluate"),
+        ("edit", "edit@VARIANT (or baseline@NAME)"),
+        ("runs", "train@VARIANT"),
+    ],
 )
 def test_a_part_is_made_again_by_its_stage(kind: str, stage: str) -> None:
     again = f"`dvc repro -f -s {stage}` makes it again"

@@ -35,6 +35,7 @@ def test_a_damaged_file_costs_its_stage_alone(root: Path, manifest: str, capsys:
 def test_a_damaged_run_is_told(root: Path, finished: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(root / "store"))
     write_plan(store, "train@full", "run", ["full-0123"], total=10)
+    store.write_bytes("runs/full-0123/export/pbe.json", b"{}")
     store.write_bytes("runs/full-0123/finished.json", finished.encode())
     status.main()
     assert "train@full" in capsys.readouterr().out

@@ -13,13 +13,20 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations
 
 
 def git_commit(root: Path) -> str:
-    """Return HEAD, with -dirty when tracked files differ; in a Ray job, the submitter's; else "unknown"."""
+    """Return HEAD, with -dirty when tracked files differ; in a Ray job, the submitter's; else "unknown".
+
+    dvc.lock does not count: DVC rewrites it with every stage.
+    """
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", ".", ":!dvc.lock"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -62,15 +62,29 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
     Of a checkpoint these are the tensors below `state_dict`, `model`, `module` or the like. Raises TorchFileError.
     """
-    with path.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        read = _read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy
-        pickled, values = read(mapped)
+        mapped, pickled, values = _opened(path)
         file = _File(mapped, values)
         return {name: file.tensor(made, name) for name, made in _model_of(pickled.value).items()}
     except PickleError as error:
         raise _damage(str(error)) from None
+
+
+def names_in(path: Path) -> frozenset[Name]:
+    """The classes and functions that a file of torch.save names, and that another reader would call.
+
+    Raises TorchFileError.
+    """
+    try:
+        return _opened(path)[1].names
+    except PickleError as error:
+        raise _damage(str(error)) from None
+
+
+def _opened(path: Path) -> tuple[mmap.mmap, Pickle, dict[str, _Values]]:
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    return mapped, *(_read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy)(mapped)
 
 
 def _damage(what: str) -> TorchFileError:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pbe.errors import UserError
+from pbe.model.torch_file import names_in
+from pbe.pickles import Name
 from pbe.train.settings import TrainConfig
 
 # Gradient buckets in elements. DeepSpeed's default of 5e8 would allocate gigabytes on a small machine.
@@ -23,6 +25,17 @@ GPU_BUCKET = 100_000_000
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
 # ds_to_universal requires it; without it ZeRO 1 and 2 cannot resume on another number of ranks
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+_WRITTEN_BY_DEEPSPEED = {
+    Name("collections", "OrderedDict"),
+    Name("torch.storage", "UntypedStorage"),
+    Name("torch._tensor", "_rebuild_from_type_v2"),
+    *(Name("torch._utils", f"_rebuild_{kind}") for kind in ("tensor_v2", "tensor_v3", "parameter")),
+    Name("torch.nn.parameter", "Parameter"),
+    Name("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    Name("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    Name("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    Name("deepspeed.utils.tensor_fragment", "fragment_address"),
+}
 
 
 class EngineError(UserError, RuntimeError):
@@ -116,11 +129,40 @@ def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> None
         raise EngineError(f"{folder}: cannot write the checkpoint: {_first_line(error)}") from error
 
 
+def refuse_code(folder: Path) -> None:
+    """Raise EngineError for a file below `folder` that names anything but what DeepSpeed writes.
+
+    DeepSpeed reads its files with pickle, which calls what they name, so whoever writes to the storage would run code.
+    """
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            foreign = sorted(f"{name.module}.{name.name}" for name in names_in(file) if not _is_deepspeeds(name))
+        except (ValueError, OSError) as error:
+            raise EngineError(f"{file}: {_first_line(error)}") from None
+        if foreign:
+            raise EngineError(
+                f"{file}: names {foreign[0]}, which is not in DeepSpeed's checkpoints and may be code; nothing was "
+                "loaded. Remove this checkpoint, and find out who wrote it"
+            )
+
+
+def _is_deepspeeds(name: Name) -> bool:
+    if name.module == "torch":
+        known = getattr(torch, name.name, None)
+        return (
+            name.name.endswith("Storage")
+            or known in (torch.Size, torch.Tensor, torch.device)
+            or (isinstance(known, torch.dtype))
+        )
+    return name in _WRITTEN_BY_DEEPSPEED
+
+
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
     """Load a checkpoint from `folder`, which holds the files of all ranks; returns the client state.
 
     Collective. Raises EngineError.
     """
+    refuse_code(folder)
     try:
         loaded, client_state = engine.load_checkpoint(str(folder), tag=TAG)
     except (RuntimeError, KeyError, AssertionError) as error:
@@ -136,6 +178,7 @@ def to_universal(folder: Path, out: Path) -> None:
     Not collective. Runs in a separate process, because DeepSpeed's converter forks and a training rank must not. Raises
     EngineError.
     """
+    refuse_code(folder)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers=2"]
     done = subprocess.run(
         [*command, f"--input_folder={folder / TAG}", f"--output_folder={out / TAG}"],

@@ -1,5 +1,6 @@
 """What a resume does with damaged, foreign, half-written and remote checkpoints. Real ranks, real files."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import MARKER, Run
+from pbe.train.engine import EngineError, to_universal
 from tests.train.ranks import (
     FillDiskAt,
     KillAt,
@@ -110,6 +113,32 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "resuming from step 8" in out
     np.testing.assert_allclose(loss_curve(store, killed.name), golden, rtol=0, atol=1e-5)
     assert [found.step for found in killed.checkpoints()] == [24, 30]
+
+
+class _Attack:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (exec, (f"import pathlib; pathlib.Path({str(self.target)!r}).touch()",))
+
+
+def test_code_in_a_checkpoint_is_not_executed(place: tuple[Path, Store, Manifest], killed: Run) -> None:
+    """Whoever writes to the storage chooses hashes too; DeepSpeed reads its files with pickle."""
+    folder, store, encoded = place
+    file, marker = _optimizer_file(killed, 16), f"checkpoints/step-00000016/{MARKER}"
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "more": _Attack(folder / "owned")}, file)
+    listed = killed.read_json(marker)
+    assert listed is not None
+    name = next(name for name in listed["files"] if name.endswith(file.name))
+    listed["files"][name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    killed.write_json(marker, listed)
+    with pytest.raises(RankDiedError, match=r"EngineError: .*optim_states\.pt: names __builtin__\.exec, which is not"):
+        run_ranks(train, tiny_spec(store, encoded, tiny_config(), killed.name), world=1, tmp=folder)
+    with pytest.raises(EngineError, match="may be code"):
+        to_universal(file.parent.parent, folder / "universal")
+    assert not (folder / "owned").exists() and not (folder / "universal").exists()
 
 
 @pytest.mark.slow

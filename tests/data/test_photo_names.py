@@ -35,6 +35,8 @@ NFC, NFD = (unicodedata.normalize(form, "café-1") for form in ("NFC", "NFD"))
         ("/home/me/photos/train/p0.jpg", "train/p0.jpg", "p0"),
         ("C:\\photos\\p0.jpg", "p0.jpg", "p0"),
         ("p0.jpg", "deep/er/p0.jpg", "p0"),
+        ("file:///me/train/p0.jpg", "train/p0.jpg", "p0"),
+        ("/data/local-files/?d=train/p0.jpg", "train/p0.jpg", "p0"),
         ("train2017/p0.jpg", "photos/p0.jpg", "p0"),  # a name alone, where no other path could mean it
         (NFC, f"{NFD}.jpg", NFD),
         (NFD, f"{NFC}.jpg", NFC),

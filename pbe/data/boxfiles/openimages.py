@@ -90,7 +90,9 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
     image_id = photos.ids(cells.column("ImageID"))
     invalid = invalid_ids(image_id)
     if pc.any(invalid).as_py():
-        problem(photos.missing(image_id), "image_missing", pc.binary_join_element_wise("no photo", image_id, " "))
+        problem(
+            photos.missing(image_id), "image_missing", pc.binary_join_element_wise("no photo is called", image_id, " ")
+        )
         problem(invalid, "box_image_id_invalid", pc.binary_join_element_wise("ImageID", image_id, " "))
     outside = ~_clip(columns, findings)
     if outside.any():

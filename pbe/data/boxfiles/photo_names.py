@@ -35,7 +35,7 @@ UNSEEN = (
     r"\x{fff9}-\x{fffb}\x{e0000}-\x{e007f}"
 )
 _SUFFIX = re.compile(IMAGE_SUFFIX)
-_SEPARATOR = re.compile(r"[/\\]+")
+_SEPARATOR = re.compile(r"[/\\]+|\?d=")  # /data/local-files/?d=train/p0.jpg, as Label Studio exports it
 _ORDINARY = re.compile(r"[0-9A-Za-z_-]*[A-Za-z_-][0-9A-Za-z_-]*")  # has no other spelling
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,199})(?:\.0+)?")  # as a spreadsheet writes it
 # how a photo was found, in words for the user

@@ -3,16 +3,17 @@
 Ray ends tasks and actors of a node above RAY_memory_usage_threshold (95 %), before the kernel ends what it likes.
 """
 
+import os
 import re
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import ray
 
-from pbe.errors import one_line
 from pipelines.runtime.stage import StageError
 
 WAITS_S = (10, 20, 40, 80, 160)  # each before one more attempt; from the first again once something was done
@@ -57,25 +58,37 @@ def shortage(error: BaseException) -> str | None:
         problem = f"node {host} is low on memory ({float(used):.1f} of {float(total):.1f} GB in use"
         if largest := _LARGEST.search(text):
             number, size, command = largest.groups()
-            problem += f", the most by process {number} with {size} GB: {one_line(command, 60)}"
+            program = Path(command.split()[0]).name if command.strip() else "?"  # its arguments may hold secrets
+            problem += f", {size} of them by process {number}, {program}"
         return f"{problem}), so Ray ended some of this work"
     if "Worker exit type: SYSTEM_ERROR" in text or "The worker died unexpectedly" in text:
         return "a process of this work was killed, by the kernel if memory was short (`dmesg` says so there)"
     return None
 
 
-def tell_if_restarted(title: str, advice: str) -> None:
-    """In an actor: if Ray has started it again, print how much memory its node has. Ray goes on doing so by itself."""
+def wait_if_restarted(title: str, advice: str) -> None:
+    """In an actor: if Ray has started it again, say so, and wait until its node has memory for it.
+
+    Raises StageError if the node has none after all waits. Ray itself would start the actor for ever, in silence.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 calls a method of its own here that it calls deprecated
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
     if restarted:
-        node = psutil.virtual_memory()
-        print(
-            f"{title}: an actor ended and was started again; its node has {node.available / 1e9:.1f} of "
-            f"{node.total / 1e9:.1f} GB of memory left. If that is too little: close other programs, or {advice}",
-            flush=True,
-        )
+        print(f"{title}: an actor ended and was started again; {_memory_left()}. If it repeats: {advice}", flush=True)
+        wait_for_memory(Patience(title, advice))
+
+
+def wait_for_memory(patience: Patience) -> None:
+    """Wait while this node is so full that Ray ends work on it. Raises StageError if it stays so."""
+    threshold = float(os.environ.get("RAY_memory_usage_threshold") or 0.95)  # noqa: SIM112 (Ray's name)
+    while psutil.virtual_memory().percent >= 100 * threshold:
+        patience.wait(_memory_left(), done=0)
+
+
+def _memory_left() -> str:
+    node = psutil.virtual_memory()
+    return f"its node has {node.available / 1e9:.1f} of {node.total / 1e9:.1f} GB of memory left"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

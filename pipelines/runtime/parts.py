@@ -25,7 +25,7 @@ from pipelines.runtime import local_ray
 from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import DRIVER_ENV, WORKER_ENV, is_local, set_unset
-from pipelines.runtime.memory import Patience, shortage, tell_if_restarted
+from pipelines.runtime.memory import Patience, shortage, wait_if_restarted
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.stage import Stage, StageError
@@ -217,8 +217,8 @@ def _actor_class(
 ) -> type:
     class UnitActor:
         def __init__(self) -> None:
-            tell_if_restarted(title, advice)
             try:
+                wait_if_restarted(title, advice)
                 self._work, self._error = worker(), ""
             except UserError as error:  # if raised here, Ray would restart the actor forever
                 self._error = with_cure(error)

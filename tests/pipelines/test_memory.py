@@ -28,8 +28,8 @@ Top 10 memory users: PID\tMEM(GB)\tCOMMAND
 22845\t0.30\tray::MapWorker(Map(UnitActor))
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/debug-memory.html."""
 NODE = (
-    "node 127.0.0.1 is low on memory (22.6 of 23.5 GB in use, the most by process 16617 with 10.88 GB: "
-    "python -m another program), so Ray ended some of this work"
+    "node 127.0.0.1 is low on memory (22.6 of 23.5 GB in use, 10.88 of them by process 16617, python), "
+    "so Ray ended some of this work"
 )
 
 # Units that end as argv[1] says, the first time or every time, on a real Ray.
@@ -107,6 +107,15 @@ def test_waits_grow_and_end_and_start_over_after_progress(
         patience.wait(NODE, done=5)
 
 
+def test_a_node_that_stays_full_is_waited_for_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WAITS_S", (0.01, 0.02))
+    monkeypatch.setenv("RAY_memory_usage_threshold", "1.1")
+    memory.wait_for_memory(Patience("edit@full", "lower edit.actors"))
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.0")
+    with pytest.raises(StageError, match=r"edit@full: its node has .* of memory left, and again .*lower edit.actors"):
+        memory.wait_for_memory(Patience("edit@full", "lower edit.actors"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_shortage_that_passes_is_told_and_the_parts_are_made(tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ def test_rays_own_monitor_ends_tasks_and_the_message_names_node_and_setting(tmp_
 def test_an_actor_that_is_killed_says_so_when_it_is_back(tmp_path: Path) -> None:
     printed = run(tmp_path, "killed once", actors=1)
     assert "ingest: an actor ended and was started again; its node has " in printed
-    assert "close other programs, or lower ingest.actors" in printed
+    assert "If it repeats: lower ingest.actors" in printed
     assert "['a-1', 'b-1']" in printed
 
 

@@ -258,11 +258,12 @@ def _whole_lines(tree: FileTree, name: str, dialect: Dialect, block_bytes: int) 
             if skipping:
                 end = chunk.find(b"\n") + 1
                 skipping, chunk = not (end or ended), chunk[end:] if end else b""
-            data = begun + chunk
-            cut = len(data) if ended else data.rfind(b"\n") + 1
-            begun = data[cut:]
-            if cut:
-                yield from _without_long_rows(data[:cut])
+            cut = len(chunk) if ended else chunk.rfind(b"\n") + 1
+            if cut or (ended and begun):
+                yield from _without_long_rows(b"".join((begun, memoryview(chunk)[:cut])))  # copies once
+                begun = chunk[cut:]
+            else:
+                begun += chunk
             if len(begun) > ROW_BYTES_MAX:
                 yield begun, True
                 begun, skipping = b"", True

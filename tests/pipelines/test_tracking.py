@@ -135,7 +135,7 @@ def test_the_same_results_are_the_same_runs_also_after_some_were_deleted(
     def run_both() -> dict[str, str]:
         evaluate.main(_stage(root, "evaluate"))
         sweep.main(_stage(root, "sweep"))
-        return {run.info.run_name: run.info.run_id for run in _runs(uri)}
+        return {run.info.run_name: run.info.run_id for run in reversed(_runs(uri))}  # of each name the newest
 
     first = run_both()
     scales = {f"guidance-{scale:g}" for scale in golden.small_params().sweep.guidance_scales}

@@ -21,7 +21,7 @@ from tests.ldm_layout import ldm_model, paint_by_example
 from tests.pipelines.project import Project, make_project, metrics
 from tests.tiny_weights import state_of, write_clip_extractor, write_mixture
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 pytest.importorskip("skimage", reason="needs the sample extra")
 
@@ -77,7 +77,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Path]:
     project = make_project(tmp_path_factory.mktemp("chain") / "published", "cocoee", str(root))
     project.run("pbe.cli", "import", str(root / "model.ckpt"), "--out", str(root / "published"))
     _make_tiny(project)
-    project.run("dvc", "repro", "evaluate")
+    project.run_to_the_end("dvc", "repro", "evaluate")
     return project, root
 
 

@@ -38,15 +38,21 @@ class Project:
         return env | more
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `python -m COMMAND...` here; its output goes into the error when it fails and `check` is set."""
-        result = subprocess.run(
-            [str(self.python), "-m", *command],
-            cwd=self.folder,
-            env=self.environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        """Run `python -m COMMAND...` here; its output goes into the error when it fails and `check` is set.
+
+        When it takes too long, all that it started ends with it: a stage would go on without its `dvc repro`.
+        """
+        arguments, pipe = [str(self.python), "-m", *command], subprocess.PIPE
+        environment = self.environment(**env)
+        with subprocess.Popen(
+            arguments, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+            except BaseException:
+                kill_tree(process)
+                raise
+        result = subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
         if check and result.returncode:
             raise AssertionError(f"{command} exited with {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result
@@ -141,7 +147,7 @@ def copy_project(project: Project, folder: Path) -> Project:
     return Project(folder)
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(process: subprocess.Popen[Any]) -> None:
     """SIGKILL the process and all it started (raylet, workers), as a machine that loses power would."""
     parent = psutil.Process(process.pid)
     # the parent first: DVC would see its stage die and be killed while it writes that down

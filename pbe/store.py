@@ -72,7 +72,7 @@ def inner_path(name: str, root: str) -> PurePosixPath:
     Names come from listings of a storage, manifests and markers, so whoever writes there chooses them; a key of S3 may
     have ".." in it.
     """
-    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise StoreError(f"{root}: the name {name!r} leads out of this folder; remove it there")
     return PurePosixPath(name)
 

@@ -31,7 +31,7 @@ FILES = {
     "text_encoder/config.json": b'{"text": 1}',
     "text_encoder/model.safetensors": b"text",
     "model.safetensors": b"top",
-    "image_encoder/config.json": b"{}",
+    "image_encoder/config.json": b'{"encoder": 1}',
     "image_encoder/model.fp16.safetensors": b"half alone",
 }
 
@@ -124,6 +124,7 @@ def test_only_the_parts_that_are_needed_come_and_pickles_only_without_safetensor
         "model_index.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
+        "image_encoder/config.json",
         "image_encoder/model.fp16.safetensors",
     }
     second = _fetch(hub, tmp_path, f"org/model@{COMMIT}", ["vae"])

@@ -188,10 +188,11 @@ def roofline(photos: Photos) -> int:
     for data, window, reference in photos.windows:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         assert image is not None
-        for area, side_px in ((window, CUT.image_px), (reference, CUT.reference_px)):
+        full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # of references alone
+        for area, side_px, chroma in ((window, CUT.image_px, []), (reference, CUT.reference_px, full)):
             crop = image[area.y0 : area.y1, area.x0 : area.x1]
             small = cv2.resize(crop, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
-            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, CUT.jpeg_quality])
+            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, CUT.jpeg_quality, *chroma])
     return len(photos.windows)
 
 

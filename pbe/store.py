@@ -20,6 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -345,12 +346,16 @@ class Store:
         after: Sequence[str] = (),
     ) -> Record:
         """Write one Parquet file per dataset, then the record. The bytes depend only on the tables."""
-        files = []
-        for dataset, table in tables.items():
-            data = _parquet_bytes(table, rows_per_group)
-            file = _file_of(stage, unit, dataset, table, data)
-            self.write_bytes(file.path, data)
-            files.append(file)
+        files, writing = [], None
+        with ThreadPoolExecutor(1) as beside:  # the disk, or an upload, works while bytes are hashed and the next made
+            for dataset, table in tables.items():
+                data = _parquet_bytes(table, rows_per_group)
+                if writing is not None:
+                    writing.result()  # so that two files are held at most
+                writing = beside.submit(self.write_bytes, _path_of(stage, unit, dataset), data)
+                files.append(_file_of(stage, unit, dataset, table, data))
+            if writing is not None:
+                writing.result()
         return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))
 
     def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
@@ -380,7 +385,9 @@ class Store:
         """
         with self._readable(file):
             if columns is None:
-                return pq.read_table(pa.BufferReader(self._whole(file)), page_checksum_verification=True)
+                return pq.read_table(
+                    pa.BufferReader(self._whole(file))
+                )  # its sha256 says more than the pages' checksums
             with self._opened(file, None, pre_buffer=True) as parquet:
                 missing = [name for name in columns if name not in parquet.schema_arrow.names]
                 if missing:
@@ -469,10 +476,13 @@ def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:
-    path = f"parts/{stage}/{unit}/{dataset}.parquet"
     footer = data[-_footer_bytes(bytes(data[-8:]), len(data)) :]
     sha256, footer_sha256 = (hashlib.sha256(part).hexdigest() for part in (data, footer))
-    return File(dataset, path, table.num_rows, len(data), sha256, footer_sha256)
+    return File(dataset, _path_of(stage, unit, dataset), table.num_rows, len(data), sha256, footer_sha256)
+
+
+def _path_of(stage: str, unit: str, dataset: str) -> str:
+    return f"parts/{stage}/{unit}/{dataset}.parquet"
 
 
 def _parquet_bytes(table: pa.Table, rows_per_group: int) -> memoryview:

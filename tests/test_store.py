@@ -127,6 +127,35 @@ def test_a_write_that_is_cut_off_leaves_the_old_file_whole(
     assert store.read_bytes("x") == b"old"
 
 
+def test_a_file_is_written_while_the_next_is_made(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads of a part's slots would otherwise take turns with the processor."""
+    encode, write, second_begun, overlapped = store_module._parquet_bytes, Store.write_bytes, threading.Event(), []
+
+    def encoded(table: pa.Table, rows_per_group: int) -> memoryview:
+        if table.num_rows == 2:
+            second_begun.set()
+        return encode(table, rows_per_group)
+
+    def written(store: Store, relative: str, data: bytes | memoryview) -> None:
+        if relative.endswith("/first.parquet"):
+            overlapped.append(second_begun.wait(20))
+        write(store, relative, data)
+
+    monkeypatch.setattr(store_module, "_parquet_bytes", encoded)
+    monkeypatch.setattr(Store, "write_bytes", written)
+    record = store.write_unit("a", "u", {"first": pa.table({"x": [1]}), "second": pa.table({"x": [1, 2]})}, counts={})
+    assert overlapped == [True] and store.find_unit("a", "u") == record
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def test_a_file_that_cannot_be_written_leaves_no_record(store: Store, name: str) -> None:
+    (Path(store.path("parts/a/u")) / f"{name}.parquet").mkdir(parents=True)
+    table = pa.table({"x": [1]})
+    with pytest.raises(StoreError, match=f"parts/a/u/{name}.parquet: cannot be written"):
+        store.write_unit("a", "u", dict.fromkeys(("first", "second", "third"), table), counts={})
+    assert not store.exists("parts/a/u/record.json")
+
+
 def test_bytes_are_on_the_disk_before_they_get_their_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     replace, fsync = os.replace, os.fsync

@@ -3,25 +3,35 @@
 Compares in turns, in one process, on the same photos and crops, at the paper's sizes (512 and 224 px, JPEG quality 95,
 one triplet per photo):
 
-roofline   decode, crop, resize to 512 and 224, encode both: the unavoidable work. OpenCV alone, one thread.
-plain      triplet_tables: the same, and geometry, both holes, row generators and Arrow tables. One core.
-ray        the stage itself, through Ray Data with Parquet writing: one task at a time, then two.
+roofline   decode, crop, resize to 512 and 224, encode both: the unavoidable work. OpenCV alone, one thread; in one
+           process, then in two.
+stored     the roofline, and what any stage must do besides: read the photos' bytes, write those of the crops with their
+           SHA-256. Processor time of one core, as the next two.
+plain      triplet_tables: the roofline, and geometry, both holes, row generators and Arrow tables.
+part       the stage's task without Ray: plain between reading and writing Parquet with checksums.
+ray        the stage itself, through Ray Data: one task at a time, then two. Wall clock, in turns with the roofline; a
+           ratio is the median over turns, so that other work on the machine hits both of its sides.
 
-The last line has the ratios; nothing is asserted. Photos: coco256 as it is, and enlarged to 1024 px at quality 90. Each
-of the two sets gives a line of ratios; the last line has the smaller ratio of each kind. The stage runs no network:
---device cuda changes nothing, and says so.
+The last lines have the ratios; nothing is asserted. Photos: coco256 as it is, without those
+in another colour space than sRGB, whose conversion is work of its own, and coco256 enlarged to 1024 px at quality 90.
+Each of the two sets gives a line of rates; the last lines have the smaller ratio of each kind. The stage runs no
+network: --device cuda changes nothing, and says so.
 """
 
 import argparse
 import hashlib
 import mmap
 import os
+import pickle
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +78,9 @@ CUT = MaterializeConfig(
     bezier_jitter_px=5,
 )
 SEED = 23
+CHROMA_420, CHROMA_444 = (
+    (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}")) for name in ("420", "444")
+)
 UPSTREAM = FilterConfig(min_area_frac=0.02, max_area_frac=0.8)
 
 
@@ -97,26 +110,41 @@ def main() -> int:
     cv2.setNumThreads(1)
     repeats = 2 if args.quick else 7
     sets = [coco256(args.photos, enlarge_to_px=None), coco256(args.photos, enlarge_to_px=1024)]
-    plain = {photos.name: plain_rates(photos, repeats) for photos in sets}
+    alone = {photos.name: processor_rates(photos, repeats) for photos in sets}
     touch_memory((1 if args.quick else 8) << 30)
-    ray = ray_rates(
-        sets, repeats=1 if args.quick else 4, parts=3 if args.quick else 6, times_per_part=1 if args.quick else 2
+    turns = wall_rates(
+        sets, repeats=2 if args.quick else 6, parts=3 if args.quick else 6, times_per_part=1 if args.quick else 2
     )
     ratios = []
     for photos in sets:
-        roofline, ours = plain[photos.name]
-        one, two = ray[photos.name]
-        ratios.append((ours / roofline, one / roofline, two / one))
-        print(
-            f"{photos.name}: {photos.images.num_rows} photos, roofline {roofline:.0f}/s, plain {ours:.0f}/s, "
-            f"ray {one:.0f}/s on one core, {two:.0f}/s on two"
+        given, found = alone[photos.name], turns[photos.name]
+        ratios.append(
+            {
+                "plain_over_roofline": given["plain"] / given["roofline"],
+                "stored_over_roofline": given["stored"] / given["roofline"],
+                "part_over_roofline": given["part"] / given["roofline"],
+                "part_over_stored": given["part"] / given["stored"],
+                "ray_over_roofline": median_ratio(found, "ray", "roofline"),
+                "roofline_scaling_1_to_2": median_ratio(found, "roofline on two", "roofline"),
+                "ray_scaling_1_to_2": median_ratio(found, "ray on two", "ray"),
+                "ray_over_roofline_on_two": median_ratio(found, "ray on two", "roofline on two"),
+            }
         )
+        clock = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+        for title, rates in (("processor time", given), ("wall clock", clock)):
+            listed = ", ".join(f"{name} {rate:.0f}/s" for name, rate in rates.items())
+            print(f"{photos.name}, {photos.images.num_rows} photos, {title}: {listed}")
     if not args.quick:
         for photos in sets:
             print(f"{photos.name}: {more_rates(photos, repeats)}")
-    low = [min(ratio[index] for ratio in ratios) for index in range(3)]
-    print(f"plain_over_roofline={low[0]:.3f} ray_over_roofline={low[1]:.3f} scaling_1_to_2={low[2]:.3f}")
+    for name in ratios[0]:
+        print(f"{name}={min(ratio[name] for ratio in ratios):.3f}")
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     return 0
+
+
+def median_ratio(turns: Sequence[Mapping[str, float]], above: str, below: str) -> float:
+    return statistics.median(turn[above] / turn[below] for turn in turns)
 
 
 def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
@@ -138,6 +166,9 @@ def coco256(folder: Path, *, enlarge_to_px: int | None) -> Photos:
     kept, _ = filter_boxes(tables["boxes"], tables["images"], UPSTREAM)
     used = pa.compute.is_in(tables["images"].column("image_id"), kept.column("image_id").combine_chunks())
     images = as_train(tables["images"].filter(used))
+    is_srgb = [image_codec.other_colours(data) is None for data in images.column("bytes").to_pylist()]
+    images = images.filter(pa.array(is_srgb))
+    kept = kept.filter(pa.compute.is_in(kept.column("image_id"), images.column("image_id").combine_chunks()))
     name = "coco256" if enlarge_to_px is None else f"coco256 at {enlarge_to_px} px"
     return Photos(name, images, as_train(kept), windows_of_slot_0(images, kept))
 
@@ -183,17 +214,36 @@ def windows_of_slot_0(images: pa.Table, boxes: pa.Table) -> list[tuple[bytes, Bo
     return out
 
 
-def roofline(photos: Photos) -> int:
-    """The work in OpenCV alone, in BGR, with its default JPEG settings at quality 95; returns the samples."""
-    for data, window, reference in photos.windows:
+def crops_by_opencv(windows: Sequence[tuple[bytes, Box, Box]]) -> list[np.ndarray]:
+    """The work in OpenCV alone, in BGR, with its own JPEG settings at quality 95; returns the JPEGs."""
+    crops = []
+    for data, window, reference in windows:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         assert image is not None
-        full = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # of references alone
-        for area, side_px, chroma in ((window, CUT.image_px, []), (reference, CUT.reference_px, full)):
+        for area, side_px, chroma in ((window, CUT.image_px, CHROMA_420), (reference, CUT.reference_px, CHROMA_444)):
             crop = image[area.y0 : area.y1, area.x0 : area.x1]
             small = cv2.resize(crop, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
-            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, CUT.jpeg_quality, *chroma])
-    return len(photos.windows)
+            crops.append(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, CUT.jpeg_quality, *chroma])[1])
+    return crops
+
+
+def roofline(photos: Photos) -> int:
+    return len(crops_by_opencv(photos.windows)) // 2
+
+
+def stored(photos: Photos, folder: Path) -> int:
+    """The roofline between reading one file and writing another. folder: has the file "photos"."""
+    data, start, windows = (folder / "photos").read_bytes(), 0, []
+    for jpeg, window, reference in photos.windows:
+        windows.append((data[start : start + len(jpeg)], window, reference))
+        start += len(jpeg)
+    out = b"".join(crop.tobytes() for crop in crops_by_opencv(windows))
+    with (folder / "crops").open("wb") as stream:
+        stream.write(out)
+        stream.flush()
+        os.fsync(stream.fileno())
+    (folder / "crops.sha256").write_text(hashlib.sha256(out).hexdigest())
+    return len(windows)
 
 
 def ours(photos: Photos) -> int:
@@ -201,16 +251,32 @@ def ours(photos: Photos) -> int:
     return counts["triplets"]
 
 
-def plain_rates(photos: Photos, repeats: int) -> tuple[float, float]:
-    """Samples per second of roofline and of triplet_tables: medians of alternating runs, processor time."""
-    rates: dict[Callable[[Photos], int], list[float]] = {roofline: [], ours: []}
-    for turn in range(repeats + 1):
-        for run, found in rates.items():
-            started = time.process_time()
-            samples = run(photos)
-            if turn:  # the first is a warm-up
-                found.append(samples / (time.process_time() - started))
-    return statistics.median(rates[roofline]), statistics.median(rates[ours])
+def processor_rates(photos: Photos, repeats: int) -> dict[str, float]:
+    """Samples per second of processor time: medians of alternating runs on one core."""
+    with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
+        store = Store(f"{folder}/store")
+        [inputs] = write_inputs(store, photos, 1, 1)
+        (Path(folder) / "photos").write_bytes(b"".join(data for data, _, _ in photos.windows))
+
+        def part() -> int:
+            triplets = make_part(store, "part", inputs).counts["triplets"]
+            store.delete_tree("parts/bench")
+            return triplets
+
+        runs: dict[str, Callable[[], int]] = {
+            "roofline": partial(roofline, photos),
+            "stored": partial(stored, photos, Path(folder)),
+            "plain": partial(ours, photos),
+            "part": part,
+        }
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                started = time.process_time()
+                samples = run()
+                if turn:  # the first is a warm-up
+                    rates[name].append(samples / (time.process_time() - started))
+    return {name: statistics.median(found) for name, found in rates.items()}
 
 
 def more_rates(photos: Photos, repeats: int) -> str:
@@ -238,13 +304,14 @@ def more_rates(photos: Photos, repeats: int) -> str:
     return f"8 slots {8 * rows / seconds(slots_8):.0f} triplets/s, ingest checks {rows / seconds(check):.0f} photos/s"
 
 
-def ray_rates(
+def wall_rates(
     sets: Sequence[Photos], *, repeats: int, parts: int, times_per_part: int
-) -> dict[str, tuple[float, float]]:
-    """Samples per second of the stage's own tasks, one and two at a time, by name of the set: medians, wall clock.
+) -> dict[str, list[dict[str, float]]]:
+    """Samples per second on the wall clock by name of the set: of each turn, by what was run.
 
-    Timed from the end of the first part (or pair) to the end of the last, because Ray takes a second or two to start a
-    run and its workers, for any number of photos. What a run writes is deleted before the next.
+    The stage's own tasks, one and two at a time, are timed from the end of the first part (or pair) to the end of the
+    last, because Ray takes a second or two to start a run and its workers, for any number of photos. What a run writes
+    is deleted before the next.
     """
     import ray
 
@@ -252,23 +319,52 @@ def ray_rates(
 
     start_ray()
     cores = int(ray.cluster_resources()["CPU"])
-    out = {}
+    out: dict[str, list[dict[str, float]]] = {}
     for photos in sets:
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
-            store = Store(folder)
+        with (
+            tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder,
+            ProcessPoolExecutor(2, get_context("spawn")) as pool,
+        ):
+            store = Store(f"{folder}/store")
             inputs = write_inputs(store, photos, parts + 2, times_per_part)
-            rate(store, inputs[:4], at_once=2, cores=cores)  # starts both workers; Ray would end an idle one
-            for _ in range(repeats):
-                for at_once in (2, 1):
-                    rates[at_once].append(rate(store, inputs[: parts + at_once], at_once=at_once, cores=cores))
-        out[photos.name] = statistics.median(rates[1]), statistics.median(rates[2])
+            (Path(folder) / "set").write_bytes(pickle.dumps(photos))
+            alone = partial(run_roofline, Path(folder))
+            runs: dict[str, Callable[[], float]] = {
+                "roofline": partial(process_rate, pool, alone, at_once=1, times=parts * times_per_part),
+                "ray": partial(rate, store, inputs[: parts + 1], at_once=1, cores=cores),
+                "roofline on two": partial(process_rate, pool, alone, at_once=2, times=parts * times_per_part),
+                "ray on two": partial(rate, store, inputs[: parts + 2], at_once=2, cores=cores),
+            }
+            process_rate(pool, alone, at_once=2, times=4)  # starts both processes
+            rate(store, inputs[:4], at_once=2, cores=cores)  # and both workers; Ray would end an idle one
+            out[photos.name] = [{name: run() for name, run in runs.items()} for _ in range(repeats)]
     return out
 
 
-def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) -> float:
-    from functools import partial
+@cache
+def read_set(folder: Path) -> Photos:
+    """The photos that a process of the pool works on, read once."""
+    cv2.setNumThreads(1)
+    return pickle.loads((folder / "set").read_bytes())
 
+
+def run_roofline(folder: Path) -> int:
+    return roofline(read_set(folder))
+
+
+def process_rate(pool: Executor, run: Callable[[], int], *, at_once: int, times: int) -> float:
+    """Samples per second of `times` runs, of which `at_once` run at the same time."""
+    started = time.perf_counter()
+    waiting = [pool.submit(run) for _ in range(at_once)]
+    samples = 0
+    for left in reversed(range(times)):
+        samples += waiting.pop(0).result()
+        if left >= at_once:
+            waiting.append(pool.submit(run))
+    return samples / (time.perf_counter() - started)
+
+
+def rate(store: Store, inputs: Sequence[Record], *, at_once: int, cores: int) -> float:
     from pbe.config import load_params
     from pbe.settings import TaskResources
     from pipelines.runtime.parts import Unit, run_units
@@ -307,18 +403,21 @@ def touch_memory(size_bytes: int) -> None:
 
 
 def task(store: Store) -> Callable[["Unit"], Record]:
-    """The work of pipelines/materialize.py on one shard, one slot."""
     cv2.setNumThreads(1)
 
     def work(unit: "Unit") -> Record:
-        record = unit.payload
-        tables, counts = triplet_tables(
-            store.read_table(record.file("images")), store.read_table(record.file("boxes")), cfg=CUT, seed=SEED,
-        )  # fmt: skip
-        counts["ended_us"] = time.time_ns() // 1000
-        return store.write_unit("bench", unit.name, tables, counts=counts)
+        return make_part(store, unit.name, unit.payload)
 
     return work
+
+
+def make_part(store: Store, name: str, inputs: Record) -> Record:
+    """The work of pipelines/materialize.py on one shard, one slot."""
+    tables, counts = triplet_tables(
+        store.read_table(inputs.file("images")), store.read_table(inputs.file("boxes")), cfg=CUT, seed=SEED,
+    )  # fmt: skip
+    counts["ended_us"] = time.time_ns() // 1000
+    return store.write_unit("bench", name, tables, counts=counts)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _dispatch(args)
     except UserError as error:
-        print(f"pbe: error: {printable(' '.join(with_cure(error).splitlines()))}", file=sys.stderr)
+        lines = map(printable, with_cure(error).splitlines())  # a failed job's error quotes its log
+        print("pbe: error: " + "\n".join(lines), file=sys.stderr)
         return 1
     except OSError as error:  # a file or folder of the user that cannot be read or written
         print(f"pbe: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -127,6 +127,8 @@ def decode(data: Buffer, *, exif_orientation: int = UPRIGHT, convert: bool = Tru
     decoders rotate it. Greyscale becomes three equal channels, alpha is dropped, 16 bits become 8, and only the first
     frame is read. Raises ImageError, also for a truncated image (it would be partly grey).
     """
+    if isinstance(data, memoryview):
+        data = data.cast("B")  # Arrow's has signed bytes: no JPEG would look like one
     profile = other_colours(data) if convert else None
     if profile is not None and profile.mode == "CMYK":
         image = _decode_tolerantly(data, profile)

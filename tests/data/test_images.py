@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,6 +136,18 @@ GOOD: dict[str, tuple[bytes, np.ndarray, float]] = {
     "tiff 16 bit": (_saved(Image.fromarray(DEEP), "TIFF"), _three(DEEP / 257), 1),
 }
 WHOLE = {name: data for name, (data, _, _) in GOOD.items() if "," not in name and "without" not in name}
+
+
+def test_memory_of_arrow_is_decoded_as_bytes_are() -> None:
+    """Its bytes are signed, so that a JPEG looked like another format, whose decoder takes longer and other damage."""
+
+    def of_arrow(data: bytes) -> memoryview:
+        return memoryview(pa.array([data])[0].as_buffer())
+
+    for data, _, _ in GOOD.values():
+        np.testing.assert_array_equal(decode(of_arrow(data)), decode(data))
+    with pytest.raises(ImageError, match="the end of the JPEG is missing"):
+        decode(of_arrow(JPEG[: len(JPEG) // 2]))
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -339,21 +339,25 @@ class Store:
         self,
         stage: str,
         unit: str,
-        tables: Mapping[str, pa.Table],
+        tables: Mapping[str, pa.Table] | Iterator[tuple[str, pa.Table]],
         *,
         counts: Mapping[str, int],
         rows_per_group: int = 128,
         after: Sequence[str] = (),
     ) -> Record:
-        """Write one Parquet file per dataset, then the record. The bytes depend only on the tables."""
+        """Write one Parquet file per dataset, then the record. The bytes depend only on the tables.
+
+        tables: by dataset, or pairs that are made one by one where they are too large to be held at once.
+        """
         files, writing = [], None
         with ThreadPoolExecutor(1) as beside:  # the disk, or an upload, works while bytes are hashed and the next made
-            for dataset, table in tables.items():
+            for dataset, table in tables.items() if isinstance(tables, Mapping) else tables:
                 data = _parquet_bytes(table, rows_per_group)
                 if writing is not None:
                     writing.result()  # so that two files are held at most
                 writing = beside.submit(self.write_bytes, _path_of(stage, unit, dataset), data)
                 files.append(_file_of(stage, unit, dataset, table, data))
+                del table, data  # before the next are made
             if writing is not None:
                 writing.result()
         return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))

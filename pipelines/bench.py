@@ -18,7 +18,8 @@ from pbe.errors import one_line
 from pbe.evaluate.bench.cocoee import read_cocoee
 from pbe.evaluate.bench.heldout import (
     KEYS,
-    bench_tables,
+    Choice,
+    bench_table,
     boxes_of_split,
     choose,
     cut_shard,
@@ -76,6 +77,7 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
         choice = choose(boxes, crops_per_box=cfg.crops_per_box, max_items=cfg.max_items)
     except ValueError as error:
         raise StageError(f"bench.split = {cfg.split}: {error}") from None
+    _refuse_too_few(choice)
     ends = np.searchsorted(choice.rows, np.cumsum([boxes.num_rows for _, _, boxes in found]))
     units = []
     for (images_unit, boxes_unit, _), first, end in zip(found, [0, *ends], ends, strict=False):
@@ -85,14 +87,22 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     worker = partial(_worker, stage.store, cfg, cut, matcher, seed)
     records = run_units(stage, "bench", units, worker=worker, each=cfg.per_actor, key="bench", actors=cfg.actors)
 
-    bench, real_images = bench_tables(
-        choice,
-        pa.concat_tables([stage.store.read_table(record.file("items")) for record in records]),
-        exemplars=nearest_of_other_photos(choice, partial(_features, stage.store, records)),
-        foreign=foreign_boxes(choice, seed),
-        references=partial(_references, stage.store, records),
-    )
-    return _write(stage, name, bench, real_images)
+    exemplars = nearest_of_other_photos(choice, partial(_features, stage.store, records))
+
+    def tables() -> Iterator[tuple[str, pa.Table]]:
+        yield (
+            "bench",
+            bench_table(
+                choice,
+                _joined(stage.store, records, "items"),
+                exemplars=exemplars,
+                foreign=foreign_boxes(choice, seed),
+                references=partial(_references, stage.store, records),
+            ),
+        )
+        yield "real", _joined(stage.store, records, "real")
+
+    return stage.store.write_unit("bench", name, tables(), counts=_counts(choice, exemplars))
 
 
 def _shards_with_boxes(
@@ -146,6 +156,11 @@ def _worker(
     return work
 
 
+def _joined(store: Store, records: Sequence[Record], dataset: str) -> pa.Table:
+    """One table of all parts' rows. In one piece: their pieces would be held as well until the last is used."""
+    return pa.concat_tables([store.read_table(record.file(dataset)) for record in records]).combine_chunks()
+
+
 def _features(store: Store, records: Sequence[Record]) -> Iterator[np.ndarray]:
     """Yield the features (n, d) of each part's candidates."""
     for record in records:
@@ -177,18 +192,23 @@ def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
     return stage.store.write_unit_by_content("bench", "cocoee", contents)
 
 
-def _write(stage: Stage, name: str, bench: pa.Table, real_images: pa.Table) -> Record:
-    photos = len(set(bench.column("image_id").to_pylist()))
-    if photos < MIN_GROUPS:
+def _refuse_too_few(choice: Choice) -> None:
+    if _photos_of(choice) < MIN_GROUPS:
         raise StageError(
-            f"bench: {bench.num_rows} items in {photos} photos; an interval needs at least {MIN_GROUPS} photos. Raise "
-            "bench.max_items, choose another bench.split, or add photos with boxes"
+            f"bench: {len(choice.items)} items in {_photos_of(choice)} photos; an interval needs at least {MIN_GROUPS} "
+            "photos. Raise bench.max_items, choose another bench.split, or add photos with boxes"
         )
-    same = sum(bench.column("exemplar_same_class").to_pylist())
-    counts = {
-        "items": bench.num_rows,
-        "photos": photos,
+
+
+def _counts(choice: Choice, exemplars: np.ndarray) -> dict[str, int]:
+    same = int((choice.labels[exemplars] == choice.labels[choice.rows]).sum())
+    return {
+        "items": len(choice.items),
+        "photos": _photos_of(choice),
         "exemplars_of_same_class": same,
-        "exemplars_of_another_class": bench.num_rows - same,
+        "exemplars_of_another_class": len(choice.items) - same,
     }
-    return stage.store.write_unit("bench", name, {"bench": bench, "real": real_images}, counts=counts)
+
+
+def _photos_of(choice: Choice) -> int:
+    return len(np.unique(choice.photos[choice.rows]))

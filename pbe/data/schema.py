@@ -183,12 +183,11 @@ BENCH = pa.schema(
         picture_field("foreign", nullable=True),  # a random object from another photo
     ]
 )
-# What one shard gives to the bench: its items without the references that other shards have, each with its real crop.
+# What one shard gives to the bench: its items without the references, which other shards may have.
 BENCH_ITEMS = pa.schema(
     [
         *(BENCH.field(name) for name in ("bench_id", "image_id", "label_name", "source")),
         *(BENCH.field(name) for name in ("box_hole_mask", "bezier_hole_mask")),
-        picture_field("real_image"),  # PNG, S x S
     ]
 )
 # And its candidates, one row for each box in the order of BOXES.

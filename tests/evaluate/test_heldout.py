@@ -16,7 +16,7 @@ from pbe.evaluate.bench.heldout import (
     KEYS,
     BenchError,
     Choice,
-    bench_tables,
+    bench_table,
     choose,
     cut_shard,
     foreign_boxes,
@@ -96,13 +96,14 @@ def _bench(
         for part in parts:
             yield np.stack([np.frombuffer(v, "<f4") for v in part["candidates"].column("vector").to_pylist()])
 
-    return bench_tables(
+    bench = bench_table(
         choice,
         pa.concat_tables([part["items"] for part in parts]),
         exemplars=nearest_of_other_photos(choice, features),
         foreign=foreign_boxes(choice, seed),
         references=lambda rows: candidates.column("reference").take(pa.array(rows)),
     )
+    return bench, pa.concat_tables([part["real"] for part in parts])
 
 
 def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:

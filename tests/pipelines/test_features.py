@@ -53,8 +53,9 @@ def test_edits_of_other_settings_are_not_scored() -> None:
 def test_a_bench_in_too_few_photos_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     import pyarrow as pa
 
+    from pbe.evaluate.bench.heldout import choose
     from pipelines import bench
 
-    table = pa.table({"image_id": ["a", "a", "b", "c"], "exemplar_same_class": [True] * 4})
+    boxes = pa.table({"image_id": ["a", "a", "b", "c"], "box_index": [0, 1, 0, 0], "label_name": ["cat"] * 4})
     with pytest.raises(StageError, match=r"4 items in 3 photos; an interval needs at least 4 photos\. Raise bench"):
-        bench._write(None, "bench-0", table, table)  # type: ignore[arg-type]
+        bench._refuse_too_few(choose(boxes, crops_per_box=1, max_items=10))

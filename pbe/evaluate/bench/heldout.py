@@ -11,7 +11,7 @@ It is made in three steps. None holds more than the items, or one shard, or one 
 
     choose        the items, from the boxes among which references are found too (candidates); reads no photo
     cut_shard     one shard, decoding each photo once: its items' crops, its candidates' references and features
-    bench_tables  the items, with the references that `nearest_of_other_photos` and `foreign_boxes` find
+    bench_table   the items, with the references that `nearest_of_other_photos` and `foreign_boxes` find
 
 Source of the idea: the paper, section 4.1 (COCOEE, hand-picked pairs). Deviation: pairs are found, not picked, so that
 any data set has a bench. Where no other photo has the class, the nearest box of any class stands in, and the row says
@@ -111,11 +111,11 @@ def cut_shard(
     features: Features,
     seed: int,
 ) -> dict[str, pa.Table]:
-    """Tables {"items": BENCH_ITEMS, "candidates": BENCH_CANDIDATES} of one shard, holding one decoded photo at a time.
+    """Tables {"items": BENCH_ITEMS, "real": REAL_IMAGES, "candidates": BENCH_CANDIDATES} of one shard.
 
     images: its photos, with the columns image_id, bytes and exif_orientation of IMAGES. boxes: rows of BOXES; all are
     candidates. names: the bench ids of items. features: maps pictures (h, w, 3) uint8, which it takes one by one, to
-    (N, d) in their order.
+    (N, d) in their order; one photo is decoded at a time.
     """
     rows = boxes.to_pylist()
     rows_of: dict[str, list[int]] = {}
@@ -140,8 +140,11 @@ def cut_shard(
     vectors = dict(zip(order, features(references()).astype("<f4"), strict=True))
     numbers = range(len(rows))
     candidates = [{"reference": jpegs[number], "vector": vectors[number].tobytes()} for number in numbers]
+    found = [item for number in numbers for item in items[number]]
+    real = [{"real_id": item["bench_id"], "picture": item["real"]} for item in found]
     return {
-        "items": table_from_rows([item for number in numbers for item in items[number]], BENCH_ITEMS),
+        "items": table_from_rows(found, BENCH_ITEMS),
+        "real": table_from_rows(real, REAL_IMAGES),
         "candidates": table_from_rows(candidates, BENCH_CANDIDATES),
     }
 
@@ -158,7 +161,7 @@ def _decoded(images: pa.Table, wanted: Collection[str]) -> Iterator[tuple[str, n
 def _item(
     photo: np.ndarray, box: Box, row: dict[str, Any], crop: int, *, cfg: MaterializeConfig, seed: int
 ) -> dict[str, Any]:
-    """A row of BENCH_ITEMS."""
+    """A row of BENCH_ITEMS, and its real crop."""
     identity = row["image_id"], row["box_index"], crop
     plan = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "item"))
     real = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "real"))
@@ -169,7 +172,7 @@ def _item(
         "source": image_codec.encode_png(cut(photo, plan.window, cfg.image_px)),
         "box_hole_mask": pack_mask(plan.box_hole_mask),
         "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
-        "real_image": image_codec.encode_png(cut(photo, real.window, cfg.image_px)),
+        "real": image_codec.encode_png(cut(photo, real.window, cfg.image_px)),
     }
 
 
@@ -216,15 +219,15 @@ def foreign_boxes(choice: Choice, seed: int) -> np.ndarray:
     return np.array(out, np.int64)
 
 
-def bench_tables(
+def bench_table(
     choice: Choice,
     items: pa.Table,
     *,
     exemplars: np.ndarray,
     foreign: np.ndarray,
     references: Callable[[np.ndarray], pa.ChunkedArray],
-) -> tuple[pa.Table, pa.Table]:
-    """Return a BENCH and a REAL_IMAGES table. items: rows of BENCH_ITEMS, one for each item, in the order of `choice`.
+) -> pa.Table:
+    """Return a BENCH table. items: rows of BENCH_ITEMS, one for each item, in the order of `choice`.
 
     exemplars, foreign: (M,) rows of candidates. references: the JPEGs of candidates, by ascending rows without repeats.
     """
@@ -238,9 +241,7 @@ def bench_tables(
         columns[name] = jpegs.take(pa.array(np.searchsorted(needed, rows)))
     columns["exemplar_image_id"] = choice.boxes.column("image_id").take(pa.array(exemplars))
     columns["exemplar_same_class"] = pa.array(choice.labels[exemplars] == choice.labels[choice.rows])
-    bench = pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH)
-    real_images = pa.Table.from_arrays([columns["bench_id"], columns["real_image"]], schema=REAL_IMAGES)
-    return bench, real_images
+    return pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH)
 
 
 def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:

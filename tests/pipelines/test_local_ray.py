@@ -41,7 +41,7 @@ def run(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key not in FOREIGN and not key.startswith("RAY_")}
     env |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp), "RAY_TMPDIR": str(tmp)}
     command = [sys.executable, "-c", RUN, *arguments]
-    return subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def short() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(330)
 def test_no_other_machine_and_no_other_user_reaches_it_and_nothing_stays(short: Path) -> None:
     done = run(short)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,7 +68,7 @@ def test_no_other_machine_and_no_other_user_reaches_it_and_nothing_stays(short: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(330)
 def test_what_failed_leaves_its_logs_where_the_message_says(short: Path) -> None:
     done = run(short, "no photo")
     assert done.returncode != 0

@@ -80,6 +80,19 @@ class KillAt:
 
 
 @dataclass(frozen=True)
+class KillOnceAt:
+    """on_progress: SIGKILL of this process once `step` is logged, if the file `killed` is not there yet."""
+
+    step: int
+    killed: Path
+
+    def __call__(self, point: Mapping[str, float]) -> None:
+        if point["step"] >= self.step and not self.killed.exists():
+            self.killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
 class _Ranks:
     """Joined processes that serve one call after the other."""
 

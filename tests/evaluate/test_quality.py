@@ -48,6 +48,17 @@ def test_same_seed_same_ranks_and_rows_do_not_affect_each_other() -> None:
     assert _ranks(edits[:0]).shape == (0,)
 
 
+def test_the_order_of_the_photos_does_not_matter() -> None:
+    """Eight components for three clusters: the mixture has many local optima."""
+    edits, fit, real = _real(50, 7), _real(120, 1), _real(200, 2)
+    shuffled = np.random.default_rng(8).permutation(len(fit))
+    first, again = (
+        quality_ranks(edits, fit_features=rows, real_features=real, components=8, pca_dims=6, seed=0)
+        for rows in (fit, fit[shuffled])
+    )
+    np.testing.assert_allclose(again, first, atol=1e-6)
+
+
 def test_the_scale_of_the_features_does_not_matter() -> None:
     edits, fit, real = _real(50, 7), _real(300, 1), _real(200, 2)
     plain = quality_ranks(edits, fit_features=fit, real_features=real, components=3, pca_dims=6, seed=0)

@@ -44,7 +44,7 @@ def quality_scale(
     """Fit a function that ranks edits: (N, d) features to (N,) float64 in 0..100.
 
     fit_features (A, d): real photos that fit a whitened PCA of min(pca_dims, A - 1, d) axes and then a
-    mixture of `components` full covariances. real_features (B, d): other real photos, the scale; no row may
+    mixture of `components` full covariances; their order does not count. real_features (B, d): other real photos, the scale; no row may
     be in both, or the mixture's overfit lowers every edit's rank. rank = 100 * (#below + #equal / 2) / B,
     log-likelihoods compared. A component has about pca_dims^2 / 2 numbers to learn from A / components rows:
     keep pca_dims small.
@@ -63,9 +63,11 @@ def quality_scale(
     axes = min(pca_dims, len(fit_features) - 1, fit_features.shape[1])
     # "full" is the one deterministic solver for every shape.
     pca = PCA(axes, whiten=True, svd_solver="full").fit(fit_features.astype(np.float64))
+    fit = pca.transform(fit_features)
+    fit = fit[np.argsort(fit[:, 0], kind="stable")]  # the mixture's start depends on the order of its rows
     mixture = GaussianMixture(
         components, covariance_type="full", reg_covar=REG_COVAR, max_iter=500, n_init=4, random_state=seed
-    ).fit(pca.transform(fit_features))
+    ).fit(fit)
     real = np.sort(mixture.score_samples(pca.transform(real_features)))
 
     def ranks(edit_features: np.ndarray) -> np.ndarray:

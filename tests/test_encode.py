@@ -214,7 +214,7 @@ def test_float32_keeps_what_float16_rounds(
 def test_values_that_the_stored_type_cannot_hold_are_an_error(
     triplets: pa.Table, codec: PatchCodec, backbone: EfficientNetLite
 ) -> None:
-    large = PatchCodec(codec.mean, codec.basis, codec.rms * 1e-6)
+    large = PatchCodec(codec.mean, codec.basis, codec.rms * 1e-6, codec.border)
     with pytest.raises(EncodeError, match=r"slot \d+: \w+ has .* too large values for float16; .* float32"):
         _encode(triplets, large, backbone)
     _encode(triplets, large, backbone, dtype="float32")

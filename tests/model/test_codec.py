@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pbe.model.codec import CodecError, PatchCodec, codec_bytes, codec_from_bytes, fit_patch_codec
+from pbe.model.codec import CodecError, PatchCodec, border_filter, codec_bytes, codec_from_bytes, fit_patch_codec
 
 
 def _pixels(crops: np.ndarray) -> Tensor:
@@ -26,7 +26,7 @@ def _equal(one: PatchCodec, other: PatchCodec) -> bool:
 
 @pytest.mark.parametrize("channels", [1, 5, 12])
 def test_the_basis_spans_the_leading_components_of_the_patches(channels: int, crops: np.ndarray) -> None:
-    codec, explained = fit_patch_codec(crops, patch_px=2, channels=channels)
+    codec, explained = fit_patch_codec(crops, patch_px=2, channels=channels)  # too small to overlap
     patches = _patches(crops, 2)
     centred = patches - patches.mean(0)
     _, singular, components = np.linalg.svd(centred, full_matrices=False)
@@ -79,12 +79,44 @@ def test_latents_of_the_fitted_crops_have_unit_rms_and_no_mean(codec: PatchCodec
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0, atol=1e-4)
 
 
-def test_a_cell_depends_on_its_own_patch_alone(codec: PatchCodec, crops: np.ndarray) -> None:
+def test_a_cell_depends_on_half_a_patch_beyond_its_own(codec: PatchCodec, crops: np.ndarray) -> None:
+    """In a file from before patches overlapped, on its own alone."""
     pixels = _pixels(crops[:1])
     changed = pixels.clone()
-    changed[:, :, 4:8, 8:12] += 0.5
-    difference = (codec.posterior(changed)[0] - codec.posterior(pixels)[0]).abs().sum((0, 1))
-    assert torch.nonzero(difference > 1e-6).tolist() == [[1, 2]]
+    changed[:, :, 4:6, 8:10] += 0.5  # the upper left quarter of cell 1, 2
+    apart = {name: value for name, value in load(codec_bytes(codec)).items() if name != "border"}
+    seen = {}
+    for name, one in (("lapped", codec), ("apart", codec_from_bytes(save(apart), "x"))):
+        difference = (one.posterior(changed)[0] - one.posterior(pixels)[0]).abs().sum((0, 1))
+        seen[name] = torch.nonzero(difference > 1e-6).tolist()
+    assert seen == {"lapped": [[0, 1], [0, 2], [1, 1], [1, 2]], "apart": [[1, 2]]}
+
+
+@pytest.mark.parametrize("patch_px", [2, 3, 4, 8])
+def test_the_border_filter_is_orthogonal_and_keeps_constants(patch_px: int) -> None:
+    border = border_filter(patch_px)
+    torch.testing.assert_close(border @ border.T, torch.eye(patch_px, dtype=torch.float64))
+    torch.testing.assert_close(border.sum(1), torch.ones(patch_px, dtype=torch.float64))
+
+
+def test_overlapping_patches_lose_less_and_show_no_grid(crops: np.ndarray) -> None:
+    """Against PCA of patches that do not overlap. The grid: how far a wrong latent makes borders jump."""
+    patches = _patches(crops, 4) / 127.5 - 1
+    _, _, components = np.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    lapped, _ = fit_patch_codec(crops, patch_px=4, channels=12)
+    mean, basis = torch.from_numpy(patches.mean(0)), torch.from_numpy(components[:12])
+    apart = PatchCodec(mean, basis, lapped.rms, torch.eye(4))
+    pixels, wrong = _pixels(crops), torch.randn(12, 12, 4, 4, generator=torch.Generator().manual_seed(0))
+    lost, grid = [], []
+    for codec in (lapped, apart):
+        latents = codec.posterior(pixels)[0]
+        lost.append((codec.decode(latents) - pixels).pow(2).mean().item())
+        error = codec.decode(latents + wrong) - codec.decode(latents)
+        jump = error.diff(dim=-1).pow(2).mean((0, 1, 2)).sqrt()
+        at_border = torch.arange(len(jump)) % 4 == 3
+        grid.append((jump[at_border].mean() / jump[~at_border].mean()).item())
+    assert lost[0] < 0.95 * lost[1], lost
+    assert grid[0] < 1.2 < 1.4 < grid[1], grid
 
 
 def test_projection_keeps_what_decodes_to_valid_pixels_and_pulls_the_rest_closer(codec: PatchCodec) -> None:

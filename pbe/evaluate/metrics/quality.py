@@ -43,8 +43,8 @@ def quality_scale(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a function that ranks edits: (N, d) features to (N,) float64 in 0..100.
 
-    fit_features (A, d): real photos that fit a whitened PCA of min(pca_dims, A - 1, d) axes and then a
-    mixture of `components` full covariances; their order does not count. real_features (B, d): other real photos, the scale; no row may
+    fit_features (A, d): real photos, in any order, that fit a whitened PCA of min(pca_dims, A - 1, d) axes and then a
+    mixture of `components` full covariances. real_features (B, d): other real photos, the scale; no row may
     be in both, or the mixture's overfit lowers every edit's rank. rank = 100 * (#below + #equal / 2) / B,
     log-likelihoods compared. A component has about pca_dims^2 / 2 numbers to learn from A / components rows:
     keep pca_dims small.

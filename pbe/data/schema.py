@@ -289,6 +289,11 @@ def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16") -> 
     return pa.field(name, pa.binary(np.dtype(stored).itemsize * math.prod(shape)), nullable=False, metadata=metadata)
 
 
+def holds_array(field: pa.Field) -> bool:
+    """Return whether the field is an `array_field`."""
+    return bool(field.metadata) and b"shape" in field.metadata
+
+
 def array_shape(field: pa.Field) -> tuple[int, ...]:
     """Shape of an `array_field`. Raises ValueError for any other field."""
     return tuple(int(part) for part in _array_metadata(field)[b"shape"].split(b","))
@@ -305,8 +310,23 @@ def array_value(field: pa.Field, stored: bytes) -> np.ndarray:
     return flat.reshape(array_shape(field)).astype(np.float32)
 
 
+def array_column(table: pa.Table, name: str) -> np.ndarray:
+    """An `array_field` of all rows as a view (rows, *shape) of the table's memory, in the stored type, read-only.
+
+    The column must have no nulls and at most one chunk, as a row group has. Raises ValueError if it holds no array.
+    """
+    field = table.schema.field(name)
+    shape, stored = array_shape(field), np.dtype(_array_metadata(field)[b"dtype"].decode())
+    chunks = table.column(name).chunks
+    if not chunks:
+        return np.empty((0, *shape), stored)
+    [chunk] = chunks
+    values = np.frombuffer(chunk.buffers()[1], stored)
+    return values.reshape(-1, *shape)[chunk.offset : chunk.offset + len(chunk)]
+
+
 def _array_metadata(field: pa.Field) -> dict[bytes, bytes]:
-    if not field.metadata or b"shape" not in field.metadata:
+    if not holds_array(field):
         raise ValueError(f"column {field.name} holds no array")
     return field.metadata
 

@@ -23,7 +23,7 @@ from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.input import micro_batches, validation_batches
 from pbe.train.data.order import Share
 from pbe.train.data.prefetch import Prefetched
-from pbe.train.data.reader import RowReader
+from pbe.train.data.reader import Group, RowReader, StoredRow
 from pbe.train.settings import TrainConfig
 from tests.train.ranks import tiny_config
 
@@ -109,7 +109,8 @@ def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -
     """One row's examples in `count` epochs, stacked by name."""
     source = EncodedRows(_no_units(), tokens=cfg.exemplar.tokens, device=CPU)
     draws = [partial(draw, "a", 0, epoch=epoch, cfg=cfg, seed=SEED) for epoch in range(count)]
-    batch = source.prepare([(_row() if row is None else row, drawn) for drawn in draws])
+    stored = StoredRow(Group(_row() if row is None else row), 0)
+    batch = source.prepare([(stored, drawn) for drawn in draws])
     return {field.name: np.asarray(getattr(batch, field.name)) for field in fields(Batch)}
 
 
@@ -176,11 +177,12 @@ def test_the_reader_returns_every_row_as_stored_in_any_order(store: Store, encod
     reader, rng = RowReader(store, files, cache_bytes), np.random.default_rng(0)
     for index in rng.permutation(np.repeat(np.arange(len(places)), 2)):
         slot, file, row = places[index]
-        assert reader.read(slot=slot, file=file, row=row).equals(tables[slot, file].slice(row, 1))
+        found = reader.read(slot=slot, file=file, row=row)
+        assert found.values() == tables[slot, file].slice(row, 1).to_pylist()[0]
         assert reader.groups.held_bytes <= max(
-            cache_bytes, max(group.nbytes for group in reader.groups.values.values())
+            cache_bytes, max(group.table.nbytes for group in reader.groups.values.values())
         )
-        assert reader.groups.held_bytes == sum(group.nbytes for group in reader.groups.values.values())
+        assert reader.groups.held_bytes == sum(group.table.nbytes for group in reader.groups.values.values())
 
 
 def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -> None:
@@ -197,7 +199,16 @@ def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -
 
 def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
     def noise(image_id: str = "a", slot: int = 0, epoch: int = 0, seed: int = SEED) -> bytes:
-        made = draw(image_id, slot, epoch=epoch, latent_shape=LATENT, stored_references=3, cfg=CFG, seed=seed)
+        made = draw(
+            image_id,
+            slot,
+            epoch=epoch,
+            latent_shape=LATENT,
+            stored_references=3,
+            posterior_has_spread=True,
+            cfg=CFG,
+            seed=seed,
+        )
         return made.noise.tobytes()
 
     assert noise() == noise()
@@ -239,9 +250,13 @@ def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_nois
     np.testing.assert_allclose(flat.mean(1), 0, atol=0.02)
     np.testing.assert_allclose(flat.std(1), 1, atol=0.02)
     np.testing.assert_allclose(np.corrcoef(flat), np.eye(3), atol=0.02)
-    assert np.array_equal(
-        _examples(3, row=_row(std=0.0))["x0"], np.stack([row["source_mean"]] * 3)
-    )  # std 0: the mean itself
+
+
+def test_a_posterior_without_spread_gives_its_mean_and_shares_all_other_draws() -> None:
+    row, drawn, other = _arrays(_row()), _examples(50, row=_row(std=0.0)), _examples(50)
+    assert np.array_equal(drawn["x0"], np.stack([row["source_mean"]] * 50))
+    for name in ("noise", "timestep", "drop_condition", "drop_context", "keep_mask_latent", "exemplar_tokens"):
+        np.testing.assert_array_equal(drawn[name], other[name])
 
 
 def test_timesteps_are_uniform() -> None:
@@ -409,7 +424,7 @@ def _epoch(
 ) -> tuple[int, list[set[str]]]:
     """Bytes that all ranks together read for slot 0, and the names of each global batch's rows. Batch 16, 8 streams."""
     counting = _CountingFiles(store._fs)
-    reader = partial(RowReader, cache_bytes=cache_bytes)
+    reader = lambda store, files, _, keep_rows: RowReader(store, files, cache_bytes, keep_rows=keep_rows)  # noqa: E731
     monkeypatch.setattr(store, "_fs", counting)
     monkeypatch.setattr("pbe.train.data.input.RowReader", reader)
     batches: list[set[str]] = [set() for _ in range(4)]
@@ -448,7 +463,7 @@ def test_the_reader_forgets_footers_beyond_its_bound(store: Store, encoded: Mani
     reader = RowReader(store, files, 0, footer_bytes=1)
     for slot in (0, 1):
         for file in (0, 2):
-            assert reader.read(slot=slot, file=file, row=0).column("image_id").to_pylist() == [f"image{file}_0"]
+            assert reader.read(slot=slot, file=file, row=0).values()["image_id"] == f"image{file}_0"
             assert list(reader.footers.values) == [(slot, file)]
             assert reader.footers.held_bytes == len(reader.footers.values[slot, file].data)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -29,7 +28,7 @@ from pbe.train.data.batch import Batch
 from pbe.train.data.input import TrainInput, open_input
 from pbe.train.data.order import Share
 from pbe.train.data.pixels import PixelRows
-from pbe.train.data.reader import RowReader
+from pbe.train.data.reader import Group, RowReader
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.tiny_weights import CLIP_WIDTH, REFERENCE_PX, tiny_clip, tiny_vae
@@ -273,10 +272,10 @@ def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(
     seen: set[tuple[str, ...]] = set()
 
     class Counting(RowReader):
-        def __init__(self, store: Store, files: Sequence[Sequence[File]], *, keep_rows: int) -> None:
+        def __init__(self, store: Store, files: Sequence[Sequence[File]], cache_bytes: int, *, keep_rows: int) -> None:
             super().__init__(store, files, 0, keep_rows=keep_rows)
 
-        def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
+        def _read_group(self, key: tuple[int, int, int]) -> Group:
             read.append(key)
             return super()._read_group(key)
 

@@ -53,14 +53,20 @@ def make_batch(
     keep_mask_latent: Tensor,
     exemplar_tokens: Tensor,
 ) -> Batch:
-    """The rows, with latents sampled from their posteriors; on the posteriors' device."""
+    """The rows, with latents sampled from their posteriors; on the posteriors' device.
+
+    Either all draws have normals for the two posteriors, or none has, which takes the means.
+    """
 
     def stacked(values: list[Any]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(values)), source.mean.device)
 
+    def sampled(posterior: Posterior, normals: list[Any]) -> Tensor:
+        return posterior.mean if normals[0] is None else posterior.mean + posterior.std * stacked(normals)
+
     return Batch(
-        x0=source.mean + source.std * stacked([drawn.source_normal for drawn in draws]),
-        masked_latent=masked.mean + masked.std * stacked([drawn.masked_normal for drawn in draws]),
+        x0=sampled(source, [drawn.source_normal for drawn in draws]),
+        masked_latent=sampled(masked, [drawn.masked_normal for drawn in draws]),
         keep_mask_latent=keep_mask_latent,
         exemplar_tokens=exemplar_tokens,
         noise=stacked([drawn.noise for drawn in draws]),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-import pyarrow as pa
 import torch
 
 from pbe.data.slots import InputError, group_rows
@@ -21,10 +20,11 @@ from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.order import Share, rank_rows, rows_to_keep, validation_places
 from pbe.train.data.pixels import PixelRows
 from pbe.train.data.prefetch import Prefetched
-from pbe.train.data.reader import RowReader
+from pbe.train.data.reader import RowReader, StoredRow
 from pbe.train.settings import TrainConfig
 
 PREFETCHED_BATCHES = 4
+CACHE_SHARE = 0.25  # of train.per_worker.memory_gib, for row groups; what fits is read once, not in every epoch
 P = TypeVar("P")
 
 
@@ -35,8 +35,8 @@ class RowSource(Protocol[P]):
     rows_per_group: int  # of the encode stage; streams are made of these groups
     stored_per_group: int  # rows per Parquet row group of these files
 
-    def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> P:
-        """Runs in the prefetch thread. Each table is one row."""
+    def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> P:
+        """Runs in the prefetch thread."""
         ...
 
     def finish(self, prepared: P) -> Batch:
@@ -55,7 +55,8 @@ def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed:
     order = rank_rows(group_rows_of_slot, batch=cfg.batch, streams=cfg.streams, seed=seed, share=share)
     largest_group = max(per_group, source.stored_per_group)
     keep_rows = rows_to_keep(batch=cfg.batch, streams=cfg.streams, world=share.world, rows_per_group=largest_group)
-    reader = RowReader(store, source.files, keep_rows=keep_rows)
+    cache_bytes = int(cfg.per_worker.memory_gib * CACHE_SHARE * 2**30)
+    reader = RowReader(store, source.files, cache_bytes, keep_rows=keep_rows)
     for refs in order:
         for start in range(0, len(refs), cfg.micro_batch):
             yield source.prepare(
@@ -86,8 +87,8 @@ def validation_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, 
         )
 
 
-def _with_draw(row: pa.Table, draw_of: Callable[..., Draws]) -> tuple[pa.Table, Draw]:
-    return row, partial(draw_of, row.column("image_id")[0].as_py(), row.column("slot")[0].as_py())
+def _with_draw(row: StoredRow, draw_of: Callable[..., Draws]) -> tuple[StoredRow, Draw]:
+    return row, partial(draw_of, row.group.image_ids[row.index], row.group.slots[row.index])
 
 
 class TrainInput(Generic[P]):

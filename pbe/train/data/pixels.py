@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pbe.data import images
@@ -24,6 +23,7 @@ from pbe.model.settings import Tokens
 from pbe.store import Manifest
 from pbe.train.data.batch import Batch, make_batch
 from pbe.train.data.draws import Draw, Draws
+from pbe.train.data.reader import StoredRow
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PixelRows:
         self._stored_references = int(encoded.config["reference_draws"])
         self._augmenter = make_augmenter()
 
-    def prepare(self, rows: Sequence[tuple[pa.Table, Draw]]) -> list[PixelRow]:
+    def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> list[PixelRow]:
         return [self._decoded(row, draw) for row, draw in rows]
 
     def finish(self, prepared: list[PixelRow]) -> Batch:
@@ -75,11 +75,15 @@ class PixelRows:
             exemplar_tokens=encode_references(self._backbone, references, tokens=self._tokens, device=self._device),
         )
 
-    def _decoded(self, table: pa.Table, draw: Draw) -> PixelRow:
-        [row] = table.to_pylist()
+    def _decoded(self, stored: StoredRow, draw: Draw) -> PixelRow:
+        row = stored.values()
         source, reference = images.decode(row["source"]), images.decode(row["reference"])
         height, width = (side_px // self._codec.patch_px for side_px in source.shape[:2])
-        drawn = draw(latent_shape=(self._codec.channels, height, width), stored_references=self._stored_references)
+        drawn = draw(
+            latent_shape=(self._codec.channels, height, width),
+            stored_references=self._stored_references,
+            posterior_has_spread=True,
+        )
         if drawn.augment_reference:
             visit = 1 + drawn.epoch // len(self.files)  # draw 0 is the clean one
             rng = row_rng(self._data_seed, row["image_id"], row["slot"], "reference", visit)

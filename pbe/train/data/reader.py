@@ -3,17 +3,45 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pbe.data.schema import array_column, holds_array
 from pbe.store import File, Store
 
-CACHE_BYTES = 256 << 20  # of row groups, per rank
 FOOTER_BYTES = 64 << 20  # of footers, 10 to 50 kB each
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+class Group:
+    """One row group. Names and arrays are taken from it once, not for each row."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.image_ids: list[str] = table.column("image_id").to_pylist()
+        self.slots: list[int] = table.column("slot").to_pylist()
+        # by column, views (rows, *shape) in the stored type
+        self.arrays = {field.name: array_column(table, field.name) for field in table.schema if holds_array(field)}
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One row of a group."""
+
+    group: Group
+    index: int
+
+    def array(self, column: str) -> np.ndarray:
+        """A view in the stored type."""
+        return self.group.arrays[column][self.index]
+
+    def values(self) -> dict[str, Any]:
+        """All columns."""
+        return self.group.table.slice(self.index, 1).to_pylist()[0]
 
 
 class RowReader:
@@ -27,7 +55,7 @@ class RowReader:
         self,
         store: Store,
         files: Sequence[Sequence[File]],
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int,
         *,
         keep_rows: int = 1,
         footer_bytes: int = FOOTER_BYTES,
@@ -35,17 +63,19 @@ class RowReader:
         """files: by slot, then by shard."""
         self._store = store
         self._files = files
-        self.groups = Recent(self._read_group, lambda group: (group.nbytes, group.num_rows), cache_bytes, keep_rows)
+        self.groups = Recent(
+            self._read_group, lambda group: (group.table.nbytes, group.table.num_rows), cache_bytes, keep_rows
+        )
         self.footers = Recent(self._read_footer, lambda footer: (len(footer.data), 1), footer_bytes, 1)
 
-    def read(self, *, slot: int, file: int, row: int) -> pa.Table:
-        """Row number `row` of a file, as a table of one row. Raises StoreError if the file is missing or damaged."""
+    def read(self, *, slot: int, file: int, row: int) -> StoredRow:
+        """Row number `row` of a file. Raises StoreError if the file is missing or damaged."""
         group, inner = divmod(row, self.footers.get((slot, file)).rows_per_group)
-        return self.groups.get((slot, file, group)).slice(inner, 1)
+        return StoredRow(self.groups.get((slot, file, group)), inner)
 
-    def _read_group(self, key: tuple[int, int, int]) -> pa.Table:
+    def _read_group(self, key: tuple[int, int, int]) -> Group:
         slot, file, group = key
-        return self._store.read_row_group(self._files[slot][file], group, self.footers.get((slot, file)).data)
+        return Group(self._store.read_row_group(self._files[slot][file], group, self.footers.get((slot, file)).data))
 
     def _read_footer(self, key: tuple[int, int]) -> "Footer":
         slot, file = key

@@ -16,7 +16,7 @@ BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-all drill bench gpu profile ui clean
+.PHONY: help env repro test test-all drill bench gpu profile speedrun ui clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,10 @@ gpu: $(STAMP) ## measure and check training and editing on a GPU; rehearse witho
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
 	@$(if $(P),,echo "choose with P=name, one of: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
 	@$(IN_VENV) $(PY) -m pipelines profile $(P) $(if $(ROOT),--root "$(ROOT)")
+
+speedrun: $(STAMP) ## a model from scratch on one GPU: make speedrun ROOT=/data; a rehearsal on two cores: P=speedrun-cpu
+	@$(if $(ROOT),,echo "name the folder of photos (images/) and box files: make speedrun ROOT=/data" >&2; exit 2)
+	@$(IN_VENV) infra/speedrun.sh "$(ROOT)" $(P)
 
 ui: $(STAMP) ## compare runs in MLflow at http://127.0.0.1:5000
 	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \

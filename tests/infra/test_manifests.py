@@ -206,3 +206,27 @@ def test_slurm_ends_as_dvc_does_and_fails_when_ray_does_not_start(
 def test_slurm_names_a_folder_that_is_not_a_checkout(allocation: Callable, tmp_path: Path) -> None:
     done = allocation(folder=tmp_path / "bin")
     assert done.returncode == 1 and "is not a checkout" in done.stderr
+
+
+# -- the speedrun
+
+
+def test_the_speedrun_runs_every_stage_of_the_pipeline_in_an_order_that_works(tmp_path: Path) -> None:
+    """Python is a program that notes how it is called and has no DVC."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> calls\n')
+    program.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([INFRA / "speedrun.sh", "a root"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    calls = [line.removeprefix("-m pipelines ") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[:2] == ["profile speedrun --root a root", "check"] and calls[-1] == "summary"
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    params = profile("speedrun")
+    wanted = []
+    for name, stage in pipeline.items():
+        keys = {"${variants}": params.variants, "${baselines}": params.baselines, None: [""]}[stage.get("foreach")]
+        command = stage.get("do", stage)["cmd"].removeprefix("python -m pipelines ")
+        wanted += [command.replace("${key}", key) for key in keys]
+        assert name in command
+    assert calls[2:-1] == wanted  # dvc.yaml lists stages after what they need
+    assert len((tmp_path / "reports" / "speedrun.txt").read_text().splitlines()) == len(wanted)

@@ -7,7 +7,7 @@ the paper's AutoencoderKL (Stable Diffusion), which cannot be trained in minutes
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from pbe.model.tensors import WeightsError, refuse_non_finite
 
 CODEC_FILE = "codec/codec.safetensors"  # the patch codec's, in a model folder
 FIT_SCALE = 64  # of filtered values that the fit sums as integers: to 1/128 of a level
+FIT_PIXELS = 1 << 19  # of crops that the fit takes at a time
 
 
 class Codec(Protocol):
@@ -166,13 +167,12 @@ def fit_patch_codec(crops: Iterable[np.ndarray], *, patch_px: int, channels: int
     total = np.zeros(dims, np.int64)
     outer = np.zeros((dims, dims), np.int64)
     border = border_filter(patch_px)
-    for crop in crops:
-        pixels = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).double()[None]
-        lapped = (FIT_SCALE * across_borders(pixels, border)).round()
-        patches = nn.functional.pixel_unshuffle(lapped, patch_px)[0].flatten(1).numpy()
+    for batch in _batches(crops):
+        lapped = (FIT_SCALE * across_borders(torch.from_numpy(batch).permute(0, 3, 1, 2).double(), border)).round()
+        patches = nn.functional.pixel_unshuffle(lapped, patch_px).transpose(0, 1).flatten(1)
         count += patches.shape[1]
-        total += patches.sum(1).astype(np.int64)
-        outer += (patches @ patches.T).astype(np.int64)  # exact: integers below 2^53
+        total += patches.sum(1).numpy().astype(np.int64)
+        outer += (patches @ patches.T).numpy().astype(np.int64)  # exact: integers below 2^53
     if not count:
         raise ValueError("no crops to fit the codec on")
     mean = total / count / FIT_SCALE
@@ -188,3 +188,15 @@ def fit_patch_codec(crops: Iterable[np.ndarray], *, patch_px: int, channels: int
         torch.from_numpy(mean / 127.5 - 1), torch.from_numpy(np.ascontiguousarray(basis)), torch.tensor(rms), border
     )
     return codec, explained
+
+
+def _batches(crops: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stacked crops, about FIT_PIXELS at a time: one by one, threads would wait for each other most of the time."""
+    held: list[np.ndarray] = []
+    for crop in crops:
+        held.append(crop)
+        if len(held) * crop.shape[0] * crop.shape[1] >= FIT_PIXELS:
+            yield np.stack(held)
+            held = []
+    if held:
+        yield np.stack(held)

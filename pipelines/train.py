@@ -314,7 +314,7 @@ def _fit(stage: Stage, spec: "TrainSpec", run: Run) -> None:
 
 def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
     """Ray Train's side of a spec: its ranks, their GPUs or processors, and how often lost ones are replaced."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cfg, run = spec.cfg, Run(Store(spec.store_uri), spec.run_name)
@@ -332,6 +332,7 @@ def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
             name=f"attempt-{attempt}",
             storage_path=run.store.full_uri(f"{run.folder}/ray"),
             failure_config=FailureConfig(max_failures=cfg.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # no lists of processes
         ),
     )
 

@@ -1,6 +1,7 @@
 """Log files, one per run of a stage: its output, local or from a cluster job, and a last line on how it ended."""
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ KEPT = 5  # logs per stage; older ones are removed
 def stage_log(home: Path, title: str) -> Iterator[Path]:
     """Copy stdout and stderr to a new file in <home>/logs/<title> while the block runs; yields its path.
 
-    Of a progress bar only the last state is logged. Output that bypasses Python (Ray, C++) is not.
+    Of a progress bar only the last state is logged. What bypasses Python (Ray's C++, child processes) goes to the file
+    alone: a user can rarely act on it.
     """
     folder = home / LOG_FOLDER / title.replace("@", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,8 +26,8 @@ def stage_log(home: Path, title: str) -> Iterator[Path]:
         old.unlink(missing_ok=True)
     began = time.time()
     path = folder / time.strftime("%Y%m%d-%H%M%S.log", time.gmtime(began))
-    streams = sys.stdout, sys.stderr
-    with path.open("a", encoding="utf-8") as log:
+    with path.open("a", encoding="utf-8") as log, _native_output_to(log):
+        streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
         ending = "ended"
         try:
@@ -39,6 +41,36 @@ def stage_log(home: Path, title: str) -> Iterator[Path]:
                     tee.finish_line()
             sys.stdout, sys.stderr = streams
             log.write(f"[{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())}, {time.time() - began:.0f} s] {ending}\n")
+
+
+@contextmanager
+def _native_output_to(log: TextIO) -> Iterator[None]:
+    """Point the process' file descriptors 1 and 2 at the log, and Python's streams at copies of what they were."""
+    before = [
+        (name, stream, stream.fileno()) for name in ("stdout", "stderr") if _is_native(stream := getattr(sys, name))
+    ]
+    for name, stream, number in before:
+        stream.flush()
+        copy = os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+        setattr(sys, name, copy)
+        os.dup2(log.fileno(), number)
+    try:
+        yield
+    finally:
+        for name, stream, number in before:
+            copy = getattr(sys, name)
+            copy.flush()
+            os.dup2(copy.fileno(), number)
+            copy.close()
+            setattr(sys, name, stream)
+
+
+def _is_native(stream: TextIO) -> bool:
+    """Whether the stream is the process' own, not one that a test or a notebook has put in its place."""
+    try:
+        return stream.fileno() in (1, 2)
+    except (OSError, ValueError):
+        return False
 
 
 class _Tee(io.TextIOBase):

@@ -224,7 +224,8 @@ def test_the_speedrun_runs_every_stage_of_the_pipeline_in_an_order_that_works(tm
     params = profile("speedrun")
     wanted = []
     for name, stage in pipeline.items():
-        keys = {"${variants}": params.variants, "${baselines}": params.baselines, None: [""]}[stage.get("foreach")]
+        entries = {"${variants}": [*params.variants], "${baselines}": [*params.baselines]}
+        keys = entries.get(stage.get("foreach"), [""])
         command = stage.get("do", stage)["cmd"].removeprefix("python -m pipelines ")
         wanted += [command.replace("${key}", key) for key in keys]
         assert name in command

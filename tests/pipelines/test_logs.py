@@ -1,5 +1,6 @@
 """A stage's log file: what passed both streams, without the states of a progress bar that were drawn over."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +38,28 @@ def test_the_log_ends_with_what_ended_the_stage(tmp_path: Path) -> None:
         raise ValueError("no photo")
     (path,) = (tmp_path / "logs" / "encode").glob("*.log")
     assert path.read_text().endswith("ValueError: no photo\n")
+
+
+def test_what_bypasses_python_is_in_the_log_alone(tmp_path: Path) -> None:
+    """Of the process itself and of its children, which is how Ray's C++ prints. Python's lines stay in both."""
+    program = """
+import os, subprocess, sys
+from pathlib import Path
+from pipelines.runtime.logs import stage_log
+with stage_log(Path(sys.argv[1]), "encode"):
+    print("news")
+    os.write(2, b"core_worker.cc: an actor has constructor arguments\\n")
+    subprocess.run(["sh", "-c", "echo from a child"])
+    print("a warning", file=sys.stderr)
+os.write(2, b"after\\n")
+print("the end")
+"""
+    ran = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert ran.stdout == "news\nthe end\n" and ran.stderr == "a warning\nafter\n"
+    [log] = (tmp_path / "logs" / "encode").glob("*.log")
+    assert {"news", "core_worker.cc: an actor has constructor arguments", "from a child", "a warning"} < set(
+        log.read_text().splitlines()
+    )
 
 
 def test_old_logs_go(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-all drill bench gpu profile speedrun ui clean
+.PHONY: help env repro test test-all drill bench gpu profile ablation speedrun ui clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,10 @@ gpu: $(STAMP) ## measure and check training and editing on a GPU; rehearse witho
 profile: $(STAMP) ## write params.yaml from a profile: make profile P=coco ROOT=/photos
 	@$(if $(P),,echo "choose with P=name, one of: $$(cd infra/profiles && echo *.yaml | sed 's/\.yaml//g')" >&2; exit 2)
 	@$(IN_VENV) $(PY) -m pipelines profile $(P) $(if $(ROOT),--root "$(ROOT)")
+
+ablation: $(STAMP) ## all rows of the paper's Table 3 on the sample photos: writes params.yaml, then as make repro
+	@$(IN_VENV) $(PY) -m pipelines profile ablation
+	@$(MAKE) --no-print-directory repro
 
 speedrun: $(STAMP) ## a model from scratch on one GPU: make speedrun ROOT=/data; a rehearsal on two cores: P=speedrun-cpu
 	@$(if $(ROOT),,echo "name the folder of photos (images/) and box files: make speedrun ROOT=/data" >&2; exit 2)

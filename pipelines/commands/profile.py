@@ -5,6 +5,7 @@ lines as in params.yaml. The result is one complete file with the comments of bo
 weights from disk has the placeholder @ROOT@ in place of their folder.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -27,19 +28,39 @@ REPLACED_WHOLE = ("variants", "baselines")  # a profile's entries replace those 
 def main(name: str, root: str) -> None:
     """Write params.yaml. root: folder of photos or weights, "" if the profile needs none.
 
-    Raises ParamsError and leaves params.yaml unchanged if the result is invalid.
+    A params.yaml that no profile has written is kept beside it. Raises ParamsError and leaves params.yaml unchanged if
+    the result is invalid.
     """
     home = repo_root()
     text = profile_text(home / "infra" / "profiles", name, root)
     params = parse_params(text, "params.yaml")
     target = home / "params.yaml"
     beside = target.with_name("params.yaml.new")
+    _keep_own_edits(home / "infra" / "profiles", target)
     try:
         beside.write_text(text)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
     print(f"params.yaml: profile {name}, variants {', '.join(params.variants)}; `make repro` runs it")
+
+
+def _keep_own_edits(folder: Path, params: Path) -> None:
+    """Copy a params.yaml that differs from every profile to a name of its content."""
+    text = params.read_text() if params.exists() else ""
+    if text and not any(_could_write(folder, path.stem, text) for path in folder.glob("*.yaml")):
+        kept = params.with_name(f"params.{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml")
+        kept.write_text(text)
+        print(f"{kept.name}: params.yaml as it was, with your edits")
+
+
+def _could_write(folder: Path, name: str, text: str) -> bool:
+    """Return whether `text` is the profile with some folder as its root. A broken profile writes nothing."""
+    try:
+        parts = full_text(folder, name).split(PLACEHOLDER)
+    except ParamsError:
+        return False
+    return re.fullmatch(".*".join(map(re.escape, parts)), text) is not None
 
 
 def profile_text(folder: Path, name: str, root: str = "") -> str:

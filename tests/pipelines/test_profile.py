@@ -53,6 +53,22 @@ def test_every_profile_becomes_a_whole_valid_file(name: str, checkout: Path) -> 
         assert f"\n{section}:" in written and f"\n  {setting}: " in written
 
 
+def test_edits_of_params_yaml_are_kept_and_what_a_profile_wrote_is_not(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(checkout, "lost", "# of the user, broken\n\nbase: nowhere\n")
+    params = checkout / "params.yaml"
+    command.main("coco", str(checkout))  # it was "seed: 1"
+    command.main("sample", "")
+    own = params.read_text().replace("seed: 23 ", "seed: 24 ")
+    params.write_text(own)
+    command.main("tiny", "")
+    kept = {path.name: path.read_text() for path in checkout.glob("params.*.yaml")}
+    assert sorted(kept.values()) == sorted(["seed: 1\n", own])
+    said = [line for line in capsys.readouterr().out.splitlines() if "with your edits" in line]
+    assert sorted(line.split(":")[0] for line in said) == sorted(kept)
+
+
 BASE = """\
 # The base.
 

@@ -31,7 +31,7 @@ from pipelines.runtime.progress import progress_bar, with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
-VERSION = 2
+VERSION = 3
 
 MENDED = {  # counts of boxes that were changed, in words
     "boxes_clipped": "ended outside their photo by less than rounding, and were clipped",

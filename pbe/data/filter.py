@@ -5,7 +5,7 @@ ldm/data/open-images.py excludes. To add a rule, add a setting to FilterConfig, 
 stage, its counts and the report follow.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -15,8 +15,12 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pbe.data.boxes import area_frac
+from pbe.data.duplicates import Nearest
 from pbe.data.schema import REJECTS, Flag
 from pbe.settings import Float, Frac, Int, Settings
+
+NO_PHOTO = Nearest(0.0, "")
+NOTHING_HELD_OUT: Mapping[str, Nearest] = {}
 
 
 class FilterConfig(Settings):
@@ -42,6 +46,11 @@ class FilterConfig(Settings):
     )
     max_iou: Annotated[Float, Field(gt=0, le=1)] | None = Field(
         None, description="IoU of two boxes of a photo above which the smaller is dropped; null: no limit, as upstream"
+    )
+    max_heldout_similarity: Frac | None = Field(
+        0.9,
+        description="similarity of a training photo to a held-out one above which it is dropped as a copy; null: no "
+        "limit, as upstream. Measured: pbe/data/duplicates.py. Ours",
     )
     exclude_images: tuple[str, ...] = Field(
         (
@@ -72,6 +81,8 @@ class MeasuredBoxes:
     area_frac: np.ndarray  # (N,)
     width_px: np.ndarray  # (N,) in pixels of the photo, not rounded; height_px too
     height_px: np.ndarray
+    heldout_similarity: np.ndarray  # (N,) of the photo to the nearest held-out one; 0 for held-out photos
+    nearest_heldout: Sequence[str]  # (N) its id
 
 
 class Broken(NamedTuple):
@@ -80,6 +91,7 @@ class Broken(NamedTuple):
     rows: np.ndarray  # (N,) bool, True where the rule is broken
     allowed: str
     value: np.ndarray | None = None
+    other: Sequence[str] | None = None  # (N) what the value compares the row with, for the detail
 
 
 class Rule(NamedTuple):
@@ -95,6 +107,12 @@ class Rule(NamedTuple):
 
 def image_excluded(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
     return Broken(_is_among(boxes.table, ["image_id"], cfg.exclude_images), "filter.exclude_images")
+
+
+def image_like_heldout(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
+    limit = 1.0 if cfg.max_heldout_similarity is None else cfg.max_heldout_similarity
+    similarity = boxes.heldout_similarity
+    return Broken(similarity > limit, f"{limit} to a held-out photo", similarity, boxes.nearest_heldout)
 
 
 def class_excluded(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) -> Broken:
@@ -141,6 +159,7 @@ def near_duplicate(boxes: MeasuredBoxes, cfg: FilterConfig, left: np.ndarray) ->
 # A box is dropped by the first rule that it breaks.
 RULES = (
     Rule("image_excluded", ("exclude_images",), image_excluded),
+    Rule("image_like_heldout", ("max_heldout_similarity",), image_like_heldout),
     Rule("class_excluded", ("include_classes", "exclude_classes"), class_excluded),
     Rule("flag_excluded", ("exclude_flags",), flag_excluded),
     Rule("area_below_min", ("min_area_frac",), area_below_min),
@@ -151,12 +170,15 @@ RULES = (
 )
 
 
-def filter_boxes(boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig) -> tuple[pa.Table, pa.Table]:
+def filter_boxes(
+    boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig, *, nearest: Mapping[str, Nearest] = NOTHING_HELD_OUT
+) -> tuple[pa.Table, pa.Table]:
     """Split a BOXES table into kept boxes and REJECTS, both in the order given.
 
-    sizes: image_id, width_px and height_px of every image that a box names. Raises ValueError if one is missing.
+    sizes: image_id, width_px and height_px of every image that a box names. nearest: of training photos by image id.
+    Raises ValueError if an image is missing in sizes.
     """
-    measured = _measured(boxes, sizes)
+    measured = _measured(boxes, sizes, nearest)
     left = np.ones(boxes.num_rows, bool)
     rejects: dict[int, dict[str, str]] = {}
     for rule in RULES:
@@ -168,6 +190,7 @@ def filter_boxes(boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig) -> tuple[p
         keys = boxes.select(["image_id", "box_index", "label_name"]).take(rows).to_pylist()
         for row, key in zip(rows, keys, strict=True):
             given = key["label_name"] if broken.value is None else f"{broken.value[row]:.4g}"
+            given += f" with {broken.other[int(row)]}" if broken.other is not None else ""
             rejects[int(row)] = {
                 "stage": "filter",
                 "key": f"{key['image_id']}#{key['box_index']}",
@@ -178,14 +201,17 @@ def filter_boxes(boxes: pa.Table, sizes: pa.Table, cfg: FilterConfig) -> tuple[p
     return boxes.filter(pa.array(left)), pa.Table.from_pylist(ordered, schema=REJECTS)
 
 
-def _measured(boxes: pa.Table, sizes: pa.Table) -> MeasuredBoxes:
+def _measured(boxes: pa.Table, sizes: pa.Table, nearest: Mapping[str, Nearest]) -> MeasuredBoxes:
     place = pc.index_in(boxes.column("image_id"), sizes.column("image_id").combine_chunks())
     if place.null_count:
         raise ValueError("a box names an image that is not among the images of its part")
     photo_width_px, photo_height_px = (sizes.column(name).take(place).to_numpy() for name in ("width_px", "height_px"))
     xmin, xmax, ymin, ymax = corners = tuple(boxes.column(name).to_numpy() for name in ("xmin", "xmax", "ymin", "ymax"))
+    found = [nearest.get(image_id, NO_PHOTO) for image_id in boxes.column("image_id").to_pylist()]
     return MeasuredBoxes(
         table=boxes,
+        heldout_similarity=np.array([photo.similarity for photo in found], np.float64),
+        nearest_heldout=[photo.image_id for photo in found],
         corners=corners,
         area_frac=area_frac(*corners),
         width_px=(xmax - xmin) * photo_width_px,

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pbe.data import images as image_codec
 from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.download import PhotoError
+from pbe.data.duplicates import descriptor
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
 from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, STATED, table_from_rows
 
@@ -230,13 +231,14 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
             raise PhotoError("image_changed", f"{photo.address}: not the bytes that were there when ingest began")
         picture = image_codec.open_picture(data, max_bytes=len(data), max_pixels=limits.max_pixels)  # `read` bounds it
         orientation = picture.header.exif_orientation if limits.exif == "apply" else 1
-        height_px, width_px = image_codec.decode(data, exif_orientation=orientation, convert=False).shape[:2]
+        decoded = image_codec.decode(data, exif_orientation=orientation, convert=False)
     except image_codec.ImageError as error:
         large = isinstance(error, image_codec.ImageTooLargeError)
         reason = "image_too_large" if large else "image_unreadable"
         return _Read(photo, None, PhotoError(reason, f"{photo.address}: {error}"))
     except PhotoError as error:
         return _Read(photo, None, error)
+    height_px, width_px = decoded.shape[:2]
     row = {
         "image_id": photo.image_id,
         "bytes": data,
@@ -248,6 +250,7 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         "source_url": photo.source_url,
         "rotation": photo.rotation,
         "exif_orientation": orientation,
+        "descriptor": descriptor(decoded),
     }
     return _Read(photo, row, None, Frame(width_px, height_px, picture.header.exif_orientation, limits.exif == "apply"))
 

@@ -105,6 +105,8 @@ PHOTOS = pa.schema(
     ]
 )
 
+DESCRIPTOR_BYTES = 192  # of a photo: pbe/data/duplicates.py
+
 IMAGES = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -120,6 +122,7 @@ IMAGES = pa.schema(
         # EXIF orientation 1..8 that readers must apply to `bytes`; 1 with ingest.exif: ignore. width and height are
         # those of the upright picture
         pa.field("exif_orientation", pa.int8(), nullable=False),
+        pa.field("descriptor", pa.binary(DESCRIPTOR_BYTES), nullable=False),
     ]
 )
 

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 
 from pbe.data import images  # noqa: E402
 from pbe.data.rng import row_rng, shard_of  # noqa: E402
-from pbe.data.schema import BOXES, FLAGS, IMAGES, table_from_rows  # noqa: E402
+from pbe.data.schema import BOXES, DESCRIPTOR_BYTES, FLAGS, IMAGES, table_from_rows  # noqa: E402
 from pbe.store import Record, Store, load_manifest, make_manifest, save_manifest  # noqa: E402
 from tests.benchmarks.device import add_device  # noqa: E402
 from tests.benchmarks.memory import run  # noqa: E402
@@ -109,6 +109,7 @@ def photo_row(image_id: str, pictures: list[bytes], width_px: int, height_px: in
         "height_px": height_px,
         "sha256": "",
         "exif_orientation": 1,
+        "descriptor": bytes(DESCRIPTOR_BYTES),
     }
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pbe.config import load_params
+from pbe.data.duplicates import Nearest
 from pbe.data.filter import RULES, FilterConfig, filter_boxes
 from pbe.data.schema import BOXES, FLAGS, REJECTS, require
 
@@ -163,15 +164,34 @@ def test_the_first_broken_rule_is_the_reason() -> None:
         max_aspect=2.0,
     )
     found = []
-    for change in ({}, {"exclude_images": ()}, {"exclude_classes": ()}, {"exclude_flags": ()}, {"min_area_frac": 0.0}):
+    copies = {"image2": Nearest(0.95, "elsewhere")}
+    for change in (
+        {},
+        {"exclude_images": ()},
+        {"max_heldout_similarity": None},
+        {"exclude_classes": ()},
+        {"exclude_flags": ()},
+        {"min_area_frac": 0.0},
+        {"min_side_px": 0},
+    ):
         rules = replace(rules, **change)
-        found += filter_boxes(_table(everything), SIZES, rules)[1].column("reason").to_pylist()
-    rules = replace(rules, min_side_px=0)
-    found += filter_boxes(_table(everything), SIZES, rules)[1].column("reason").to_pylist()
+        found += filter_boxes(_table(everything), SIZES, rules, nearest=copies)[1].column("reason").to_pylist()
     assert found == [
-        "image_excluded", "class_excluded", "flag_excluded", "area_below_min", "side_below_min", "aspect_above_max",
+        "image_excluded", "image_like_heldout", "class_excluded", "flag_excluded", "area_below_min", "side_below_min",
+        "aspect_above_max",
     ]  # fmt: skip
     assert Counter(found).keys() <= {rule.reason for rule in RULES}
+
+
+def test_a_copy_of_a_held_out_photo_loses_all_its_boxes_and_names_it() -> None:
+    boxes = _table(_box(0.1, 0.5, 0.1, 0.5), _box(0.2, 0.9, 0.2, 0.9), _box(0.1, 0.5, 0.1, 0.5, image_id="image2"))
+    nearest = {"image0": Nearest(0.951, "held out"), "image2": Nearest(0.9, "held out")}
+    kept, rejects = filter_boxes(boxes, SIZES, UPSTREAM, nearest=nearest)
+    assert kept.column("image_id").to_pylist() == ["image2"]  # the limit itself is allowed
+    assert {(row["reason"], row["detail"]) for row in rejects.to_pylist()} == {
+        ("image_like_heldout", "0.951 with held out, allowed: 0.9 to a held-out photo")
+    }
+    assert filter_boxes(boxes, SIZES, replace(UPSTREAM, max_heldout_similarity=None), nearest=nearest)[0].num_rows == 3
 
 
 def test_no_boxes() -> None:

@@ -211,12 +211,13 @@ def test_numbers_of_one_estimate_have_the_same_digits() -> None:
 
 def test_the_filter_table_has_the_rules_that_are_on_and_those_that_removed_something_in_their_order() -> None:
     counts = {f"rejected_{rule.reason}": 0 for rule in RULES} | {"rejected_area_below_min": 7}
-    off = FilterConfig(min_area_frac=0.02, max_area_frac=0.8, exclude_images=())
+    off = FilterConfig(min_area_frac=0.02, max_area_frac=0.8, exclude_images=(), max_heldout_similarity=None)
     assert report.filter_table(counts, off) == [("area below min", 7), ("area above max", 0)]
     assert report.filter_table({**counts, "rejected_near_duplicate": 2}, off)[-1] == ("near duplicate", 2)
     settings: dict[str, Any]
     for settings, reason in (
         ({"exclude_images": ("a",)}, "image excluded"),
+        ({"max_heldout_similarity": 0.9}, "image like heldout"),
         ({"exclude_classes": ("Cat",)}, "class excluded"),
         ({"include_classes": ("Cat",)}, "class excluded"),
         ({"exclude_flags": ("is_inside",)}, "flag excluded"),

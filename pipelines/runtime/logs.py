@@ -61,8 +61,7 @@ def _native_output_to(log: TextIO) -> Iterator[None]:
             copy = getattr(sys, name)
             copy.flush()
             os.dup2(copy.fileno(), number)
-            copy.close()
-            setattr(sys, name, stream)
+            setattr(sys, name, stream)  # the copy stays open: Ray has kept it, and uses it when Python ends
 
 
 def _is_native(stream: TextIO) -> bool:

@@ -43,10 +43,11 @@ def test_the_log_ends_with_what_ended_the_stage(tmp_path: Path) -> None:
 def test_what_bypasses_python_is_in_the_log_alone(tmp_path: Path) -> None:
     """Of the process itself and of its children, which is how Ray's C++ prints. Python's lines stay in both."""
     program = """
-import os, subprocess, sys
+import atexit, os, subprocess, sys
 from pathlib import Path
 from pipelines.runtime.logs import stage_log
 with stage_log(Path(sys.argv[1]), "encode"):
+    atexit.register(sys.stdout.isatty)  # as colorama does in Ray
     print("news")
     os.write(2, b"core_worker.cc: an actor has constructor arguments\\n")
     subprocess.run(["sh", "-c", "echo from a child"])

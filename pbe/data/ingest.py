@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pbe.data import images as image_codec
 from pbe.data.boxfiles.findings import EVERY_FILE
+from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
-from pbe.data.duplicates import descriptor
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
 from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, STATED, table_from_rows
 

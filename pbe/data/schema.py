@@ -105,7 +105,7 @@ PHOTOS = pa.schema(
     ]
 )
 
-DESCRIPTOR_BYTES = 192  # of a photo: pbe/data/duplicates.py
+DESCRIPTOR_BYTES = 192  # of a photo: pbe/data/descriptor.py
 
 IMAGES = pa.schema(
     [

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from pbe.data import images
-from pbe.data.duplicates import HeldOut, descriptor
+from pbe.data.descriptor import descriptor
+from pbe.data.duplicates import HeldOut
 from pbe.data.schema import DESCRIPTOR_BYTES
 
 

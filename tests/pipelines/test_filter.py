@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pbe.data import images
-from pbe.data.duplicates import descriptor
+from pbe.data.descriptor import descriptor
 from pbe.data.schema import BOXES, FLAGS, IMAGES, table_from_rows
 from pbe.store import Store, load_manifest, make_manifest, save_manifest
 from pipelines import filter as filter_stage

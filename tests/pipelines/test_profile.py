@@ -237,10 +237,10 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
         "1.0e-08",
         "# (default) AdamW's epsilon. Upstream (torch's default)",
     ]
-    assert lines["encode.codec"].startswith("{kind: patch, patch_px: 4") and "AutoencoderKL" in lines["encode.codec"]
+    assert lines["encode.codec"].startswith("{kind: patch, patch_px: 8") and "AutoencoderKL" in lines["encode.codec"]
     assert lines["variants.untrained"] == "{train: {steps: 0}}"
     params_command.main("tiny")
     out = capsys.readouterr().out
-    assert "train.steps: 640; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
+    assert "train.steps: 1280; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
     params_command.main("sample")
     assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

@@ -114,7 +114,7 @@ def test_steps_that_do_not_divide_1000_are_a_deviation_but_by_upstreams_protocol
 def test_a_deviation_of_one_variant_names_it() -> None:
     other = {"train": {"context_dropout_prob": 0.0}}
     found = topics(params(("variants", {"full": {}, "none": other})))["context dropout"]
-    assert (found.variants, found.here) == ("full", "10% of rows see none of the photo")
+    assert (found.variants, found.here) == ("full", "30% of rows see none of the photo")
     both = topics(params(("sweep.variant", "a"), ("variants", {"a": {}, "b": {"train": {"lr": 1e-4}}})))
     assert both["context dropout"].variants == ""
     assert "context dropout" not in topics(

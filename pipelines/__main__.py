@@ -9,7 +9,7 @@ from infra/profiles).
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pbe.errors import UserError, printable
 from pbe.places import home_root
@@ -46,16 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _dispatch(args)
     except UserError as error:
-        lines = map(printable, with_cure(error).splitlines())  # a failed job's error quotes its log
-        print("pbe: error: " + "\n".join(lines), file=sys.stderr)
-        return 1
+        return _tell(error, with_cure(error).splitlines())  # a failed job's error quotes its log
     except OSError as error:  # a file or folder of the user that cannot be read or written
-        print(f"pbe: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
+        return _tell(error, [" ".join(str(error).split())])
     except KeyboardInterrupt:
         print("pbe: interrupted; finished parts and checkpoints are kept; rerun the command to resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell(error: Exception, lines: Sequence[str]) -> int:
+    """Print the lines of an error and its notes, which say where the logs are; return the exit status."""
+    notes = getattr(error, "__notes__", [])
+    print("pbe: error: " + "\n".join(map(printable, (*lines, *notes))), file=sys.stderr)
+    return 1
 
 
 def _dispatch(args: argparse.Namespace) -> None:

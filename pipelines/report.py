@@ -9,8 +9,9 @@ import base64
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,13 @@ def table_order(names: Sequence[str]) -> list[str]:
     return known + [name for name in names if name not in known]
 
 
+def row_label(name: str, names: Collection[str]) -> str:
+    """Return the paper's name of a row. Its "+" means one thing more than in the row above, so the rows above must be
+    there, except +prior, which needs Stable Diffusion."""
+    above = [row for row in takewhile(lambda row: row != name, TABLE_3) if row != "prior"]
+    return TABLE_3.get(name, name) if all(row in names for row in above) else name
+
+
 def colours(names: Iterable[str]) -> dict[str, int]:
     """Return the colour index of every method."""
     return {name: index % COLOURS for index, name in enumerate(names)}
@@ -190,7 +198,7 @@ def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole:
             }
             for metric, _ in columns
         ]
-        label = TABLE_3.get(name, name)
+        label = row_label(name, shown)
         n = next(iter(numbers.values())).n
         if n != most:
             label += f" (N = {n} of {most})"

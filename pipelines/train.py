@@ -29,6 +29,7 @@ from pbe.train.settings import TrainConfig
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
+from pipelines.runtime.logs import root_cause
 from pipelines.runtime.parts import start_ray
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
@@ -308,13 +309,13 @@ def _fit(stage: Stage, spec: "TrainSpec", run: Run) -> None:
         except (TrainingFailedError, RayError) as error:
             _raise_what_stopped(stage, run)
             if (problem := shortage(error)) is None:
-                raise StageError(f"{stage.title}: {_root_cause(error)}; checkpoints stay in the storage") from error
+                raise StageError(f"{stage.title}: {root_cause(error)}; checkpoints stay in the storage") from error
             patience.wait(problem, done=max((found.step for found in run.checkpoints()), default=0))
 
 
 def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
     """Ray Train's side of a spec: its ranks, their GPUs or processors, and how often lost ones are replaced."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cfg, run = spec.cfg, Run(Store(spec.store_uri), spec.run_name)
@@ -332,7 +333,6 @@ def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
             name=f"attempt-{attempt}",
             storage_path=run.store.full_uri(f"{run.folder}/ray"),
             failure_config=FailureConfig(max_failures=cfg.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # no lists of processes
         ),
     )
 
@@ -374,12 +374,6 @@ class _Put:
 
         with suppress(RayActorError):  # a bar that Ray has ended, for want of memory, does not end the training
             self.queue.put_nowait((int(point["step"]), point["loss"]))
-
-
-def _root_cause(error: Exception) -> str:
-    """Return the last informative line: Ray wraps a worker's error in several tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 class ProgressBar:

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 
 from pbe.data.images import resize
 from pbe.diffusion.schedule import scheduler_config
-from pbe.evaluate.features.extractors import load_clip_extractor
+from pbe.evaluate.features.clip import load_clip_extractor
 from pbe.evaluate.metrics.mixture import Mixture, save_mixture
 from pbe.model.clip import ClipBackbone, new_clip
 from pbe.model.exemplar import ExemplarMapper

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pbe.model.backbone import Backbone, load_backbone
-from pbe.model.clip import load_clip
 from pbe.model.codec import Codec, codec_from_bytes
 from pbe.model.tensors import folder_digest, weight_files_of
-from pbe.model.vae import load_vae
 from pbe.store import Store
 
 Entry = Mapping[str, Any]  # in the encode manifest's config: "kind", and "path" below the storage root
@@ -52,6 +50,8 @@ def open_codec(store: Store, entry: Entry) -> Codec:
     path = str(entry["path"])
     if entry["kind"] == "patch":
         return codec_from_bytes(store.read_bytes(path), store.full_uri(path))
+    from pbe.model.vae import load_vae  # imported here: diffusers takes seconds
+
     with stored_folder(store, path) as folder:
         return load_vae(folder)
 
@@ -59,6 +59,8 @@ def open_codec(store: Store, entry: Entry) -> Codec:
 def open_backbone(store: Store, entry: Entry) -> Backbone:
     """Open the backbone of an encode manifest. Raises BackboneError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
+        from pbe.model.clip import load_clip  # imported here: transformers takes seconds
+
         with stored_folder(store, str(entry["path"])) as folder:
             return load_clip(folder)
     return load_backbone(entry["kind"])

@@ -53,9 +53,10 @@ def _refuse_other_versions(theirs: dict[str, str], ours: dict[str, str]) -> None
         raise StageError(f"the cluster and the machine that sent this job differ: {said}; {advice}")
     if differ:
         print(
-            f"warning: the cluster and the machine that sent this job differ: {said}; results may differ in bits, and"
+            f"pbe: warning: the cluster and the machine that sent this job differ: {said}; results may differ in bits, "
+            f"and {advice}",
+            flush=True,
         )
-        print(f"         {advice}", flush=True)
 
 
 def _refuse_other_storage(store: Store, mark: str | None) -> None:

@@ -75,7 +75,7 @@ def run_remotely(stage: Stage, address: str) -> None:
         is_new = is_new and _submit(client, stage, package, job_id, address)
     except KeyboardInterrupt:
         print(
-            f"\n{stage.name}: interrupted while job {job_id} was sent: it may run; the same command attaches to it.\n"
+            f"\n{stage.name}: interrupted while job {job_id} was sent: it may run; the same command attaches to it. "
             f"To stop it: ray job stop --address {address} {job_id}",
             flush=True,
         )
@@ -241,7 +241,7 @@ def _detach_or_stop(client: JobSubmissionClient, stage: Stage, job_id: str, addr
             print(f"{stage.name}: job {job_id} is {client.get_job_status(job_id)}", flush=True)
         return
     print(
-        f"{stage.name}: detached; job {job_id} keeps running, and the same command attaches to it again.\n"
+        f"{stage.name}: detached; job {job_id} keeps running, and the same command attaches to it again. "
         f"To stop it: ray job stop --address {address} {job_id}",
         flush=True,
     )

@@ -17,7 +17,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 WORKER_ENV = {
     "NO_ALBUMENTATIONS_UPDATE": "1",  # otherwise its import checks online for a newer version
     "TOKENIZERS_PARALLELISM": "false",
-    "OPENCV_LOG_LEVEL": "ERROR",  # a photo that cannot be read becomes a reject with its name
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES),
     "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD_BYTES),
@@ -31,10 +30,9 @@ DRIVER_ENV = {
     "RAY_task_oom_retries": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # our own bar counts units, not operators
-    # log lines of Ray's workers that do not help a user; without a dashboard the first repeats every second
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state|Requesting resources: "
-    "|Attempting to start training worker group|Setting up process group for"
-    "|libpng error: ",  # of a photo that becomes a reject with its name
+    "RAY_COLOR_PREFIX": "0",  # no escape codes in the log
+    # without a dashboard this line repeats every second
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
 }
 
 # For a local Ray only, before Ray is imported: a token, Ray's own default, without its warning; and 127.0.0.1 for all

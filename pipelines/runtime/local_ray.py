@@ -49,19 +49,25 @@ def init_ray() -> None:
 
 @contextmanager
 def ended_with() -> Iterator[None]:
-    """End the Ray that the block starts, if any, and remove its folder; if the block fails, say where its logs are."""
+    """End the Ray that the block starts, if any, and remove its folder; if the block fails, note where its logs are."""
     try:
         yield
-    except BaseException:
-        if folder := _folder_in_use():
-            print(f"Ray's own logs of this run: {folder}/r/session_latest/logs", file=sys.stderr)
+    except BaseException as error:
+        if folder := _end():
+            error.add_note(f"Ray's own logs of this run: {folder}/r/session_latest/logs")
         raise
+    if folder := _end():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end() -> Path | None:
+    """End the Ray that this process has started, if any, and return its folder."""
     if folder := _folder_in_use():
         import ray
 
         # as at the end of the process, where it would also wait for the last lines of the workers
         ray.shutdown(wait_for_processes=True, _exiting_interpreter=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _folder_in_use() -> Path | None:

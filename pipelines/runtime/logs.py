@@ -1,24 +1,38 @@
-"""Log files, one per run of a stage: its output, local or from a cluster job, and a last line on how it ended."""
+"""What a run of a stage writes: all of it to a log file, and to the terminal only what the stage says.
+
+A line is said by the stage if it begins with the name of a stage or `pbe:`, here, in a worker, or in its cluster job.
+What Ray, DeepSpeed, MLflow and other libraries write is in the log alone.
+"""
 
 import io
 import os
+import re
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
+from pbe.errors import UserError, one_line
+from pipelines.runtime.stage import STAGES, StageError
+
 LOG_FOLDER = "logs"
 KEPT = 5  # logs per stage; older ones are removed
+DESCRIPTORS = {"stdout": 1, "stderr": 2}
+# such as "train@full: ..."; Ray puts "(RayTrainWorker pid=7203, ip=10.0.0.2) " before what a worker says
+_SAID = re.compile(rf"(?:\S*\(.*?\bpid=\d+(?:, ip=\S+)?\)\S* )?((?:{'|'.join(STAGES)}|features|pbe)(?:@\S+)?: .*)")
 
 
 @contextmanager
 def stage_log(home: Path, title: str) -> Iterator[Path]:
-    """Copy stdout and stderr to a new file in <home>/logs/<title> while the block runs; yields its path.
+    """Write all output of the block to a new file in <home>/logs/<title>, and what the stage says to both streams too.
 
-    Of a progress bar only the last state is logged. What bypasses Python (Ray's C++, child processes) goes to the file
-    alone: a user can rarely act on it.
+    Yields the file's path. Of a progress bar only the last state is logged. If the block fails, the log has the
+    traceback, and the error has a note that names the log; an error that is not the user's becomes a StageError.
     """
     folder = home / LOG_FOLDER / title.replace("@", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,88 +40,142 @@ def stage_log(home: Path, title: str) -> Iterator[Path]:
         old.unlink(missing_ok=True)
     began = time.time()
     path = folder / time.strftime("%Y%m%d-%H%M%S.log", time.gmtime(began))
-    with path.open("a", encoding="utf-8") as log, _native_output_to(log):
-        streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+    with path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
         ending = "ended"
         try:
-            yield path
+            with _split_streams(log):
+                yield path
         except BaseException as error:
-            ending = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise
+            ending = one_line(f"{type(error).__name__}: {error}")
+            log.write("".join(traceback.format_exception(error)))
+            if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+                error = StageError(f"{title}: {root_cause(error)}; the log has the traceback")
+            error.add_note(f"The log of this run: {path}")
+            raise error from None
         finally:
-            for tee in (sys.stdout, sys.stderr):
-                if isinstance(tee, _Tee):
-                    tee.finish_line()
-            sys.stdout, sys.stderr = streams
             log.write(f"[{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())}, {time.time() - began:.0f} s] {ending}\n")
 
 
+def root_cause(error: Exception) -> str:
+    """Return the line that names the error. Ray's errors quote the tracebacks of a worker, the first cause first."""
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    # a traceback's frames are indented, the exception after them is not
+    quoted = (line for frame, line in pairwise(lines) if frame.startswith("  ") and not line.startswith(" "))
+    return next(quoted, lines[-1]).strip()
+
+
 @contextmanager
-def _native_output_to(log: TextIO) -> Iterator[None]:
-    """Point the process' file descriptors 1 and 2 at the log, and Python's streams at copies of what they were."""
-    before = [
-        (name, stream, stream.fileno()) for name in ("stdout", "stderr") if _is_native(stream := getattr(sys, name))
-    ]
-    for name, stream, number in before:
-        stream.flush()
-        copy = os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
-        setattr(sys, name, copy)
-        os.dup2(log.fileno(), number)
-    try:
+def _split_streams(log: TextIO) -> Iterator[None]:
+    """Replace sys.stdout and sys.stderr; their descriptors, to which C++ and child processes write, lead to the log."""
+    with ExitStack() as stack:
+        output = _Output(log)
+        for name, descriptor in DESCRIPTORS.items():
+            stream: TextIO = getattr(sys, name)
+            stream.flush()
+            beside = stack.enter_context(
+                os.fdopen(os.dup(descriptor), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+            )
+            os.dup2(log.fileno(), descriptor)
+            stack.callback(os.dup2, beside.fileno(), descriptor)
+            split = _Split(beside if _writes_to(stream, descriptor) else stream, output)
+            setattr(sys, name, split)
+            stack.callback(setattr, sys, name, stream)
+            stack.callback(split.leave_for, stream)
+        stack.callback(output.end)
         yield
-    finally:
-        for name, stream, number in before:
-            copy = getattr(sys, name)
-            copy.flush()
-            os.dup2(copy.fileno(), number)
-            setattr(sys, name, stream)  # the copy stays open: Ray has kept it, and uses it when Python ends
 
 
-def _is_native(stream: TextIO) -> bool:
-    """Whether the stream is the process' own, not one that a test or a notebook has put in its place."""
+def _writes_to(stream: TextIO, descriptor: int) -> bool:
     try:
-        return stream.fileno() in (1, 2)
-    except (OSError, ValueError):
+        return stream.fileno() == descriptor
+    except (OSError, ValueError):  # a test or a notebook has put another in its place
         return False
 
 
-class _Tee(io.TextIOBase):
-    """Stream wrapper that also writes complete lines to a log."""
+class _Output:
+    """The log and the terminal, whose last line may be a bar that is still drawn."""
 
-    def __init__(self, stream: TextIO, log: TextIO) -> None:
-        self._stream, self._log, self._line = stream, log, ""
+    def __init__(self, log: TextIO) -> None:
+        self._log, self._ended = log, False
+        self._begun: dict[tuple[TextIO, int], str] = {}  # lines by thread: one prints what Ray's workers print
+        self._bar = ""
+        self._drawn_on: TextIO | None = None
+        self._lock = threading.RLock()
+
+    def write(self, text: str, terminal: TextIO) -> None:
+        """Log whole lines, and show those that are said."""
+        with self._lock:
+            if self._ended:  # by a library that has kept the stream
+                return
+            key = terminal, threading.get_ident()
+            if text.startswith("\r"):
+                self._draw(text, terminal)
+            elif text == "\n" and self._bar and not self._begun.get(key):
+                self._end_bar()
+            else:
+                *whole, self._begun[key] = (self._begun.get(key, "") + text).split("\n")
+                for line in whole:
+                    self._write_line(line.rstrip("\r"), terminal)
+
+    def end(self) -> None:
+        """Finish what is begun."""
+        with self._lock:
+            if self._bar:
+                self._end_bar()
+            for (terminal, _), line in self._begun.items():
+                if line:
+                    self._write_line(line, terminal)
+            self._ended = True
+
+    def _draw(self, state: str, terminal: TextIO) -> None:
+        self._bar = state.strip()
+        if _SAID.fullmatch(self._bar):
+            terminal.write(state)
+            self._drawn_on = terminal
+
+    def _end_bar(self) -> None:
+        self._log.write(self._bar + "\n")
+        self._bar = ""
+        self._leave_bar()
+
+    def _leave_bar(self) -> None:
+        if self._drawn_on is not None:
+            self._drawn_on.write("\n")
+            self._drawn_on = None
+
+    def _write_line(self, line: str, terminal: TextIO) -> None:
+        self._log.write(line + "\n")
+        if said := _SAID.fullmatch(line):
+            self._leave_bar()  # it is drawn again below
+            terminal.write(said[1] + "\n")
+
+
+class _Split(io.TextIOBase):
+    """Stream whose text goes to the log, and to the terminal where it is said."""
+
+    def __init__(self, terminal: TextIO, output: _Output) -> None:
+        self._terminal, self._output = terminal, output
+
+    def leave_for(self, stream: TextIO) -> None:
+        """Answer as `stream` from now on: a library that has kept this object may ask it when the process exits."""
+        self._terminal = stream
 
     def write(self, text: str) -> int:
-        written = self._stream.write(text)
-        *whole, self._line = (self._line + text).split("\n")
-        for line in whole:
-            self._log.write(line.rstrip("\r").rpartition("\r")[2] + "\n")
-        if whole:
-            self._log.flush()
-        return written
-
-    def finish_line(self) -> None:
-        if self._line:
-            self._log.write(self._line.rpartition("\r")[2] + "\n")
-            self._line = ""
+        self._output.write(text, self._terminal)
+        return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        self._terminal.flush()
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        return self._terminal.isatty()
 
     def fileno(self) -> int:
-        return self._stream.fileno()
+        return self._terminal.fileno()
 
     def writable(self) -> bool:
         return True
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    @property
-    def buffer(self) -> object:
-        return self._stream.buffer
+        return self._terminal.encoding

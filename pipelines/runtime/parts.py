@@ -172,7 +172,8 @@ def _results(
     actors: int | None,
 ) -> Iterator[tuple[int, Record]]:
     """Run the units; yield each one's place among them and its record. Raises StageError if one fails."""
-    rows = ray.data.range(len(units), override_num_blocks=len(units))
+    # beside actors one process reads, which only names the units; tasks read their own
+    rows = ray.data.range(len(units), concurrency=1 if actors else None, override_num_blocks=len(units))
     wanted = ray_resources(each)
     options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
     if actors is None:

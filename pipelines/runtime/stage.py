@@ -89,6 +89,6 @@ def versions(stage: str) -> list[int]:
 
 
 def save_counts(stage: Stage, counts: dict[str, int]) -> None:
-    """Write counts.json, a DVC metric: rows in, kept, and dropped by reason."""
+    """Write counts.json, a DVC metric: rows in, kept, and dropped by reason. Print those that are not 0."""
     write_json(stage.outputs / "counts.json", dict(sorted(counts.items())))
-    print(f"{stage.name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
+    print(f"{stage.name}: " + ", ".join(f"{key} {value}" for key, value in counts.items() if value))

@@ -11,13 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pbe.evaluate.features.extractors import (
-    PROJECTION,
-    EfficientNetExtractor,
-    Preprocessing,
-    load_clip_extractor,
-    load_inception_extractor,
-)
+from pbe.evaluate.features.clip import PROJECTION, load_clip_extractor
+from pbe.evaluate.features.extractors import EfficientNetExtractor, Preprocessing, load_inception_extractor
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD
 from pbe.model.tensors import WeightsError

@@ -12,7 +12,8 @@ def repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Shared: no test may change its settings, code or data."""
     pytest.importorskip("skimage", reason="needs the sample extra")
     project = make_project(tmp_path_factory.mktemp("chain") / "my project")
-    project.run_to_the_end("dvc", "repro")
+    done = project.run_to_the_end("dvc", "repro")
+    project.terminal_log.write_text(done.stdout + done.stderr)
     return project
 
 

@@ -32,6 +32,11 @@ class Project:
     def python(self) -> Path:
         return self.folder / ".venv" / "bin" / "python"
 
+    @property
+    def terminal_log(self) -> Path:
+        """Where what the first `dvc repro` has printed is kept."""
+        return self.folder / "logs" / "terminal.txt"
+
     def environment(self, **more: str) -> dict[str, str]:
         env = {key: value for key, value in os.environ.items() if key not in FOREIGN}
         env |= {"PATH": f"{self.python.parent}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(self.folder)}
@@ -57,15 +62,14 @@ class Project:
             raise AssertionError(f"{command} exited with {result.returncode}\n{result.stdout}\n{result.stderr}")
         return result
 
-    def run_to_the_end(self, *command: str) -> None:
+    def run_to_the_end(self, *command: str) -> subprocess.CompletedProcess[str]:
         """As `run`, but a command that takes too long, on a machine that does much else, is given again: it resumes."""
         for _ in range(ATTEMPTS - 1):
             try:
-                self.run(*command)
-                return
+                return self.run(*command)
             except subprocess.TimeoutExpired:
                 continue
-        self.run(*command)
+        return self.run(*command)
 
     def start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """Run `python -m COMMAND...` in the background, in a process group of its own."""

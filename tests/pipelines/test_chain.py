@@ -43,11 +43,37 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
             gain = found[method][hole]["exemplar"][GAIN]
             assert gain["low"] <= gain["value"] <= gain["high"] and (gain["n"], gain["extractor"]) == (12, GAIN[14:])
     html = (repro.folder / "reports" / "index.html").read_text()
-    assert "exemplar gain" in html.lower() and "classifier-free guidance (full)" in html
+    assert "exemplar gain" in html.lower() and re.search(r'<strong class="key v\d">full</strong>', html)
     clean, *draws = re.findall(r'<img src="(data:[^"]+)" alt="(?:clean|augmented) reference', html)
     assert len(draws) == 16 and len({clean, *draws}) > 8  # some draws leave it as it is
     assert 'src="http' not in html
     assert 'href="http' not in html.split("</head>")[0]
+
+
+DVC_SAYS = [r"Running stage '[\w@]+':", r"> python -m pipelines .*", r"(Generating|Updating) lock file 'dvc\.lock'", ""]
+DVC_SAYS += [r"Use `dvc push` to send your updates to remote storage\."]
+STAGE_SAYS = [
+    r"\w+: \d+ of \d+ parts are already there, \d+ to do",
+    r"[\w@]+: +\d+%\|.*\| \d+/\d+ \[.*\]",  # bars
+    r"[\w: ]+: +\d+%\|.*\| \d+/\d+ \[.*\]",
+    r"ingest: boxes: [\d.]+box \[.*\]",
+    r"\w+: (\w+ \d+, )*\w+ \d+",  # counts
+    r"encode: \d+ components keep [\d.]+% of the patch variance",
+    r"train: resuming from step \d+.*",  # after a timeout of the fixture
+    r"train@\w+: (registered in MLflow as pbe-\w+ version \d+|model in models/\w+)",
+    r"evaluate: \w+: \d+ numbers",
+    r"evaluate: features \d+ s, metrics and intervals \d+ s",
+    r"report: .*/reports/index\.html \([\d.]+ MB\)",
+]
+
+
+def test_every_line_on_the_terminal_is_news_and_the_rest_is_in_the_logs(repro: Project) -> None:
+    shapes = [re.compile(shape) for shape in DVC_SAYS + STAGE_SAYS]
+    lines = repro.terminal_log.read_text().split("\n")
+    assert [line for line in lines if not any(shape.fullmatch(line) for shape in shapes)] == []
+    assert len(lines) < 120
+    logs = "".join(path.read_text() for path in (repro.folder / "logs" / "train-full").glob("*.log"))
+    assert "Started training worker group" in logs and "train@full: model in models/full" in logs
 
 
 def test_repro_again_does_nothing(repro: Project) -> None:

@@ -182,11 +182,14 @@ def test_what_a_job_sees_and_what_comes_back(cluster: Cluster, laptop: Laptop, b
         stage.outputs.mkdir(parents=True)
         (stage.outputs / "manifest.json").write_text(json.dumps(seen))
         (stage.outputs / "counts.json").write_text("{}")
-        print("a line of the job's log")
+        print("materialize: a line of the job's log")
+        print("a line of a library")
         """,
     )
-    said = laptop.run("materialize")
-    assert "a line of the job's log" in said.splitlines()
+    said = laptop.run("materialize").splitlines()
+    [log] = (laptop.root / "logs" / "materialize").glob("*.log")
+    assert "materialize: a line of the job's log" in said and "a line of a library" not in said
+    assert "a line of a library" in log.read_text().splitlines()
     seen = laptop.manifest("materialize")
     assert {"params.yaml", "pipelines/runtime/parts.py", "pbe/store.py"} <= set(seen["files"])
     assert not [name for name in seen["files"] if name.startswith((".env", ".git", "models", "tests"))]
@@ -224,16 +227,16 @@ def test_a_failed_job_is_one_error_with_its_log(laptop: Laptop) -> None:
 def test_a_job_whose_driver_is_killed_is_one_error_and_the_same_command_tries_again(
     cluster: Cluster, laptop: Laptop
 ) -> None:
-    stub(laptop, "print('waiting'); time.sleep(600)")
+    stub(laptop, "print('materialize: waiting'); time.sleep(600)")
     process = laptop.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in laptop.said(), process, laptop, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in laptop.said(), process, laptop, "line of the job")
     job_id = next(word for word in laptop.said().split() if word.startswith("pbe-materialize-"))
     driver_of(cluster, job_id).kill()
     assert process.wait(timeout=STEP_S) == 1, laptop.said()
     assert f"pbe: error: job {job_id} is FAILED" in laptop.said() and "Traceback" not in laptop.said()
     assert not (laptop.root / "data" / "materialize").exists()
     process = laptop.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in laptop.said(), process, laptop, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in laptop.said(), process, laptop, "line of the job")
     again = f"{job_id.removesuffix('-1')}-2"
     assert f"submitted job {again}" in laptop.said()
     cluster.nodes.client().stop_job(again)
@@ -253,7 +256,7 @@ def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp
     stub(
         laptop,
         f"""
-        print("waiting")
+        print("materialize: waiting")
         deadline = time.monotonic() + {STEP_S}
         while not Path({str(go)!r}).exists():
             assert time.monotonic() < deadline
@@ -263,21 +266,21 @@ def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp
         """,
     )
     first = laptop.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in laptop.said(), first, laptop, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in laptop.said(), first, laptop, "line of the job")
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=STEP_S) == 130, laptop.said()
     job_id = next(word for word in laptop.said().split() if word.startswith("pbe-materialize-"))
     assert f"ray job stop --address {laptop.env['RAY_ADDRESS']} {job_id}" in laptop.said()
 
     second = laptop.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in laptop.said(), second, laptop, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in laptop.said(), second, laptop, "line of the job")
     assert f"attached again to job {job_id}" in laptop.said()
 
     # somebody else runs the same, in a checkout of theirs
     colleague = Laptop(Project(tmp_path / "another laptop"), laptop.env)
     shutil.copytree(laptop.root, colleague.root, symlinks=True)
     third = colleague.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in colleague.said(), third, colleague, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in colleague.said(), third, colleague, "line of the job")
     assert f"attached again to job {job_id}" in colleague.said()
 
     go.touch()
@@ -288,9 +291,9 @@ def test_ctrl_c_detaches_and_the_same_command_attaches_again(laptop: Laptop, tmp
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_the_job_and_the_same_command_tries_again(cluster: Cluster, laptop: Laptop) -> None:
-    stub(laptop, "print('waiting'); time.sleep(600)")
+    stub(laptop, "print('materialize: waiting'); time.sleep(600)")
     process = laptop.start("materialize")
-    wait_for(lambda: "\nwaiting\n" in laptop.said(), process, laptop, "line of the job")
+    wait_for(lambda: "\nmaterialize: waiting\n" in laptop.said(), process, laptop, "line of the job")
     process.send_signal(signal.SIGINT)
     wait_for(lambda: "Ctrl-C again" in laptop.said(), process, laptop, "offer")
     process.send_signal(signal.SIGINT)

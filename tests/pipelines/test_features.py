@@ -1,6 +1,8 @@
 """What evaluation looks at and with which settings, refused before an extractor is opened."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,8 +44,8 @@ def edits(**config: object) -> Manifest:
 def test_edits_of_other_settings_are_not_scored() -> None:
     params = load_params()
     stage = SimpleNamespace(params=params)
-    made = params.edit_variant("bottleneck").model_dump(mode="json")
-    assert evaluate._differences(stage, edits(**made), "bottleneck") == ""  # type: ignore[arg-type]
+    made = params.edit_variant("baseline").model_dump(mode="json")
+    assert evaluate._differences(stage, edits(**made), "baseline") == ""  # type: ignore[arg-type]
     found = evaluate._differences(stage, edits(**made), "full")  # type: ignore[arg-type]
     assert found == f"guidance_scale 1.0, now {params.edit.guidance_scale}"
     found = evaluate._differences(stage, edits(holes=["box"]), None)  # type: ignore[arg-type]
@@ -59,3 +61,14 @@ def test_a_bench_in_too_few_photos_is_refused_before_anything_is_trained(tmp_pat
     boxes = pa.table({"image_id": ["a", "a", "b", "c"], "box_index": [0, 1, 0, 0], "label_name": ["cat"] * 4})
     with pytest.raises(StageError, match=r"4 items in 3 photos; an interval needs at least 4 photos\. Raise bench"):
         bench._refuse_too_few(choose(boxes, crops_per_box=1, max_items=10))
+
+
+def test_stages_without_a_diffusion_network_import_neither_diffusers_nor_transformers() -> None:
+    """Both together cost each process three seconds; evaluate, encode and bench start three processes each."""
+    program = (
+        "import sys, pipelines.bench, pipelines.encode, pipelines.evaluate, pbe.encode\n"
+        "from pbe.model.weight_store import open_backbone, open_codec\n"
+        "print({'diffusers', 'transformers'} & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

@@ -14,7 +14,7 @@ import yaml
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
-from pbe.evaluate.features.extractors import load_clip_extractor
+from pbe.evaluate.features.clip import load_clip_extractor
 from pbe.evaluate.metrics.mixture import load_mixture, mixture_digest
 from pbe.model.weights import Model, load_model
 from tests.pipelines.project import Project, make_project

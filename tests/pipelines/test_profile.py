@@ -224,6 +224,13 @@ def test_a_mistake_is_named_and_changes_nothing(name: str, root: str, message: s
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
 
 
+def test_the_ablation_is_the_sample_with_more_variants_so_that_nothing_is_trained_twice() -> None:
+    sample, ablation = profile("sample"), profile("ablation")
+    assert sample.variants.items() < ablation.variants.items()
+    assert list(sample.variants) == ["full", "baseline", "untrained"]
+    assert ablation.model_copy(update={"variants": sample.variants}) == sample
+
+
 def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_profile(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

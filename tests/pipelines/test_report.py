@@ -178,22 +178,30 @@ def _result(name: str, **metrics: float) -> summary.Result:
 
 
 def test_the_table_has_the_papers_order_and_a_p_value_against_the_first() -> None:
-    names = ["full", "mine", "bottleneck", "baseline", "copy_paste"]
+    names = ["full", "mine", "bottleneck", "augmentation", "baseline", "copy_paste"]
     results = {name: _result(name, frechet_x=float(at), similarity_x=0.5) for at, name in enumerate(names)}
     tests = {"box": {"exemplar": {"frechet_x": {"p_value": 0.25}, "similarity_x": {"p_value": 0.0005}}}}
     paired = {"against": "full", "methods": dict.fromkeys(names, tests)}
     table = report.result_table(results, paired, "box", "x")
     assert table["columns"] == ["Frechet", "similarity"]
-    assert [row["name"] for row in table["rows"]] == ["baseline", "bottleneck", "full", "mine", "copy_paste"]
-    assert [row["label"] for row in table["rows"]][:3] == [
+    in_order = ["baseline", "augmentation", "bottleneck", "full", "mine", "copy_paste"]
+    assert [row["name"] for row in table["rows"]] == in_order
+    assert [row["label"] for row in table["rows"]][:4] == [
         "baseline",
+        "+ augmentation",
         "+ bottleneck",
         "+ classifier-free guidance (full)",
     ]
-    baseline, full = table["rows"][0], table["rows"][2]
-    assert baseline["cells"][0] == {"text": "3.00 [2.00, 4.00]", "p": "p 0.250"}
+    baseline, full = table["rows"][0], table["rows"][3]
+    assert baseline["cells"][0] == {"text": "4.00 [3.00, 5.00]", "p": "p 0.250"}
     assert [cell["p"] for cell in full["cells"]] == ["", ""]
     assert baseline["cells"][1]["p"] == "p 0.001"
+
+
+def test_a_plus_stands_only_below_the_row_to_which_it_adds() -> None:
+    assert report.row_label("full", ["full", "baseline"]) == "full"
+    assert report.row_label("augmentation", ["full", "baseline", "augmentation"]) == "+ augmentation"
+    assert report.row_label("mine", [*report.TABLE_3, "mine"]) == "mine"
 
 
 def test_methods_that_were_not_compared_have_no_p_value() -> None:

@@ -1,7 +1,7 @@
 """Feature extractors of the metrics, each with its name, the digest of its weights and its resize rules.
 
     efficientnet_lite0, _lite2   ImageNet weights from pip packages: the sample's extractors
-    clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score
+    clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score (clip.py)
     inception                    TF's Inception pool3 from its TorchScript file: fid
 
 Preprocessing depends on the picture: `whole` (Frechet, KID, quality), `region` (the box of a hole) or `reference` (what
@@ -17,21 +17,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
-from transformers import CLIPVisionModelWithProjection
 
-from pbe.data.images import centre_square, resize, resize_antialiased
+from pbe.data.images import resize
 from pbe.model.backbone import EfficientNetLite
-from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
-from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_folder, read_json, refuse_non_finite
+from pbe.model.tensors import WeightsError, refuse_non_finite
 
 CPU = torch.device("cpu")
 Preprocessing = Literal["whole", "region", "reference"]
-PROJECTION = "visual_projection.weight"
 SQUASH_RULE = "cv2 squash to 224 x 224, INTER_AREA if both sides shrink below a quarter, else INTER_LINEAR"
-CLIP_RULE = "whole: PIL bicubic to the shorter side, centre crop; region: bilinear squash without antialias"
 INCEPTION_RULE = "inside the TorchScript file, from the picture's own size"
-VIT_B_32 = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224}
 
 
 class Extractor(Protocol):
@@ -72,51 +66,7 @@ class EfficientNetExtractor:
             device = next(self._backbone.parameters()).device
             return self._backbone(torch.from_numpy(rows).permute(0, 3, 1, 2).to(device))
 
-        return _in_batches(images, features, width=self._backbone.width, batch_rows=batch_rows)
-
-
-class ClipExtractor:
-    """CLIP's projected class token: upstream's encode_image, in float32 (upstream: float16 on CUDA).
-
-    `paper` is True if the sizes are those of ViT-B/32.
-    """
-
-    name = "clip"
-    resize_rule = CLIP_RULE
-    matches_resolution = False  # upstream compares with the reference at full size
-
-    def __init__(self, network: CLIPVisionModelWithProjection, *, digest: str) -> None:
-        self.digest = digest
-        self._network = network.float().eval().requires_grad_(False)
-        self._side = int(network.config.image_size)
-        self.paper = all(getattr(network.config, key) == value for key, value in VIT_B_32.items())
-
-    def __call__(
-        self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
-    ) -> np.ndarray:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-
-        def features(batch: Sequence[np.ndarray]) -> Tensor:
-            pixels = torch.stack([self._pixels(image, preprocessing) for image in batch])
-            with torch.no_grad():
-                found = self._network(pixel_values=((pixels - mean) / std).to(self._network.device))
-            return found.image_embeds
-
-        width = int(self._network.config.projection_dim)
-        return _in_batches(images, features, width=width, batch_rows=batch_rows)
-
-    def _pixels(self, image: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-        """(3, side, side) in [0, 1]. Sources: OpenAI's CLIP preprocess (whole), upstream region_clip_score (the
-        others)."""
-        side = self._side
-        if preprocessing == "region":  # resizing commutes with the normalisation, which upstream does before it
-            tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
-            return interpolate(tensor, (side, side), mode="bilinear", align_corners=False, antialias=False)[0]
-        if preprocessing == "reference":
-            picture = resize_antialiased(image, width_px=side, height_px=side, resampling="bicubic")
-        else:
-            picture = centre_square(image, side, resampling="bicubic")
-        return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 255
+        return in_batches(images, features, width=self._backbone.width, batch_rows=batch_rows)
 
 
 class InceptionExtractor:
@@ -139,28 +89,7 @@ class InceptionExtractor:
                 rows = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in batch]
                 return torch.cat([self._network(row.to(self._device), return_features=True).flatten(1) for row in rows])
 
-        return _in_batches(images, features, width=None, batch_rows=batch_rows)
-
-
-def load_clip_extractor(folder: Path, *, device: torch.device = CPU) -> ClipExtractor:
-    """Load CLIP from a hub-style folder (whole, or its vision part with projection). Raises WeightsError."""
-    raw = read_json(folder / "config.json")
-    config = vision_config(raw, str(folder))
-    tensors = read_folder(folder, *STEMS)
-    if PROJECTION not in tensors:
-        raise WeightsError(
-            f"{folder}: has no {PROJECTION}: the metrics need CLIP with its projection, not a bare encoder"
-        )
-    config.projection_dim = tensors[PROJECTION].shape[0]
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        names = CLIPVisionModelWithProjection(config).state_dict()
-    nested = any(name.startswith("vision_model.vision_model.") for name in names)
-    prefix = "vision_model.vision_model." if nested else "vision_model."
-    named = {f"{prefix}{name}": value for name, value in clip_tensors(tensors).items()}
-    named[PROJECTION] = tensors[PROJECTION]
-    network = new_loaded(lambda: CLIPVisionModelWithProjection(config), named, str(folder))
-    return ClipExtractor(network.to(device), digest=folder_digest(folder, *STEMS))
+        return in_batches(images, features, width=None, batch_rows=batch_rows)
 
 
 def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = CPU) -> InceptionExtractor:
@@ -180,7 +109,8 @@ def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = 
     return InceptionExtractor(network, digest=sha256[:16], device=device)
 
 
-def _in_batches(images: Sequence[np.ndarray], features: Any, *, width: int | None, batch_rows: int) -> np.ndarray:
+def in_batches(images: Sequence[np.ndarray], features: Any, *, width: int | None, batch_rows: int) -> np.ndarray:
+    """Return the features of all images, (N, width). features: maps a batch of images to its features."""
     if batch_rows < 1:
         raise ValueError(f"batch_rows {batch_rows} must be at least 1")
     for image in images:

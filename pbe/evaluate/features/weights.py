@@ -16,12 +16,10 @@ from pbe.errors import UserError
 from pbe.evaluate.features.extractors import (
     EfficientNetExtractor,
     Extractor,
-    load_clip_extractor,
     load_inception_extractor,
 )
 from pbe.evaluate.settings import ClipExtractorConfig, EfficientNetExtractorConfig, InceptionExtractorConfig
 from pbe.model.backbone import load_backbone, weights_digest
-from pbe.model.clip import STEMS
 from pbe.model.hub import weights_folder
 from pbe.model.tensors import WeightsError
 from pbe.model.weight_store import store_weights, stored_folder
@@ -41,6 +39,8 @@ def store_extractor(
 ) -> Entry:
     """Copy the weights that params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
     if isinstance(cfg, ClipExtractorConfig):
+        from pbe.model.clip import STEMS
+
         try:
             folder = weights_folder(cfg.weights, parts=[""])
         except WeightsError as error:
@@ -54,6 +54,8 @@ def store_extractor(
 def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) -> Extractor:
     """Load an extractor onto `device`. Raises BackboneError, ExtractorError, StoreError or WeightsError."""
     if entry["kind"] == "clip":
+        from pbe.evaluate.features.clip import load_clip_extractor
+
         with stored_folder(store, str(entry["path"])) as folder:
             return load_clip_extractor(folder, device=device)
     if entry["kind"] == "inception":

@@ -237,7 +237,7 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     params_command.main()
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["train.lr"].split(None, 1) == [
-        "0.0014",
+        "0.002",
         "# AdamW's learning rate. Upstream: 1e-5 (fine-tuning); ours trains from scratch",
     ]
     assert lines["train.adam_eps"].split(None, 1) == [
@@ -248,6 +248,6 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     assert lines["variants.untrained"] == "{train: {steps: 0}}"
     params_command.main("tiny")
     out = capsys.readouterr().out
-    assert "train.steps: 1280; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
+    assert "train.steps: 480; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
     params_command.main("sample")
     assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

@@ -48,8 +48,8 @@ def test_edits_of_other_settings_are_not_scored() -> None:
     assert evaluate._differences(stage, edits(**made), "baseline") == ""  # type: ignore[arg-type]
     found = evaluate._differences(stage, edits(**made), "full")  # type: ignore[arg-type]
     assert found == f"guidance_scale 1.0, now {params.edit.guidance_scale}"
-    found = evaluate._differences(stage, edits(holes=["box"]), None)  # type: ignore[arg-type]
-    assert found == "holes ['box'], now ['box', 'bezier']"
+    found = evaluate._differences(stage, edits(holes=["box", "bezier"]), None)  # type: ignore[arg-type]
+    assert found == "holes ['box', 'bezier'], now ['box']"
 
 
 def test_a_bench_in_too_few_photos_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

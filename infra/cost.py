@@ -44,8 +44,9 @@ from infra.scaling import (  # noqa: E402
     row_bytes,
     table,
 )
+from pbe.model.architecture import Architecture, architecture_of  # noqa: E402
 from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
-from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
+from pbe.model.unet import new_network  # noqa: E402
 from pbe.train.engine import GPU_BUCKET  # noqa: E402
 from pbe.train.settings import TrainConfig  # noqa: E402
 

@@ -291,7 +291,8 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
         return None
     import torch
 
-    from pbe.model.unet import architecture_of, new_network
+    from pbe.model.architecture import architecture_of
+    from pbe.model.unet import new_network
 
     try:
         encoded = load_manifest(manifest).config

@@ -132,7 +132,8 @@ def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: 
     import torch
     import torch.distributed as dist
 
-    from pbe.model.unet import Architecture, new_network
+    from pbe.model.architecture import Architecture
+    from pbe.model.unet import new_network
     from pbe.train.engine import load_engine, make_engine, save_engine, step_engine, to_universal
 
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")

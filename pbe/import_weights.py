@@ -18,21 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import one_line
+from pbe.model.card import ModelCard
 from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
 from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files_of
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec
-from pbe.model.weights import (
-    MAPPER_PARTS,
-    REFERENCE_PAD_PX,
-    Model,
-    ModelCard,
-    load_model,
-    save_model,
-)
+from pbe.model.weights import MAPPER_PARTS, REFERENCE_PAD_PX, Model, load_model, save_model
 
 ALPHAS_TOLERANCE = 1e-3  # between two ways to compute the schedule; the rounding of the file's type comes on top
 _LAYOUT = ("unet", "image_encoder", "vae", "codec", "scheduler", "feature_extractor", "model_index.json", "pbe.json")

@@ -21,11 +21,15 @@ from typing import TYPE_CHECKING, Any
 from pbe import track
 from pbe.data.images import decode
 from pbe.data.slots import InputError, require_same_rows
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import UserError
+from pbe.model.architecture import architecture_of
+from pbe.model.card import ModelCard
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import UNLOGGED, Run
 from pbe.train.settings import TrainConfig
+from pbe.train.spec import TrainSpec
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
@@ -40,8 +44,6 @@ from pipelines.train_preflight import refuse_what_cannot_train
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
-
-    from pbe.train.worker import TrainSpec
 
 # names the run, in place of the code: raise it when losses change for the same settings and rows, so that an unfinished
 # run starts anew instead of resuming
@@ -258,9 +260,6 @@ def _train(
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from pbe.model.unet import architecture_of
-    from pbe.train.worker import TrainSpec
-
     write_plan(stage.store, stage.title, "run", [run.name], total=cfg.steps)
     start_ray()
     refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
@@ -293,7 +292,7 @@ def _train(
         _raise_what_stopped(stage, run)
 
 
-def _fit(stage: Stage, spec: "TrainSpec", run: Run) -> None:
+def _fit(stage: Stage, spec: TrainSpec, run: Run) -> None:
     """Train to the end; where memory is short, wait and go on from the newest checkpoint. Raises StageError."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
@@ -313,7 +312,7 @@ def _fit(stage: Stage, spec: "TrainSpec", run: Run) -> None:
             patience.wait(problem, done=max((found.step for found in run.checkpoints()), default=0))
 
 
-def new_trainer(spec: "TrainSpec", *, attempt: str) -> "TorchTrainer":
+def new_trainer(spec: TrainSpec, *, attempt: str) -> "TorchTrainer":
     """Ray Train's side of a spec: its ranks, their GPUs or processors, and how often lost ones are replaced."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -347,7 +346,7 @@ def _train_loop(config: dict[str, bytes]) -> None:
     """Train on every worker. If training stops, write the reason to the run's folder, in one line, for the driver."""
     import ray.train.torch
 
-    from pbe.train.worker import NonFiniteError, TrainSpec, train_worker
+    from pbe.train.worker import NonFiniteError, train_worker
 
     spec: TrainSpec = pickle.loads(config["spec"])
     run = Run(Store(spec.store_uri), spec.run_name)
@@ -407,10 +406,7 @@ class ProgressBar:
             self._bar.update(step - self._bar.n)
 
 
-def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> Any:
-    from pbe.diffusion.schedule import scheduler_config
-    from pbe.model.weights import ModelCard
-
+def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> ModelCard:
     materialize = stage.params.materialize
     return ModelCard(
         image_px=materialize.image_px,

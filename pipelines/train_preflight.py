@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pbe.data.schema import TRIPLETS, encoded_schema
 from pbe.data.slots import group_rows, slot_files
+from pbe.model.architecture import architecture_of
 from pbe.store import File, Manifest, Store
 from pbe.train.settings import TrainConfig
 from pipelines.runtime.cures import made_again
@@ -40,7 +41,7 @@ def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, ini
     import torch
 
     from pbe.model.initial import load_stored
-    from pbe.model.unet import architecture_of, new_network
+    from pbe.model.unet import new_network
 
     with torch.device("meta"):
         network = new_network(

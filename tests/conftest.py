@@ -18,10 +18,11 @@ from pbe.data import images
 from pbe.store import Store
 
 if TYPE_CHECKING:
+    from pbe.model.architecture import Architecture
     from pbe.model.backbone import EfficientNetLite
+    from pbe.model.card import ModelCard
     from pbe.model.codec import PatchCodec
-    from pbe.model.unet import Architecture, ConditionedUNet
-    from pbe.model.weights import ModelCard
+    from pbe.model.unet import ConditionedUNet
 
 # The same examples at every run, and no deadline: other programs may hold the cores.
 settings.register_profile("pbe", derandomize=True, deadline=None, database=None)
@@ -138,8 +139,8 @@ def backbone(one_thread: None) -> EfficientNetLite:
 
 @pytest.fixture(scope="session")
 def arch(one_thread: None) -> Architecture:
+    from pbe.model.architecture import Architecture
     from pbe.model.settings import ExemplarConfig, UNetConfig
-    from pbe.model.unet import Architecture
 
     return Architecture(
         latent_channels=CHANNELS,
@@ -172,8 +173,8 @@ def model(arch: Architecture) -> ConditionedUNet:
 
 @pytest.fixture
 def card() -> ModelCard:
-    from pbe.diffusion.schedule import scheduler_config
-    from pbe.model.weights import ModelCard
+    from pbe.diffusion.scheduler_config import scheduler_config
+    from pbe.model.card import ModelCard
 
     return ModelCard(
         image_px=IMAGE_PX,

@@ -16,7 +16,8 @@ from pbe.data import images
 from pbe.data.images import Resampling
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling, sample
-from pbe.diffusion.schedule import SamplerError, scheduler_config
+from pbe.diffusion.schedule import SamplerError
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.diffusion.settings import Objective, SamplerName
 from pbe.edit import (
     CONTEXT_FACTOR,
@@ -31,10 +32,12 @@ from pbe.edit import (
     _window,
 )
 from pbe.encode import encode_masked, encode_references, to_images
+from pbe.model.architecture import Architecture
 from pbe.model.backbone import EfficientNetLite
+from pbe.model.card import ModelCard
 from pbe.model.codec import PatchCodec
-from pbe.model.unet import Architecture, new_network
-from pbe.model.weights import Model, ModelCard, ModelError, save_model
+from pbe.model.unet import new_network
+from pbe.model.weights import Model, ModelError, save_model
 from tests.tiny_weights import clip_of, paper_model, vae_of
 
 SIZE_PX, STEPS = 16, 3

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pbe import import_weights as module
 from pbe.cli import main
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import UserError
 from pbe.import_weights import import_weights, table_text
 from pbe.model.ldm import FIRST_CONVOLUTION

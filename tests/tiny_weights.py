@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from pbe.data.images import resize
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.evaluate.features.clip import load_clip_extractor
 from pbe.evaluate.metrics.mixture import Mixture, save_mixture
+from pbe.model.card import ModelCard
 from pbe.model.clip import ClipBackbone, new_clip
 from pbe.model.exemplar import ExemplarMapper
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import KlCodec
-from pbe.model.weights import Model, ModelCard, save_model
+from pbe.model.weights import Model, save_model
 
 CONTEXT_WIDTH, CLIP_WIDTH, CLIP_LAYERS, REFERENCE_PX, IMAGE_PX = 24, 64, 9, 28, 32
 EXTRACTOR_PX, EXTRACTOR_WIDTH = 32, 12

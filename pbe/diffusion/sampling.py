@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pbe.diffusion.objective import predicted_x0, target
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, default_sampler, make_sampler, objective_of, timesteps_of
+from pbe.diffusion.schedule import default_sampler, make_sampler, objective_of, timesteps_of
+from pbe.diffusion.scheduler_config import TRAIN_TIMESTEPS
 from pbe.diffusion.settings import Objective, SamplerName
 
 # (noisy latent, timestep) -> prediction, for the rows of a Condition

@@ -11,11 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
+from pbe.diffusion.scheduler_config import PREDICTION_TYPES, TRAIN_TIMESTEPS
+from pbe.diffusion.settings import Objective, SamplerName
 from pbe.errors import UserError
-
-TRAIN_TIMESTEPS = 1000  # upstream configs/v1.yaml
-PREDICTION_TYPES: dict[Objective, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 class Sampler(Protocol):
@@ -33,29 +31,6 @@ class Sampler(Protocol):
 
 class SamplerError(UserError, ValueError):
     """A scheduler config is not supported, or the sampler does not support the model's prediction type."""
-
-
-def scheduler_config(beta_schedule: BetaSchedule, objective: Objective) -> dict[str, Any]:
-    """The scheduler config of a new model.
-
-    scaled_linear: Stable Diffusion's (upstream calls it "linear", configs/v1.yaml), with the hub's PNDM settings.
-    squaredcos_cap_v2: DDIM with trailing timesteps, so that sampling starts at the noisiest one.
-    """
-    stable_diffusion = beta_schedule == "scaled_linear"
-    return {
-        "_class_name": "PNDMScheduler" if stable_diffusion and objective != "x0" else "DDIMScheduler",
-        "num_train_timesteps": TRAIN_TIMESTEPS,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": beta_schedule,
-        "trained_betas": None,
-        "clip_sample": False,
-        "set_alpha_to_one": not stable_diffusion,
-        "skip_prk_steps": True,
-        "steps_offset": 1 if stable_diffusion else 0,
-        "timestep_spacing": "leading" if stable_diffusion else "trailing",
-        "prediction_type": PREDICTION_TYPES[objective],
-    }
 
 
 def objective_of(config: Mapping[str, Any]) -> Objective:

@@ -5,43 +5,15 @@ mask with 1 = known. Stable Diffusion's inpainting model differs in both.
 Deviation of the sample profile: a class embedding also feeds the token to the time embedding.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from pbe.model.architecture import Architecture
 from pbe.model.exemplar import ExemplarMapper
-from pbe.model.settings import ExemplarConfig, UNetConfig
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes and settings that define a network. The paper's values: infra/profiles/openimages.yaml."""
-
-    latent_channels: int
-    latent_px: int
-    backbone_width: int
-    unet: UNetConfig
-    exemplar: ExemplarConfig
-
-
-def architecture_of(
-    unet: UNetConfig, exemplar: ExemplarConfig, *, image_px: int, encoded: Mapping[str, Any]
-) -> Architecture:
-    """The architecture that params.yaml and the encode manifest's config define."""
-    codec = encoded["codec"]
-    return Architecture(
-        latent_channels=int(codec["channels"]),
-        latent_px=image_px // int(codec["patch_px"]),
-        backbone_width=int(encoded["backbone"]["width"]),
-        unet=unet,
-        exemplar=exemplar,
-    )
 
 
 class ConditionedUNet(nn.Module):

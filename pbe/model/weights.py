@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pbe.errors import UserError, one_line
 from pbe.model.backbone import Backbone, load_backbone
+from pbe.model.card import ModelCard
 from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, loaded_clip, vision_config
 from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
 from pbe.model.exemplar import ExemplarMapper
-from pbe.model.settings import Tokens
 from pbe.model.tensors import folder_digest, new_loaded, read_folder, read_json, refuse_non_finite
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec, load_vae
@@ -38,18 +38,6 @@ REFERENCE_PAD_PX = 10  # upstream open-images.py
 
 class ModelError(UserError, ValueError):
     """A model folder is missing or incomplete, or its parts do not match; the message says what."""
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """Settings that a model needs for inference besides its networks."""
-
-    image_px: int
-    reference_px: int
-    reference_pad_px: int
-    tokens: Tokens  # the backbone's tokens that the mapper reads
-    scheduler: dict[str, Any]  # diffusers' config: betas, prediction type, spacing of the timesteps
-    run: dict[str, Any]  # variant, digest, steps, data digest; empty for imported weights
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from pbe.data.contact import sheet
 from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import to_images
+from pbe.model.card import ModelCard
 from pbe.model.codec import Codec
-from pbe.model.weights import ModelCard
 from pbe.train.data.batch import Batch
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks

@@ -9,9 +9,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
 from pbe.model.initial import load_stored
 from pbe.model.precision import float32_products
-from pbe.model.unet import Architecture, ConditionedUNet, new_network, use_float32_group_norm
+from pbe.model.unet import ConditionedUNet, new_network, use_float32_group_norm
 from pbe.model.weight_store import open_backbone, open_codec
-from pbe.model.weights import Model, ModelCard, save_model
+from pbe.model.weights import Model, save_model
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import UNLOGGED, Run, Saver, newest_whole
 from pbe.train.data.batch import Batch
@@ -40,6 +39,7 @@ from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
 from pbe.train.settings import TrainConfig
+from pbe.train.spec import TrainSpec
 from pbe.train.timing import StepTimer, peak_memory_gib
 from pbe.train.validation import Validation
 
@@ -49,25 +49,6 @@ LAPS = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "val
 
 class NonFiniteError(UserError, FloatingPointError):
     """The loss or the gradient is NaN or infinite; a retry would fail the same way."""
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """Everything a worker needs; pickled and sent to every rank."""
-
-    cfg: TrainConfig
-    seed: int
-    store_uri: str
-    encoded: Manifest
-    triplets: Manifest | None  # needed for train.input: pixels
-    arch: Architecture
-    initial: tuple[str, str | None] | None  # storage paths of a UNet and an image encoder; None: random weights
-    card: ModelCard
-    run_name: str
-    origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` names
-    tracking_uri: str | None  # None: no logging
-    mlflow_run_id: str
-    on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
 
 
 def train_worker(spec: TrainSpec, device: torch.device) -> None:

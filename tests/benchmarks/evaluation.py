@@ -23,7 +23,7 @@ from pbe.data import images
 from pbe.data.masks import pack_mask
 from pbe.data.schema import PIXELS
 from pbe.diffusion.sampling import Sampling
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.edit import Editor
 from pbe.evaluate.features.crops import bench_crops, edited_crops
 from pbe.evaluate.features.extractors import EfficientNetExtractor
@@ -33,11 +33,13 @@ from pbe.evaluate.metrics.paired import paired_means, paired_sets
 from pbe.evaluate.reference_set import make_reference_set
 from pbe.evaluate.score import Method, ScopeScores, score_method
 from pbe.evaluate.settings import StatisticsConfig
+from pbe.model.architecture import Architecture
 from pbe.model.backbone import load_backbone
+from pbe.model.card import ModelCard
 from pbe.model.codec import fit_patch_codec
 from pbe.model.settings import ExemplarConfig, UNetConfig
-from pbe.model.unet import Architecture, new_network
-from pbe.model.weights import Model, ModelCard
+from pbe.model.unet import new_network
+from pbe.model.weights import Model
 from tests.benchmarks.device import add_device, now, one_thread, open_device
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4

@@ -30,8 +30,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from infra.cost import GIB, architecture  # noqa: E402
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config  # noqa: E402
-from pbe.model.unet import Architecture, new_network  # noqa: E402
+from pbe.diffusion.schedule import alphas_cumprod  # noqa: E402
+from pbe.diffusion.scheduler_config import scheduler_config  # noqa: E402
+from pbe.model.architecture import Architecture  # noqa: E402
+from pbe.model.unet import new_network  # noqa: E402
 from pbe.store import Store  # noqa: E402
 from pbe.train.data.encoded import EncodedRows  # noqa: E402
 from pbe.train.data.input import TrainInput  # noqa: E402

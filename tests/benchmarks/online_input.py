@@ -22,10 +22,12 @@ import torch
 from pbe.config import Params, load_params
 from pbe.data import images
 from pbe.data.slots import slot_files
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.architecture import Architecture
 from pbe.model.backbone import load_backbone
 from pbe.model.codec import fit_patch_codec
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.settings import Dtype
 from pbe.store import Manifest, Store
 from pbe.train.data.input import TrainInput, open_input

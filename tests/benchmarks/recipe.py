@@ -38,7 +38,8 @@ from pbe.data.masks import HOLE_KINDS, hole_of  # noqa: E402
 from pbe.data.schema import array_value  # noqa: E402
 from pbe.data.slots import slot_files  # noqa: E402
 from pbe.diffusion.sampling import Sampling  # noqa: E402
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS, alphas_cumprod, scheduler_config  # noqa: E402
+from pbe.diffusion.schedule import alphas_cumprod  # noqa: E402
+from pbe.diffusion.scheduler_config import TRAIN_TIMESTEPS, scheduler_config  # noqa: E402
 from pbe.edit import Editor  # noqa: E402
 from pbe.encode import encode_masked, encode_source  # noqa: E402
 from pbe.evaluate.features.extractors import EfficientNetExtractor  # noqa: E402
@@ -50,11 +51,13 @@ from pbe.evaluate.metrics.similarity import (  # noqa: E402
     hole_region,
     match_resolution,
 )
+from pbe.model.architecture import architecture_of  # noqa: E402
 from pbe.model.backbone import load_backbone  # noqa: E402
+from pbe.model.card import ModelCard  # noqa: E402
 from pbe.model.codec import PatchCodec, fit_patch_codec  # noqa: E402
 from pbe.model.settings import PatchCodecConfig  # noqa: E402
-from pbe.model.unet import architecture_of, new_network, use_float32_group_norm  # noqa: E402
-from pbe.model.weights import Model, ModelCard  # noqa: E402
+from pbe.model.unet import new_network, use_float32_group_norm  # noqa: E402
+from pbe.model.weights import Model  # noqa: E402
 from pbe.store import Store, load_manifest  # noqa: E402
 from pbe.train.data.batch import Batch  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402

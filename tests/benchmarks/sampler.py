@@ -30,8 +30,9 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pbe.diffusion.sampling import Sampling, sample  # noqa: E402
+from pbe.model.architecture import Architecture  # noqa: E402
 from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
-from pbe.model.unet import Architecture, new_network  # noqa: E402
+from pbe.model.unet import new_network  # noqa: E402
 from tests.benchmarks.device import add_device, now, one_thread, open_device  # noqa: E402
 from tests.tiny_weights import CLIP_LAYERS, CLIP_WIDTH, CONTEXT_WIDTH, REFERENCE_PX, paper_model  # noqa: E402
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pbe.model.unet import Architecture, architecture_of, new_network  # noqa: E402
+from pbe.model.architecture import Architecture, architecture_of  # noqa: E402
+from pbe.model.unet import new_network  # noqa: E402
 from pbe.store import Store  # noqa: E402
 from pbe.train.engine import make_engine, step_engine  # noqa: E402
 from pbe.train.settings import TrainConfig  # noqa: E402

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pbe.diffusion.objective import add_noise, loss_per_row, min_snr_weight, predicted_x0, target
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.diffusion.settings import Objective
 
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

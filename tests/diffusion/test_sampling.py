@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pbe.diffusion.objective import predicted_x0, target
 from pbe.diffusion.sampling import Condition, Denoiser, Sampling, guide, sample
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
 SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)

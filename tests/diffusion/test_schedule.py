@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.diffusion.schedule import (
-    TRAIN_TIMESTEPS,
-    SamplerError,
-    alphas_cumprod,
-    make_sampler,
-    objective_of,
-    scheduler_config,
-    timesteps_of,
-)
+from pbe.diffusion.schedule import SamplerError, alphas_cumprod, make_sampler, objective_of, timesteps_of
+from pbe.diffusion.scheduler_config import TRAIN_TIMESTEPS, scheduler_config
 from pbe.diffusion.settings import BetaSchedule, Objective, SamplerName
 
 SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)

@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infra.cost import GIB, activation_bytes, states
-from pbe.model.unet import Architecture, new_network
+from pbe.model.architecture import Architecture
+from pbe.model.unet import new_network
 from pbe.train.settings import TrainConfig
 from tests.gpu.process import CaseError, DeviceProcess
 from tests.gpu.sizes import Sizes

@@ -5,11 +5,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig
 
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.card import ModelCard
 from pbe.model.clip import ClipBackbone, new_clip
 from pbe.model.unet import new_network
 from pbe.model.vae import KlCodec
-from pbe.model.weights import Model, ModelCard
+from pbe.model.weights import Model
 from tests.gpu.sizes import Sizes
 
 

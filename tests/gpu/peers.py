@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from pbe.diffusion.objective import add_noise
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.architecture import Architecture
 from pbe.model.precision import float32_products
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.train.settings import TrainConfig
 from pbe.train.worker import train_worker
 from tests.gpu.networks import new_clip_backbone, new_kl_codec

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.cost import PAPER
+from pbe.model.architecture import Architecture
 from pbe.model.settings import ExemplarConfig, UNetConfig
-from pbe.model.unet import Architecture
 
 
 @dataclass(frozen=True)

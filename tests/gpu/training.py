@@ -14,16 +14,18 @@ import torch
 
 from pbe.data.schema import array_bytes, array_shape, encoded_schema, require
 from pbe.data.slots import slot_name
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.architecture import Architecture
+from pbe.model.card import ModelCard
 from pbe.model.codec import codec_bytes, fit_patch_codec
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
-from pbe.model.weights import ModelCard
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.store import Manifest, Store, load_manifest, make_manifest, save_manifest
 from pbe.train import worker
 from pbe.train.engine import make_engine
 from pbe.train.settings import TrainConfig
+from pbe.train.spec import TrainSpec
 from pbe.train.timing import peak_memory_gib
-from pbe.train.worker import TrainSpec, train_worker
+from pbe.train.worker import train_worker
 from tests.gpu.process import join_one_rank
 from tests.gpu.sizes import Sizes
 from tests.gpu.stops import stops_of_steps

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from pbe.model.architecture import Architecture
 from pbe.model.initial import load_initial
 from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.tensors import WeightsError
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.model.unet import ConditionedUNet, new_network
 from tests.tiny_weights import CLIP_WIDTH, CONTEXT_WIDTH, paper_model, tiny_unet, write_paint_by_example
 
 ARCH = Architecture(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.model.unet import Architecture, ConditionedUNet, Float32GroupNorm, new_network, use_float32_group_norm
+from pbe.model.architecture import Architecture
+from pbe.model.unet import ConditionedUNet, Float32GroupNorm, new_network, use_float32_group_norm
 
 
 def _with(arch: Architecture, **changes: Any) -> Architecture:

@@ -145,10 +145,12 @@ def _write_model(root: Path, store: Store, params: Params) -> None:
     """What train would leave: an export whose weights depend on their names alone, not on how a network is begun."""
     import torch
 
-    from pbe.diffusion.schedule import scheduler_config
-    from pbe.model.unet import architecture_of, new_network
+    from pbe.diffusion.scheduler_config import scheduler_config
+    from pbe.model.architecture import architecture_of
+    from pbe.model.card import ModelCard
+    from pbe.model.unet import new_network
     from pbe.model.weight_store import open_backbone, open_codec
-    from pbe.model.weights import Model, ModelCard, save_model
+    from pbe.model.weights import Model, save_model
 
     encoded, cut = load_manifest(root / "data" / "encode" / "manifest.json"), params.materialize
     cfg = params.train_variant(VARIANT)

@@ -67,6 +67,7 @@ def test_stages_without_a_diffusion_network_import_neither_diffusers_nor_transfo
     """Both together cost each process three seconds; evaluate, encode and bench start three processes each."""
     program = (
         "import sys, pipelines.bench, pipelines.encode, pipelines.evaluate, pbe.encode\n"
+        "import pipelines.train, pbe.train.spec, pbe.diffusion.scheduler_config  # what starts a training\n"
         "from pbe.model.weight_store import open_backbone, open_codec\n"
         "print({'diffusers', 'transformers'} & sys.modules.keys())"
     )

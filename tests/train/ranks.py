@@ -23,15 +23,17 @@ import pyarrow as pa
 
 from pbe.data.schema import array_bytes, array_shape, encoded_schema
 from pbe.data.slots import slot_name
-from pbe.diffusion.schedule import scheduler_config
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.architecture import Architecture
+from pbe.model.card import ModelCard
 from pbe.model.codec import codec_bytes, fit_patch_codec
 from pbe.model.settings import ExemplarConfig, UNetConfig
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
-from pbe.model.weights import ModelCard
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.checkpoints import Run
 from pbe.train.settings import TrainConfig
-from pbe.train.worker import TrainSpec, train_worker
+from pbe.train.spec import TrainSpec
+from pbe.train.worker import train_worker
 from tests.profiles import profile
 
 LATENT_PX, CHANNELS, PATCH_PX, WIDTH = 4, 4, 4, 1280

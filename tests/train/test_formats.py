@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from pbe.model.unet import Architecture, ConditionedUNet, new_network
+from pbe.model.architecture import Architecture
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.store import Manifest, Store
 from pbe.train import worker
 from pbe.train.engine import deepspeed_config
-from pbe.train.worker import TrainSpec
+from pbe.train.spec import TrainSpec
 from tests.profiles import profile
 from tests.train.ranks import (
     KillAt,

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, require_same_rows, slot_files
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.model.architecture import Architecture
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import ClipBackbone
 from pbe.model.codec import PatchCodec
-from pbe.model.unet import Architecture, new_network
+from pbe.model.unet import new_network
 from pbe.model.vae import KlCodec
 from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run

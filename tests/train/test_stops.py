@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pbe.diffusion.schedule import alphas_cumprod, scheduler_config
+from pbe.diffusion.schedule import alphas_cumprod
+from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.model.unet import new_network
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import Run

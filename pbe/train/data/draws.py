@@ -10,7 +10,7 @@ import numpy as np
 
 from pbe.data.rng import row_rng
 from pbe.data.schema import HoleKind
-from pbe.diffusion.schedule import TRAIN_TIMESTEPS
+from pbe.diffusion.scheduler_config import TRAIN_TIMESTEPS
 from pbe.train.settings import TrainConfig
 
 

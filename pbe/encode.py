@@ -3,6 +3,7 @@
 It returns posterior mean and std, so that training can draw a new sample at every step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pbe.data import images
-from pbe.data.masks import HOLE_KINDS, MaskResize, hole_of, keep_mask_latent
+from pbe.data.masks import HOLE_KINDS, MaskResize, hole_kinds_of, hole_of, keep_mask_latent
 from pbe.data.reference import augment_reference
 from pbe.data.rng import row_rng
-from pbe.data.schema import array_bytes, encoded_schema
+from pbe.data.schema import array_bytes, encoded_schema, without_empty
 from pbe.errors import UserError
 from pbe.model.backbone import Backbone
 from pbe.model.codec import Codec
@@ -26,11 +27,8 @@ from pbe.settings import Dtype
 CPU = torch.device("cpu")
 Levels = Literal["nearest", "below"]  # below: upstream's scripts, whose cast to uint8 truncates
 
-LATENT_COLUMNS = (
-    "source_mean",
-    "source_std",
-    *(f"{kind}_{what}" for kind in HOLE_KINDS for what in ("masked_mean", "masked_std", "hole_mask_latent")),
-)
+HOLE_COLUMNS = ("masked_mean", "masked_std", "hole_mask_latent")  # of each kind of hole
+LATENT_COLUMNS = ("source_mean", "source_std", *(f"{kind}_{what}" for kind in HOLE_KINDS for what in HOLE_COLUMNS))
 
 
 class EncodeError(UserError, FloatingPointError):
@@ -158,13 +156,13 @@ def encode_triplets(
     arrays: dict[str, list[object]] = {name: [row[name] for row in rows] for name in ("image_id", "slot", "box_index")}
     for name, values in columns.items():
         _refuse_non_finite(name, values, rows, dtype)
-        arrays[name] = [array_bytes(schema.field(name), value) for value in values]
-    return pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema)
+        arrays[name] = [None if value is None else array_bytes(schema.field(name), value) for value in values]
+    return without_empty(pa.table([pa.array(arrays[field.name], field.type) for field in schema], schema=schema))
 
 
-def _refuse_non_finite(name: str, values: list[np.ndarray], rows: list[dict[str, Any]], dtype: Dtype) -> None:
+def _refuse_non_finite(name: str, values: list[np.ndarray | None], rows: list[dict[str, Any]], dtype: Dtype) -> None:
     for row, value in zip(rows, values, strict=True):
-        if not np.abs(value).max() <= np.finfo(dtype).max:  # of NaN too
+        if value is not None and not np.abs(value).max() <= np.finfo(dtype).max:  # of NaN too
             raise EncodeError(
                 f"{row['image_id']}, slot {row['slot']}: {name} has NaN, infinite or too large values for {dtype}; the "
                 "weights of encode.codec or encode.backbone are damaged, or set encode.dtype: float32"
@@ -173,21 +171,32 @@ def _refuse_non_finite(name: str, values: list[np.ndarray], rows: list[dict[str,
 
 def _latent_columns(
     rows: list[dict[str, Any]], codec: Codec, batch_rows: int, device: torch.device
-) -> dict[str, list[np.ndarray]]:
-    """Posteriors and hole masks at latent size, by column name of the encoded schema."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in LATENT_COLUMNS}
+) -> dict[str, list[np.ndarray | None]]:
+    """Posteriors and hole masks at latent size, by column name of the encoded schema; None: it has no such hole."""
+    columns: dict[str, list[np.ndarray | None]] = {name: [] for name in LATENT_COLUMNS}
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows]
         sources = np.stack([images.decode(row["source"]) for row in batch])
-        _extend(columns, "source", encode_source(codec, sources, device=device))
+        posterior = encode_source(codec, sources, device=device)
+        _extend(columns, range(len(batch)), len(batch), source_mean=posterior.mean, source_std=posterior.std)
         for kind in HOLE_KINDS:
-            holes = np.stack([hole_of(row, kind, source) for row, source in zip(batch, sources, strict=True)])
-            masked, keep = encode_masked(codec, sources, holes, device=device)
-            _extend(columns, f"{kind}_masked", masked)
-            columns[f"{kind}_hole_mask_latent"] += list(1.0 - keep.cpu().numpy())
+            having = [index for index, row in enumerate(batch) if kind in hole_kinds_of(row)]
+            arrays: dict[str, Tensor] = {}
+            if having:
+                holes = np.stack([hole_of(batch[index], kind, sources[index]) for index in having])
+                masked, keep = encode_masked(codec, sources[having], holes, device=device)
+                arrays = {"masked_mean": masked.mean, "masked_std": masked.std, "hole_mask_latent": 1.0 - keep}
+            named = {f"{kind}_{what}": arrays.get(what) for what in HOLE_COLUMNS}
+            _extend(columns, having, len(batch), **named)
     return columns
 
 
-def _extend(columns: dict[str, list[np.ndarray]], name: str, posterior: Posterior) -> None:
-    columns[f"{name}_mean"] += list(posterior.mean.cpu().numpy())
-    columns[f"{name}_std"] += list(posterior.std.cpu().numpy())
+def _extend(
+    columns: dict[str, list[np.ndarray | None]], places: Sequence[int], rows: int, **arrays: Tensor | None
+) -> None:
+    """Add `rows` values to each named column: those of its array at `places`, and None elsewhere."""
+    for name, array in arrays.items():
+        values: list[np.ndarray | None] = [None] * rows
+        for place, value in zip(places, array.cpu().numpy() if array is not None else (), strict=True):
+            values[place] = value
+        columns[name] += values

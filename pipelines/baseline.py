@@ -3,7 +3,6 @@
 Parts have the format of `edit`, so the same metrics score them, as rows of the same table.
 """
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
 from pbe.evaluate.bench.results import read_results
+from pbe.evaluate.bench.scopes import scopes_of
 from pbe.evaluate.settings import EditConfig, FolderBaseline
 from pbe.places import local_path
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
@@ -51,7 +51,7 @@ def _fills(bench: pa.Table, cfg: EditConfig, kind: str) -> pa.Table:
     out = []
     for row in bench.to_pylist():
         source = images.decode(row["source"])
-        for hole, reference in product(cfg.holes, cfg.references):
+        for hole, reference in scopes_of(row, cfg.holes, cfg.references):
             edit = _fill(kind, source, hole_of(row, hole, source), images.decode(row[reference]))
             out.append(_edit_row(row["bench_id"], hole, reference, edit))
     return pa.Table.from_pylist(out, schema=EDITS)

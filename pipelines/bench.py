@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from pbe.data.schema import BOXES, REAL_IMAGES, require
+from pbe.data.materialize import NO_MASKS, masks_of
+from pbe.data.schema import BENCH_ITEMS, BOXES, REAL_IMAGES, require, with_optional, without_empty
 from pbe.data.settings import MaterializeConfig
 from pbe.errors import one_line
 from pbe.evaluate.bench.cocoee import read_cocoee
@@ -47,6 +48,7 @@ class Shard:
 
     images: File
     boxes: File
+    masks: File | None  # ingest's boxes, where they have masks
     names: Sequence[str]
 
 
@@ -81,8 +83,10 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     ends = np.searchsorted(choice.rows, np.cumsum([boxes.num_rows for _, _, boxes in found]))
     units = []
     for (images_unit, boxes_unit, _), first, end in zip(found, [0, *ends], ends, strict=False):
-        shard = Shard(images_unit.file("images"), boxes_unit.file("boxes"), choice.names[first:end])
-        identity = digest(["bench", VERSION, settings, shard.names, shard.images.sha256, shard.boxes.sha256])
+        masks = images_unit.file("boxes") if images_unit.counts.get("masks_kept") else None
+        shard = Shard(images_unit.file("images"), boxes_unit.file("boxes"), masks, choice.names[first:end])
+        inputs = [file.sha256 for file in (shard.images, shard.boxes, masks) if file is not None]
+        identity = digest(["bench", VERSION, settings, shard.names, *inputs])
         units.append(Unit(images_unit.unit.split("-")[0], identity, shard))
     worker = partial(_worker, stage.store, cfg, cut, matcher, seed)
     records = run_units(stage, "bench", units, worker=worker, each=cfg.per_actor, key="bench", actors=cfg.actors)
@@ -139,6 +143,9 @@ def _worker(
         shard: Shard = unit.payload
         boxes = require(store.read_table(shard.boxes), BOXES, shard.boxes.path)
         images = store.read_table(shard.images, columns=["image_id", "bytes", "exif_orientation"])
+        masks = NO_MASKS
+        if shard.masks is not None:
+            masks = masks_of(require(store.read_table(shard.masks), BOXES, shard.masks.path))
         try:
             tables = cut_shard(
                 images,
@@ -148,6 +155,7 @@ def _worker(
                 crops_per_box=cfg.crops_per_box,
                 features=features,
                 seed=seed,
+                masks=masks,
             )
         except (ValueError, RuntimeError) as error:
             raise StageError(f"bench: {store.full_uri(shard.images.path)}: {one_line(error)}") from error
@@ -158,7 +166,9 @@ def _worker(
 
 def _joined(store: Store, records: Sequence[Record], dataset: str) -> pa.Table:
     """One table of all parts' rows. In one piece: their pieces would be held as well until the last is used."""
-    return pa.concat_tables([store.read_table(record.file(dataset)) for record in records]).combine_chunks()
+    schema = {"items": BENCH_ITEMS, "real": REAL_IMAGES}[dataset]
+    tables = [with_optional(store.read_table(record.file(dataset)), schema) for record in records]
+    return without_empty(pa.concat_tables(tables).combine_chunks())
 
 
 def _features(store: Store, records: Sequence[Record]) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ from pbe.data.masks import hole_of
 from pbe.data.rng import row_rng
 from pbe.data.schema import BENCH, EDITS, require
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
+from pbe.evaluate.bench.scopes import scopes_of
 from pbe.evaluate.settings import EditConfig
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
@@ -102,7 +103,8 @@ def _worker(store: Store, cfg: EditConfig, export: str, bench_file: File) -> Cal
     def work(unit: Unit) -> Record:
         request: Request = unit.payload
         cfg, rows = request.cfg, bench.take(list(request.rows)).to_pylist()
-        tasks = [(row, *kinds) for row in rows for kinds in product(cfg.holes, cfg.references, cfg.seeds)]
+        scopes = [(row, scope) for row in rows for scope in scopes_of(row, cfg.holes, cfg.references)]
+        tasks = [(row, *scope, seed) for (row, scope), seed in product(scopes, cfg.seeds)]
         out: list[dict[str, Any]] = []
         for start in range(0, len(tasks), cfg.batch_rows):
             out += _edited(editor, tasks[start : start + cfg.batch_rows], cfg)

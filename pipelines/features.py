@@ -13,6 +13,7 @@ from typing import Any
 from pbe.data import images
 from pbe.data.files import named
 from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REAL_IMAGES, require
+from pbe.evaluate.bench.scopes import Scope
 from pbe.evaluate.features.crops import Crop, bench_crops, edited_crops, real_crops, square
 from pbe.evaluate.features.extractors import Extractor
 from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
@@ -254,14 +255,14 @@ def _extract_all(
     return FeatureParts(stage.store, found)
 
 
-def _scopes(stage: Stage) -> list[tuple[str, str]]:
+def _scopes(stage: Stage) -> list[Scope]:
     return [(hole, reference) for hole in stage.params.edit.holes for reference in stage.params.edit.references]
 
 
 def _identity(
     extractors: Mapping[str, Entry],
     bench_file: File,
-    scopes: Sequence[tuple[str, str]],
+    scopes: Sequence[Scope],
     cfg: EvaluateConfig,
     at: Extraction,
 ) -> str:
@@ -315,7 +316,7 @@ def _worker(
     cfg: EvaluateConfig,
     extractors: Mapping[str, Entry],
     bench_file: File,
-    scopes: Sequence[tuple[str, str]],
+    scopes: Sequence[Scope],
 ) -> Callable[[Unit], Record]:
     import torch
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pbe.data.duplicates import HeldOut
 from pbe.data.filter import RULES, filter_boxes
-from pbe.data.schema import BOXES, require
+from pbe.data.schema import BOXES, require, without_optional
 from pbe.store import Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.progress import with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
@@ -31,7 +31,8 @@ def main(stage: Stage) -> None:
         name = f"{unit.unit.split('-')[0]}-{identity}"
         record = stage.store.find_unit("filter", name)
         if record is None:
-            boxes = require(stage.store.read_table(source), BOXES, source.path)
+            # without their masks, which are stored once: in ingest's boxes
+            boxes = without_optional(require(stage.store.read_table(source), BOXES, source.path))
             sizes = stage.store.read_table(photos, columns=["image_id", "width_px", "height_px"])
             mine = list(_descriptors(stage.store, [unit], held_out=False)) if held_out.ids else []
             found = held_out.nearest([data for _, data in mine])

@@ -13,12 +13,23 @@ import pyarrow.compute as pc
 
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names, without_lines
 from pbe.data.boxfiles.findings import EVERY_FILE, Findings
+from pbe.data.boxfiles.mask_files import MaskFiles, mask_files
 from pbe.data.boxfiles.photo_names import BY_PATH, BY_SUFFIX, PhotoNames
 from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_shard
 from pbe.data.ingest import PhotoLimits, read_shard
-from pbe.data.schema import ANNOTATIONS, IMAGE_REASONS, INGEST_BOX_REASONS, PHOTOS, SPLITS, STATED, TRANSIENT_REASONS
+from pbe.data.schema import (
+    ANNOTATIONS,
+    IMAGE_REASONS,
+    INGEST_BOX_REASONS,
+    PHOTOS,
+    SPLITS,
+    STATED,
+    TRANSIENT_REASONS,
+    with_optional,
+    without_empty,
+)
 from pbe.data.settings import IngestConfig
 from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Source
 from pbe.errors import one_line, printable
@@ -59,6 +70,7 @@ def main(stage: Stage) -> None:
     save_counts(stage, counts)
     save_manifest(stage.outputs / "manifest.json", manifest)  # before the refusal: `pbe rejects` reads it
     _say_mended(counts)
+    _say_masks(counts)
     _refuse_too_many_rejects(stage.store, manifest, counts, cfg.max_reject_frac)
 
 
@@ -84,7 +96,9 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
     findings = Findings()
     records = []
     with (
-        by_shard(_selected(tree, classes, names, selector, findings), ANNOTATIONS, cfg.shards) as annotations,
+        by_shard(
+            _selected(tree, classes, names, selector, findings, with_masks=cfg.masks == "read"), ANNOTATIONS, cfg.shards
+        ) as annotations,
         # after the annotations, because their names decide how photos that share a name are told apart
         by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
         by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
@@ -96,7 +110,9 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
             if not _takes_all(source, cfg):  # only what the selected boxes name is part of the input
                 known = known.filter(pc.is_in(known.column("image_id"), ids))
             said = said.filter(pc.is_in(said.column("image_id"), ids))
-            datasets = {"annotations": boxes, "photos": known} | ({"stated": said} if said.num_rows else {})
+            datasets = {"annotations": without_empty(boxes), "photos": known} | (
+                {"stated": said} if said.num_rows else {}
+            )
             records.append(store.write_unit_by_content("index", f"s{shard:04d}", datasets))
     _say_findings(names, findings)
     _say_missing(selector)
@@ -123,6 +139,13 @@ def _say_mended(counts: Mapping[str, int]) -> None:
             print(f"ingest: {counts[key]} boxes {text}")
 
 
+def _say_masks(counts: Mapping[str, int]) -> None:
+    """Masks are an extra: rejected ones end nothing, and are said."""
+    if found := counts.get("masks_in"):
+        kept = counts.get("masks_kept", 0)
+        print(f"ingest: {kept} of {counts['boxes_kept']} boxes have masks; {found - kept} masks rejected")
+
+
 def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
     out: dict[str, int] = {}
     for one in counts:
@@ -146,20 +169,36 @@ def _takes_all(source: Source, cfg: IngestConfig) -> bool:
     return source.lists_all and every_split and cfg.limit is None and cfg.classes is None and cfg.image_ids is None
 
 
+def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_masks: bool) -> Iterator[pa.Table]:
+    """All boxes of all box files, in order; with_masks: with what is known of their masks."""
+    pictures = mask_files(tree) if with_masks else MaskFiles()
+    for file in box_files(tree, findings, required=not pictures):
+        for table in read_annotations(tree, file, names, findings, with_masks=with_masks):
+            table = with_optional(table, ANNOTATIONS)
+            yield pictures.added_to(table) if pictures else table
+    if pictures:
+        yield pictures.left(SPLITS.index("train"))
+
+
 def _selected(
-    tree: FileTree, classes: dict[str, str], names: PhotoNames, selector: Selector, findings: Findings
+    tree: FileTree,
+    classes: dict[str, str],
+    names: PhotoNames,
+    selector: Selector,
+    findings: Findings,
+    *,
+    with_masks: bool,
 ) -> Iterator[pa.Table]:
     rows = 0
     labels: set[str] = set()
     with progress_bar("ingest: boxes", total=None, unit="box") as bar:
-        for file in box_files(tree, findings):
-            for table in read_annotations(tree, file, names, findings):
-                rows += table.num_rows
-                bar.update(table.num_rows)
-                named = with_names(table, classes)
-                if selector.class_ids is not None and not classes:  # COCO and CSVs without class descriptions
-                    labels.update(pc.unique(named.column("label")).to_pylist())
-                yield without_lines(selector(named))
+        for table in _annotations(tree, names, findings, with_masks=with_masks):
+            rows += table.num_rows
+            bar.update(table.num_rows)
+            named = with_names(table, classes)
+            if selector.class_ids is not None and not classes:  # COCO and CSVs without class descriptions
+                labels.update(pc.unique(named.column("label")).to_pylist())
+            yield without_lines(selector(named))
     unknown = sorted(set(selector.class_ids or ()) - labels) if not classes else []
     if unknown:
         known = ", ".join(sorted(labels)[:20])
@@ -207,6 +246,7 @@ def _content(cfg: IngestConfig) -> dict[str, object]:
     Download limits are left out, but not the address: rejects of a wrong image_base must not apply to the right one.
     """
     keys = {"source", "exif", "max_image_bytes", "max_image_pixels", "shards", "image_base"}
+    keys |= {"masks"} if cfg.masks != "ignore" else set()
     return cfg.model_dump(mode="json", include=keys)
 
 
@@ -291,6 +331,7 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
             stated=store.read_table(stated) if stated else None,
+            read_mask_file=file_tree(cfg.boxes, key="ingest.boxes").read,
         )
         after = unit.payload.chain if isinstance(unit.payload, _Retry) else ()
         return store.write_unit("ingest", unit.name, tables, counts=counts, after=after)

@@ -19,7 +19,7 @@ from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.openimages import box_dialect, csv_tables, has_boxes
 from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.files import FileTree, SourceError
-from pbe.data.schema import SPLITS
+from pbe.data.schema import SPLITS, without_empty
 from pbe.errors import one_line
 
 # words of a file's name, e.g. oidv6-train-annotations-bbox.csv, instances_val2017.json; not the "test" of "latest"
@@ -38,12 +38,16 @@ class BoxFile:
     split: int  # index into SPLITS
 
 
-def box_files(tree: FileTree, findings: Findings | None = None) -> list[BoxFile]:
-    """List the box files at `ingest.boxes` (a file or a folder) by name. Raises SourceError if there are none.
+def box_files(tree: FileTree, findings: Findings | None = None, *, required: bool = True) -> list[BoxFile]:
+    """List the box files at `ingest.boxes` (a file or a folder) by name.
+
+    Raises SourceError if there are none, unless `required` is false.
 
     CSVs without coordinates that lie beside box files, as FiftyOne's classifications.csv, are passed over.
     """
     names = [name for name in tree.names() if _is_box_file(name)] if tree.is_folder else [tree.only_name]
+    if not names and not required:
+        return []
     if not names:
         raise SourceError(
             f"ingest.boxes: no box CSV or COCO JSON at {tree.where}; in a folder, name it *.csv, or *.json with "
@@ -59,22 +63,28 @@ def box_files(tree: FileTree, findings: Findings | None = None) -> list[BoxFile]
 
 
 def read_annotations(
-    tree: FileTree, file: BoxFile, names: PhotoNames | None = None, findings: Findings | None = None
+    tree: FileTree,
+    file: BoxFile,
+    names: PhotoNames | None = None,
+    findings: Findings | None = None,
+    *,
+    with_masks: bool = False,
 ) -> Iterator[pa.Table]:
     """Yield ANNOTATIONS tables of one box file; memory is bounded for CSV.
 
-    names: of the photos there are; None takes names for ids. findings: collects what else the file says.
+    names: of the photos there are; None takes names for ids. findings: collects what else the file says. with_masks:
+    keep what a COCO file has as `segmentation`.
     Raises SourceError for a file that does not match its suffix, lacks columns, or holds no box.
     """
     names, findings = names or PhotoNames(), findings if findings is not None else Findings()
     if file.name.lower().endswith(".json"):
-        tables = coco_tables(tree, file.name, file.split, names, findings)
+        tables = coco_tables(tree, file.name, file.split, names, findings, with_masks=with_masks)
     else:
         tables = csv_tables(tree, file.name, file.split, names, findings, block_bytes=BLOCK_BYTES)
     rows = 0
     for table in tables:
         rows += table.num_rows
-        yield table
+        yield without_empty(table)
     if not rows:
         raise SourceError(f"{tree.path_of(file.name)}: no box in it")
 

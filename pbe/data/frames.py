@@ -14,13 +14,14 @@ from pbe.data.boxfiles.coordinates import ALLOWED, clip, inside, pixel_slack
 
 COORDINATES = ("xmin", "xmax", "ymin", "ymax")
 # where a point of the stored picture is in the upright one, and back, in fractions, by EXIF orientation
-_TO_UPRIGHT: Mapping[int, Callable[[float, float], tuple[float, float]]] = {
+Move = Callable[[Any, Any], tuple[Any, Any]]  # of floats or arrays
+_TO_UPRIGHT: Mapping[int, Move] = {
     5: lambda x, y: (y, x),
     6: lambda x, y: (1 - y, x),
     7: lambda x, y: (1 - y, 1 - x),
     8: lambda x, y: (y, 1 - x),
 }
-_TO_STORED: Mapping[int, Callable[[float, float], tuple[float, float]]] = {
+_TO_STORED: Mapping[int, Move] = {
     5: lambda x, y: (y, x),
     6: lambda x, y: (y, 1 - x),
     7: lambda x, y: (1 - y, 1 - x),
@@ -60,21 +61,48 @@ def place(box: Mapping[str, Any], stated: Mapping[str, Any], frame: Frame) -> Pl
     ends = tuple(box[name] for name in COORDINATES)
     if stated["width_px"] is None:
         return _from_pixels(ends, frame)
-    size = stated["width_px"], stated["height_px"]
+    if not is_turned((stated["width_px"], stated["height_px"]), frame, f"{box['file']} states"):
+        return Placed(ends)
+    move = _mover(frame)
+    (x0, y0), (x1, y1) = move(ends[0], ends[2]), move(ends[1], ends[3])
+    return Placed((min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)), turned=True)
+
+
+def is_turned(size: tuple[float, float], frame: Frame, said: str) -> bool:
+    """Return whether what was made on a picture of this width and height belongs to the photo's other frame.
+
+    said: what states the size, for the message. Raises NotOnPhotoError for a size that fits neither frame.
+    """
     here, sideways = (frame.width_px, frame.height_px), frame.exif_orientation in _TO_UPRIGHT
     there = here[::-1]
     if size == here or (_is_scaled(size, here) and not (sideways and size == there)):
-        return Placed(ends)
-    if not (sideways and _is_scaled(size, there)):
-        kind = "upright" if frame.upright else "stored"
-        raise NotOnPhotoError(
-            "box_size_mismatch",
-            f"{box['file']} states {size[0]:g} x {size[1]:g} px, the photo has {here[0]} x {here[1]} ({kind}), EXIF "
-            f"orientation {frame.exif_orientation}: it was turned, cropped or replaced after it was labelled",
-        )
-    move = (_TO_UPRIGHT if frame.upright else _TO_STORED)[frame.exif_orientation]
-    (x0, y0), (x1, y1) = move(ends[0], ends[2]), move(ends[1], ends[3])
-    return Placed((min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)), turned=True)
+        return False
+    if sideways and _is_scaled(size, there):
+        return True
+    kind = "upright" if frame.upright else "stored"
+    raise NotOnPhotoError(
+        "box_size_mismatch",
+        f"{said} {size[0]:g} x {size[1]:g} px, the photo has {here[0]} x {here[1]} ({kind}), EXIF "
+        f"orientation {frame.exif_orientation}: it was turned, cropped or replaced after it was labelled",
+    )
+
+
+def turned_points(points: np.ndarray, frame: Frame) -> np.ndarray:
+    """(N, 2) fractions x, y of the other frame in the photo's own."""
+    return np.stack(_mover(frame)(points[:, 0], points[:, 1]), axis=1)
+
+
+def turned_array(array: np.ndarray, frame: Frame) -> np.ndarray:
+    """(H, W) of the other frame in the photo's own."""
+    height, width = array.shape
+    y, x = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height, indexing="ij")
+    back = _TO_STORED if frame.upright else _TO_UPRIGHT
+    from_x, from_y = back[frame.exif_orientation](x, y)
+    return array[(from_y * height).astype(int), (from_x * width).astype(int)]
+
+
+def _mover(frame: Frame) -> Move:
+    return (_TO_UPRIGHT if frame.upright else _TO_STORED)[frame.exif_orientation]
 
 
 def _from_pixels(ends_px: tuple[float, ...], frame: Frame) -> Placed:

@@ -22,6 +22,7 @@ from pbe.errors import UserError, one_line
 
 Resampling = Literal["bilinear", "bicubic"]
 BILINEAR_SHRINK_MAX = 4
+BLACK, WHITE = 32, 224  # of 255, in masks; what lies between is grey
 STRIP = 16  # longer side / shorter side, above which a picture is not resized as a whole
 # EXIF orientation to the rotation that makes the stored picture upright
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -169,6 +170,20 @@ def read_alpha(data: Buffer) -> np.ndarray | None:
     except Exception as error:
         raise ImageError(one_line(error) or type(error).__name__) from None
     return None if alpha.min() == 255 else _upright(alpha, orientation)
+
+
+def read_palette_indices(data: Buffer) -> np.ndarray | None:
+    """(H, W) uint8 of a picture with a palette, as stored: its indices, not its colours; None for any other picture.
+
+    Raises ImageError.
+    """
+    with open_header(data) as image:
+        if image.mode != "P":
+            return None
+        try:
+            return np.array(image)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ImageError(f"damaged: {one_line(error)}") from None
 
 
 def _leave_as_stored(image: Image.Image) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,18 @@ from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
-from pbe.data.schema import BOXES, IMAGES, REJECTS, SPLITS, STATED, table_from_rows
+from pbe.data.object_masks import MaskRejected, ends_of, pack_object, read_mask, refuse_outside
+from pbe.data.schema import (
+    ANNOTATIONS,
+    BOXES,
+    IMAGES,
+    MASK_REASONS,
+    REJECTS,
+    SPLITS,
+    STATED,
+    table_from_rows,
+    with_optional,
+)
 
 FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
 
@@ -64,13 +75,17 @@ class _Shard:
         self.rejects: list[dict[str, str]] = []
         self.counts = dict.fromkeys(("images_in", "images_rejected", "boxes_in", "boxes_rejected"), 0)
 
-    def reject(self, kind: Literal["images", "boxes"], key: str, reason: str, detail: str) -> None:
+    def reject(self, kind: Literal["images", "boxes", "masks"], key: str, reason: str, detail: str) -> None:
         self.rejects.append({"stage": "ingest", "key": key, "reason": reason, "detail": detail})
         self.count(f"{kind}_rejected")
         self.count(f"rejected_{reason}")
 
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
+
+
+def _no_file(name: str) -> bytes:
+    raise FileNotFoundError(2, "no such file", name)
 
 
 def read_shard(
@@ -83,14 +98,17 @@ def read_shard(
     limits: PhotoLimits,
     threads: int,
     stated: pa.Table | None = None,
+    read_mask_file: Callable[[str], bytes] = _no_file,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Check every box and read every photo that has one; every dropped row is in `rejects`.
 
     annotations: ANNOTATIONS. photos: PHOTOS. stated: STATED. read: takes image id and address, returns bytes, raises
-    PhotoError; called from `threads` threads. lists_all: photos without a box count as input and are rejected.
+    PhotoError; called from `threads` threads. read_mask_file: takes the name of a mask's picture, raises OSError. A
+    mask that cannot be used is rejected, and its box kept; where masks are all there is, a box follows from each.
+    lists_all: photos without a box count as input and are rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>. Where there are
-    any, also boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose colours later stages
-    convert.
+    any, also masks_<in|kept|rejected>, boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose
+    colours later stages convert.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}
@@ -127,7 +145,7 @@ def read_shard(
             for box in mine:
                 shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
-        placed = _placed(mine, found, statements, shard)
+        placed = _placed(_masked(mine, found, statements, read_mask_file, shard), found, statements, shard)
         if not placed:
             shard.reject("images", found.photo.address, "image_without_box", "every line about it was rejected")
             continue
@@ -138,7 +156,7 @@ def read_shard(
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(placed)]
     tables = {
         "images": table_from_rows(kept_images, IMAGES),
-        "boxes": pa.Table.from_pylist(kept_boxes, schema=BOXES),
+        "boxes": table_from_rows(kept_boxes, BOXES),
         "rejects": pa.Table.from_pylist(shard.rejects, schema=REJECTS),
     }
     return tables, shard.counts | {"images_kept": len(kept_images), "boxes_kept": len(kept_boxes)}
@@ -155,7 +173,11 @@ def _usable_boxes(
     lines are all invalid has an empty list."""
     boxes: dict[str, list[dict[str, Any]]] = {}
     seen: Counter[tuple[str, str]] = Counter()  # a box without a line is named as the n-th of its file and photo
-    for row in annotations.to_pylist():
+    for row in with_optional(annotations, ANNOTATIONS).to_pylist():
+        if row["reason"] in MASK_REASONS:  # a mask that no box has
+            shard.count("masks_in")
+            shard.reject("masks", row["file"], row["reason"], row["detail"])
+            continue
         shard.counts["boxes_in"] += 1
         image_id, split = row["image_id"], SPLITS[row["split"]]
         seen[row["file"], image_id] += 1
@@ -181,7 +203,7 @@ def _usable_boxes(
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
             shard.reject("boxes", key, "box_in_other_split", detail)
         else:
-            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS)
+            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask")
             box = {"key": key, "file": row["file"], "image_id": image_id, "split": split}
             mine.append(box | {name: row[name] for name in names})
     return boxes
@@ -192,16 +214,58 @@ def _problem(statements: Statements, image_id: str, file: str) -> str | None:
     return next((row["problem"] for row in found if row is not None and row["problem"]), None)
 
 
+def _masked(
+    boxes: Sequence[dict[str, Any]],
+    photo: _Read,
+    statements: Statements,
+    read: Callable[[str], bytes],
+    shard: _Shard,
+) -> Iterator[dict[str, Any]]:
+    """The boxes with their masks read: `mask` is the array, or None. One without coordinates gets those of its mask."""
+    assert photo.frame is not None
+    for box in boxes:
+        if box["mask"] is None:
+            yield box
+            continue
+        shard.count("masks_in")
+        mask = None
+        stated = statements.get((box["image_id"], box["file"])) or {}
+        size = (stated["width_px"], stated["height_px"]) if stated.get("width_px") else None
+        try:
+            mask = read_mask(box["mask"], stated=size, frame=photo.frame, read=read)
+        except MaskRejected as problem:
+            shard.reject("masks", box["key"], problem.reason, str(problem))
+        if box["xmin"] is not None:
+            yield box | {"mask": mask}
+        elif mask is not None:
+            yield box | {"mask": mask, "from_mask": True} | dict(zip(COORDINATES, ends_of(mask), strict=True))
+        else:
+            shard.reject("boxes", box["key"], "box_without_mask", "its mask was rejected, and it has no coordinates")
+
+
+def _packed(box: dict[str, Any], shard: _Shard) -> dict[str, Any]:
+    """The box, which is on its photo now, with its mask as BOXES has it; a mask outside its box is rejected."""
+    if box["mask"] is None:
+        return box
+    try:
+        refuse_outside(box["mask"], tuple(box[name] for name in COORDINATES))
+    except MaskRejected as problem:
+        shard.reject("masks", box["key"], problem.reason, str(problem))
+        return box | {"mask": None}
+    shard.count("masks_kept")
+    return box | {"mask": pack_object(box["mask"])}
+
+
 def _placed(
-    boxes: Sequence[dict[str, Any]], photo: _Read, statements: Statements, shard: _Shard
+    boxes: Iterable[dict[str, Any]], photo: _Read, statements: Statements, shard: _Shard
 ) -> list[dict[str, Any]]:
     """The boxes in fractions of the photo as it is kept; those that do not fit it are rejected."""
     assert photo.frame is not None
     out = []
     for box in boxes:
         stated = statements.get((box["image_id"], box["file"]))
-        if stated is None:
-            out.append(box)
+        if stated is None or box.get("from_mask"):
+            out.append(_packed(box, shard))
             continue
         try:
             placed = place(box, stated, photo.frame)
@@ -212,7 +276,7 @@ def _placed(
             shard.count("boxes_clipped")
         if placed.turned:
             shard.count("boxes_turned")
-        out.append(box | dict(zip(COORDINATES, placed.ends, strict=True)))
+        out.append(_packed(box | dict(zip(COORDINATES, placed.ends, strict=True)), shard))
     return out
 
 

@@ -24,7 +24,6 @@ from pbe.errors import UserError
 MaskResize = Literal["bilinear", "nearest"]
 HOLE_KINDS: tuple[HoleKind, ...] = get_args(HoleKind)
 _POLYGON_SHIFT = 4  # corners are drawn to a sixteenth of a pixel
-BLACK, WHITE = 32, 224  # of 255; what lies between is grey
 
 
 class MaskError(UserError, ValueError):
@@ -44,12 +43,12 @@ def read_hole_mask(picture: images.Picture) -> np.ndarray:
     most = int(level.max())
     if most == 1:
         return level == 1
-    if 0 < most < BLACK:
+    if 0 < most < images.BLACK:
         raise MaskError(f"its largest value is {most} of 255; a mask is white (255) where the edit goes")
     if most == 0 and images.read_mode(picture.data).startswith("I"):
         raise MaskError("no value of its 16 bits reaches 256 of 65535; save it with 8 bits, white where the edit goes")
-    painted = np.count_nonzero(level >= BLACK)
-    grey = np.count_nonzero((level >= BLACK) & (level < WHITE))
+    painted = np.count_nonzero(level >= images.BLACK)
+    grey = np.count_nonzero((level >= images.BLACK) & (level < images.WHITE))
     if grey > painted / 2:
         raise MaskError("mostly greys where it is not black; a mask is white where the edit goes")
     return level >= 128
@@ -99,6 +98,28 @@ def bezier_hole(ring: np.ndarray, *, width_px: int, height_px: int) -> np.ndarra
     return hole_mask
 
 
+def segmentation_hole(
+    object_mask: np.ndarray, *, dilate_px: int, jitter_px: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(H, W) uint8: a mask of 0/1, grown by a disc of radius `dilate_px`, with every point of its outline moved.
+
+    jitter_px: by which it moves at most in x and y, uniformly, as a Bezier hole's points; the outline has a point in
+    every 2 * jitter_px pixels. Holes inside the object stay holes of the mask, but for the jitter, which fills them.
+    """
+    hole_mask = object_mask
+    if dilate_px:
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * dilate_px + 1, 2 * dilate_px + 1))
+        hole_mask = cv2.dilate(object_mask, disc)
+    if not jitter_px:
+        return hole_mask
+    outlines, _ = cv2.findContours(hole_mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    rings = [outline[:: 2 * jitter_px, 0] for outline in outlines]
+    moved = [ring + rng.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True) for ring in rings]
+    jittered = np.zeros_like(hole_mask)
+    cv2.fillPoly(jittered, [ring.astype(np.int32) for ring in moved], 1)
+    return jittered
+
+
 def pack_mask(mask: np.ndarray) -> bytes:
     """Pack an (H, W) mask of 0/1 into 1 bit per pixel, rows padded to bytes."""
     return np.packbits(mask, axis=1).tobytes()
@@ -108,6 +129,11 @@ def unpack_mask(data: bytes, *, width_px: int, height_px: int) -> np.ndarray:
     """Inverse of pack_mask: (height, width) uint8 of 0/1."""
     rows = np.frombuffer(data, np.uint8).reshape(height_px, -1)
     return np.unpackbits(rows, axis=1, count=width_px)
+
+
+def hole_kinds_of(row: Mapping[str, Any]) -> list[HoleKind]:
+    """The kinds of hole that a TRIPLETS or BENCH row has."""
+    return [kind for kind in HOLE_KINDS if row.get(f"{kind}_hole_mask") is not None]
 
 
 def hole_of(row: Mapping[str, Any], kind: str, picture: np.ndarray) -> np.ndarray:

@@ -1,25 +1,29 @@
 """Turn one shard of photos and kept boxes into triplet tables, one table per slot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
+from pbe.data.object_masks import unpack_object
 from pbe.data.rng import row_rng
 from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
-from pbe.data.triplets import box_order, cut, plan_triplet
+from pbe.data.triplets import ObjectMask, box_order, cut, plan_triplet, segmentation_hole, without_background
 
-# one slot of one photo: its row without the two pictures, and the areas that they are cut from
-_Planned = tuple[dict[str, Any], Box, Box]
+# one slot of one photo: its row without the two pictures, the areas that they are cut from, and the object's mask
+_Planned = tuple[dict[str, Any], Box, Box, ObjectMask | None]
+Masks = Mapping[tuple[str, int], bytes]  # of BOXES, by image id and box index
+NO_MASKS: Masks = {}
 
 
 def triplet_tables(
-    images: pa.Table, boxes: pa.Table, *, cfg: MaterializeConfig, seed: int
+    images: pa.Table, boxes: pa.Table, *, cfg: MaterializeConfig, seed: int, masks: Masks = NO_MASKS
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Triplets of the train split: tables {slot name: TRIPLETS, "rejects": REJECTS} and counts.
 
@@ -36,7 +40,7 @@ def triplet_tables(
             continue
         image_id = image["image_id"]
         if image_id in boxes_of:
-            todo = _plan_photo(image, boxes_of[image_id], cfg=cfg, seed=seed)
+            todo = _plan_photo(image, boxes_of[image_id], masks, cfg=cfg, seed=seed)
             planned.append((index, image["exif_orientation"], todo))
         else:
             reason = "image_without_kept_box"
@@ -46,8 +50,10 @@ def triplet_tables(
     for index, exif_orientation, todo in planned:
         data = memoryview(images.column("bytes")[index].as_buffer())
         photo = image_codec.decode(data, exif_orientation=exif_orientation)
-        for row, window, reference in todo:
+        for row, window, reference, mask in todo:
             source, clean = cut(photo, window, cfg.image_px), cut(photo, reference, cfg.reference_px)
+            if mask is not None and cfg.reference_background != "kept":
+                clean = without_background(clean, mask.cut(reference, cfg.reference_px), cfg.reference_background)
             row["source"] = image_codec.encode_jpeg(source, cfg.jpeg_quality, cfg.jpeg_chroma)
             row["reference"] = image_codec.encode_jpeg(clean, cfg.jpeg_quality)  # small: "420" would blur its colours
             rows[row["slot"]].append(row)
@@ -59,15 +65,30 @@ def triplet_tables(
         "images_rejected": len(rejects),
         "triplets": sum(map(len, rows)),
     }
+    if masks:
+        with_mask = sum(mask is not None for *_, todo in planned for *_, mask in todo)
+        counts |= {"triplets_with_mask": with_mask, "triplets_without_mask": counts["triplets"] - with_mask}
     return tables, counts
 
 
+def masks_of(boxes: pa.Table) -> Masks:
+    """The masks of ingest's BOXES."""
+    with_mask = boxes.filter(pc.is_valid(boxes.column("mask")))
+    ids, numbers, masks = (with_mask.column(name).to_pylist() for name in ("image_id", "box_index", "mask"))
+    return dict(zip(zip(ids, numbers, strict=True), masks, strict=True))
+
+
 def _plan_photo(
-    image: dict[str, Any], boxes: Sequence[dict[str, Any]], *, cfg: MaterializeConfig, seed: int
+    image: dict[str, Any], boxes: Sequence[dict[str, Any]], masks: Masks, *, cfg: MaterializeConfig, seed: int
 ) -> list[_Planned]:
     image_id = image["image_id"]
     size = {"width_px": image["width_px"], "height_px": image["height_px"]}
     order = box_order(len(boxes), row_rng(seed, image_id, "boxes"))
+    objects = {
+        box["box_index"]: ObjectMask.of(unpack_object(masks[image_id, box["box_index"]], **size))
+        for box in boxes
+        if (image_id, box["box_index"]) in masks
+    }
     out = []
     for slot in range(cfg.slots):
         box = boxes[int(order[slot % len(boxes)])]
@@ -86,5 +107,9 @@ def _plan_photo(
             "box_x1_px": x1,
             "box_y1_px": y1,
         }
-        out.append((row, plan.window, plan.reference))
+        mask = objects.get(box["box_index"])
+        if mask is not None:
+            rng = row_rng(seed, image_id, slot, "segmentation")
+            row["segmentation_hole_mask"] = pack_mask(segmentation_hole(mask, plan, cfg=cfg, rng=rng))
+        out.append((row, plan.window, plan.reference, mask))
     return out

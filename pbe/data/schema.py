@@ -7,6 +7,7 @@ Units and polarity are in the names: `_px` pixels, `_frac` fractions of the imag
 is 1 where the edit goes. Images are stored encoded (JPEG or as received), never as tensors, so that any
 Parquet reader can open them. Masks are bit-packed rows (numpy.packbits, big-endian bit order).
 Array columns of `encoded` are raw little-endian float16 (or float32); shape and type are in the field's metadata.
+An optional column (of masks and pairs, which most data lack) is there only in parts in which a row has a value.
 """
 
 import math
@@ -24,9 +25,11 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)  # of a box: 1 yes, 0 no, -1 unknown (OpenImages)
-HoleKind = Literal["box", "bezier"]
+HoleKind = Literal["box", "bezier", "segmentation"]
 ReferenceKind = Literal["exemplar", "own", "foreign"]  # what fills a bench item's hole, see BENCH
 REFERENCE_KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
+
+OPTIONAL = {b"optional": b"true"}  # metadata of a field
 
 # Why ingest and materialize may drop a row; any other reason is a bug. The filter's reasons are in its RULES.
 IMAGE_REASONS = (
@@ -49,6 +52,17 @@ INGEST_BOX_REASONS = (
     "box_size_mismatch",  # the box file states a size that its photo has neither as stored nor upright
     "box_in_other_split",  # an earlier line put its image into another split
     "box_image_rejected",  # the box is fine, its image was rejected
+    "box_without_mask",  # only its mask says where it is, and that was rejected
+)
+# Why ingest may drop a box's mask; the box stays.
+MASK_REASONS = (
+    "mask_unreadable",  # its file or run lengths do not decode, or its polygons are none
+    "mask_size_mismatch",  # of another shape than its photo
+    "mask_empty",  # no pixel of it is set
+    "mask_full",  # every pixel of the photo is set
+    "mask_outside_box",  # less than nine tenths of it are in its box
+    "mask_ambiguous",  # greys where it should be black and white, or several objects in one picture
+    "mask_without_box",  # no box of the photo has its number
 )
 # Transient: `ingest.retry_rejected` retries these.
 TRANSIENT_REASONS = ("download_failed", "image_changed")
@@ -77,6 +91,8 @@ ANNOTATIONS = pa.schema(
         pa.field("ymin", pa.float64()),
         pa.field("ymax", pa.float64()),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
+        # the object's mask as the source has it: JSON of a COCO segmentation, or {"file": NAME} below ingest.masks
+        pa.field("mask", pa.string(), metadata=OPTIONAL),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
     ]
@@ -138,6 +154,8 @@ BOXES = pa.schema(
         pa.field("ymin", pa.float64(), nullable=False),
         pa.field("ymax", pa.float64(), nullable=False),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
+        # the object's mask: COCO's compressed run lengths, of the size that IMAGES states. Only ingest's boxes have it
+        pa.field("mask", pa.binary(), metadata=OPTIONAL),
     ]
 )
 
@@ -159,6 +177,7 @@ TRIPLETS = pa.schema(
         picture_field("source"),  # JPEG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("bezier_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
+        pa.field("segmentation_hole_mask", pa.binary(), metadata=OPTIONAL),  # packed bits, S x S
         picture_field("reference"),  # JPEG, R x R, clean (no augmentation)
         # the tight box in pixels of the S x S crop, half-open
         pa.field("box_x0_px", pa.float32(), nullable=False),
@@ -178,6 +197,7 @@ BENCH = pa.schema(
         picture_field("source"),  # PNG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("bezier_hole_mask", pa.binary()),  # packed bits, S x S
+        pa.field("segmentation_hole_mask", pa.binary(), metadata=OPTIONAL),  # packed bits, S x S
         picture_field("exemplar"),  # an object like the hidden one, from another photo
         pa.field("exemplar_image_id", pa.string(), nullable=False),
         # false: no other photo has the class, so the nearest object of any class is used
@@ -190,7 +210,7 @@ BENCH = pa.schema(
 BENCH_ITEMS = pa.schema(
     [
         *(BENCH.field(name) for name in ("bench_id", "image_id", "label_name", "source")),
-        *(BENCH.field(name) for name in ("box_hole_mask", "bezier_hole_mask")),
+        *(BENCH.field(name) for name in ("box_hole_mask", "bezier_hole_mask", "segmentation_hole_mask")),
     ]
 )
 # And its candidates, one row for each box in the order of BOXES.
@@ -280,16 +300,20 @@ def encoded_schema(
             # fraction of each latent cell that is hole, [0, 1]
             array_field("box_hole_mask_latent", mask_shape, dtype),
             array_field("bezier_hole_mask_latent", mask_shape, dtype),
+            array_field("segmentation_masked_mean", latent_shape, dtype, optional=True),
+            array_field("segmentation_masked_std", latent_shape, dtype, optional=True),
+            array_field("segmentation_hole_mask_latent", mask_shape, dtype, optional=True),
             array_field("exemplar_tokens", token_shape, dtype),
         ]
     )
 
 
-def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16") -> pa.Field:
+def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16", *, optional: bool = False) -> pa.Field:
     """Field of arrays stored as fixed-size binary; its metadata holds their shape and type."""
     stored = _STORED[dtype]
     metadata = {b"dtype": stored.encode(), b"shape": ",".join(map(str, shape)).encode()}
-    return pa.field(name, pa.binary(np.dtype(stored).itemsize * math.prod(shape)), nullable=False, metadata=metadata)
+    kind = pa.binary(np.dtype(stored).itemsize * math.prod(shape))
+    return pa.field(name, kind, nullable=optional, metadata=metadata | (OPTIONAL if optional else {}))
 
 
 def holds_array(field: pa.Field) -> bool:
@@ -316,7 +340,8 @@ def array_value(field: pa.Field, stored: bytes) -> np.ndarray:
 def array_column(table: pa.Table, name: str) -> np.ndarray:
     """An `array_field` of all rows as a view (rows, *shape) of the table's memory, in the stored type, read-only.
 
-    The column must have no nulls and at most one chunk, as a row group has. Raises ValueError if it holds no array.
+    The column has at most one chunk, as a row group has; rows of nulls are undefined. Raises ValueError if it holds no
+    array.
     """
     field = table.schema.field(name)
     shape, stored = array_shape(field), np.dtype(_array_metadata(field)[b"dtype"].decode())
@@ -344,7 +369,35 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.
     for field in schema:
         values = [row.get(field.name) for row in rows]
         columns.append(_joined(values) if field.type == pa.binary() else pa.array(values, field.type))
-    return pa.Table.from_arrays(columns, schema=schema)
+    return without_empty(pa.Table.from_arrays(columns, schema=schema))
+
+
+def is_optional(field: pa.Field) -> bool:
+    """Return whether the field's column may be absent."""
+    return b"optional" in (field.metadata or {})
+
+
+def without_empty(table: pa.Table) -> pa.Table:
+    """Drop the optional columns in which no row has a value."""
+    empty = [
+        field.name
+        for index, field in enumerate(table.schema)
+        if is_optional(field) and table.column(index).null_count == table.num_rows
+    ]
+    return table.drop_columns(empty)
+
+
+def without_optional(table: pa.Table) -> pa.Table:
+    """Drop all optional columns."""
+    return table.drop_columns([field.name for field in table.schema if is_optional(field)])
+
+
+def with_optional(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Add the schema's optional columns that `table` lacks, without values, each in its place."""
+    for index, field in enumerate(schema):
+        if is_optional(field) and field.name not in table.schema.names:
+            table = table.add_column(min(index, table.num_columns), field, pa.nulls(table.num_rows, field.type))
+    return table
 
 
 def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
@@ -357,7 +410,11 @@ def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
 
 
 def require(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """Return `table` if it has exactly `schema` (names, types, order), else raise ValueError naming `where`."""
+    """Return `table` with exactly `schema` (names, types, order), of which optional columns may have been missing.
+
+    Raises ValueError naming `where` for any other table.
+    """
+    table = with_optional(table, schema)
     if not table.schema.equals(schema, check_metadata=False):
         missing = [field.name for field in schema if field.name not in table.schema.names]
         wrong = [

@@ -47,6 +47,11 @@ class IngestConfig(Settings):
     image_ids: LocalPath | None = Field(None, description="file of the image ids to read, one per line; null: all")
     val_frac: Float = Field(ge=0, lt=1)
     exif: Literal["ignore", "apply"]
+    masks: Literal["ignore", "read"] = Field(
+        "ignore",
+        description="read: masks of objects, for holes and references, from COCO segmentations, OpenImages' "
+        "segmentation CSVs and the pictures masks/ID_N.png below ingest.boxes. Ours; upstream has boxes only",
+    )
     max_image_bytes: PositiveInt = Field(MAX_IMAGE_BYTES, description="bytes above which a file is rejected. Ours")
     # Pillow, which reads the headers, warns from 89,478,485 on
     max_image_pixels: Int = Field(
@@ -110,6 +115,19 @@ class MaterializeConfig(Settings):
         ge=0,
         le=100,
         description="px by which each point moves at most, uniformly. Upstream's code; the paper says 1 to 5",
+    )
+    segmentation_dilate_px: Int = Field(
+        3,
+        ge=0,
+        le=256,
+        description="px of the crop by which a segmentation hole is larger than its object's mask. Ours",
+    )
+    segmentation_jitter_px: Int = Field(
+        0, ge=0, le=100, description="px by which points of its outline move at most, as of a Bezier hole. Ours"
+    )
+    reference_background: Literal["kept", "white", "grey"] = Field(
+        "kept",
+        description="what is around the object in its reference, where it has a mask: kept, as upstream | white | grey",
     )
     jpeg_chroma: Chroma = Field(
         "444",

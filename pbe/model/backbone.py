@@ -128,7 +128,7 @@ def load_backbone(name: BackboneName) -> EfficientNetLite:
 
 
 def _fold(network: Any) -> None:
-    """Fold the batch norms into their convolutions, and the even padding: a third less time on a CPU, errors of 1e-5."""
+    """Fold batch norms and even padding into the convolutions: a fifth less time on a CPU, and errors of 1e-5."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         names = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))

@@ -1,6 +1,6 @@
 """Settings of training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,23 @@ from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.settings import ActorResources, Float, Frac, Int, PositiveInt, Prob, Seed, Settings, Weights
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class HoleProbs(Settings):
+    """Shares of the kinds of hole; together 1. A row without the object's mask divides its share among the others."""
+
+    box: Prob
+    bezier: Prob
+    segmentation: Prob = Field(0.0, description="share of holes of the object's own shape, where it has a mask. Ours")
+
+    @model_validator(mode="after")
+    def _sum(self) -> "HoleProbs":
+        total = self.box + self.bezier + self.segmentation
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"box, bezier and segmentation must add up to 1, not {total:g}")
+        if self.box + self.bezier == 0:
+            raise ValueError("segmentation alone leaves no hole for rows without a mask; give box or bezier a share")
+        return self
 
 
 class KernelsConfig(Settings):
@@ -68,7 +85,7 @@ class TrainConfig(Settings):
         None, description="gamma of min-SNR loss weights, e.g. 5; null: none, as upstream"
     )
     beta_schedule: BetaSchedule
-    bezier_prob: Prob
+    hole_probs: HoleProbs
     condition_dropout_prob: Prob
     context_dropout_prob: Prob
     reference_augmentation: bool
@@ -84,6 +101,15 @@ class TrainConfig(Settings):
     kernels: KernelsConfig = KernelsConfig()
     unet: UNetConfig = UNetConfig()
     exemplar: ExemplarConfig = ExemplarConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "bezier_prob" in values:
+            share = values["bezier_prob"]
+            new = f"{{box: {1 - share:g}, bezier: {share:g}}}" if isinstance(share, int | float) else "{box, bezier}"
+            raise ValueError(f"bezier_prob: is now hole_probs, which names every kind of hole; write hole_probs: {new}")
+        return values
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":

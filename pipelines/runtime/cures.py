@@ -31,6 +31,14 @@ _OF_REJECTS = {
     "image_missing": f"name the folder of these photos in ingest.images: {_NAMES}",
     "box_image_ambiguous": "name each photo by its path below ingest.images in the box file (ingest.boxes)",
     "box_size_mismatch": "name in ingest.images the photos that were labelled, unchanged",
+    "box_without_mask": "mend its mask, or write a box for it",
+    "mask_unreadable": "save the picture as PNG, or the segmentation as COCO has it, or leave it out",
+    "mask_size_mismatch": "make the mask on the photo that is in ingest.images, in its size",
+    "mask_empty": "mark the object, or leave the mask out",
+    "mask_full": "mark the object alone: white on black",
+    "mask_outside_box": "see that N of masks/ID_N.png counts the photo's boxes from 0, in the box file's order",
+    "mask_ambiguous": "write one black and white picture for each object",
+    "mask_without_box": "see that N of masks/ID_N.png counts the photo's boxes from 0, in the box file's order",
     "box_in_other_split": "put all lines about a photo into the box file of one split, or set ingest.val_frac",
 }
 

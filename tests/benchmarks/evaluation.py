@@ -21,10 +21,11 @@ import torch
 
 from pbe.data import images
 from pbe.data.masks import pack_mask
-from pbe.data.schema import PIXELS
+from pbe.data.schema import PIXELS, ReferenceKind
 from pbe.diffusion.sampling import Sampling
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.edit import Editor
+from pbe.evaluate.bench.scopes import Scope
 from pbe.evaluate.features.crops import bench_crops, edited_crops
 from pbe.evaluate.features.extractors import EfficientNetExtractor
 from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
@@ -43,7 +44,7 @@ from pbe.model.weights import Model
 from tests.benchmarks.device import add_device, now, one_thread, open_device
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
-KINDS = ("exemplar", "foreign")
+KINDS: tuple[ReferenceKind, ...] = ("exemplar", "foreign")
 SIZES = StatisticsConfig(resamples=2000, subsets=200, seed=42)  # as in the sample profile
 
 
@@ -78,9 +79,14 @@ def bench_rows(count: int) -> list[dict[str, Any]]:
         hole = np.zeros((IMAGE_PX, IMAGE_PX), np.uint8)
         y, x = rng.integers(4, 24, 2)
         hole[y : y + 30, x : x + 30] = 1
-        encoded = {name: images.encode_png(picture(rng, REFERENCE_PX)) for name in KINDS}
+        encoded: dict[str, Any] = {name: images.encode_png(picture(rng, REFERENCE_PX)) for name in KINDS}
         source = images.encode_png(picture(rng, IMAGE_PX))
-        row = {"bench_id": f"b{index}", "image_id": f"p{index // ITEMS_PER_PHOTO}", "source": source, **encoded}
+        row: dict[str, Any] = {
+            "bench_id": f"b{index}",
+            "image_id": f"p{index // ITEMS_PER_PHOTO}",
+            "source": source,
+            **encoded,
+        }
         rows.append(row | {"box_hole_mask": pack_mask(hole), "hole": hole})
     return rows
 
@@ -126,7 +132,7 @@ def main() -> int:
     methods = {seed: fill(editor, bench, seed) for seed in (0, 1)}
     generated = now(device)
 
-    scopes = [("box", kind) for kind in KINDS]
+    scopes: list[Scope] = [("box", kind) for kind in KINDS]
     bench_features = {}
     seen: dict[int, dict[str, FeatureTable]] = {seed: {} for seed in methods}
     counts = {}

@@ -246,7 +246,7 @@ def draw_batch(
     """A batch of random rows; the draws are those of pbe/train/data/draws.py, not its random numbers."""
     cfg = trial.params.train
     rows = torch.from_numpy(rng.integers(0, len(x0), cfg.batch))
-    bezier = torch.from_numpy(rng.random(cfg.batch) < cfg.bezier_prob)[:, None, None, None]
+    bezier = torch.from_numpy(rng.random(cfg.batch) < cfg.hole_probs.bezier)[:, None, None, None]
     drawn = rng.integers(1, tokens.shape[1], cfg.batch) if cfg.reference_augmentation else np.zeros(cfg.batch, np.int64)
     return Batch(
         x0=x0[rows].float(),

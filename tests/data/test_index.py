@@ -9,7 +9,7 @@ import pytest
 from pbe.data import index
 from pbe.data.index import Selection, Selector, by_shard, shards_of
 from pbe.data.rng import shard_of, unit_interval
-from pbe.data.schema import ANNOTATIONS, SPLITS
+from pbe.data.schema import ANNOTATIONS, SPLITS, table_from_rows, with_optional
 
 ALL = Selection(splits=SPLITS, limit=None, classes=None, image_ids=None, val_frac=0.0)
 
@@ -28,7 +28,7 @@ def _table(image_ids: list[str], *, split: str = "train", labels: list[str] | No
         }
         for number, image_id in enumerate(image_ids)
     ]
-    return pa.Table.from_pylist(rows, schema=ANNOTATIONS)
+    return with_optional(table_from_rows(rows, ANNOTATIONS), ANNOTATIONS)
 
 
 @pytest.mark.parametrize("spill_bytes", [1, 3000, 1 << 28])

@@ -158,7 +158,7 @@ UPSTREAM = [
     ("train.grad_clip", None, "configs/v1.yaml"),
     ("train.objective", "eps", "configs/v1.yaml"),
     ("train.beta_schedule", "scaled_linear", "configs/v1.yaml"),
-    ("train.bezier_prob", 0.5, "configs/v1.yaml"),
+    ("train.hole_probs.bezier", 0.5, "configs/v1.yaml"),
     ("train.condition_dropout_prob", 0.2, "configs/v1.yaml"),
     ("train.context_dropout_prob", 0.0, "has none"),
     ("edit.guidance_scale", 5.0, "README.md"),

@@ -82,7 +82,7 @@ def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_
 @pytest.mark.parametrize(
     ("topic", "key", "other"),
     [
-        ("hole kinds", "train.bezier_prob", 1.0),
+        ("hole kinds", "train.hole_probs", {"box": 0.0, "bezier": 1.0}),
         ("reference augmentation off", "train.reference_augmentation", False),
         ("box filter", "filter.max_area_frac", 0.9),
         ("number format", "train.precision", "bf16_autocast"),

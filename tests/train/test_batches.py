@@ -33,7 +33,7 @@ SEED, CPU = 23, torch.device("cpu")
 
 
 def config(**changes: object) -> TrainConfig:
-    shares = {"bezier_prob": 0.5, "condition_dropout_prob": 0.2, "context_dropout_prob": 0.1}
+    shares = {"hole_probs": {"box": 0.5, "bezier": 0.5}, "condition_dropout_prob": 0.2, "context_dropout_prob": 0.1}
     return tiny_config(**{"batch": 8, "micro_batch": 4, "streams": 4, "workers": 1, **shares, **changes})
 
 
@@ -203,6 +203,7 @@ def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
             image_id,
             slot,
             epoch=epoch,
+            hole_kinds=("box", "bezier"),
             latent_shape=LATENT,
             stored_references=3,
             posterior_has_spread=True,
@@ -230,7 +231,7 @@ def test_dropout_has_its_share_and_the_two_kinds_are_independent(prob: float) ->
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float) -> None:
     row = _arrays(_row(std=0.0))
-    drawn = _examples(1000, config(bezier_prob=prob), _row(std=0.0))
+    drawn = _examples(1000, config(hole_probs={"box": 1 - prob, "bezier": prob}), _row(std=0.0))
     bezier = np.array([np.array_equal(latent, row["bezier_masked_mean"]) for latent in drawn["masked_latent"]])
     assert bezier.mean() == pytest.approx(prob, abs=0.07 if prob == 0.5 else 0)
     for is_bezier, latent, keep in zip(bezier, drawn["masked_latent"], drawn["keep_mask_latent"], strict=True):
@@ -240,7 +241,7 @@ def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float
 
 
 def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_noise() -> None:
-    row, drawn = _arrays(_row()), _examples(4000, config(bezier_prob=0.0))
+    row, drawn = _arrays(_row()), _examples(4000, config(hole_probs={"box": 1.0, "bezier": 0.0}))
     parts = {
         "x0": (drawn["x0"] - row["source_mean"]) / 0.5,
         "masked": (drawn["masked_latent"] - row["box_masked_mean"]) / 0.5,

@@ -13,11 +13,11 @@ from pbe.data.boxfiles.coordinates import ALLOWED, clip, inside, pixel_slack
 from pbe.data.boxfiles.findings import Findings, SizePx
 from pbe.data.boxfiles.photo_names import PhotoNames, invalid_ids
 from pbe.data.files import FileTree, SourceError
+from pbe.data.object_masks import POLYGON_POINTS_MIN, run_lengths
 from pbe.data.schema import ANNOTATIONS, FLAGS
 from pbe.errors import one_line
 
 ENDS = ("xmin", "xmax", "ymin", "ymax")
-POLYGON_POINTS_MIN = 3
 _SHOWN = 80  # characters of an odd value in a message
 EndsPx = tuple[float, float, float, float]  # as ENDS
 Key = tuple[bool, str]  # of an id: whether it is a text, and how it reads
@@ -43,6 +43,7 @@ class _Row:
     is_group_of: int = -1
     size: SizePx | None = None
     ends_px: EndsPx = (math.nan,) * 4
+    mask: str | None = None  # JSON of the segmentation
     reason: str | None = None
     detail: str | None = None
 
@@ -51,8 +52,10 @@ class _OddEntryError(Exception):
     """Says why an annotation is not usable."""
 
 
-def coco_tables(tree: FileTree, name: str, split: int, names: PhotoNames, findings: Findings) -> Iterator[pa.Table]:
-    """Yield one table; iscrowd becomes is_group_of.
+def coco_tables(
+    tree: FileTree, name: str, split: int, names: PhotoNames, findings: Findings, *, with_masks: bool = False
+) -> Iterator[pa.Table]:
+    """Yield one table; iscrowd becomes is_group_of. with_masks: segmentations are kept, as the masks of their boxes.
 
     Boxes are in fractions of the size that the file states of the photo, and in pixels where it states none: `findings`
     says which. Raises SourceError for a file that is no COCO instances JSON, or whose boxes are fractions already.
@@ -65,7 +68,8 @@ def coco_tables(tree: FileTree, name: str, split: int, names: PhotoNames, findin
     images = _ById(coco["images"], "images", "file_name", where)
     classes = _ById(coco["categories"], "categories", "name", where)
     photos = _photos(images, name, names, findings)
-    rows = [_row(entry, number, images, photos, classes) for number, entry in enumerate(coco["annotations"])]
+    entries = enumerate(coco["annotations"])
+    rows = [_row(entry, number, images, photos, classes, with_masks) for number, entry in entries]
     named = {str(entry.get("name")) for entry in classes.entries.values()}
     findings.counts["boxes_without_class_name"] += sum(not row.reason and row.label not in named for row in rows)
     if rows:
@@ -174,7 +178,9 @@ def _size(entry: Mapping[str, Any]) -> SizePx | None:
 # -- annotations ----------------------------------------------------------------------------------------------------
 
 
-def _row(entry: Any, number: int, images: _ById, photos: Mapping[Key, _Photo], classes: _ById) -> _Row:
+def _row(
+    entry: Any, number: int, images: _ById, photos: Mapping[Key, _Photo], classes: _ById, with_masks: bool
+) -> _Row:
     if not isinstance(entry, dict):
         return _Row(number, reason="box_unparsable", detail=f"annotation number {number} is no mapping")
     own = entry.get("id")
@@ -194,7 +200,8 @@ def _row(entry: Any, number: int, images: _ById, photos: Mapping[Key, _Photo], c
     try:
         label = _label(entry.get("category_id"), classes)
         crowd = entry.get("iscrowd") not in (None, 0, "", "0", False)
-        return _Row(number, photo.image_id, label, int(crowd), photo.size, _ends_px(entry))
+        mask = json.dumps(entry["segmentation"]) if with_masks and entry.get("segmentation") else None
+        return _Row(number, photo.image_id, label, int(crowd), photo.size, _ends_px(entry), mask)
     except _OddEntryError as error:
         return _Row(number, photo.image_id, reason="box_unparsable", detail=f"annotation {number}: {error}")
 
@@ -242,16 +249,12 @@ def _ends_of_polygons(shape: Sequence[Any]) -> EndsPx:
 
 
 def _ends_of_runs(shape: Mapping[str, Any]) -> EndsPx:
-    """Ends of a run-length encoded mask: lengths of runs of 0 and 1 in turn, column by column."""
-    counts, size = shape.get("counts"), shape.get("size")
+    """Ends of a run-length encoded mask."""
     try:
-        height, width = (int(_number(side)) for side in size or ())
-        lengths = np.array(_decoded(counts) if isinstance(counts, str) else counts, np.int64)
-        ends = np.cumsum(lengths)
-        if lengths.ndim != 1 or (lengths < 0).any() or ends[-1] != height * width:
-            raise ValueError
-    except (ValueError, TypeError, IndexError, OverflowError):
-        raise _OddEntryError(f"segmentation {_shown(shape)} is no run-length encoded mask") from None
+        lengths, (height, _) = run_lengths(shape)
+    except ValueError as error:
+        raise _OddEntryError(str(error)) from None
+    ends = np.cumsum(lengths)
     filled = (np.arange(len(lengths)) % 2 == 1) & (lengths > 0)
     first, last = (ends - lengths)[filled], ends[filled] - 1
     if not len(first):
@@ -259,27 +262,6 @@ def _ends_of_runs(shape: Mapping[str, Any]) -> EndsPx:
     across = first // height != last // height  # such a run goes on at the next column's top
     top, bottom = np.where(across, 0, first % height), np.where(across, height - 1, last % height)
     return float(first.min() // height), float(last.max() // height + 1), float(top.min()), float(bottom.max() + 1)
-
-
-def _decoded(text: str) -> list[int]:
-    """COCO's compressed run lengths: five bits per character, the third length on as difference to the last but one.
-
-    Source: rleFrString of cocoapi, common/maskApi.c.
-    """
-    lengths: list[int] = []
-    value = shift = 0
-    for character in text.encode("ascii"):
-        bits = character - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise ValueError(text)
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    return lengths
 
 
 def _number(value: Any) -> float:
@@ -341,6 +323,7 @@ def _table(rows: Sequence[_Row], file: str, split: int, findings: Findings) -> p
         **{name: pa.array(values, from_pandas=True) for name, values in zip(ENDS, fractions, strict=True)},
         **dict.fromkeys(FLAGS, [-1] * count),
         "is_group_of": [row.is_group_of for row in rows],
+        "mask": [row.mask for row in rows],
         "reason": reasons,
         "detail": details,
     }

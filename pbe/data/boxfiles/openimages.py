@@ -116,6 +116,7 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
 
 
 def _annotations(**columns: pa.Array) -> pa.Table:
+    columns["mask"] = pa.nulls(len(columns["image_id"]), pa.string())
     return pa.table([columns[field.name] for field in ANNOTATIONS], schema=ANNOTATIONS)
 
 

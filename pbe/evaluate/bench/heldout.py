@@ -30,11 +30,30 @@ import pyarrow.compute as pc
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
+from pbe.data.materialize import NO_MASKS, Masks
+from pbe.data.object_masks import unpack_object
 from pbe.data.rng import row_rng, shard_of
-from pbe.data.schema import BENCH, BENCH_CANDIDATES, BENCH_ITEMS, REAL_IMAGES, table_from_rows
+from pbe.data.schema import (
+    BENCH,
+    BENCH_CANDIDATES,
+    BENCH_ITEMS,
+    REAL_IMAGES,
+    is_optional,
+    table_from_rows,
+    with_optional,
+    without_empty,
+)
 from pbe.data.settings import MaterializeConfig
-from pbe.data.triplets import cut, plan_triplet, reference_area
+from pbe.data.triplets import (
+    ObjectMask,
+    cut,
+    plan_triplet,
+    reference_area,
+    segmentation_hole,
+    without_background,
+)
 from pbe.errors import UserError
+from pbe.evaluate.metrics.intervals import MIN_GROUPS
 
 Features = Callable[[Iterable[np.ndarray]], np.ndarray]
 KEYS = ["image_id", "box_index", "label_name"]
@@ -110,6 +129,7 @@ def cut_shard(
     crops_per_box: int,
     features: Features,
     seed: int,
+    masks: Masks = NO_MASKS,
 ) -> dict[str, pa.Table]:
     """Tables {"items": BENCH_ITEMS, "real": REAL_IMAGES, "candidates": BENCH_CANDIDATES} of one shard.
 
@@ -131,8 +151,14 @@ def cut_shard(
                 row = rows[number]
                 box = pixel_box(row["xmin"], row["xmax"], row["ymin"], row["ymax"], **_size(photo))
                 crops = [crop for crop in range(crops_per_box) if bench_id(image_id, row["box_index"], crop) in names]
-                items[number] = [_item(photo, box, row, crop, cfg=cfg, seed=seed) for crop in crops]
-                reference = cut(photo, reference_area(box, **_size(photo), cfg=cfg), cfg.reference_px)
+                counts = masks.get((image_id, row["box_index"]))
+                mask = ObjectMask.of(unpack_object(counts, **_size(photo))) if counts is not None else None
+                items[number] = [_item(photo, box, mask, row, crop, cfg=cfg, seed=seed) for crop in crops]
+                area = reference_area(box, **_size(photo), cfg=cfg)
+                reference = cut(photo, area, cfg.reference_px)
+                if mask is not None and cfg.reference_background != "kept":
+                    shown = mask.cut(area, cfg.reference_px)
+                    reference = without_background(reference, shown, cfg.reference_background)
                 jpegs[number] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
                 order.append(number)
                 yield reference
@@ -159,12 +185,23 @@ def _decoded(images: pa.Table, wanted: Collection[str]) -> Iterator[tuple[str, n
 
 
 def _item(
-    photo: np.ndarray, box: Box, row: dict[str, Any], crop: int, *, cfg: MaterializeConfig, seed: int
+    photo: np.ndarray,
+    box: Box,
+    mask: ObjectMask | None,
+    row: dict[str, Any],
+    crop: int,
+    *,
+    cfg: MaterializeConfig,
+    seed: int,
 ) -> dict[str, Any]:
     """A row of BENCH_ITEMS, and its real crop."""
     identity = row["image_id"], row["box_index"], crop
     plan = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "item"))
     real = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "real"))
+    segmentation = None
+    if mask is not None:
+        rng = row_rng(seed, *identity, "segmentation")
+        segmentation = pack_mask(segmentation_hole(mask, plan, cfg=cfg, rng=rng))
     return {
         "bench_id": bench_id(*identity),
         "image_id": row["image_id"],
@@ -172,6 +209,7 @@ def _item(
         "source": image_codec.encode_png(cut(photo, plan.window, cfg.image_px)),
         "box_hole_mask": pack_mask(plan.box_hole_mask),
         "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
+        "segmentation_hole_mask": segmentation,
         "real": image_codec.encode_png(cut(photo, real.window, cfg.image_px)),
     }
 
@@ -236,21 +274,30 @@ def bench_table(
     rows_of = {"exemplar": exemplars, "own": choice.rows, "foreign": foreign}
     needed = np.unique(np.concatenate([*rows_of.values()]))
     jpegs = references(needed)
+    items = with_optional(items, BENCH_ITEMS)
     columns = {name: items.column(name) for name in BENCH_ITEMS.names}
     for name, rows in rows_of.items():
         columns[name] = jpegs.take(pa.array(np.searchsorted(needed, rows)))
     columns["exemplar_image_id"] = choice.boxes.column("image_id").take(pa.array(exemplars))
     columns["exemplar_same_class"] = pa.array(choice.labels[exemplars] == choice.labels[choice.rows])
-    return pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH)
+    return without_empty(pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH))
 
 
 def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:
-    """Raise BenchError if the bench lacks a requested hole or reference."""
+    """Raise BenchError if the bench lacks a requested hole or reference. Of optional ones a few items must have it."""
     columns = {f"{hole}_hole_mask": f"edit.holes: {hole}" for hole in holes}
     columns |= {kind: f"edit.references: {kind}" for kind in references}
     for column, setting in columns.items():
-        if bench.column(column).null_count:
-            raise BenchError(f"{setting}: this bench has none (COCOEE has box holes and exemplars); leave it out")
+        if not is_optional(BENCH.field(column)):
+            if bench.column(column).null_count:
+                raise BenchError(f"{setting}: this bench has none (COCOEE has box holes and exemplars); leave it out")
+            continue
+        photos = len(bench.filter(pc.is_valid(bench.column(column))).column("image_id").unique())
+        if photos < MIN_GROUPS:
+            raise BenchError(
+                f"{setting}: {photos} photos of this bench have one, an interval needs {MIN_GROUPS}; leave it out, or "
+                "let more photos have it (ingest.masks)"
+            )
 
 
 def _size(photo: np.ndarray) -> dict[str, int]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pbe.data import images
 from pbe.data.masks import hole_of
+from pbe.evaluate.bench.scopes import Scope, scopes_of
 from pbe.evaluate.features.extractors import Preprocessing
 from pbe.evaluate.metrics.similarity import hole_region, match_resolution, upstream_region
 from pbe.evaluate.settings import Region
@@ -38,9 +39,7 @@ def edit_key(row: Mapping[str, Any]) -> str:
     return f"{row['bench_id']}|{row['hole_kind']}|{row['reference_kind']}|{row['seed']}"
 
 
-def bench_crops(
-    rows: Sequence[Mapping[str, Any]], scopes: Sequence[tuple[str, str]], *, matched: bool
-) -> Iterator[Crop]:
+def bench_crops(rows: Sequence[Mapping[str, Any]], scopes: Sequence[Scope], *, matched: bool) -> Iterator[Crop]:
     """Yield the crops of rows of BENCH: each source photo, then its reference for every scope.
 
     scopes: pairs of hole kind and reference kind. matched: resize references to their region's resolution.
@@ -49,6 +48,8 @@ def bench_crops(
         source = images.decode(row["source"])
         yield Crop(row["bench_id"], "source", "whole", source)
         for hole_kind, reference_kind in scopes:
+            if not scopes_of(row, [hole_kind], [reference_kind]):
+                continue
             reference = images.decode(row[reference_kind])
             if matched:
                 height_px, width_px = hole_region(source, hole_of(row, hole_kind, source)).shape[:2]

@@ -3,6 +3,7 @@
 So a step's loss does not depend on the number of workers, except for the order of float sums.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from pbe.data.rng import row_rng
 from pbe.data.schema import HoleKind
 from pbe.diffusion.scheduler_config import TRAIN_TIMESTEPS
-from pbe.train.settings import TrainConfig
+from pbe.train.settings import HoleProbs, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Draw(Protocol):
     """`draw` or `validation_draw` bound to one row; the row's source supplies these last arguments."""
 
     def __call__(
-        self, *, latent_shape: tuple[int, ...], stored_references: int, posterior_has_spread: bool
+        self,
+        *,
+        hole_kinds: Collection[HoleKind],
+        latent_shape: tuple[int, ...],
+        stored_references: int,
+        posterior_has_spread: bool,
     ) -> Draws: ...
 
 
@@ -44,6 +50,7 @@ def draw(
     slot: int,
     *,
     epoch: int,
+    hole_kinds: Collection[HoleKind],
     latent_shape: tuple[int, ...],
     stored_references: int,
     posterior_has_spread: bool,
@@ -52,12 +59,13 @@ def draw(
 ) -> Draws:
     """The random choices for one training row in one epoch.
 
-    Everything is drawn every time, in one order, so that ablations share all other draws. latent_shape: (C, h, w).
+    Everything is drawn every time, in one order, so that ablations share all other draws. hole_kinds: those that
+    the row has. latent_shape: (C, h, w).
     stored_references: how many the encode stage drew, including the clean one. posterior_has_spread: False
     leaves out the last two, two thirds of the work: the codec's standard deviation is 0.
     """
     rng = row_rng(seed, image_id, slot, "train", epoch)
-    hole_kind: HoleKind = "bezier" if rng.random() < cfg.bezier_prob else "box"
+    hole_kind = pick_hole(rng.random(), hole_kinds, cfg.hole_probs)
     augmented = int(rng.integers(1, stored_references)) if stored_references > 1 else 0
     return Draws(
         row=f"{image_id} slot {slot} epoch {epoch}",
@@ -74,24 +82,40 @@ def draw(
     )
 
 
+def pick_hole(u: float, hole_kinds: Collection[HoleKind], probs: HoleProbs) -> HoleKind:
+    """The kind of hole for u in [0, 1), among those that the row has."""
+    shares: list[tuple[HoleKind, float]] = [
+        ("bezier", probs.bezier), ("segmentation", probs.segmentation), ("box", probs.box)
+    ]  # fmt: skip
+    left = [(kind, share) for kind, share in shares if kind in hole_kinds]
+    u *= sum(share for _, share in left)
+    for kind, share in left:
+        if u < share:
+            return kind
+        u -= share
+    return left[-1][0]
+
+
 def validation_draw(
     image_id: str,
     slot: int,
     *,
     number: int,
     count: int,
+    hole_kinds: Collection[HoleKind],
     latent_shape: tuple[int, ...],
     stored_references: int,
     posterior_has_spread: bool,
     cfg: TrainConfig,
     seed: int,
 ) -> Draws:
-    """Choices for validation row `number` of `count`: timesteps are spread evenly over the rows, hole kinds alternate,
-    the reference is the clean one and nothing is dropped."""
+    """Choices for validation row `number` of `count`: timesteps are spread evenly over the rows, box and Bezier holes
+    alternate whatever trains, the reference is the clean one and nothing is dropped."""
     drawn = draw(
         image_id,
         slot,
         epoch=0,
+        hole_kinds=hole_kinds,
         latent_shape=latent_shape,
         stored_references=stored_references,
         posterior_has_spread=posterior_has_spread,

@@ -32,6 +32,7 @@ class EncodedRows:
                 row.array(name) for name in ("source_mean", "source_std", "exemplar_tokens")
             )
             drawn = draw(
+                hole_kinds=row.hole_kinds,
                 latent_shape=source_mean.shape,
                 stored_references=len(tokens),
                 posterior_has_spread=bool(source_std.any()),

@@ -80,6 +80,7 @@ class PixelRows:
         source, reference = images.decode(row["source"]), images.decode(row["reference"])
         height, width = (side_px // self._codec.patch_px for side_px in source.shape[:2])
         drawn = draw(
+            hole_kinds=stored.hole_kinds,
             latent_shape=(self._codec.channels, height, width),
             stored_references=self._stored_references,
             posterior_has_spread=True,

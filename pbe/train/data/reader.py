@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pbe.data.schema import array_column, holds_array
+from pbe.data.masks import HOLE_KINDS
+from pbe.data.schema import HoleKind, array_column, holds_array
 from pbe.store import File, Store
 
+ALWAYS: tuple[HoleKind, ...] = ("box", "bezier")  # every row has these holes
 FOOTER_BYTES = 64 << 20  # of footers, 10 to 50 kB each
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -26,6 +28,13 @@ class Group:
         self.slots: list[int] = table.column("slot").to_pylist()
         # by column, views (rows, *shape) in the stored type
         self.arrays = {field.name: array_column(table, field.name) for field in table.schema if holds_array(field)}
+        having = [[kind] * table.num_rows if kind in ALWAYS else self._having(kind) for kind in HOLE_KINDS]
+        self.hole_kinds = [[kind for kind in kinds if kind] for kinds in zip(*having, strict=True)]  # of each row
+
+    def _having(self, kind: HoleKind) -> list[HoleKind | None]:
+        names = [name for name in (f"{kind}_hole_mask", f"{kind}_hole_mask_latent") if name in self.table.schema.names]
+        valid = self.table.column(names[0]).is_valid().to_pylist() if names else [False] * self.table.num_rows
+        return [kind if is_there else None for is_there in valid]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class StoredRow:
     def array(self, column: str) -> np.ndarray:
         """A view in the stored type."""
         return self.group.arrays[column][self.index]
+
+    @property
+    def hole_kinds(self) -> list[HoleKind]:
+        return self.group.hole_kinds[self.index]
 
     def values(self) -> dict[str, Any]:
         """All columns."""

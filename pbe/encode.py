@@ -128,25 +128,31 @@ def encode_triplets(
             out += list(encode_references(backbone, batch, tokens=tokens, device=device).cpu().numpy())
         return out
 
-    rows = triplets.to_pylist()
-    references = [images.decode(row["reference"]) for row in rows]
-    new = {row["reference"]: reference for row, reference in zip(rows, references, strict=True)}
-    wanted = [data for data in new if data not in clean_tokens]
-    clean = encoded_tokens([new[data] for data in wanted])
-    clean_tokens.update(zip(wanted, clean, strict=True))
-    augmented = [
-        augment_reference(
-            reference, augmenter=augmenter, rng=row_rng(seed, row["image_id"], row["slot"], "reference", draw)
+    def tokens_of(column: str, purpose: str) -> list[np.ndarray | None]:
+        """Tokens of the pictures of a column, (draws, T, width) each; None where a row has none."""
+        having = [row for row in rows if row.get(column) is not None]
+        references = [images.decode(row[column]) for row in having]
+        new = {row[column]: reference for row, reference in zip(having, references, strict=True)}
+        wanted = [data for data in new if data not in clean_tokens]
+        clean_tokens.update(zip(wanted, encoded_tokens([new[data] for data in wanted]), strict=True))
+        augmented = [
+            augment_reference(
+                reference, augmenter=augmenter, rng=row_rng(seed, row["image_id"], row["slot"], purpose, draw)
+            )
+            for row, reference in zip(having, references, strict=True)
+            for draw in range(1, draws)
+        ]
+        drawn = encoded_tokens(augmented)
+        found = iter(
+            np.stack([clean_tokens[row[column]], *drawn[index * (draws - 1) : (index + 1) * (draws - 1)]])
+            for index, row in enumerate(having)
         )
-        for row, reference in zip(rows, references, strict=True)
-        for draw in range(1, draws)
-    ]
-    drawn = encoded_tokens(augmented)
+        return [None if row.get(column) is None else next(found) for row in rows]
+
+    rows = triplets.to_pylist()
     columns = _latent_columns(rows, codec, batch_rows, device)
-    columns["exemplar_tokens"] = [
-        np.stack([clean_tokens[row["reference"]], *drawn[index * (draws - 1) : (index + 1) * (draws - 1)]])
-        for index, row in enumerate(rows)
-    ]
+    columns["exemplar_tokens"] = tokens_of("reference", "reference")
+    columns["pair_tokens"] = tokens_of("pair_reference", "pair")
     latent_px = image_px // codec.patch_px
     schema = encoded_schema(
         (codec.channels, latent_px, latent_px),

@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from pbe.data.materialize import NO_MASKS, masks_of
 from pbe.data.schema import BENCH_ITEMS, BOXES, REAL_IMAGES, require, with_optional, without_empty
 from pbe.data.settings import MaterializeConfig
 from pbe.errors import one_line
@@ -34,6 +33,7 @@ from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
 from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.runtime.extras import extras_of, read_extras
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
@@ -48,7 +48,7 @@ class Shard:
 
     images: File
     boxes: File
-    masks: File | None  # ingest's boxes, where they have masks
+    extras: tuple[File | None, File | None]  # of materialize's extras_of
     names: Sequence[str]
 
 
@@ -83,9 +83,9 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     ends = np.searchsorted(choice.rows, np.cumsum([boxes.num_rows for _, _, boxes in found]))
     units = []
     for (images_unit, boxes_unit, _), first, end in zip(found, [0, *ends], ends, strict=False):
-        masks = images_unit.file("boxes") if images_unit.counts.get("masks_kept") else None
-        shard = Shard(images_unit.file("images"), boxes_unit.file("boxes"), masks, choice.names[first:end])
-        inputs = [file.sha256 for file in (shard.images, shard.boxes, masks) if file is not None]
+        extras = extras_of(images_unit)
+        shard = Shard(images_unit.file("images"), boxes_unit.file("boxes"), extras, choice.names[first:end])
+        inputs = [file.sha256 for file in (shard.images, shard.boxes, *extras) if file is not None]
         identity = digest(["bench", VERSION, settings, shard.names, *inputs])
         units.append(Unit(images_unit.unit.split("-")[0], identity, shard))
     worker = partial(_worker, stage.store, cfg, cut, matcher, seed)
@@ -143,9 +143,7 @@ def _worker(
         shard: Shard = unit.payload
         boxes = require(store.read_table(shard.boxes), BOXES, shard.boxes.path)
         images = store.read_table(shard.images, columns=["image_id", "bytes", "exif_orientation"])
-        masks = NO_MASKS
-        if shard.masks is not None:
-            masks = masks_of(require(store.read_table(shard.masks), BOXES, shard.masks.path))
+        masks, pairs = read_extras(store, shard.extras)
         try:
             tables = cut_shard(
                 images,
@@ -156,6 +154,7 @@ def _worker(
                 features=features,
                 seed=seed,
                 masks=masks,
+                pairs=pairs,
             )
         except (ValueError, RuntimeError) as error:
             raise StageError(f"bench: {store.full_uri(shard.images.path)}: {one_line(error)}") from error

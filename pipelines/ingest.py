@@ -19,6 +19,7 @@ from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
 from pbe.data.index import Selection, Selector, by_shard
 from pbe.data.ingest import PhotoLimits, read_shard
+from pbe.data.pairs import PairsSource
 from pbe.data.schema import (
     ANNOTATIONS,
     IMAGE_REASONS,
@@ -70,7 +71,7 @@ def main(stage: Stage) -> None:
     save_counts(stage, counts)
     save_manifest(stage.outputs / "manifest.json", manifest)  # before the refusal: `pbe rejects` reads it
     _say_mended(counts)
-    _say_masks(counts)
+    _say_extras(counts)
     _refuse_too_many_rejects(stage.store, manifest, counts, cfg.max_reject_frac)
 
 
@@ -81,6 +82,8 @@ def open_source(cfg: IngestConfig) -> Source:
     tree = file_tree(cfg.images, key="ingest.images")
     if cfg.source == "folder":
         return FolderSource(tree)
+    if cfg.source == "pairs":
+        return PairsSource(tree, file_tree(cfg.boxes, key="ingest.boxes"))
     return OpenImagesSource(tree, Downloader(cfg.image_base or "", cfg.download, max_bytes=cfg.max_image_bytes))
 
 
@@ -90,15 +93,17 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
     Returns counts of boxes, first those that are not selected, and the units.
     """
     tree = file_tree(cfg.boxes, key="ingest.boxes")
-    classes = class_names(tree)
+    classes = class_names(tree) if cfg.source != "pairs" else {}
     names = PhotoNames(pa.concat_tables(source.photos()) if source.lists_all else None)
     selector = Selector(_selection(cfg, names), _class_ids(cfg, classes))
     findings = Findings()
+    if isinstance(source, PairsSource):
+        annotated = source.annotations()
+    else:
+        annotated = _annotations(tree, names, findings, with_masks=cfg.masks == "read")
     records = []
     with (
-        by_shard(
-            _selected(tree, classes, names, selector, findings, with_masks=cfg.masks == "read"), ANNOTATIONS, cfg.shards
-        ) as annotations,
+        by_shard(_selected(annotated, tree, classes, selector), ANNOTATIONS, cfg.shards) as annotations,
         # after the annotations, because their names decide how photos that share a name are told apart
         by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
         by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
@@ -139,11 +144,13 @@ def _say_mended(counts: Mapping[str, int]) -> None:
             print(f"ingest: {counts[key]} boxes {text}")
 
 
-def _say_masks(counts: Mapping[str, int]) -> None:
-    """Masks are an extra: rejected ones end nothing, and are said."""
+def _say_extras(counts: Mapping[str, int]) -> None:
+    """Masks and pairs are an extra: rejected ones end nothing, and are said."""
     if found := counts.get("masks_in"):
         kept = counts.get("masks_kept", 0)
         print(f"ingest: {kept} of {counts['boxes_kept']} boxes have masks; {found - kept} masks rejected")
+    if found := counts.get("pairs_in"):
+        print(f"ingest: {counts.get('pairs_kept', 0)} of {found} pairs have their reference")
 
 
 def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
@@ -181,18 +188,12 @@ def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_
 
 
 def _selected(
-    tree: FileTree,
-    classes: dict[str, str],
-    names: PhotoNames,
-    selector: Selector,
-    findings: Findings,
-    *,
-    with_masks: bool,
+    annotated: Iterator[pa.Table], tree: FileTree, classes: dict[str, str], selector: Selector
 ) -> Iterator[pa.Table]:
     rows = 0
     labels: set[str] = set()
     with progress_bar("ingest: boxes", total=None, unit="box") as bar:
-        for table in _annotations(tree, names, findings, with_masks=with_masks):
+        for table in annotated:
             rows += table.num_rows
             bar.update(table.num_rows)
             named = with_names(table, classes)
@@ -319,6 +320,8 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
 
 
 def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit], Record]:
+    reads = source.read_file if isinstance(source, PairsSource) else file_tree(cfg.boxes, key="ingest.boxes").read
+
     def work(unit: Unit) -> Record:
         index = _index_of(unit)
         stated = next((file for file in index.files if file.dataset == "stated"), None)
@@ -331,7 +334,7 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
             stated=store.read_table(stated) if stated else None,
-            read_mask_file=file_tree(cfg.boxes, key="ingest.boxes").read,
+            read_file=reads,
         )
         after = unit.payload.chain if isinstance(unit.payload, _Retry) else ()
         return store.write_unit("ingest", unit.name, tables, counts=counts, after=after)

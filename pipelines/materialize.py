@@ -8,11 +8,12 @@ photo once, as upstream's loader does.
 from collections.abc import Callable
 from functools import partial
 
-from pbe.data.materialize import NO_MASKS, masks_of, triplet_tables
+from pbe.data.materialize import triplet_tables
 from pbe.data.schema import BOXES, IMAGES, require
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import TRIPLETS_PER_GROUP
 from pbe.store import File, Record, Store, digest, load_manifest, make_manifest, save_manifest
+from pipelines.runtime.extras import extras_of, read_extras
 from pipelines.runtime.parts import Unit, run_units
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
@@ -30,11 +31,11 @@ def main(stage: Stage) -> None:
     units = []
     for image_unit, box_unit in zip(images, boxes, strict=True):
         inputs: tuple[File, ...] = (image_unit.file("images"), box_unit.file("boxes"))
-        if image_unit.counts.get("masks_kept"):
-            inputs += (image_unit.file("boxes"),)  # filter has left their masks there
+        extras = extras_of(image_unit)
+        inputs += tuple(file for file in extras if file is not None)
         settings = cfg.identity(without=EXECUTION_ONLY)
         identity = digest(["materialize", VERSION, seed, settings, [file.sha256 for file in inputs]])
-        units.append(Unit(image_unit.unit.split("-")[0], identity, inputs))
+        units.append(Unit(image_unit.unit.split("-")[0], identity, (inputs[:2], extras)))
 
     worker = partial(_worker, stage.store, cfg, seed)
     records = run_units(
@@ -61,19 +62,16 @@ def main(stage: Stage) -> None:
 
 def _worker(store: Store, cfg: MaterializeConfig, seed: int) -> Callable[[Unit], Record]:
     def work(unit: Unit) -> Record:
-        image_file, box_file, *mask_file = _files(unit)
-        masks = [masks_of(require(store.read_table(file), BOXES, file.path)) for file in mask_file]
+        (image_file, box_file), extras = unit.payload
+        masks, pairs = read_extras(store, extras)
         tables, counts = triplet_tables(
             require(store.read_table(image_file), IMAGES, image_file.path),
             require(store.read_table(box_file), BOXES, box_file.path),
             cfg=cfg,
             seed=seed,
-            masks=masks[0] if masks else NO_MASKS,
+            masks=masks,
+            pairs=pairs,
         )
         return store.write_unit("materialize", unit.name, tables, counts=counts, rows_per_group=TRIPLETS_PER_GROUP)
 
     return work
-
-
-def _files(unit: Unit) -> tuple[File, ...]:
-    return unit.payload

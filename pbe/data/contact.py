@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from pbe.data import images
-from pbe.data.masks import hole_of
+from pbe.data.masks import HOLE_KINDS, hole_kinds_of, hole_of
+from pbe.data.schema import HoleKind
 
 TILE_PX = 96
 HOLE_GREY = 128
@@ -34,13 +35,17 @@ def with_hole(source: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
 
 
 def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Rows: source, box hole, Bezier hole, reference; one column per row of TRIPLETS."""
+    """Rows: source, each kind of hole that one of them has, reference; one column per row of TRIPLETS."""
     sources = [images.decode(row["source"]) for row in rows]
 
-    def holed(kind: str) -> list[np.ndarray]:
-        return [with_hole(source, hole_of(row, kind, source)) for row, source in zip(rows, sources, strict=True)]
+    def holed(kind: HoleKind) -> list[np.ndarray]:
+        return [
+            with_hole(source, hole_of(row, kind, source)) if kind in hole_kinds_of(row) else np.full_like(source, 255)
+            for row, source in zip(rows, sources, strict=True)
+        ]
 
-    return sheet([sources, holed("box"), holed("bezier"), [images.decode(row["reference"]) for row in rows]])
+    kinds = [kind for kind in HOLE_KINDS if any(kind in hole_kinds_of(row) for row in rows)]
+    return sheet([sources, *map(holed, kinds), [images.decode(row["reference"]) for row in rows]])
 
 
 def edits_sheet(

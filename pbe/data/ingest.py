@@ -15,11 +15,13 @@ from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
 from pbe.data.object_masks import MaskRejected, ends_of, pack_object, read_mask, refuse_outside
+from pbe.data.pairs import PairRejected, read_reference
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
     IMAGES,
     MASK_REASONS,
+    PAIRS,
     REJECTS,
     SPLITS,
     STATED,
@@ -75,7 +77,7 @@ class _Shard:
         self.rejects: list[dict[str, str]] = []
         self.counts = dict.fromkeys(("images_in", "images_rejected", "boxes_in", "boxes_rejected"), 0)
 
-    def reject(self, kind: Literal["images", "boxes", "masks"], key: str, reason: str, detail: str) -> None:
+    def reject(self, kind: Literal["images", "boxes", "masks", "pairs"], key: str, reason: str, detail: str) -> None:
         self.rejects.append({"stage": "ingest", "key": key, "reason": reason, "detail": detail})
         self.count(f"{kind}_rejected")
         self.count(f"rejected_{reason}")
@@ -98,17 +100,17 @@ def read_shard(
     limits: PhotoLimits,
     threads: int,
     stated: pa.Table | None = None,
-    read_mask_file: Callable[[str], bytes] = _no_file,
+    read_file: Callable[[str], bytes] = _no_file,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Check every box and read every photo that has one; every dropped row is in `rejects`.
 
     annotations: ANNOTATIONS. photos: PHOTOS. stated: STATED. read: takes image id and address, returns bytes, raises
-    PhotoError; called from `threads` threads. read_mask_file: takes the name of a mask's picture, raises OSError. A
-    mask that cannot be used is rejected, and its box kept; where masks are all there is, a box follows from each.
-    lists_all: photos without a box count as input and are rejected.
+    PhotoError; called from `threads` threads. read_file: takes the address of a mask's or reference's picture, raises
+    OSError. A mask or reference that cannot be used is rejected, and its box kept; a box without coordinates follows
+    from its mask. lists_all: photos without a box count as input and are rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>. Where there are
-    any, also masks_<in|kept|rejected>, boxes_clipped, boxes_turned, and images_converted_to_srgb, of those kept, whose
-    colours later stages convert.
+    any, also masks_ and pairs_<in|kept|rejected>, boxes_clipped, boxes_turned, and images_converted_to_srgb, of those
+    kept, whose colours later stages convert.
     """
     shard = _Shard()
     known: dict[str, list[Photo]] = {}
@@ -137,7 +139,7 @@ def read_shard(
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(lambda copies: [_read(photo, read, limits) for photo in copies], jobs))
 
-    kept_images, kept_boxes = [], []
+    kept_images, kept_boxes, kept_pairs = [], [], list[dict[str, Any]]()
     for tried in results:
         mine = boxes[tried[0].photo.image_id]
         found = _one_photo(tried, shard)
@@ -145,7 +147,7 @@ def read_shard(
             for box in mine:
                 shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
-        placed = _placed(_masked(mine, found, statements, read_mask_file, shard), found, statements, shard)
+        placed = _placed(_masked(mine, found, statements, read_file, shard), found, statements, shard)
         if not placed:
             shard.reject("images", found.photo.address, "image_without_box", "every line about it was rejected")
             continue
@@ -154,11 +156,14 @@ def read_shard(
             shard.counts["images_converted_to_srgb"] = shard.counts.get("images_converted_to_srgb", 0) + 1
         kept_images.append(row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(placed)]
+        kept_pairs += _pairs(placed, read_file, limits, shard)
     tables = {
         "images": table_from_rows(kept_images, IMAGES),
         "boxes": table_from_rows(kept_boxes, BOXES),
         "rejects": pa.Table.from_pylist(shard.rejects, schema=REJECTS),
     }
+    if kept_pairs:
+        tables["pairs"] = table_from_rows(kept_pairs, PAIRS)
     return tables, shard.counts | {"images_kept": len(kept_images), "boxes_kept": len(kept_boxes)}
 
 
@@ -203,7 +208,7 @@ def _usable_boxes(
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
             shard.reject("boxes", key, "box_in_other_split", detail)
         else:
-            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask")
+            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask", "pair")
             box = {"key": key, "file": row["file"], "image_id": image_id, "split": split}
             mine.append(box | {name: row[name] for name in names})
     return boxes
@@ -241,6 +246,23 @@ def _masked(
             yield box | {"mask": mask, "from_mask": True} | dict(zip(COORDINATES, ends_of(mask), strict=True))
         else:
             shard.reject("boxes", box["key"], "box_without_mask", "its mask was rejected, and it has no coordinates")
+
+
+def _pairs(
+    boxes: Sequence[dict[str, Any]], read: Callable[[str], bytes], limits: PhotoLimits, shard: _Shard
+) -> Iterator[dict[str, Any]]:
+    """Rows of PAIRS of the boxes of one photo; a box whose reference cannot be used stays without."""
+    for index, box in enumerate(boxes):
+        if box["pair"] is None:
+            continue
+        shard.count("pairs_in")
+        try:
+            reference = read_reference(box["pair"], read=read, max_pixels=limits.max_pixels)
+        except PairRejected as problem:
+            shard.reject("pairs", box["key"], problem.reason, str(problem))
+            continue
+        shard.count("pairs_kept")
+        yield {"image_id": box["image_id"], "box_index": index, **reference}
 
 
 def _packed(box: dict[str, Any], shard: _Shard) -> dict[str, Any]:

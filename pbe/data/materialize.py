@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,7 +15,15 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
-from pbe.data.triplets import ObjectMask, box_order, cut, plan_triplet, segmentation_hole, without_background
+from pbe.data.triplets import (
+    ObjectMask,
+    box_order,
+    cut,
+    plan_triplet,
+    reference_area,
+    segmentation_hole,
+    without_background,
+)
 
 # one slot of one photo: its row without the two pictures, the areas that they are cut from, and the object's mask
 _Planned = tuple[dict[str, Any], Box, Box, ObjectMask | None]
@@ -23,11 +32,18 @@ NO_MASKS: Masks = {}
 
 
 def triplet_tables(
-    images: pa.Table, boxes: pa.Table, *, cfg: MaterializeConfig, seed: int, masks: Masks = NO_MASKS
+    images: pa.Table,
+    boxes: pa.Table,
+    *,
+    cfg: MaterializeConfig,
+    seed: int,
+    masks: Masks = NO_MASKS,
+    pairs: pa.Table | None = None,
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Triplets of the train split: tables {slot name: TRIPLETS, "rejects": REJECTS} and counts.
 
-    Each photo is decoded once for all its slots. A photo without a kept box is rejected.
+    Each photo is decoded once for all its slots. A photo without a kept box is rejected. masks: of the boxes that have
+    one. pairs: PAIRS, other pictures of boxes' objects.
     """
     boxes_of: dict[str, list[dict[str, Any]]] = {}
     for box in boxes.select(["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax"]).to_pylist():
@@ -46,16 +62,17 @@ def triplet_tables(
             reason = "image_without_kept_box"
             rejects.append({"stage": "materialize", "key": image_id, "reason": reason, "detail": "see filter"})
 
+    other_views = pair_references(pairs, cfg) if pairs is not None else {}
     rows: list[list[dict[str, Any]]] = [[] for _ in range(cfg.slots)]
     for index, exif_orientation, todo in planned:
         data = memoryview(images.column("bytes")[index].as_buffer())
         photo = image_codec.decode(data, exif_orientation=exif_orientation)
         for row, window, reference, mask in todo:
-            source, clean = cut(photo, window, cfg.image_px), cut(photo, reference, cfg.reference_px)
-            if mask is not None and cfg.reference_background != "kept":
-                clean = without_background(clean, mask.cut(reference, cfg.reference_px), cfg.reference_background)
+            source = cut(photo, window, cfg.image_px)
             row["source"] = image_codec.encode_jpeg(source, cfg.jpeg_quality, cfg.jpeg_chroma)
+            clean = reference_of(photo, reference, mask, cfg)
             row["reference"] = image_codec.encode_jpeg(clean, cfg.jpeg_quality)  # small: "420" would blur its colours
+            row["pair_reference"] = other_views.get((row["image_id"], row["box_index"]))
             rows[row["slot"]].append(row)
     tables = {slot_name(slot): table_from_rows(rows[slot], TRIPLETS) for slot in range(cfg.slots)}
     tables["rejects"] = pa.Table.from_pylist(rejects, schema=REJECTS)
@@ -65,10 +82,35 @@ def triplet_tables(
         "images_rejected": len(rejects),
         "triplets": sum(map(len, rows)),
     }
+    if other_views:
+        counts["triplets_with_pair"] = sum(row["pair_reference"] is not None for slot in rows for row in slot)
     if masks:
         with_mask = sum(mask is not None for *_, todo in planned for *_, mask in todo)
         counts |= {"triplets_with_mask": with_mask, "triplets_without_mask": counts["triplets"] - with_mask}
     return tables, counts
+
+
+def pair_references(pairs: pa.Table, cfg: MaterializeConfig) -> dict[tuple[str, int], bytes]:
+    """JPEGs (R, R) by image id and box index: the object in its pair's picture, cut as a reference of its own photo."""
+    out = {}
+    for row in pairs.to_pylist():
+        picture = image_codec.decode(row["picture"], exif_orientation=row["exif_orientation"])
+        size = {"width_px": row["width_px"], "height_px": row["height_px"]}
+        area, mask = Box(0, 0, row["width_px"], row["height_px"]), None
+        if row["mask"] is not None:
+            mask = ObjectMask.of(unpack_object(row["mask"], **size))
+            area = reference_area(mask.area, **size, cfg=cfg)
+        reference = reference_of(picture, area, mask, cfg)
+        out[row["image_id"], row["box_index"]] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
+    return out
+
+
+def reference_of(photo: np.ndarray, area: Box, mask: ObjectMask | None, cfg: MaterializeConfig) -> np.ndarray:
+    """The (R, R, 3) reference that `area` of the photo becomes; without its background where the settings ask."""
+    reference = cut(photo, area, cfg.reference_px)
+    if mask is None or cfg.reference_background == "kept":
+        return reference
+    return without_background(reference, mask.cut(area, cfg.reference_px), cfg.reference_background)
 
 
 def masks_of(boxes: pa.Table) -> Masks:

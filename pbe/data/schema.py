@@ -26,7 +26,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)  # of a box: 1 yes, 0 no, -1 unknown (OpenImages)
 HoleKind = Literal["box", "bezier", "segmentation"]
-ReferenceKind = Literal["exemplar", "own", "foreign"]  # what fills a bench item's hole, see BENCH
+ReferenceKind = Literal["exemplar", "own", "foreign", "pair"]  # what fills a bench item's hole, see BENCH
 REFERENCE_KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
 
 OPTIONAL = {b"optional": b"true"}  # metadata of a field
@@ -64,13 +64,20 @@ MASK_REASONS = (
     "mask_ambiguous",  # greys where it should be black and white, or several objects in one picture
     "mask_without_box",  # no box of the photo has its number
 )
+# Why ingest may drop a pair's reference; its target stays, with a reference of its own.
+PAIR_REASONS = (
+    "pair_unreadable",  # the reference is missing, or does not decode
+    "pair_of_itself",  # reference and target are the same picture
+    "pair_mask_unusable",  # the reference's mask, for one of MASK_REASONS
+)
 # Transient: `ingest.retry_rejected` retries these.
 TRANSIENT_REASONS = ("download_failed", "image_changed")
 
 
-def picture_field(name: str, *, nullable: bool = False) -> pa.Field:
+def picture_field(name: str, *, nullable: bool = False, optional: bool = False) -> pa.Field:
     """Field of encoded images: JPEG, PNG or as received. Its metadata stops the store from compressing them again."""
-    return pa.field(name, pa.binary(), nullable=nullable, metadata={b"compression": b"none"})
+    metadata = {b"compression": b"none"} | (OPTIONAL if optional else {})
+    return pa.field(name, pa.binary(), nullable=nullable or optional, metadata=metadata)
 
 
 # Annotations as ingest reads them, one row per box, typed but not yet joined to an image. An invalid line
@@ -93,6 +100,8 @@ ANNOTATIONS = pa.schema(
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         # the object's mask as the source has it: JSON of a COCO segmentation, or {"file": NAME} below ingest.masks
         pa.field("mask", pa.string(), metadata=OPTIONAL),
+        # another picture of the object, as the source has it: JSON of its address, its mask's, and their versions
+        pa.field("pair", pa.string(), metadata=OPTIONAL),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
     ]
@@ -159,6 +168,19 @@ BOXES = pa.schema(
     ]
 )
 
+# Another picture of a box's object, which becomes its reference.
+PAIRS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("box_index", pa.int32(), nullable=False),
+        picture_field("picture"),  # as received
+        pa.field("exif_orientation", pa.int8(), nullable=False),  # to apply to it
+        pa.field("width_px", pa.int32(), nullable=False),  # upright, like height and mask
+        pa.field("height_px", pa.int32(), nullable=False),
+        pa.field("mask", pa.binary()),  # as in BOXES; null: the whole picture is the object
+    ]
+)
+
 REJECTS = pa.schema(
     [
         pa.field("stage", pa.string(), nullable=False),
@@ -179,6 +201,7 @@ TRIPLETS = pa.schema(
         pa.field("bezier_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("segmentation_hole_mask", pa.binary(), metadata=OPTIONAL),  # packed bits, S x S
         picture_field("reference"),  # JPEG, R x R, clean (no augmentation)
+        picture_field("pair_reference", optional=True),  # likewise, of the pair
         # the tight box in pixels of the S x S crop, half-open
         pa.field("box_x0_px", pa.float32(), nullable=False),
         pa.field("box_y0_px", pa.float32(), nullable=False),
@@ -204,13 +227,14 @@ BENCH = pa.schema(
         pa.field("exemplar_same_class", pa.bool_()),
         picture_field("own", nullable=True),  # the hidden object itself, as in training
         picture_field("foreign", nullable=True),  # a random object from another photo
+        picture_field("pair", optional=True),  # the true other view
     ]
 )
 # What one shard gives to the bench: its items without the references, which other shards may have.
 BENCH_ITEMS = pa.schema(
     [
         *(BENCH.field(name) for name in ("bench_id", "image_id", "label_name", "source")),
-        *(BENCH.field(name) for name in ("box_hole_mask", "bezier_hole_mask", "segmentation_hole_mask")),
+        *(BENCH.field(name) for name in ("box_hole_mask", "bezier_hole_mask", "segmentation_hole_mask", "pair")),
     ]
 )
 # And its candidates, one row for each box in the order of BOXES.
@@ -304,6 +328,7 @@ def encoded_schema(
             array_field("segmentation_masked_std", latent_shape, dtype, optional=True),
             array_field("segmentation_hole_mask_latent", mask_shape, dtype, optional=True),
             array_field("exemplar_tokens", token_shape, dtype),
+            array_field("pair_tokens", token_shape, dtype, optional=True),
         ]
     )
 

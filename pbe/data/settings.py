@@ -30,7 +30,7 @@ class DownloadConfig(Settings):
 
 
 class IngestConfig(Settings):
-    source: Literal["sample", "folder", "openimages"]
+    source: Literal["sample", "folder", "openimages", "pairs"]
     images: LocalOrS3
     boxes: LocalOrS3
     image_base: str | None = Field(

@@ -86,6 +86,9 @@ class TrainConfig(Settings):
     )
     beta_schedule: BetaSchedule
     hole_probs: HoleProbs
+    pair_prob: Prob = Field(
+        1.0, description="share of rows with a pair that see it, and not the object itself, as their reference. Ours"
+    )
     condition_dropout_prob: Prob
     context_dropout_prob: Prob
     reference_augmentation: bool

@@ -39,6 +39,9 @@ _OF_REJECTS = {
     "mask_outside_box": "see that N of masks/ID_N.png counts the photo's boxes from 0, in the box file's order",
     "mask_ambiguous": "write one black and white picture for each object",
     "mask_without_box": "see that N of masks/ID_N.png counts the photo's boxes from 0, in the box file's order",
+    "pair_unreadable": "see that ref_image names a picture below ingest.images",
+    "pair_of_itself": "name another picture of the object, or leave the row to ingest.source: folder",
+    "pair_mask_unusable": "mend the reference's mask, or leave it out: the whole picture is then the object",
     "box_in_other_split": "put all lines about a photo into the box file of one split, or set ingest.val_frac",
 }
 

@@ -165,7 +165,7 @@ def _shard(rows: list[dict[str, Any]]) -> tuple[dict[str, pa.Table], dict[str, i
         limits=PhotoLimits(exif="ignore", max_pixels=10**6),
         threads=1,
         stated=STATED.empty_table(),
-        read_mask_file=lambda name: _png(OBJECT * 255),
+        read_file=lambda name: _png(OBJECT * 255),
     )
 
 

@@ -324,6 +324,7 @@ def _table(rows: Sequence[_Row], file: str, split: int, findings: Findings) -> p
         **dict.fromkeys(FLAGS, [-1] * count),
         "is_group_of": [row.is_group_of for row in rows],
         "mask": [row.mask for row in rows],
+        "pair": [None] * count,
         "reason": reasons,
         "detail": details,
     }

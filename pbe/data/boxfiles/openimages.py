@@ -12,7 +12,7 @@ from pbe.data.boxfiles.csv_rows import Dialect, OddRow, Rows, read_dialect, read
 from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.photo_names import PhotoNames, clean_ids, invalid_ids
 from pbe.data.files import FileTree, SourceError
-from pbe.data.schema import ANNOTATIONS
+from pbe.data.schema import ANNOTATIONS, with_optional, without_optional
 
 FLAG_COLUMNS = {
     "is_occluded": "IsOccluded",
@@ -26,6 +26,7 @@ BOX_COLUMNS = ("ImageID", "LabelName", *COORDINATES.values())
 # not OpenImages': the size in pixels of the photo that was labelled. infra/labels/from_voc.py writes them
 SIZE_COLUMNS = ("ImageWidth", "ImageHeight")
 NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
+_SCHEMA = without_optional(ANNOTATIONS.empty_table()).schema
 _FLAGS = {"1": 1, "0": 0, "-1": -1, "": -1}
 _FLAGS_ELSEWHERE = {"1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}  # spreadsheets, pandas
 
@@ -116,8 +117,8 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
 
 
 def _annotations(**columns: pa.Array) -> pa.Table:
-    columns["mask"] = pa.nulls(len(columns["image_id"]), pa.string())
-    return pa.table([columns[field.name] for field in ANNOTATIONS], schema=ANNOTATIONS)
+    table = pa.table([columns[field.name] for field in _SCHEMA], schema=_SCHEMA)
+    return with_optional(table, ANNOTATIONS)
 
 
 def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
-from pbe.data.materialize import NO_MASKS, Masks
+from pbe.data.materialize import NO_MASKS, Masks, pair_references, reference_of
 from pbe.data.object_masks import unpack_object
 from pbe.data.rng import row_rng, shard_of
 from pbe.data.schema import (
@@ -50,7 +50,6 @@ from pbe.data.triplets import (
     plan_triplet,
     reference_area,
     segmentation_hole,
-    without_background,
 )
 from pbe.errors import UserError
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
@@ -130,6 +129,7 @@ def cut_shard(
     features: Features,
     seed: int,
     masks: Masks = NO_MASKS,
+    pairs: pa.Table | None = None,
 ) -> dict[str, pa.Table]:
     """Tables {"items": BENCH_ITEMS, "real": REAL_IMAGES, "candidates": BENCH_CANDIDATES} of one shard.
 
@@ -154,19 +154,17 @@ def cut_shard(
                 counts = masks.get((image_id, row["box_index"]))
                 mask = ObjectMask.of(unpack_object(counts, **_size(photo))) if counts is not None else None
                 items[number] = [_item(photo, box, mask, row, crop, cfg=cfg, seed=seed) for crop in crops]
-                area = reference_area(box, **_size(photo), cfg=cfg)
-                reference = cut(photo, area, cfg.reference_px)
-                if mask is not None and cfg.reference_background != "kept":
-                    shown = mask.cut(area, cfg.reference_px)
-                    reference = without_background(reference, shown, cfg.reference_background)
+                reference = reference_of(photo, reference_area(box, **_size(photo), cfg=cfg), mask, cfg)
                 jpegs[number] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
                 order.append(number)
                 yield reference
 
+    other_views = pair_references(pairs, cfg) if pairs is not None else {}
     vectors = dict(zip(order, features(references()).astype("<f4"), strict=True))
     numbers = range(len(rows))
     candidates = [{"reference": jpegs[number], "vector": vectors[number].tobytes()} for number in numbers]
-    found = [item for number in numbers for item in items[number]]
+    views = [other_views.get((row["image_id"], row["box_index"])) for row in rows]
+    found = [item | {"pair": views[number]} for number in numbers for item in items[number]]
     real = [{"real_id": item["bench_id"], "picture": item["real"]} for item in found]
     return {
         "items": table_from_rows(found, BENCH_ITEMS),
@@ -296,7 +294,7 @@ def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: S
         if photos < MIN_GROUPS:
             raise BenchError(
                 f"{setting}: {photos} photos of this bench have one, an interval needs {MIN_GROUPS}; leave it out, or "
-                "let more photos have it (ingest.masks)"
+                "let more photos have it (ingest.masks, ingest.source: pairs)"
             )
 
 

@@ -30,6 +30,7 @@ class Draws:
     noise: np.ndarray  # (C, h, w) float32, like the two below
     source_normal: np.ndarray | None  # samples the source's posterior; None: that has no spread
     masked_normal: np.ndarray | None
+    wants_pair: bool  # whether a row with a pair sees it as its reference
 
 
 class Draw(Protocol):
@@ -79,6 +80,7 @@ def draw(
         noise=rng.standard_normal(latent_shape, dtype=np.float32),
         source_normal=rng.standard_normal(latent_shape, dtype=np.float32) if posterior_has_spread else None,
         masked_normal=rng.standard_normal(latent_shape, dtype=np.float32) if posterior_has_spread else None,
+        wants_pair=bool(rng.random() < cfg.pair_prob),  # last, so that it changes no other draw
     )
 
 

@@ -41,6 +41,8 @@ class EncodedRows:
                 row.array(f"{drawn.hole_kind}_{what}") for what in ("masked_mean", "masked_std", "hole_mask_latent")
             )
             draws.append(drawn)
+            if drawn.wants_pair and row.has_pair:
+                tokens = row.array("pair_tokens")
             arrays.append((source_mean, source_std, *masked, tokens[drawn.stored_reference, self._tokens]))
         # to float32 all rows at once: one by one it took longer than all else here
         columns = (torch.from_numpy(np.stack(column)).float() for column in zip(*arrays, strict=True))

@@ -77,7 +77,7 @@ class PixelRows:
 
     def _decoded(self, stored: StoredRow, draw: Draw) -> PixelRow:
         row = stored.values()
-        source, reference = images.decode(row["source"]), images.decode(row["reference"])
+        source = images.decode(row["source"])
         height, width = (side_px // self._codec.patch_px for side_px in source.shape[:2])
         drawn = draw(
             hole_kinds=stored.hole_kinds,
@@ -85,8 +85,10 @@ class PixelRows:
             stored_references=self._stored_references,
             posterior_has_spread=True,
         )
+        pair = drawn.wants_pair and stored.has_pair
+        reference = images.decode(row["pair_reference" if pair else "reference"])
         if drawn.augment_reference:
             visit = 1 + drawn.epoch // len(self.files)  # draw 0 is the clean one
-            rng = row_rng(self._data_seed, row["image_id"], row["slot"], "reference", visit)
+            rng = row_rng(self._data_seed, row["image_id"], row["slot"], "pair" if pair else "reference", visit)
             reference = augment_reference(reference, augmenter=self._augmenter, rng=rng)
         return PixelRow(drawn, source, hole_of(row, drawn.hole_kind, source), reference)

@@ -13,7 +13,6 @@ from pbe.data.masks import HOLE_KINDS
 from pbe.data.schema import HoleKind, array_column, holds_array
 from pbe.store import File, Store
 
-ALWAYS: tuple[HoleKind, ...] = ("box", "bezier")  # every row has these holes
 FOOTER_BYTES = 64 << 20  # of footers, 10 to 50 kB each
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -28,13 +27,17 @@ class Group:
         self.slots: list[int] = table.column("slot").to_pylist()
         # by column, views (rows, *shape) in the stored type
         self.arrays = {field.name: array_column(table, field.name) for field in table.schema if holds_array(field)}
-        having = [[kind] * table.num_rows if kind in ALWAYS else self._having(kind) for kind in HOLE_KINDS]
-        self.hole_kinds = [[kind for kind in kinds if kind] for kinds in zip(*having, strict=True)]  # of each row
+        having = [self._having(f"{kind}_hole_mask", f"{kind}_hole_mask_latent") for kind in HOLE_KINDS]
+        self.hole_kinds = [
+            [kind for kind, is_there in zip(HOLE_KINDS, row, strict=True) if is_there]
+            for row in zip(*having, strict=True)
+        ]  # of each row
+        self.has_pair = self._having("pair_reference", "pair_tokens")
 
-    def _having(self, kind: HoleKind) -> list[HoleKind | None]:
-        names = [name for name in (f"{kind}_hole_mask", f"{kind}_hole_mask_latent") if name in self.table.schema.names]
-        valid = self.table.column(names[0]).is_valid().to_pylist() if names else [False] * self.table.num_rows
-        return [kind if is_there else None for is_there in valid]
+    def _having(self, *columns: str) -> list[bool]:
+        """Whether each row has a value in the first of these columns that is there, in triplets or in encoded rows."""
+        found = next((name for name in columns if name in self.table.schema.names), None)
+        return self.table.column(found).is_valid().to_pylist() if found else [False] * self.table.num_rows
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class StoredRow:
     @property
     def hole_kinds(self) -> list[HoleKind]:
         return self.group.hole_kinds[self.index]
+
+    @property
+    def has_pair(self) -> bool:
+        return self.group.has_pair[self.index]
 
     def values(self) -> dict[str, Any]:
         """All columns."""

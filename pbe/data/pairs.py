@@ -1,0 +1,235 @@
+"""Pairs of pictures as a source: a target with a hole, and another picture of the same object as its reference.
+
+Tables in the schema of AnyInsertion: ref_image, ref_mask, tar_image, tar_mask, as Parquet (bytes, Hugging Face's
+{bytes, path}, or paths) or CSV (paths below ingest.images). Masks may be missing: a target without one needs a box
+(XMin, XMax, YMin, YMax, fractions), a reference without one is shown whole. Optional: label, split.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, OddRow, read_dialect, read_rows
+from pbe.data.boxfiles.photo_names import clean_ids
+from pbe.data.download import PhotoError
+from pbe.data.files import FileTree, SourceError
+from pbe.data.frames import Frame
+from pbe.data.images import ImageError, decode, open_picture
+from pbe.data.object_masks import MaskRejected, pack_object, read_mask
+from pbe.data.schema import ANNOTATIONS, FLAGS, PHOTOS, SPLITS, table_from_rows, with_optional
+from pbe.errors import one_line
+
+PICTURES = ("ref_image", "ref_mask", "tar_image", "tar_mask")
+BOX = {"xmin": "XMin", "xmax": "XMax", "ymin": "YMin", "ymax": "YMax"}
+COLUMNS = (*PICTURES, *BOX.values(), "label", "split")
+WITHOUT_LABEL = "object"
+ROWS_AT_ONCE = 256
+_BYTES = "#"  # in an address: table#row#column
+
+
+class PairRejected(Exception):  # noqa: N818  it is no error of ours
+    """A pair's reference cannot be used. `reason` is one of the schema's PAIR_REASONS; `str()` is the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class PairsSource:
+    """A Source. images: where paths of the tables begin. tables: a table or a folder of tables."""
+
+    images: FileTree
+    tables: FileTree
+    lists_all: bool = False
+
+    def photos(self) -> Iterator[pa.Table]:
+        """Yield PHOTOS of the targets. Raises SourceError."""
+        for _, _, row in self._rows():
+            if row["tar_image"] is not None:
+                photo = {"image_id": row["image_id"], "address": row["tar_image"], "version": row["tar_image_version"]}
+                yield pa.Table.from_pylist([photo], schema=PHOTOS)
+
+    def annotations(self) -> Iterator[pa.Table]:
+        """Yield ANNOTATIONS, a row a pair. Raises SourceError."""
+        rows: list[dict[str, Any]] = []
+        for name, line, row in self._rows():
+            rows.append(_annotation(name, line, row))
+            if len(rows) == ROWS_AT_ONCE:
+                yield with_optional(table_from_rows(rows, ANNOTATIONS), ANNOTATIONS)
+                rows = []
+        yield with_optional(table_from_rows(rows, ANNOTATIONS), ANNOTATIONS)
+
+    def address_without_photo(self, image_id: str, split: str) -> str | None:
+        return None
+
+    def read(self, address: str, max_bytes: int) -> bytes:
+        try:
+            data = self.read_file(address)
+        except OSError as error:
+            raise PhotoError("image_unreadable", f"{address}: {one_line(error.strerror or error)}") from None
+        if len(data) > max_bytes:
+            raise PhotoError("image_too_large", f"{address}: more than {max_bytes} bytes")
+        return data
+
+    def read_file(self, address: str) -> bytes:
+        """The bytes of a picture or mask. Raises OSError."""
+        if _BYTES not in address:
+            return self.images.read(address)
+        name, row, column = address.rsplit(_BYTES, 2)
+        return _in_table(_group(self.tables, name, int(row) // ROWS_AT_ONCE), int(row) % ROWS_AT_ONCE, column)[1] or b""
+
+    def _rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Yield table, row number and row: PICTURES as addresses or None, their versions, and the other columns."""
+        names = self.tables.names() if self.tables.is_folder else [self.tables.only_name]
+        names = [name for name in names if name.lower().endswith((".parquet", ".csv"))]
+        if not names:
+            raise SourceError(f"ingest.boxes: no .parquet or .csv of pairs at {self.tables.where}")
+        for name in names:
+            found = self._of_parquet(name) if name.lower().endswith(".parquet") else self._of_csv(name)
+            for line, row in found:
+                yield name, line, row
+
+    def _of_csv(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        dialect = read_dialect(self.tables, name, COLUMNS)
+        self._require(name, dialect.header)
+        columns, odd = [column for column in COLUMNS if column in dialect.header], list[OddRow]()
+        for rows in read_rows(self.tables, name, dialect, columns, odd, block_bytes=BLOCK_BYTES):
+            for line, cells in zip(rows.lines.tolist(), rows.cells.to_pylist(), strict=True):
+                yield line, self._row({key: value or None for key, value in cells.items()})
+        for bad in odd:
+            yield bad.line, {"image_id": "", "problem": f"{bad.why}: {bad.text}", **dict.fromkeys(PICTURES)}
+
+    def _of_parquet(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        try:
+            with self.tables.open(name) as stream, pq.ParquetFile(stream) as parquet:
+                self._require(name, parquet.schema_arrow.names)
+                columns = [column for column in COLUMNS if column in parquet.schema_arrow.names]
+                number = 0
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
+                    for cells in batch.to_pylist():
+                        yield number, self._row(cells, f"{name}{_BYTES}{number}{_BYTES}")
+                        number += 1
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+            raise SourceError(f"{self.tables.path_of(name)}: not a readable Parquet file: {one_line(error)}") from None
+
+    def _require(self, name: str, header: Any) -> None:
+        if missing := [column for column in ("ref_image", "tar_image") if column not in header]:
+            raise SourceError(
+                f"{self.tables.path_of(name)}: no table of pairs, it lacks {', '.join(missing)}; it has "
+                f"{one_line(', '.join(header), 200)}"
+            )
+
+    def _row(self, cells: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        row: dict[str, Any] = {key: cells.get(key) for key in (*BOX.values(), "label", "split")}
+        for column in PICTURES:
+            path, data = _picture(cells.get(column))
+            row[column] = prefix + column if data is not None else path
+            version = hashlib.sha256(data).hexdigest() if data is not None else self._version(path)
+            row[f"{column}_version"] = version
+            if column == "tar_image":
+                own = path.rpartition("/")[2] if path else version[:16]
+                row["image_id"] = clean_ids(pa.array([own]))[0].as_py()
+        return row
+
+    def _version(self, path: str | None) -> str:
+        """By content where it is local: the same pictures in another folder are the same input."""
+        if not path or not self.images.is_local:
+            return ""
+        try:
+            return hashlib.sha256(self.images.read(path)).hexdigest()
+        except OSError as error:
+            return f"unreadable: {type(error).__name__}"
+
+
+def _picture(cell: Any) -> tuple[str | None, bytes | None]:
+    """Path and bytes of a cell."""
+    if isinstance(cell, Mapping):
+        return cell.get("path") or None, cell.get("bytes")
+    if isinstance(cell, bytes):
+        return None, cell or None
+    return (str(cell) if cell else None), None
+
+
+@functools.lru_cache(maxsize=2)
+def _group(tables: FileTree, name: str, block: int) -> pa.Table:
+    """Rows block * ROWS_AT_ONCE and following of a Parquet table."""
+    with tables.open(name) as stream, pq.ParquetFile(stream) as parquet:
+        columns = [column for column in PICTURES if column in parquet.schema_arrow.names]
+        for number, batch in enumerate(parquet.iter_batches(ROWS_AT_ONCE, columns=columns)):
+            if number == block:
+                return pa.Table.from_batches([batch])
+    raise FileNotFoundError(2, f"has no row {block * ROWS_AT_ONCE}", name)
+
+
+def _in_table(table: pa.Table, row: int, column: str) -> tuple[str | None, bytes | None]:
+    return _picture(table.column(column)[row].as_py())
+
+
+def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    label = str(row.get("label") or WITHOUT_LABEL)
+    said = str(row.get("split") or name).lower()
+    split = next((index for index, split in enumerate(SPLITS) if split[:3] in said), 0)
+    out = {"image_id": row["image_id"] or "", "file": name, "line": line, "split": split, "listed_split": split}
+    out |= {"label": label, "label_name": label} | dict.fromkeys(FLAGS, -1)
+    if "problem" in row or row["tar_image"] is None:
+        return out | {"reason": "box_unparsable", "detail": row.get("problem") or "tar_image is empty"}
+    ends = {ours: row[theirs] for ours, theirs in BOX.items()}
+    try:
+        given = {key: float(value) for key, value in ends.items() if value not in (None, "")}
+    except (TypeError, ValueError):
+        return out | {"reason": "box_unparsable", "detail": f"{ends} are no numbers"}
+    if len(given) == len(BOX):
+        if not (0 <= given["xmin"] < given["xmax"] <= 1 and 0 <= given["ymin"] < given["ymax"] <= 1):
+            return out | {"reason": "box_outside_image", "detail": f"{given}; fractions of the photo are expected"}
+        out |= given
+    elif row["tar_mask"] is None:
+        return out | {
+            "reason": "box_unparsable",
+            "detail": "the target has neither tar_mask nor XMin, XMax, YMin, YMax",
+        }
+    if row["tar_mask"] is not None:
+        out["mask"] = json.dumps({"file": row["tar_mask"], "version": row["tar_mask_version"]})
+    pair = {"file": row["ref_image"], "version": row["ref_image_version"], "mask": row["ref_mask"]}
+    pair |= {"mask_version": row["ref_mask_version"], "target": row["tar_image_version"]}
+    return out | {"pair": json.dumps(pair)}
+
+
+def read_reference(said: str, *, read: Callable[[str], bytes], max_pixels: int) -> dict[str, Any]:
+    """A row of PAIRS without its keys, from ANNOTATIONS' column `pair`. read: an address to its bytes, raises OSError.
+
+    The picture is kept as received, in its own frame upright, with its mask. Raises PairRejected.
+    """
+    pair = json.loads(said)
+    if not pair["file"]:
+        raise PairRejected("pair_unreadable", "ref_image is empty")
+    if pair["version"] and pair["version"] == pair["target"]:
+        raise PairRejected("pair_of_itself", f"{pair['file']} has the bytes of its target: fills would be pasted")
+    try:
+        data = read(pair["file"])
+        picture = open_picture(data, max_pixels=max_pixels)
+        orientation = picture.header.exif_orientation
+        height_px, width_px = decode(data, exif_orientation=orientation, convert=False).shape[:2]
+    except (OSError, ImageError) as error:
+        raise PairRejected("pair_unreadable", f"{pair['file']}: {one_line(error)}") from None
+    mask = None
+    if pair["mask"]:
+        frame = Frame(width_px, height_px, orientation, upright=True)
+        shape = json.dumps({"file": pair["mask"]})
+        try:
+            mask = pack_object(read_mask(shape, stated=None, frame=frame, read=read))
+        except MaskRejected as problem:
+            raise PairRejected("pair_mask_unusable", f"{problem.reason}: {problem}") from None
+    return {
+        "picture": data,
+        "exif_orientation": orientation,
+        "mask": mask,
+        "width_px": width_px,
+        "height_px": height_px,
+    }

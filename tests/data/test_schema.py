@@ -84,7 +84,7 @@ def test_shapes_survive_the_storage(store: Store) -> None:
 
 def test_encoded_columns_have_the_shapes_of_latents_masks_and_tokens() -> None:
     shapes = {field.name: array_shape(field) for field in ALL["encoded"] if field.metadata}
-    assert shapes.pop("exemplar_tokens") == (2, 1, 1280)
+    assert shapes.pop("exemplar_tokens") == shapes.pop("pair_tokens") == (2, 1, 1280)
     assert {shapes.pop(f"{kind}_hole_mask_latent") for kind in HOLE_KINDS} == {(1, 8, 8)}
     assert len(shapes) == 8 and set(shapes.values()) == {(16, 8, 8)}
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schema
+from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schema, holds_array, is_optional
 from pbe.data.slots import group_rows, slot_files, slot_name
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.data.batch import Batch, joined
@@ -33,7 +33,12 @@ SEED, CPU = 23, torch.device("cpu")
 
 
 def config(**changes: object) -> TrainConfig:
-    shares = {"hole_probs": {"box": 0.5, "bezier": 0.5}, "condition_dropout_prob": 0.2, "context_dropout_prob": 0.1}
+    shares = {
+        "hole_probs": {"box": 0.5, "bezier": 0.5},
+        "pair_prob": 0.0,
+        "condition_dropout_prob": 0.2,
+        "context_dropout_prob": 0.1,
+    }
     return tiny_config(**{"batch": 8, "micro_batch": 4, "streams": 4, "workers": 1, **shares, **changes})
 
 
@@ -48,7 +53,7 @@ def _table(shard: int, slot: int, count: int, latent: tuple[int, int, int] = LAT
         "box_index": [0] * count,
     }
     for field in schema:
-        if field.metadata:
+        if holds_array(field):
             shape = (count, *array_shape(field))
             values = rng.integers(0, 5, shape) / 4 if "mask_latent" in field.name else rng.standard_normal(shape)
             columns[field.name] = [array_bytes(field, value) for value in np.abs(values)]
@@ -90,19 +95,21 @@ def _row_bytes(batches: list[Batch]) -> list[tuple[bytes, ...]]:
     ]
 
 
-def _row(std: float = 0.5, token_shape: tuple[int, int, int] = TOKENS) -> pa.Table:
-    """One row, in float32."""
+def _row(std: float = 0.5, token_shape: tuple[int, int, int] = TOKENS, *, extras: bool = False) -> pa.Table:
+    """One row, in float32. extras: with an object's mask and a pair."""
     rng, schema = np.random.default_rng(1), encoded_schema(LATENT, token_shape, "float32")
     columns: dict[str, list] = {"image_id": ["a"], "slot": [0], "box_index": [0]}
     for field in schema:
         if field.metadata:
             value = rng.standard_normal(array_shape(field))
-            columns[field.name] = [array_bytes(field, np.full_like(value, std) if "_std" in field.name else value)]
+            stored = array_bytes(field, np.full_like(value, std) if "_std" in field.name else value)
+            columns[field.name] = [stored if extras or not is_optional(field) else None]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def _arrays(row: pa.Table) -> dict[str, np.ndarray]:
-    return {field.name: array_value(field, row.column(field.name)[0].as_py()) for field in row.schema if field.metadata}
+    arrays = (field for field in row.schema if field.metadata and row.column(field.name).null_count == 0)
+    return {field.name: array_value(field, row.column(field.name)[0].as_py()) for field in arrays}
 
 
 def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -> dict[str, np.ndarray]:
@@ -238,6 +245,28 @@ def test_the_hole_kind_has_its_share_and_mask_and_latent_go_together(prob: float
         kind = "bezier" if is_bezier else "box"
         np.testing.assert_array_equal(latent, row[f"{kind}_masked_mean"])
         np.testing.assert_allclose(keep, 1 - row[f"{kind}_hole_mask_latent"])  # polarity: 1 = known
+
+
+def test_a_mask_and_a_pair_are_seen_by_their_shares_and_only_where_they_are() -> None:
+    probs = {"box": 0.2, "bezier": 0.2, "segmentation": 0.6}
+    cfg = config(hole_probs=probs, pair_prob=0.7, reference_augmentation=False)
+    having, without = _row(std=0.0, extras=True), _row(std=0.0)
+    arrays, drawn = _arrays(having), _examples(2000, cfg, having)
+    latents = {kind: arrays[f"{kind}_masked_mean"] for kind in probs}
+    kinds = [next(kind for kind in probs if np.array_equal(row, latents[kind])) for row in drawn["masked_latent"]]
+    pair = (drawn["exemplar_tokens"] == arrays["pair_tokens"][0]).all(axis=(1, 2))
+    own = (drawn["exemplar_tokens"] == arrays["exemplar_tokens"][0]).all(axis=(1, 2))
+    assert {kind: kinds.count(kind) / 2000 for kind in probs} == pytest.approx(probs, abs=0.05)
+    assert pair.mean() == pytest.approx(0.7, abs=0.05) and (pair ^ own).all()
+    for row, kind in zip(drawn["keep_mask_latent"], kinds, strict=True):
+        np.testing.assert_allclose(row, 1 - arrays[f"{kind}_hole_mask_latent"])
+    other = _examples(2000, cfg, without)
+    bezier = np.array([np.array_equal(row, latents["bezier"]) for row in other["masked_latent"]])
+    box = np.array([np.array_equal(row, latents["box"]) for row in other["masked_latent"]])
+    assert bezier.mean() == pytest.approx(0.5, abs=0.05) and (bezier ^ box).all()
+    assert (other["exemplar_tokens"] == arrays["exemplar_tokens"][0]).all()
+    for name in ("noise", "timestep", "drop_condition"):
+        np.testing.assert_array_equal(drawn[name], other[name])
 
 
 def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_noise() -> None:

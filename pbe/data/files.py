@@ -193,10 +193,17 @@ class FileTree:
 
     def open(self, name: str) -> Any:
         """Open a file as a stream of bytes. Raises OSError, also for what is no regular file."""
+        return self._opened[0].open_input_stream(self._regular(name), compression=None)
+
+    def open_seekable(self, name: str) -> Any:
+        """Open a file to read parts of it, as Parquet is read. Raises OSError as `open`."""
+        return self._opened[0].open_input_file(self._regular(name))
+
+    def _regular(self, name: str) -> str:
         path = Path(self._folder, name)
         if self.is_local and (kind := irregular(path)):
             raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
-        return self._opened[0].open_input_stream(str(PurePosixPath(self._folder) / name), compression=None)
+        return str(PurePosixPath(self._folder) / name)
 
 
 def named(entries: Sequence[str]) -> str:

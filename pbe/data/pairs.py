@@ -108,7 +108,7 @@ class PairsSource:
 
     def _of_parquet(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
-            with self.tables.open(name) as stream, pq.ParquetFile(stream) as parquet:
+            with self.tables.open_seekable(name) as stream, pq.ParquetFile(stream) as parquet:
                 self._require(name, parquet.schema_arrow.names)
                 columns = [column for column in COLUMNS if column in parquet.schema_arrow.names]
                 number = 0
@@ -160,7 +160,7 @@ def _picture(cell: Any) -> tuple[str | None, bytes | None]:
 @functools.lru_cache(maxsize=2)
 def _group(tables: FileTree, name: str, block: int) -> pa.Table:
     """Rows block * ROWS_AT_ONCE and following of a Parquet table."""
-    with tables.open(name) as stream, pq.ParquetFile(stream) as parquet:
+    with tables.open_seekable(name) as stream, pq.ParquetFile(stream) as parquet:
         columns = [column for column in PICTURES if column in parquet.schema_arrow.names]
         for number, batch in enumerate(parquet.iter_batches(ROWS_AT_ONCE, columns=columns)):
             if number == block:

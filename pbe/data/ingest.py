@@ -14,7 +14,7 @@ from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
-from pbe.data.object_masks import MaskRejected, ends_of, pack_object, read_mask, refuse_outside
+from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, read_mask, refuse_outside
 from pbe.data.pairs import PairRejected, read_reference
 from pbe.data.schema import (
     ANNOTATIONS,
@@ -275,7 +275,7 @@ def _packed(box: dict[str, Any], shard: _Shard) -> dict[str, Any]:
         shard.reject("masks", box["key"], problem.reason, str(problem))
         return box | {"mask": None}
     shard.count("masks_kept")
-    return box | {"mask": pack_object(box["mask"])}
+    return box | {"mask": ObjectMask.of(box["mask"]).packed()}
 
 
 def _placed(

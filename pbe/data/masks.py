@@ -10,7 +10,7 @@ symmetric parabolas (11-17 of 18 points survive); we keep all points.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import cv2
@@ -99,12 +99,12 @@ def bezier_hole(ring: np.ndarray, *, width_px: int, height_px: int) -> np.ndarra
 
 
 def segmentation_hole(
-    object_mask: np.ndarray, *, dilate_px: int, jitter_px: int, rng: np.random.Generator
+    object_mask: np.ndarray, *, dilate_px: int, jitter_px: int, rng: Callable[[], np.random.Generator]
 ) -> np.ndarray:
     """(H, W) uint8: a mask of 0/1, grown by a disc of radius `dilate_px`, with every point of its outline moved.
 
     jitter_px: by which it moves at most in x and y, uniformly, as a Bezier hole's points; the outline has a point in
-    every 2 * jitter_px pixels. Holes inside the object stay holes of the mask, but for the jitter, which fills them.
+    every 2 * jitter_px pixels. rng: makes the generator, where there is jitter. Holes inside the object stay holes of the mask, but for the jitter, which fills them.
     """
     hole_mask = object_mask
     if dilate_px:
@@ -114,7 +114,8 @@ def segmentation_hole(
         return hole_mask
     outlines, _ = cv2.findContours(hole_mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     rings = [outline[:: 2 * jitter_px, 0] for outline in outlines]
-    moved = [ring + rng.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True) for ring in rings]
+    generator = rng()
+    moved = [ring + generator.integers(-jitter_px, jitter_px, size=ring.shape, endpoint=True) for ring in rings]
     jittered = np.zeros_like(hole_mask)
     cv2.fillPoly(jittered, [ring.astype(np.int32) for ring in moved], 1)
     return jittered

@@ -1,6 +1,7 @@
 """Turn one shard of photos and kept boxes into triplet tables, one table per slot."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,12 @@ import pyarrow.compute as pc
 from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
-from pbe.data.object_masks import unpack_object
+from pbe.data.object_masks import ObjectMask
 from pbe.data.rng import row_rng
 from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
 from pbe.data.triplets import (
-    ObjectMask,
     box_order,
     cut,
     plan_triplet,
@@ -98,7 +98,7 @@ def pair_references(pairs: pa.Table, cfg: MaterializeConfig) -> dict[tuple[str, 
         size = {"width_px": row["width_px"], "height_px": row["height_px"]}
         area, mask = Box(0, 0, row["width_px"], row["height_px"]), None
         if row["mask"] is not None:
-            mask = ObjectMask.of(unpack_object(row["mask"], **size))
+            mask = ObjectMask.unpacked(row["mask"])
             area = reference_area(mask.area, **size, cfg=cfg)
         reference = reference_of(picture, area, mask, cfg)
         out[row["image_id"], row["box_index"]] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
@@ -126,11 +126,7 @@ def _plan_photo(
     image_id = image["image_id"]
     size = {"width_px": image["width_px"], "height_px": image["height_px"]}
     order = box_order(len(boxes), row_rng(seed, image_id, "boxes"))
-    objects = {
-        box["box_index"]: ObjectMask.of(unpack_object(masks[image_id, box["box_index"]], **size))
-        for box in boxes
-        if (image_id, box["box_index"]) in masks
-    }
+    objects: dict[int, ObjectMask] = {}  # unpacked once for all slots
     out = []
     for slot in range(cfg.slots):
         box = boxes[int(order[slot % len(boxes)])]
@@ -149,9 +145,12 @@ def _plan_photo(
             "box_x1_px": x1,
             "box_y1_px": y1,
         }
-        mask = objects.get(box["box_index"])
+        number = box["box_index"]
+        mask = objects.get(number)
+        if mask is None and (image_id, number) in masks:
+            mask = objects[number] = ObjectMask.unpacked(masks[image_id, number])
         if mask is not None:
-            rng = row_rng(seed, image_id, slot, "segmentation")
+            rng = partial(row_rng, seed, image_id, slot, "segmentation")
             row["segmentation_hole_mask"] = pack_mask(segmentation_hole(mask, plan, cfg=cfg, rng=rng))
         out.append((row, plan.window, plan.reference, mask))
     return out

@@ -1,12 +1,14 @@
 """Masks of objects: read from COCO segmentations and from pictures, checked against photo and box, stored as runs.
 
-A mask is (H, W) uint8 of 0/1, 1 = object, of the size that IMAGES states for its photo. It is stored as COCO's
-compressed run lengths (pycocotools), a few hundred bytes.
+A mask is (H, W) uint8 of 0/1, 1 = object, of the size that IMAGES states for its photo. The part of it that holds
+the object is stored, as COCO's compressed run lengths (pycocotools): a few hundred bytes.
 """
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -14,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pbe.data import images
+from pbe.data.boxes import Box
 from pbe.data.boxfiles.coordinates import PIXEL_SLACK
 from pbe.data.frames import Frame, NotOnPhotoError, is_turned, turned_array, turned_points
 from pbe.errors import one_line
@@ -24,6 +27,7 @@ POLYGON_POINTS_MIN = 3
 INSIDE_BOX_MIN = 0.9  # share of a mask that its box must hold
 BOX_SLACK_FRAC, BOX_SLACK_PX = 0.02, 2.0  # by which the mask may leave its box: of the box's longer side, or in pixels
 OBJECT_LEVEL = 128  # of 255: from here on a grey picture shows the object
+_AREA = struct.Struct("<4i")
 GREY_MAX = 0.1  # share of the object's pixels that may be neither black nor white: an edge drawn with antialiasing
 
 
@@ -78,14 +82,71 @@ def ends_of(mask: np.ndarray) -> Ends:
     return columns[0] / width_px, (columns[-1] + 1) / width_px, rows[0] / height_px, (rows[-1] + 1) / height_px
 
 
-def pack_object(mask: np.ndarray) -> bytes:
-    """Compressed run lengths of an (H, W) mask of 0/1."""
-    return coco_mask.encode(np.asfortranarray(mask))["counts"]
+@dataclass(frozen=True)
+class ObjectMask:
+    """An object's mask in its photo: the part of the photo that holds it, (h, w) uint8 of 0/255, and where that is."""
+
+    part: np.ndarray
+    area: Box
+
+    @staticmethod
+    def of(mask: np.ndarray) -> "ObjectMask":
+        """mask: (H, W) of 0/1, not empty."""
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        area = Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        return ObjectMask(mask[area.y0 : area.y1, area.x0 : area.x1] * np.uint8(255), area)
+
+    @staticmethod
+    def unpacked(data: bytes) -> "ObjectMask":
+        """Inverse of `packed`."""
+        area = Box(*_AREA.unpack_from(data))
+        counts = data[_AREA.size :]
+        part = coco_mask.decode({"size": [area.height_px, area.width_px], "counts": counts})
+        return ObjectMask(np.ascontiguousarray(part) * np.uint8(255), area)
+
+    def packed(self) -> bytes:
+        """As BOXES has it: x0, y0, x1, y1 as little-endian int32, then COCO's compressed run lengths of that part."""
+        counts = coco_mask.encode(np.asfortranarray((self.part > 0).astype(np.uint8)))["counts"]
+        return _AREA.pack(self.area.x0, self.area.y0, self.area.x1, self.area.y1) + counts
+
+    def whole(self, *, width_px: int, height_px: int) -> np.ndarray:
+        """(height, width) uint8 of 0/1, of the photo."""
+        mask = np.zeros((height_px, width_px), np.uint8)
+        mask[self.area.y0 : self.area.y1, self.area.x0 : self.area.x1] = self.part > 0
+        return mask
+
+    def cut(self, area: Box, size_px: int) -> np.ndarray:
+        """(size, size) uint8 of 0/1: `area` of the photo, resized as triplets.cut does, 1 where half is object.
+
+        Only what becomes object is computed: the part's place in the crop, not the crop or the photo.
+        """
+        part, out = self.part, np.zeros((size_px, size_px), np.uint8)
+        scale_x, scale_y = size_px / area.width_px, size_px / area.height_px
+        x0, x1 = _span(self.area.x0 - area.x0, self.area.x1 - area.x0, scale_x, size_px)
+        y0, y1 = _span(self.area.y0 - area.y0, self.area.y1 - area.y0, scale_y, size_px)
+        if x0 >= x1 or y0 >= y1:
+            return out
+        fewer = max(1, int(1 / max(scale_x, scale_y)))
+        if fewer > 1:  # bilinear samples would miss pixels between them
+            size = max(1, part.shape[1] // fewer), max(1, part.shape[0] // fewer)
+            part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
+        kept_x, kept_y = part.shape[1] / self.part.shape[1], part.shape[0] / self.part.shape[0]
+        # from pixel centres of the crop to those of the part
+        back = np.array(
+            [
+                [kept_x / scale_x, 0, ((x0 + 0.5) / scale_x + area.x0 - self.area.x0) * kept_x - 0.5],
+                [0, kept_y / scale_y, ((y0 + 0.5) / scale_y + area.y0 - self.area.y0) * kept_y - 0.5],
+            ]
+        )
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        level = cv2.warpAffine(part, back, (x1 - x0, y1 - y0), flags=flags, borderMode=cv2.BORDER_CONSTANT)
+        out[y0:y1, x0:x1] = level >= OBJECT_LEVEL
+        return out
 
 
-def unpack_object(counts: bytes, *, width_px: int, height_px: int) -> np.ndarray:
-    """Inverse of pack_object: (height, width) uint8 of 0/1."""
-    return coco_mask.decode({"size": [height_px, width_px], "counts": counts})
+def _span(start_px: int, end_px: int, scale: float, size_px: int) -> tuple[int, int]:
+    """The pixels of a crop that a span of its area touches."""
+    return max(0, math.floor(start_px * scale)), min(size_px, math.ceil(end_px * scale))
 
 
 # -- forms ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pbe.data.download import PhotoError
 from pbe.data.files import FileTree, SourceError
 from pbe.data.frames import Frame
 from pbe.data.images import ImageError, decode, open_picture
-from pbe.data.object_masks import MaskRejected, pack_object, read_mask
+from pbe.data.object_masks import MaskRejected, ObjectMask, read_mask
 from pbe.data.schema import ANNOTATIONS, FLAGS, PHOTOS, SPLITS, table_from_rows, with_optional
 from pbe.errors import one_line
 
@@ -223,7 +223,7 @@ def read_reference(said: str, *, read: Callable[[str], bytes], max_pixels: int) 
         frame = Frame(width_px, height_px, orientation, upright=True)
         shape = json.dumps({"file": pair["mask"]})
         try:
-            mask = pack_object(read_mask(shape, stated=None, frame=frame, read=read))
+            mask = ObjectMask.of(read_mask(shape, stated=None, frame=frame, read=read)).packed()
         except MaskRejected as problem:
             raise PairRejected("pair_mask_unusable", f"{problem.reason}: {problem}") from None
     return {

@@ -163,7 +163,7 @@ BOXES = pa.schema(
         pa.field("ymin", pa.float64(), nullable=False),
         pa.field("ymax", pa.float64(), nullable=False),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
-        # the object's mask: COCO's compressed run lengths, of the size that IMAGES states. Only ingest's boxes have it
+        # the object's mask, of the photo's size: object_masks.ObjectMask.packed. Only ingest's boxes have it
         pa.field("mask", pa.binary(), metadata=OPTIONAL),
     ]
 )

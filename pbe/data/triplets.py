@@ -8,6 +8,7 @@ training can pick; they are drawn in the crop, where a pixel is 0 or 1 (upstream
 leaves fractional edges); the reference is stored clean, augmentation comes later.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -15,6 +16,7 @@ import numpy as np
 
 from pbe.data import boxes, images, masks
 from pbe.data.boxes import Box
+from pbe.data.object_masks import ObjectMask
 from pbe.data.settings import MaterializeConfig
 
 Edges = tuple[float, float, float, float]
@@ -67,43 +69,17 @@ def cut(photo: np.ndarray, area: Box, size_px: int) -> np.ndarray:
     return images.resize(photo[area.y0 : area.y1, area.x0 : area.x1], width_px=size_px, height_px=size_px)
 
 
-@dataclass(frozen=True)
-class ObjectMask:
-    """An object's mask in its photo: the part that has a pixel of it, (h, w) uint8 of 0/1, and where that is."""
-
-    part: np.ndarray
-    area: Box
-
-    @staticmethod
-    def of(mask: np.ndarray) -> "ObjectMask":
-        """mask: (H, W) of the photo, not empty."""
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        area = Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        return ObjectMask(mask[area.y0 : area.y1, area.x0 : area.x1], area)
-
-    def cut(self, area: Box, size_px: int) -> np.ndarray:
-        """(size, size) uint8 of 0/1: `area` of the photo, resized as `cut` does, 1 where at least half is object."""
-        canvas = np.zeros((area.height_px, area.width_px), np.uint8)
-        x0, x1 = max(area.x0, self.area.x0), min(area.x1, self.area.x1)
-        y0, y1 = max(area.y0, self.area.y0), min(area.y1, self.area.y1)
-        if x0 < x1 and y0 < y1:
-            canvas[y0 - area.y0 : y1 - area.y0, x0 - area.x0 : x1 - area.x0] = self.part[
-                y0 - self.area.y0 : y1 - self.area.y0, x0 - self.area.x0 : x1 - self.area.x0
-            ]
-        shrinks = canvas.shape[0] > size_px or canvas.shape[1] > size_px
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return (cv2.resize(canvas * 255, (size_px, size_px), interpolation=how) >= 128).astype(np.uint8)
-
-
 BACKGROUNDS = {"white": 255, "grey": 128}
 
 
 def without_background(reference: np.ndarray, object_mask: np.ndarray, background: str) -> np.ndarray:
     """The (R, R, 3) uint8 reference with one level where its (R, R) mask of 0/1 shows no object."""
-    return np.where(object_mask[..., None] > 0, reference, np.uint8(BACKGROUNDS[background]))
+    return cv2.copyTo(reference, object_mask, np.full_like(reference, BACKGROUNDS[background]))
 
 
-def segmentation_hole(mask: ObjectMask, plan: Plan, *, cfg: MaterializeConfig, rng: np.random.Generator) -> np.ndarray:
+def segmentation_hole(
+    mask: ObjectMask, plan: Plan, *, cfg: MaterializeConfig, rng: Callable[[], np.random.Generator]
+) -> np.ndarray:
     """(S, S) uint8, 1 = hole: the object in the plan's crop, grown and jittered as the settings ask."""
     hole = masks.segmentation_hole(
         mask.cut(plan.window, cfg.image_px),

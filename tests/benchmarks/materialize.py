@@ -8,6 +8,8 @@ roofline   decode, crop, resize to 512 and 224, encode both: the unavoidable wor
 stored     the roofline, and what any stage must do besides: read the photos' bytes, write those of the crops with their
            SHA-256. Processor time of one core, as the next two.
 plain      triplet_tables: the roofline, and geometry, both holes, row generators and Arrow tables.
+masked     plain with a mask of every object: a third hole, and references without their background. Masks are ellipses
+           in the boxes, stored as run lengths.
 part       the stage's task without Ray: plain between reading and writing Parquet with checksums.
 ray        the stage itself, through Ray Data: one task at a time, then two. Wall clock, in turns with the roofline; a
            ratio is the median over turns, so that other work on the machine hits both of its sides.
@@ -54,7 +56,8 @@ from pbe.data.files import FileTree  # noqa: E402
 from pbe.data.filter import FilterConfig, filter_boxes  # noqa: E402
 from pbe.data.index import by_shard  # noqa: E402
 from pbe.data.ingest import PhotoLimits, read_shard  # noqa: E402
-from pbe.data.materialize import triplet_tables  # noqa: E402
+from pbe.data.materialize import Masks, triplet_tables  # noqa: E402
+from pbe.data.object_masks import ObjectMask  # noqa: E402
 from pbe.data.rng import row_rng  # noqa: E402
 from pbe.data.schema import ANNOTATIONS, PHOTOS  # noqa: E402
 from pbe.data.settings import MaterializeConfig  # noqa: E402
@@ -122,6 +125,7 @@ def main() -> int:
             {
                 "plain_over_roofline": given["plain"] / given["roofline"],
                 "stored_over_roofline": given["stored"] / given["roofline"],
+                "masked_over_plain": given["masked"] / given["plain"],
                 "part_over_roofline": given["part"] / given["roofline"],
                 "part_over_stored": given["part"] / given["stored"],
                 "ray_over_roofline": median_ratio(found, "ray", "roofline"),
@@ -251,6 +255,26 @@ def ours(photos: Photos) -> int:
     return counts["triplets"]
 
 
+def ellipses(photos: Photos) -> Masks:
+    """A mask for every box."""
+    sizes = {row["image_id"]: row for row in photos.images.select(["image_id", "width_px", "height_px"]).to_pylist()}
+    masks = {}
+    for box in photos.boxes.to_pylist():
+        width, height = (sizes[box["image_id"]][side] for side in ("width_px", "height_px"))
+        mask = np.zeros((height, width), np.uint8)
+        centre = (box["xmin"] + box["xmax"]) / 2 * width, (box["ymin"] + box["ymax"]) / 2 * height
+        axes = (box["xmax"] - box["xmin"]) / 2 * width, (box["ymax"] - box["ymin"]) / 2 * height
+        cv2.ellipse(mask, tuple(map(round, centre)), tuple(max(1, round(axis)) for axis in axes), 0, 0, 360, 1, -1)
+        masks[box["image_id"], box["box_index"]] = ObjectMask.of(mask).packed()
+    return masks
+
+
+def masked(photos: Photos, masks: Masks) -> int:
+    cfg = CUT.model_copy(update={"reference_background": "white"})
+    _, counts = triplet_tables(photos.images, photos.boxes, cfg=cfg, seed=SEED, masks=masks)
+    return counts["triplets"]
+
+
 def processor_rates(photos: Photos, repeats: int) -> dict[str, float]:
     """Samples per second of processor time: medians of alternating runs on one core."""
     with tempfile.TemporaryDirectory(prefix="pbe-bench-") as folder:
@@ -267,6 +291,7 @@ def processor_rates(photos: Photos, repeats: int) -> dict[str, float]:
             "roofline": partial(roofline, photos),
             "stored": partial(stored, photos, Path(folder)),
             "plain": partial(ours, photos),
+            "masked": partial(masked, photos, ellipses(photos)),
             "part": part,
         }
         rates: dict[str, list[float]] = {name: [] for name in runs}

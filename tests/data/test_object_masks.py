@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,11 +13,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pbe.data import images
+from pbe.data.boxes import Box
 from pbe.data.boxfiles.mask_files import mask_files
 from pbe.data.files import FileTree
 from pbe.data.frames import Frame
 from pbe.data.ingest import PhotoLimits, read_shard
-from pbe.data.object_masks import MaskRejected, ends_of, pack_object, read_mask, unpack_object
+from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, read_mask
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
@@ -78,7 +80,7 @@ SOFT[5, 10:30] = 100  # an edge drawn with antialiasing
         (SQUARE, b""),
         ([[1, 1, 5, 5], SQUARE], b""),  # COCO has lines beside rings
         ({"size": [HEIGHT, WIDTH], "counts": _runs(OBJECT)}, b""),
-        ({"size": [HEIGHT, WIDTH], "counts": pack_object(OBJECT).decode()}, b""),
+        ({"size": [HEIGHT, WIDTH], "counts": coco_mask.encode(np.asfortranarray(OBJECT))["counts"].decode()}, b""),
         ({"file": "m.png"}, _png(OBJECT * 255)),
         ({"file": "m.png"}, _png(OBJECT)),
         ({"file": "m.png"}, _png(OBJECT * 255, "1")),
@@ -138,11 +140,28 @@ def test_every_bad_mask_has_its_reason(said: Any, file: bytes, reason: str, deta
     assert caught.value.reason == reason
 
 
-def test_packed_and_unpacked_it_is_the_same_and_coco_reads_it() -> None:
-    counts = pack_object(OBJECT)
-    np.testing.assert_array_equal(unpack_object(counts, width_px=WIDTH, height_px=HEIGHT), OBJECT)
-    assert coco_mask.area({"size": [HEIGHT, WIDTH], "counts": counts}) == OBJECT.sum()
+def test_packed_and_unpacked_it_is_the_same() -> None:
+    mask = ObjectMask.unpacked(ObjectMask.of(OBJECT).packed())
+    np.testing.assert_array_equal(mask.whole(width_px=WIDTH, height_px=HEIGHT), OBJECT)
     assert ends_of(OBJECT) == (10 / WIDTH, 30 / WIDTH, 6 / HEIGHT, 18 / HEIGHT)
+
+
+@pytest.mark.parametrize("size_px", [16, 64, 200])
+def test_a_crop_of_a_mask_is_that_of_the_photo(size_px: int) -> None:
+    """As the picture's own crop, but for the rounding of edges."""
+    rng, whole = np.random.default_rng(5), np.zeros((150, 220), np.uint8)
+    outline = np.array([[30, 20], [190, 40], [150, 130], [90, 70], [40, 120]], np.int32)
+    mask = ObjectMask.of(cv2.fillPoly(whole, [outline], 1))
+    for _ in range(20):
+        x0, y0 = int(rng.integers(0, 120)), int(rng.integers(0, 80))
+        area = Box(x0, y0, x0 + int(rng.integers(20, 100)), y0 + int(rng.integers(20, 70)))
+        cropped = whole[area.y0 : area.y1, area.x0 : area.x1] * np.uint8(255)
+        expected = (
+            images.resize(np.repeat(cropped[..., None], 3, 2), width_px=size_px, height_px=size_px)[..., 0] >= 128
+        )
+        found = mask.cut(area, size_px) > 0
+        assert np.count_nonzero(found != expected) <= 0.05 * max(1, expected.sum(), size_px)
+    assert not mask.cut(Box(0, 0, 10, 10), size_px).any()
 
 
 # -- a shard ----------------------------------------------------------------------------------------------------------
@@ -185,7 +204,7 @@ def test_a_bad_mask_costs_its_box_nothing_and_a_box_follows_from_a_mask() -> Non
     boxes = require(tables["boxes"], BOXES, "boxes").to_pylist()
     assert [row["mask"] is not None for row in boxes] == [True, False, False, False, True]
     assert (boxes[4]["xmin"], boxes[4]["ymax"]) == (10 / WIDTH, 18 / HEIGHT)
-    assert boxes[0]["mask"] == boxes[4]["mask"] == pack_object(OBJECT)
+    assert boxes[0]["mask"] == boxes[4]["mask"] == ObjectMask.of(OBJECT).packed()
     reasons = sorted(row["reason"] for row in tables["rejects"].to_pylist())
     assert reasons == ["box_without_mask", *sorted(["mask_unreadable"] * 2 + ["mask_outside_box", "mask_without_box"])]
     assert (counts["masks_in"], counts["masks_kept"], counts["masks_rejected"]) == (6, 2, 4)

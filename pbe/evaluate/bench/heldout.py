@@ -20,7 +20,7 @@ so.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from pbe.data import images as image_codec
 from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.materialize import NO_MASKS, Masks, pair_references, reference_of
-from pbe.data.object_masks import unpack_object
+from pbe.data.object_masks import ObjectMask
 from pbe.data.rng import row_rng, shard_of
 from pbe.data.schema import (
     BENCH,
@@ -45,7 +45,6 @@ from pbe.data.schema import (
 )
 from pbe.data.settings import MaterializeConfig
 from pbe.data.triplets import (
-    ObjectMask,
     cut,
     plan_triplet,
     reference_area,
@@ -152,7 +151,7 @@ def cut_shard(
                 box = pixel_box(row["xmin"], row["xmax"], row["ymin"], row["ymax"], **_size(photo))
                 crops = [crop for crop in range(crops_per_box) if bench_id(image_id, row["box_index"], crop) in names]
                 counts = masks.get((image_id, row["box_index"]))
-                mask = ObjectMask.of(unpack_object(counts, **_size(photo))) if counts is not None else None
+                mask = ObjectMask.unpacked(counts) if counts is not None else None
                 items[number] = [_item(photo, box, mask, row, crop, cfg=cfg, seed=seed) for crop in crops]
                 reference = reference_of(photo, reference_area(box, **_size(photo), cfg=cfg), mask, cfg)
                 jpegs[number] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
@@ -198,7 +197,7 @@ def _item(
     real = plan_triplet(box, **_size(photo), cfg=cfg, rng=row_rng(seed, *identity, "real"))
     segmentation = None
     if mask is not None:
-        rng = row_rng(seed, *identity, "segmentation")
+        rng = partial(row_rng, seed, *identity, "segmentation")
         segmentation = pack_mask(segmentation_hole(mask, plan, cfg=cfg, rng=rng))
     return {
         "bench_id": bench_id(*identity),

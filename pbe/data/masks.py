@@ -104,7 +104,8 @@ def segmentation_hole(
     """(H, W) uint8: a mask of 0/1, grown by a disc of radius `dilate_px`, with every point of its outline moved.
 
     jitter_px: by which it moves at most in x and y, uniformly, as a Bezier hole's points; the outline has a point in
-    every 2 * jitter_px pixels. rng: makes the generator, where there is jitter. Holes inside the object stay holes of the mask, but for the jitter, which fills them.
+    every 2 * jitter_px pixels. rng: makes the generator, where there is jitter. Holes inside the object stay holes of
+    the mask, but for the jitter, which fills them.
     """
     hole_mask = object_mask
     if dilate_px:

@@ -2,9 +2,9 @@
 
     python infra/labels/from_cutouts.py CUTOUTS OUT > boxes.csv
 
-CUTOUTS: folder of .png files, also in subfolders, whose name is the label ("object" without one). OUT gets images/ for
-`ingest.images` and masks/ for `ingest.masks`. A photo has the colours that lie under the alpha; what is cut out for
-good is as the program left it, often black or white. The object is where alpha is at least 128 of 255. Cut-outs in
+CUTOUTS: folder of .png files, also in subfolders, whose name is the label ("object" without one). OUT gets the photos
+in images/ and the masks in masks/. A photo has the colours that lie under the alpha; where a program has cut them out
+for good, they are as it left them, often black or white. The object is where alpha is at least 128 of 255. Cut-outs in
 which that is nowhere or everywhere are left out. A CSV has the photos of one split: run it once for each, and name the
 CSVs train.csv, val.csv ...
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from label_csv import Boxes, Rejects, image_ids
-from mask_files import bounds_px, write_mask, write_png
+from label_masks import bounds_px, write_mask, write_png
 
 from pbe.data.images import ImageError, open_picture
 

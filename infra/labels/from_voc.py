@@ -4,7 +4,7 @@ LABELS: folder of .xml files, one per photo, named like it, also in subfolders. 
 in VOC. The CSV states the size of each photo, so that ingest sees photos that were turned. A CSV has the photos of one
 split: run it once for each, and name the CSVs train.csv, val.csv ...
 
---masks OUT: also write OUT/ID_N.png for `ingest.masks`, the mask of box N of photo ID, counted from 0. They come from
+--masks OUT: also write OUT/ID_N.png, the mask of box N of photo ID, counted from 0 in the CSV. They come from
 SegmentationObject/ID.png, a folder beside that of the .xml files. The void border of an object is no part of its mask.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from label_csv import Boxes, Ends, Rejects, from_pixels, image_ids
-from mask_files import write_mask
+from label_masks import write_mask
 from voc_objects import match_regions, read_regions, region_numbers
 
 from pbe.data.boxfiles.openimages import SIZE_COLUMNS

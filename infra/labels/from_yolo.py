@@ -20,6 +20,7 @@ import argparse
 import math
 import re
 import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ KEYPOINT_MARGIN = 0.05  # of the box, by which a keypoint may lie outside it
 class Row:
     where: str  # file:line
     label: str
-    numbers: list[float]
+    numbers: Sequence[float]
 
 
 Object = tuple[Row, str, Ends]  # with the class's name
@@ -112,10 +113,9 @@ def write_instances(
         )
     if not out.annotations:
         sys.exit("no object is left")
-    polygons = sum("segmentation" in entry for entry in out.annotations)
     print(
-        f"a COCO instances JSON of {polygons} polygons and {len(out.annotations) - polygons} boxes without one; name "
-        "it instances*.json",
+        f"a COCO instances JSON of {out.polygons} polygons and {len(out.annotations) - out.polygons} boxes without "
+        "one; name it instances*.json",
         file=sys.stderr,
     )
     out.write()
@@ -213,7 +213,7 @@ def row_of(path: Path, number: int, line: str) -> Row:
         toolkit = "; labels of OIDv4 ToolKit: from_oidv4.py" if len(texts) >= BOX else ""
         sys.exit(f"{where}: {line!r} does not begin with a class number{toolkit}")
     try:
-        numbers = [float(text) for text in texts]
+        numbers = array("d", map(float, texts))  # a million polygons as lists would take gigabytes
     except ValueError as error:
         sys.exit(f"{where}: not a YOLO label: {line!r} ({error})")
     if not all(map(math.isfinite, numbers)):

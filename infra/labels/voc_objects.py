@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from label_csv import Ends
-from mask_files import bounds_px
+from label_masks import bounds_px
 from PIL import Image
 
 from pbe.data.images import ImageError, open_picture

@@ -1,4 +1,4 @@
-"""Mask files as `ingest.masks` reads them: ID_N.png, grey, 255 where the object is, N counts the boxes of photo ID."""
+"""Mask files as ingest reads them: ID_N.png, grey, 255 where the object is, N counts the boxes of photo ID."""
 
 import io
 import sys

@@ -1,7 +1,8 @@
 """Converts YOLO labels: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv, or > instances.json of polygons
 
 Boxes become an OpenImages box CSV. Polygons become a COCO instances JSON, which keeps them as masks, in pixels of the
-photos; these are read for their size.
+photos. These are read for their size: from the folder `images` in place of `labels`, or beside the labels where there
+is no folder of that name; or from --images FOLDER, laid out as LABELS is.
 
 LABELS: folder of .txt files, one per photo, named like it, also in subfolders; or a data set with folders `labels`, as
 Ultralytics, Roboflow and FiftyOne write it. NAMES: a text file with one class name per line, in order, or the data

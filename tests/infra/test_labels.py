@@ -195,7 +195,7 @@ def test_yolo_polygons_become_a_coco_json_in_pixels_of_the_upright_photo(tmp_pat
         Image.new("RGB", (200, 100)).save(tmp_path / name, exif=exif or Image.Exif())
     labels = tmp_path / "train" / "labels"
     _write(labels / "[1].txt", f"0 {PENTAGON}\n1 0.5 0.5 0.5 0.25\n0 0.1 0.1 0.4 0.1 0.1 0.1\n1 0.9 0.9 0.4 0.8\n")
-    _write(labels / "b.txt", "1 0 0 1.000002 0 0.5 0.25\n")
+    _write(labels / "b.txt", "1 0 0 1.000009 0 0.5 0.25\n")
     _write(labels / "gone.txt", "1 0 0 1 0 0.5 0.25\n")
     _write(labels / "empty.txt", "")
     _write(tmp_path / "valid" / "labels" / "b.txt", "1 0 0 1 0 0.5 0.25\n")

@@ -5,8 +5,9 @@
 CUTOUTS: folder of .png files, also in subfolders, whose name is the label ("object" without one). OUT gets the photos
 in images/ and the masks in masks/. A photo has the colours that lie under the alpha; where a program has cut them out
 for good, they are as it left them, often black or white. The object is where alpha is at least 128 of 255. Cut-outs in
-which that is nowhere or everywhere are left out. A CSV has the photos of one split: run it once for each, and name the
-CSVs train.csv, val.csv ...
+which that is nowhere or everywhere are left out. Put the CSV into OUT, and set `ingest.images: OUT/images`,
+`ingest.boxes: OUT` and `ingest.masks: read`. A CSV has the photos of one split: run it once for each, and name the CSVs
+train.csv, val.csv ...
 """
 
 import sys

@@ -6,6 +6,7 @@ split: run it once for each, and name the CSVs train.csv, val.csv ...
 
 --masks OUT: also write OUT/ID_N.png, the mask of box N of photo ID, counted from 0 in the CSV. They come from
 SegmentationObject/ID.png, a folder beside that of the .xml files. The void border of an object is no part of its mask.
+With `ingest.masks: read`, ingest finds them in the folder masks/ beside the CSV.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def write_instances(
         sys.exit("no object is left")
     print(
         f"a COCO instances JSON of {out.polygons} polygons and {len(out.annotations) - out.polygons} boxes without "
-        "one; name it instances*.json",
+        "one; name it instances*.json, and set ingest.masks: read",
         file=sys.stderr,
     )
     out.write()

@@ -13,22 +13,20 @@ import sys
 from pathlib import Path
 
 from label_csv import Boxes, from_pixels
-
-from pbe.data.images import ImageError, open_picture
+from label_photos import Photos, upright_size
 
 SIDES = 4
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 
 def main(folder: str) -> None:
     files = sorted(path for path in Path(folder).rglob("*.txt") if path.parent.name == "Label")
     if not files:
         sys.exit(f"{folder}: contains no folder Label with .txt files")
-    boxes = Boxes()
+    boxes, photos = Boxes(), Photos()
     for path in files:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-            size = photo_size(path)
+            size = upright_size(photos.find(path.parent.parent, path.stem))
         except (OSError, ValueError) as error:
             sys.exit(f"{path}: {error}")
         for number, line in enumerate(lines, start=1):
@@ -44,22 +42,6 @@ def main(folder: str) -> None:
                 sys.exit(f"{path}:{number}: not `class left top right bottom`: {line!r} ({error})")
             boxes.add(path.stem, " ".join(words[:-SIDES]), ends)  # a class may have several words
     boxes.write()
-
-
-def photo_size(label: Path) -> tuple[int, int]:
-    """Width and height of the photo in the folder above, upright, as OpenCV read it for the toolkit.
-
-    Raises ValueError.
-    """
-    found = [path for path in label.parent.parent.glob(f"{label.stem}.*") if path.is_file()]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} photos {label.parent.parent / label.stem}.*, one is needed for its size")
-    try:
-        photo = open_picture(found[0]).header
-    except (ImageError, OSError) as error:
-        raise ValueError(f"its photo {found[0]} cannot be read: {error}") from None
-    sideways = photo.exif_orientation in SIDEWAYS
-    return (photo.height_px, photo.width_px) if sideways else (photo.width_px, photo.height_px)
 
 
 if __name__ == "__main__":

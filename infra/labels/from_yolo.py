@@ -1,14 +1,19 @@
-"""Converts YOLO labels to an OpenImages box CSV: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv
+"""Converts YOLO labels: python infra/labels/from_yolo.py LABELS [NAMES] > boxes.csv, or > instances.json of polygons
+
+Boxes become an OpenImages box CSV. Polygons become a COCO instances JSON, which keeps them as masks, in pixels of the
+photos. These are read for their size: from the folder `images` in place of `labels`, or beside the labels where there
+is no folder of that name; or from --images FOLDER, laid out as LABELS is.
 
 LABELS: folder of .txt files, one per photo, named like it, also in subfolders; or a data set with folders `labels`, as
 Ultralytics, Roboflow and FiftyOne write it. NAMES: a text file with one class name per line, in order, or the data
 set's .yaml, whose `names` and `kpt_shape` are used; without it, the data.yaml or dataset.yaml in LABELS or beside it;
-without that, the class numbers stay. A CSV has the photos of one split: run it once for each, and name the CSVs
-train.csv, val.csv ...
+without that, the class numbers stay. A file has the photos of one split: run it once for each, and name the files
+train.csv, val.csv ... or instances_train.json, instances_val.json ...
 
 A line is a class number and fractions of the photo:
     cx cy width height                     detection; a sixth column is a prediction's confidence
-    x1 y1 x2 y2 x3 y3 ...                  segmentation or rotated box: its bounds are taken
+    x1 y1 x2 y2 x3 y3 ...                  segmentation
+    x1 y1 x2 y2 x3 y3 x4 y4                rotated box, if all lines are such: its bounds are taken
     cx cy width height  x y [visible] ...  pose: the box is taken
 """
 
@@ -16,13 +21,16 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from label_csv import Boxes, Ends, image_ids, is_fraction
+from coco_json import Instances
+from label_csv import Boxes, Ends, Rejects, image_ids, is_fraction, photo_folder
+from label_photos import Photos, upright_size
 
 from pbe.data.boxfiles.photo_names import IMAGE_SUFFIX
 
@@ -30,7 +38,8 @@ NOT_LABELS = ("classes.txt", "predefined_classes.txt", "obj.names")  # tools wri
 DATASET_FILES = ("data.yaml", "dataset.yaml")
 PHOTOS_IN = {"labels": "images"}
 BOX, CONFIDENCE, CORNERS = 4, 5, 8  # numbers after the class
-POLYGON_MIN = 6
+POINTS_MIN = 3
+POLYGON_MIN = 2 * POINTS_MIN
 VISIBILITIES = (0, 1, 2)
 KEYPOINT_MARGIN = 0.05  # of the box, by which a keypoint may lie outside it
 
@@ -39,7 +48,10 @@ KEYPOINT_MARGIN = 0.05  # of the box, by which a keypoint may lie outside it
 class Row:
     where: str  # file:line
     label: str
-    numbers: list[float]
+    numbers: Sequence[float]
+
+
+Object = tuple[Row, str, Ends]  # with the class's name
 
 
 @dataclass(frozen=True)
@@ -50,23 +62,64 @@ class Dataset:
     keypoint_numbers: int | None = None
 
 
-def main(folder: Path, names_file: Path | None, task: str | None) -> None:
+def main(folder: Path, names_file: Path | None, task: str | None, images: Path | None) -> None:
     files = label_files(folder)
     if not files:
         sys.exit(f"{folder}: contains no .txt label file")
     dataset = read_dataset(folder, names_file)
     rows = {path: [row_of(path, *line) for line in lines_of(path)] for path in files}
-    task = task or task_of([row for found in rows.values() for row in found], dataset)
+    every = [row for found in rows.values() for row in found]
+    task = task or task_of(every, dataset)
+    # all are checked before the first photo is read
+    objects = {
+        path: [(row, name_of(row, dataset, names_file), ends_of(row, task, dataset)) for row in found]
+        for path, found in rows.items()
+    }
     ids = image_ids(files, folder, PHOTOS_IN)
+    if task == "segment" and any(len(row.numbers) > CONFIDENCE for row in every):
+        write_instances(objects, ids, {path: photos_of(path, folder, images) for path in files})
+        return
     boxes = Boxes()
-    for path, found in rows.items():
-        for row in found:
-            try:
-                ends = ends_of(row.numbers, task, dataset)
-            except ValueError as error:
-                sys.exit(f"{row.where}: {error}")
-            boxes.add(ids[path], name_of(row, dataset, names_file), ends)
+    for path, found in objects.items():
+        for _, name, ends in found:
+            boxes.add(ids[path], name, ends)
     boxes.write()
+
+
+def write_instances(
+    objects: Mapping[Path, Sequence[Object]], ids: Mapping[Path, str], photos_in: Mapping[Path, Path]
+) -> None:
+    """photos_in: folder of each label file's photo."""
+    out, photos, rejects = Instances(), Photos(), Rejects()
+    for path, found in objects.items():
+        if not found:
+            continue
+        try:
+            photo = photos.find(photos_in[path], path.stem)
+            out.add_photo(f"{ids[path]}{photo.suffix}", upright_size(photo))
+        except ValueError as error:
+            rejects.add("labels without a photo", f"{path} ({error})")
+            continue
+        for row, name, ends in found:
+            reason = reason_against(row, ends)
+            if reason:
+                rejects.add(reason, row.where)
+            else:
+                out.add(int(row.label), name, ends, row.numbers if len(row.numbers) > CONFIDENCE else ())
+    rejects.report()
+    if not out.images:
+        sys.exit(
+            "polygons need the sizes of their photos: name the folder with --images, or take the bounds alone with "
+            "--task obb"
+        )
+    if not out.annotations:
+        sys.exit("no object is left")
+    print(
+        f"a COCO instances JSON of {out.polygons} polygons and {len(out.annotations) - out.polygons} boxes without "
+        "one; name it instances*.json, and set ingest.masks: read",
+        file=sys.stderr,
+    )
+    out.write()
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -78,6 +131,18 @@ def label_files(folder: Path) -> list[Path]:
     found = [path for path in found if not path.name.lower().startswith("readme")]
     inside = [path for path in found if "labels" in path.relative_to(folder).parts[:-1]]
     return [path for path in inside or found if not is_list_of_photos(path)]
+
+
+def photos_of(path: Path, folder: Path, images: Path | None) -> Path:
+    """Folder of a label file's photo: below `images` as the labels lie below `folder`; else the folder `images` in
+    place of the last `labels`, as Ultralytics does; else the label's own, as Darknet does."""
+    if images is not None:
+        return images / photo_folder(path.relative_to(folder), PHOTOS_IN)
+    parts = list(path.absolute().parent.parts)
+    if "labels" in parts:
+        last = len(parts) - 1 - parts[::-1].index("labels")
+        parts[last] = PHOTOS_IN["labels"]
+    return Path(*parts)
 
 
 def is_list_of_photos(path: Path) -> bool:
@@ -149,7 +214,7 @@ def row_of(path: Path, number: int, line: str) -> Row:
         toolkit = "; labels of OIDv4 ToolKit: from_oidv4.py" if len(texts) >= BOX else ""
         sys.exit(f"{where}: {line!r} does not begin with a class number{toolkit}")
     try:
-        numbers = [float(text) for text in texts]
+        numbers = array("d", map(float, texts))  # a million polygons as lists would take gigabytes
     except ValueError as error:
         sys.exit(f"{where}: not a YOLO label: {line!r} ({error})")
     if not all(map(math.isfinite, numbers)):
@@ -167,16 +232,19 @@ def name_of(row: Row, dataset: Dataset, names_file: Path | None) -> str:
 
 
 def task_of(rows: Sequence[Row], dataset: Dataset) -> str:
-    """Segmentation or pose, which have equal numbers of columns where all objects have as many points.
+    """Segmentation, pose or rotated boxes (obb, as Ultralytics calls them), which may have equal numbers of columns.
 
-    Exits if the rows fit both.
+    Exits if the rows fit both of the first two.
     """
     if dataset.keypoint_numbers is not None:
         return "pose"
     long = [row for row in rows if len(row.numbers) > CONFIDENCE]
     fits_pose = bool(long) and len({len(row.numbers) for row in long}) == 1
     fits_pose = fits_pose and any(all(is_pose(row.numbers, of) for row in long) for of in (2, 3))
-    if not fits_pose or all(is_parallelogram(row.numbers) for row in long):
+    if long and all(is_parallelogram(row.numbers) for row in long):
+        print("the polygons are rotated boxes, whose bounds are taken; for masks give --task segment", file=sys.stderr)
+        return "obb"
+    if not fits_pose:
         return "segment"
     if any(len(row.numbers) % 2 or not all(map(is_fraction, row.numbers)) for row in long):
         return "pose"  # visibilities make an odd number, or are 2
@@ -209,31 +277,46 @@ def is_parallelogram(numbers: Sequence[float]) -> bool:
     return abs(x0 + x2 - x1 - x3) < 0.01 and abs(y0 + y2 - y1 - y3) < 0.01
 
 
-def ends_of(numbers: Sequence[float], task: str, dataset: Dataset) -> Ends:
-    """Raises ValueError for numbers that no format has."""
-    count = len(numbers)
+def ends_of(row: Row, task: str, dataset: Dataset) -> Ends:
+    """In fractions. Exits for numbers that no format has."""
+    numbers, count = row.numbers, len(row.numbers)
     expected = None if dataset.keypoint_numbers is None else BOX + dataset.keypoint_numbers
     if task == "pose" and count > CONFIDENCE:
         if expected is not None and count != expected:
-            raise ValueError(f"{count} numbers after the class, kpt_shape makes {expected}")
+            sys.exit(f"{row.where}: {count} numbers after the class, kpt_shape makes {expected}")
         numbers = numbers[:BOX]
     elif count not in (BOX, CONFIDENCE) and (count < POLYGON_MIN or count % 2):
-        raise ValueError(
-            f"{count} numbers after the class: a box has 4, or 5 with its confidence, a polygon 6, 8, 10 ..."
+        sys.exit(
+            f"{row.where}: {count} numbers after the class: a box has 4, or 5 with its confidence, a polygon 6, 8, "
+            "10 ..."
         )
     odd = next((number for number in numbers if not is_fraction(number)), None)
     if odd is not None:
-        raise ValueError(f"not fractions of the photo: {odd:g}; divide pixels by its width and height")
+        sys.exit(f"{row.where}: not fractions of the photo: {odd:g}; divide pixels by its width and height")
     if count in (BOX, CONFIDENCE) or task == "pose":
         cx, cy, width, height = numbers[:BOX]
         return cx - width / 2, cx + width / 2, cy - height / 2, cy + height / 2
     return min(numbers[::2]), max(numbers[::2]), min(numbers[1::2]), max(numbers[1::2])
 
 
+def reason_against(row: Row, ends: Ends) -> str:
+    """Why a line among polygons is no object; "" if it is one."""
+    numbers = row.numbers
+    if len(numbers) > CONFIDENCE:
+        points = len(set(zip(numbers[::2], numbers[1::2], strict=True)))
+        return "" if points >= POINTS_MIN else f"polygons of fewer than {POINTS_MIN} different points"
+    if all(map(is_fraction, ends)):
+        return ""
+    return "boxes that end outside their photo, which may be polygons of two points"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labels", type=Path, metavar="LABELS")
     parser.add_argument("names", type=Path, metavar="NAMES", nargs="?")
-    parser.add_argument("--task", choices=("segment", "pose"), help="what longer lines are, where they fit both")
+    parser.add_argument(
+        "--task", choices=("segment", "pose", "obb"), help="what longer lines are; obb takes the bounds of polygons"
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photos of polygons, laid out as LABELS")
     args = parser.parse_args()
-    main(args.labels, args.names, args.task)
+    main(args.labels, args.names, args.task, args.images)

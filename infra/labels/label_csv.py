@@ -1,4 +1,4 @@
-"""What the label converters share: the id of a label file's photo, boxes in pixels, and the CSV they write."""
+"""What the label converters share: ids of photos, boxes in pixels, the CSV they write, and what they leave out."""
 
 import csv
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pbe.data.boxfiles.coordinates import FRACTION_SLACK, PIXEL_SLACK
 from pbe.data.boxfiles.openimages import BOX_COLUMNS
+from pbe.data.files import named
 
 Ends = tuple[float, float, float, float]  # xmin, xmax, ymin, ymax
 
@@ -22,9 +23,14 @@ def image_ids(files: Sequence[Path], folder: Path, photos_in: Mapping[str, str])
     names = Counter(path.stem for path in files)
     ids = {}
     for path in files:
-        folders = [photos_in.get(part, part) for part in path.relative_to(folder).parts[:-1]]
-        ids[path] = path.stem if names[path.stem] == 1 else "/".join((*folders, path.stem))
+        folders = photo_folder(path.relative_to(folder), photos_in)
+        ids[path] = path.stem if names[path.stem] == 1 else (folders / path.stem).as_posix()
     return ids
+
+
+def photo_folder(label: Path, photos_in: Mapping[str, str]) -> Path:
+    """Folder of a label file's photo, where photos are laid out as labels are. photos_in: as of `image_ids`."""
+    return Path(*(photos_in.get(part, part) for part in label.parts[:-1]))
 
 
 def from_pixels(ends_px: Ends, width_px: float, height_px: float) -> Ends:
@@ -66,3 +72,18 @@ class Boxes:
         out.writerows(self.rows)
         if self.clipped:
             print(f"{self.clipped} boxes ended outside their photo and were clipped", file=sys.stderr)
+
+
+@dataclass
+class Rejects:
+    """What a converter leaves out, by reason; each entry says where."""
+
+    of: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.of.setdefault(reason, []).append(where)
+
+    def report(self) -> None:
+        """Print to stderr the number of each reason and the first entries."""
+        for reason, where in self.of.items():
+            print(f"{len(where)} left out, {reason}: {named(where)}", file=sys.stderr)

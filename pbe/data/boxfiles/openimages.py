@@ -76,7 +76,7 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
 
     for ours, theirs in COORDINATES.items():
         text = cells.column(theirs)
-        columns[ours], wrong = _numbers(text)
+        columns[ours], wrong = numbers(text)
         if wrong is not None:
             problem(wrong, "box_unparsable", pc.binary_join_element_wise(theirs, text, "is not a number", " "))
     for ours, theirs in FLAG_COLUMNS.items():
@@ -101,7 +101,7 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
     if set(SIZE_COLUMNS) <= set(cells.schema.names):
         _state_sizes(image_id, cells, file, findings)
 
-    reason, detail = _first_problem(problems, count)
+    reason, detail = first_problem(problems, count)
     return _annotations(
         image_id=image_id,
         file=pa.repeat(file, count),
@@ -121,7 +121,7 @@ def _annotations(**columns: pa.Array) -> pa.Table:
     return with_optional(table, ANNOTATIONS)
 
 
-def _numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
+def numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
     """Parse to float64, null where the text is not a finite number; and a mask of those cells, or None.
 
     A comma is a decimal point: no fraction has thousands.
@@ -169,13 +169,13 @@ def _outside_detail(columns: dict[str, pa.Array]) -> pa.Array:
 
 
 def _state_sizes(image_id: pa.Array, cells: pa.RecordBatch, file: str, findings: Findings) -> None:
-    sizes = pa.table([image_id, *(_numbers(cells.column(name))[0] for name in SIZE_COLUMNS)], names=["id", "w", "h"])
+    sizes = pa.table([image_id, *(numbers(cells.column(name))[0] for name in SIZE_COLUMNS)], names=["id", "w", "h"])
     for row in sizes.group_by(["id", "w", "h"]).aggregate([]).to_pylist():
         if (row["w"] or 0) > 0 and (row["h"] or 0) > 0:
             findings.state_size(row["id"], file, (row["w"], row["h"]))
 
 
-def _first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: int) -> tuple[pa.Array, pa.Array]:
+def first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: int) -> tuple[pa.Array, pa.Array]:
     reason, detail = pa.nulls(count, pa.string()), pa.nulls(count, pa.string())
     for where, name, text in reversed(problems):
         mask = pa.array(where)

@@ -13,7 +13,14 @@ import pyarrow.compute as pc
 
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names, without_lines
 from pbe.data.boxfiles.findings import EVERY_FILE, Findings
-from pbe.data.boxfiles.mask_files import MaskFiles, mask_files
+from pbe.data.boxfiles.mask_files import (
+    MaskFiles,
+    mask_files,
+    png_versions,
+    segmentation_files,
+    with_segmentations,
+)
+from pbe.data.boxfiles.openimages_masks import MASK_ROWS, mask_rows
 from pbe.data.boxfiles.photo_names import BY_PATH, BY_SUFFIX, PhotoNames
 from pbe.data.download import Downloader, PhotoError
 from pbe.data.files import FileTree, SourceError, file_tree
@@ -101,16 +108,20 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
         annotated = source.annotations()
     else:
         annotated = _annotations(tree, names, findings, with_masks=cfg.masks == "read")
+    segmented = segmentation_files(tree) if cfg.masks == "read" else []
+    png_files = png_versions(tree) if segmented else {}
     records = []
     with (
         by_shard(_selected(annotated, tree, classes, selector), ANNOTATIONS, cfg.shards) as annotations,
         # after the annotations, because their names decide how photos that share a name are told apart
         by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
         by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
+        by_shard((table for name in segmented for table in mask_rows(tree, name)), MASK_ROWS, cfg.shards) as masks,
     ):
-        tables = zip(annotations, photos, stated, strict=True)
+        tables = zip(annotations, photos, stated, masks, strict=True)
         shards = with_progress(tables, "ingest: index", total=cfg.shards, unit="shard")
-        for shard, (boxes, known, said) in enumerate(shards):
+        for shard, (boxes, known, said, drawn) in enumerate(shards):
+            boxes = with_segmentations(boxes, drawn, png_files) if segmented else boxes
             ids = boxes.column("image_id").combine_chunks()
             if not _takes_all(source, cfg):  # only what the selected boxes name is part of the input
                 known = known.filter(pc.is_in(known.column("image_id"), ids))
@@ -178,7 +189,8 @@ def _takes_all(source: Source, cfg: IngestConfig) -> bool:
 
 def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_masks: bool) -> Iterator[pa.Table]:
     """All boxes of all box files, in order; with_masks: with what is known of their masks."""
-    pictures = mask_files(tree) if with_masks else MaskFiles()
+    # OpenImages' CSVs name their masks, which write_index joins shard by shard
+    pictures = mask_files(tree) if with_masks and not segmentation_files(tree) else MaskFiles()
     for file in box_files(tree, findings, required=not pictures):
         for table in read_annotations(tree, file, names, findings, with_masks=with_masks):
             table = with_optional(table, ANNOTATIONS)

@@ -1,14 +1,18 @@
-"""Pictures of masks beside box files: masks/ID_N.png; N counts the photo's boxes from 0 in the box file's order."""
+"""Pictures of masks beside box files: masks/ID_N.png, where N counts the photo's boxes from 0 in the box file's order,
+or those that OpenImages' segmentation CSVs name.
+"""
 
 import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pbe.data.boxfiles.openimages_masks import places_of_boxes
 from pbe.data.files import FileInfo, FileTree
 from pbe.data.schema import ANNOTATIONS, FLAGS, table_from_rows, with_optional
 
@@ -63,16 +67,70 @@ class MaskFiles:
                     yield row | {"reason": "mask_without_box", "detail": detail}
 
 
+def segmentation_files(tree: FileTree) -> list[str]:
+    """OpenImages' *-annotations-object-segmentation.csv beside the box files."""
+    names = tree.names() if tree.is_folder else []
+    return [name for name in names if "object-segmentation" in name.lower() and name.lower().endswith(".csv")]
+
+
+def png_versions(tree: FileTree) -> dict[str, FileInfo]:
+    """The PNGs below `masks`, in whatever folders, by name."""
+    files = (file for file in tree.walk() if file.name.startswith(FOLDER) and file.name.lower().endswith(".png"))
+    return {file.name.rpartition("/")[2]: _by_content(tree, file) for file in files}
+
+
+def with_segmentations(boxes: pa.Table, rows: pa.Table, files: Mapping[str, FileInfo]) -> pa.Table:
+    """One shard's ANNOTATIONS with the masks that its MASK_ROWS name; rows without a box of theirs become rejects.
+
+    Masks of photos without boxes here are passed over: those photos were not selected. files: of png_versions.
+    """
+    ids = boxes.column("image_id").to_pylist()
+    said, rejects = boxes.column("mask").to_pylist(), list[dict[str, object]]()
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, image_id in enumerate(ids):
+        places[image_id].append(place)
+    masks: dict[str, list[int]] = defaultdict(list)
+    for number, image_id in enumerate(rows.column("image_id").to_pylist()):
+        if image_id in places:
+            masks[image_id].append(number)
+    for image_id, numbers in masks.items():
+        mine, usable = rows.take(numbers), boxes.take(places[image_id])
+        fine = mine.filter(pc.is_null(mine.column("problem")))
+        for mask, found in zip(fine.to_pylist(), places_of_boxes(fine, usable), strict=True):
+            name = str(mask["mask_path"])
+            if found is not None:
+                said[places[image_id][found]] = _said(files.get(name) or FileInfo(f"{FOLDER}{name}", 0, ""))
+                continue
+            detail = f"{name}, line {mask['line']}: no box of {image_id} has its label and coordinates"
+            rejects.append(_reject(image_id, mask, "mask_without_box", detail))
+        for mask in mine.filter(pc.is_valid(mine.column("problem"))).to_pylist():
+            rejects.append(_reject(image_id, mask, "mask_unreadable", f"line {mask['line']}: {mask['problem']}"))
+    index = boxes.schema.get_field_index("mask")
+    boxes = boxes.set_column(index, ANNOTATIONS.field("mask"), pa.array(said, pa.string()))
+    if not rejects:
+        return boxes
+    return pa.concat_tables([boxes, with_optional(table_from_rows(rejects, ANNOTATIONS), ANNOTATIONS)])
+
+
+def _reject(image_id: str, mask: Mapping[str, object], reason: str, detail: str) -> dict[str, object]:
+    row: dict[str, object] = {"image_id": image_id, "file": mask["mask_path"] or "segmentation", "line": mask["line"]}
+    row |= {"split": 0, "listed_split": 0, "label": mask["label"], "label_name": mask["label"]}
+    return row | dict.fromkeys(FLAGS, -1) | {"reason": reason, "detail": detail}
+
+
 def mask_files(tree: FileTree) -> MaskFiles:
     """The pictures in the folder `masks` of ingest.boxes and below it; none if that is a file. Raises SourceError."""
     found = MaskFiles()
     for file in tree.walk() if tree.is_folder else ():
         match = _NAME.fullmatch(file.name.rpartition("/")[2])
         if file.name.startswith(FOLDER) and match:
-            if tree.is_local:  # by content: the same masks in another folder are the same input
-                file = replace(file, version=hashlib.sha256(tree.read(file.name)).hexdigest())
-            found.files[match["photo"]][int(match["number"])] = file
+            found.files[match["photo"]][int(match["number"])] = _by_content(tree, file)
     return found
+
+
+def _by_content(tree: FileTree, file: FileInfo) -> FileInfo:
+    """The same masks in another folder are the same input; a storage's own version stands for the bytes there."""
+    return replace(file, version=hashlib.sha256(tree.read(file.name)).hexdigest()) if tree.is_local else file
 
 
 def _said(file: FileInfo) -> str:

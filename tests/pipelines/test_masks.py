@@ -1,0 +1,141 @@
+"""Masks of objects through the stages in this process: from COCO JSON, from pictures, from OpenImages' CSVs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pbe.data import images
+from pbe.data.masks import unpack_mask
+from pbe.data.schema import BOXES, require
+from pbe.store import Manifest, Store, load_manifest
+from pipelines.runtime.stage import Stage
+from tests.pipelines.golden import in_this_process
+from tests.profiles import profile
+
+pytest.importorskip("skimage", reason="needs the sample extra")
+WIDTH, HEIGHT = 96, 64
+BOX = (0.25, 0.75, 0.25, 0.75)  # xmin, xmax, ymin, ymax
+DIAMOND = [48, 16, 72, 32, 48, 48, 24, 32]
+
+
+def _diamond() -> np.ndarray:
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    return (np.abs(x - 48) / 24 + np.abs(y - 32) / 16 <= 1).astype(np.uint8)
+
+
+def _photos(root: Path) -> None:
+    rng = np.random.default_rng(3)
+    (root / "photos").mkdir()
+    for name in "abcdef":
+        picture = rng.integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+        (root / "photos" / f"{name}.png").write_bytes(images.encode_png(picture))
+
+
+def _coco(folder: Path) -> None:
+    box = [BOX[0] * WIDTH, BOX[2] * HEIGHT, WIDTH / 2, HEIGHT / 2]
+    entries = [
+        {"id": n, "file_name": f"{name}.png", "width": WIDTH, "height": HEIGHT} for n, name in enumerate("abcdef")
+    ]
+    shapes: list[Any] = [[DIAMOND], [DIAMOND], [DIAMOND], [[1, 2]], None, [DIAMOND]]
+    annotations = [
+        {"id": 7 + n, "image_id": n, "category_id": 1, "bbox": box, "segmentation": shape, "iscrowd": 0}
+        for n, shape in enumerate(shapes)
+    ]
+    categories = [{"id": 1, "name": "kite"}]
+    (folder / "instances_train.json").write_text(
+        json.dumps({"images": entries, "annotations": annotations, "categories": categories})
+    )
+
+
+def _pictures(folder: Path) -> None:
+    lines = [f"{name},kite,{','.join(map(str, BOX))}" for name in "abcdef"]
+    (folder / "train.csv").write_text("\n".join(["ImageID,LabelName,XMin,XMax,YMin,YMax", *lines, ""]))
+    (folder / "masks").mkdir()
+    for name in "abcf":
+        (folder / "masks" / f"{name}_0.png").write_bytes(images.encode_png(_diamond()[..., None].repeat(3, 2) * 255))
+    (folder / "masks" / "d_0.png").write_bytes(b"nothing")
+
+
+def _openimages(folder: Path) -> None:
+    _pictures(folder)
+    lines = []
+    for number, name in enumerate("abcfde"):
+        target = f"{name}_kite_{number:08d}.png"
+        if (source := folder / "masks" / f"{name}_0.png").exists():
+            (folder / "masks" / "sub").mkdir(exist_ok=True)
+            source.rename(folder / "masks" / "sub" / target)
+        ends = (0.1, *BOX[1:]) if name == "e" else BOX  # of no box
+        lines.append(f"{target},{name},kite,{number:08d},{','.join(map(str, ends))},0.9,")
+    header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+    (folder / "train-annotations-object-segmentation.csv").write_text("\n".join([header, *lines, ""]))
+
+
+def _run(root: Path, masks: str, *stages: str) -> tuple[Store, dict[str, Manifest]]:
+    params = profile("tiny")
+    update = {"source": "folder", "images": str(root / "photos"), "boxes": str(root / "boxes"), "masks": masks}
+    params = params.model_copy(update={"ingest": params.ingest.model_copy(update=update)})
+    store, made = Store(str(root / f"store-{masks}")), {}
+    with in_this_process():
+        for name in stages:
+            stage = Stage(name, None, params, store, root)
+            __import__(f"pipelines.{name}", fromlist=["main"]).main(stage)
+            made[name] = load_manifest(stage.outputs / "manifest.json")
+    return store, made
+
+
+@pytest.mark.parametrize(
+    ("write", "reasons"),
+    [
+        (_coco, {"mask_unreadable": 1}),
+        (_pictures, {"mask_unreadable": 1}),
+        (_openimages, {"mask_unreadable": 1, "mask_without_box": 1}),
+    ],
+    ids=["COCO", "pictures", "OpenImages"],
+)
+def test_masks_become_holes_and_the_rows_without_stay(write: Any, reasons: dict[str, int], tmp_path: Path) -> None:
+    _photos(tmp_path)
+    (tmp_path / "boxes").mkdir()
+    write(tmp_path / "boxes")
+    store, made = _run(tmp_path, "read", "ingest", "filter", "materialize", "encode")
+    rejects = [row for file in made["ingest"].files("rejects") for row in store.read_table(file).to_pylist()]
+    assert {row["reason"]: sum(other["reason"] == row["reason"] for other in rejects) for row in rejects} == reasons
+    assert (made["ingest"].counts["boxes_kept"], made["ingest"].counts["masks_kept"]) == (6, 4)
+    assert all("mask" not in store.read_table(file).schema.names for file in made["filter"].files("boxes"))
+    rows: dict[str, dict[str, Any]] = {}
+    for file in made["materialize"].files("slot-0000"):
+        rows |= {row["image_id"]: row for row in store.read_table(file).to_pylist()}
+    holed = {name for name, row in rows.items() if row.get("segmentation_hole_mask") is not None}
+    assert (set(rows), holed) == (set("abcdef"), set("abcf"))
+    side_px = profile("tiny").materialize.image_px
+    for name in holed:
+        hole, box = (
+            unpack_mask(rows[name][f"{kind}_hole_mask"], width_px=side_px, height_px=side_px) > 0
+            for kind in ("segmentation", "box")
+        )
+        x0, y0, x1, y1 = (rows[name][f"box_{end}_px"] for end in ("x0", "y0", "x1", "y1"))
+        assert hole[int((y0 + y1) / 2), int((x0 + x1) / 2)]
+        assert 0.4 < hole.sum() / ((x1 - x0) * (y1 - y0)) < 0.9  # a diamond fills half of its box, and it is grown
+        assert (hole & box).sum() > 0.8 * hole.sum()
+    encoded = [store.read_table(file) for file in made["encode"].files("slot-0000")]
+    having = sum(
+        table.num_rows - table.column("segmentation_masked_mean").null_count
+        for table in encoded
+        if "segmentation_masked_mean" in table.schema.names
+    )
+    assert having == 4
+
+
+def test_masks_that_are_not_asked_for_change_nothing(tmp_path: Path) -> None:
+    _photos(tmp_path)
+    (tmp_path / "boxes").mkdir()
+    _coco(tmp_path / "boxes")
+    store, made = _run(tmp_path, "ignore", "ingest", "filter", "materialize")
+    for file in made["ingest"].files("boxes"):
+        assert "mask" not in store.read_table(file).schema.names
+        assert require(store.read_table(file), BOXES, file.path).column("mask").null_count == file.rows
+    assert all(
+        "segmentation" not in name for name in store.read_table(made["materialize"].files("slot-0000")[0]).schema.names
+    )

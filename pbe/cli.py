@@ -37,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the networks on a GPU; default: fp32"
     )
     edit.add_argument("--size", type=_at_least(1, int), help="px at which the network works; default: the model's")
+    edit.add_argument(
+        "--context",
+        type=_at_least(1, float),
+        metavar="FACTOR",
+        help="side of the edited square / longer side of the hole, 1 to inf (the largest square); default: 1.6",
+    )
     edit.add_argument("--reference-fit", choices=["squash", "pad", "crop"], help="how to fit the encoder's square")
     edit.add_argument(
         "--protocol",
@@ -230,6 +236,7 @@ def _edit(args: argparse.Namespace) -> None:
             n=args.n,
             sampling=sampling,
             size_px=args.size,
+            context_factor=args.context,
             protocol=protocol,
             on_step=bar.update,
         )

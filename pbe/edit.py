@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pbe.data import images
-from pbe.data.boxes import Box
+from pbe.data.boxes import Box, context_side_px
 from pbe.data.images import Resampling
 from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
@@ -33,7 +33,7 @@ from pbe.model.settings import Precision
 from pbe.model.weights import Model, ModelError, load_model
 
 DEFAULT_SAMPLING = Sampling()
-CONTEXT_FACTOR = 1.6  # side of the edited square / longer side of the hole, if the photo has room
+CONTEXT_FACTOR = 1.6  # by default: side of the edited square / longer side of the hole, if the photo has room
 BATCH_ROWS = 8  # edits per forward
 PAD_GREY = 128
 HOLE_LEVEL = 128  # of a mask's 0 to 255; what is less is kept
@@ -135,14 +135,15 @@ class Editor:
         n: int = 1,
         sampling: Sampling = DEFAULT_SAMPLING,
         size_px: int | None = None,
+        context_factor: float | None = None,
         protocol: EditProtocol = OURS,
         on_step: OnStep | None = None,
     ) -> list[np.ndarray]:
         """n edits (H, W, 3) uint8 of one photo. Edit k uses seed + k and is the same for any n.
 
         photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference (h, w, 3) uint8. size_px: side at which
-        the network works; None: the model's own. on_step: called after every forward. Raises ValueError for n < 1, and
-        the errors of `edit_batch`.
+        the network works; None: the model's own. context_factor: how much around the hole the network sees; see
+        `edit_batch`. on_step: called after every forward. Raises ValueError for n < 1, and the errors of `edit_batch`.
         """
         if n < 1:
             raise ValueError(f"n = {n}: must be at least 1")
@@ -150,6 +151,7 @@ class Editor:
             [EditTask(photo, hole_mask, reference, seed + k) for k in range(n)],
             sampling=sampling,
             size_px=size_px,
+            context_factor=context_factor,
             protocol=protocol,
             on_step=on_step,
         )
@@ -160,21 +162,26 @@ class Editor:
         *,
         sampling: Sampling = DEFAULT_SAMPLING,
         size_px: int | None = None,
+        context_factor: float | None = None,
         protocol: EditProtocol = OURS,
         on_step: OnStep | None = None,
     ) -> list[np.ndarray]:
         """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
 
         With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
-        None: the model's own. on_step: called after every forward of BATCH_ROWS tasks; PLMS does one more than its
-        steps. Raises ValueError if a hole is empty or the whole photo or if shapes do not match, SamplerError,
-        NonFiniteEditError.
+        None: the model's own. context_factor: side of the edited square / longer side of the box around all holes, from
+        1, which leaves a rim of one pixel, to inf, the largest square of the photo; None: CONTEXT_FACTOR. on_step:
+        called after every forward of BATCH_ROWS tasks; PLMS does one more than its steps. Raises ValueError if a hole
+        is empty or the whole photo, if shapes do not match, or for a context_factor below 1 or with a protocol that
+        edits the whole photo; SamplerError, NonFiniteEditError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._check_size(side)
+        _check_context(context_factor, protocol)
         for task in tasks:
             _check_task(task)
-        all_cuts = _cuts(tasks, side, protocol)
+        factor = CONTEXT_FACTOR if context_factor is None else context_factor
+        all_cuts = _cuts(tasks, side, factor, protocol)
         edits = []
         for start in range(0, len(tasks), BATCH_ROWS):
             batch, cuts = tasks[start : start + BATCH_ROWS], all_cuts[start : start + BATCH_ROWS]
@@ -292,6 +299,18 @@ class Editor:
             raise ValueError(f"size {side_px} px: this model needs a multiple of {multiple} px")
 
 
+def _check_context(context_factor: float | None, protocol: EditProtocol) -> None:
+    if context_factor is None:
+        return
+    if not context_factor >= 1:  # also NaN
+        raise ValueError(f"context_factor {context_factor:g}: must be 1 or more; the default is {CONTEXT_FACTOR}")
+    if protocol.area == "photo":
+        raise ValueError(
+            f"context_factor {context_factor:g}: this protocol edits the whole photo, not a square around the hole; "
+            "leave one of the two out"
+        )
+
+
 def _check_task(task: EditTask) -> None:
     photo, hole_mask = task.photo, task.hole_mask
     for name, picture in (("photo", photo), ("reference", task.reference)):
@@ -305,19 +324,19 @@ def _check_task(task: EditTask) -> None:
         raise ValueError("hole_mask covers the whole photo, so there is no context for the edit; is it inverted?")
 
 
-def _cuts(tasks: Sequence[EditTask], side_px: int, protocol: EditProtocol) -> list[_Cut]:
+def _cuts(tasks: Sequence[EditTask], side_px: int, context_factor: float, protocol: EditProtocol) -> list[_Cut]:
     """The cut of each task; tasks that share a photo and a hole share the cut."""
     made: dict[tuple[int, int], _Cut] = {}
     for task in tasks:
         key = id(task.photo), id(task.hole_mask)
         if key not in made:
-            made[key] = _cut(task.photo, task.hole_mask, side_px, protocol)
+            made[key] = _cut(task.photo, task.hole_mask, side_px, context_factor, protocol)
     return [made[id(task.photo), id(task.hole_mask)] for task in tasks]
 
 
-def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int, protocol: EditProtocol) -> _Cut:
+def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int, context_factor: float, protocol: EditProtocol) -> _Cut:
     height_px, width_px = hole_mask.shape
-    window = _window(hole_mask) if protocol.area == "window" else Box(0, 0, width_px, height_px)
+    window = Box(0, 0, width_px, height_px) if protocol.area == "photo" else _window(hole_mask, context_factor)
     rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
     source = _resized(photo[rows, columns], side_px, side_px, protocol)
     hole = hole_mask[rows, columns] != 0
@@ -387,15 +406,14 @@ def _fitted(reference: np.ndarray, side_px: int, protocol: EditProtocol) -> np.n
     return out
 
 
-def _window(hole: np.ndarray) -> Box:
-    """The square to edit around the hole (H, W), or the whole photo if no square in it contains the hole."""
-    height_px, width_px = hole.shape
-    ys, xs = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
-    x0, x1, y0, y1 = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[-1]) + 1
-    longest = max(x1 - x0, y1 - y0)
-    if longest > min(height_px, width_px):
-        return Box(0, 0, width_px, height_px)
-    side = min(round(longest * CONTEXT_FACTOR), height_px, width_px)
-    left = min(max((x0 + x1 - side) // 2, 0), width_px - side)
-    top = min(max((y0 + y1 - side) // 2, 0), height_px - side)
-    return Box(left, top, left + side, top + side)
+def _window(hole_mask: np.ndarray, context_factor: float) -> Box:
+    """The square to edit around all of the hole (H, W); the whole photo if no square holds it with a known pixel."""
+    height_px, width_px = hole_mask.shape
+    ys, xs = np.flatnonzero(hole_mask.any(axis=1)), np.flatnonzero(hole_mask.any(axis=0))
+    hole = Box(int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
+    side = context_side_px(hole, context_factor, width_px=width_px, height_px=height_px)
+    left = min(max((hole.x0 + hole.x1 - side) // 2, 0), width_px - side)
+    top = min(max((hole.y0 + hole.y1 - side) // 2, 0), height_px - side)
+    window = Box(left, top, left + side, top + side)
+    known = not hole_mask[window.y0 : window.y1, window.x0 : window.x1].all()
+    return window if known and window.contains(hole) else Box(0, 0, width_px, height_px)

@@ -65,12 +65,28 @@ def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.
 
 
 def test_every_option_reaches_the_editor(args: dict[str, str]) -> None:
-    options = [{"steps": "1"}, {"scale": "3"}, {"seed": "1"}, {"size": "32"}, {"reference-fit": "pad"}]
+    options = [
+        {"steps": "1"},
+        {"scale": "3"},
+        {"seed": "1"},
+        {"size": "32"},
+        {"reference-fit": "pad"},
+        {"context": "1"},
+    ]
     results = []
     for changes in ({}, *options, {"protocol": "upstream"}):
         assert _run({**args, **changes}) == 0
         results.append(_pixels(args["out"]).tobytes())
-    assert len(set(results)) == 7
+    assert len(set(results)) == 8
+
+
+def test_context_of_a_protocol_that_edits_the_whole_photo_is_one_line(
+    args: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run({**args, "context": "2", "protocol": "diffusers"}) == 1
+    err = capsys.readouterr().err
+    assert "context_factor 2: this protocol edits the whole photo" in err and err.count("\n") == 1
+    assert not Path(args["out"]).exists()
 
 
 def test_soft_edges_of_the_mask_split_in_the_middle(args: dict[str, str]) -> None:
@@ -306,6 +322,7 @@ def test_a_box_outside_the_photo_is_one_line(
         (["gc", "--older-than-h", "nan"], 2, "nan: must be 0 or more"),
         (["show", "triplets", "--rows", "0"], 2, "0: must be 1 or more"),
         (["edit", "--seed", "-3"], 2, "-3: must be 0 or more"),
+        (["edit", "--context", "0.5"], 2, "0.5: must be 1 or more"),
         (["gc", "--help"], 0, "without it, only list"),
         (["edit", "--help"], 0, "white where the edit goes"),
     ],

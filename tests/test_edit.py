@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from pbe.data import images
+from pbe.data.boxes import Box
 from pbe.data.images import Resampling
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling, sample
@@ -22,6 +23,7 @@ from pbe.diffusion.settings import Objective, SamplerName
 from pbe.edit import (
     CONTEXT_FACTOR,
     DIFFUSERS,
+    OURS,
     UPSTREAM,
     Editor,
     EditProtocol,
@@ -450,14 +452,17 @@ def test_the_window_holds_the_hole_and_is_a_square_with_context_where_the_photo_
         height_px, width_px = (int(side) for side in rng.choice([1, 2, 5, 30, 64, 200], 2))
         xs, ys = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (width_px, height_px))
         hole = _hole(height_px, width_px, (int(xs[0]), int(ys[0]), int(xs[1]), int(ys[1])))
-        window, longest = _window(hole), int(max(xs[1] - xs[0], ys[1] - ys[0]))
+        factor = float(rng.choice([1.0, CONTEXT_FACTOR, 5.0, np.inf]))
+        window, longest = _window(hole, factor), int(max(xs[1] - xs[0], ys[1] - ys[0]))
         assert window.x0 >= 0 and window.x1 <= width_px and window.y0 >= 0 and window.y1 <= height_px
         assert hole[window.y0 : window.y1, window.x0 : window.x1].sum() == hole.sum()
-        if longest > min(height_px, width_px):
+        narrow = longest == xs[1] - xs[0] == ys[1] - ys[0] == min(height_px, width_px)  # the square shows only the hole
+        if longest > min(height_px, width_px) or narrow:
             assert (window.width_px, window.height_px) == (width_px, height_px)
             kinds["whole"] += 1
             continue
-        side = min(round(longest * CONTEXT_FACTOR), height_px, width_px)
+        assert not hole[window.y0 : window.y1, window.x0 : window.x1].all()
+        side = round(min(max(longest * factor, longest + 2), height_px, width_px))
         assert window.width_px == window.height_px == side
         kinds["square"] += 1
         inside = window.x0 > 0 and window.x1 < width_px and window.y0 > 0 and window.y1 < height_px
@@ -468,6 +473,65 @@ def test_the_window_holds_the_hole_and_is_a_square_with_context_where_the_photo_
             )
             kinds["full context"] += 1
     assert min(kinds.values()) > 50, kinds
+
+
+def _holes(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    return np.maximum.reduce([_hole(60, 90, box) for box in boxes])
+
+
+@pytest.mark.parametrize(
+    ("hole_mask", "factor", "window"),
+    [
+        (_holes((40, 20, 50, 26)), 2.0, (35, 13, 55, 33)),
+        (_holes((40, 20, 50, 26)), 1.0, (39, 17, 51, 29)),  # room for a rim that the feather can blend with
+        (_holes((40, 20, 50, 26)), np.inf, (15, 0, 75, 60)),
+        (_holes((0, 0, 10, 6)), 2.0, (0, 0, 20, 20)),  # a corner of the photo
+        (_holes((80, 30, 90, 36)), 2.0, (70, 23, 90, 43)),  # its border
+        (_holes((10, 10, 15, 15), (30, 20, 50, 26)), 1.5, (0, 0, 60, 60)),  # both holes
+        (_holes((10, 10, 15, 15), (20, 20, 22, 22)), 1.5, (7, 7, 25, 25)),
+        (_holes((10, 10, 75, 20)), 1.0, (0, 0, 90, 60)),  # longer than the photo is high: the whole
+        (_holes((20, 0, 80, 60)), 1.6, (0, 0, 90, 60)),  # a square would show nothing but the hole
+    ],
+)  # fmt: skip
+def test_the_window_by_hand_and_nothing_changes_outside_the_hole(
+    hole_mask: np.ndarray, factor: float, window: tuple[int, int, int, int], edit: Edit
+) -> None:
+    assert _window(hole_mask, factor) == Box(*window)
+    photo = _photo(60, 90)
+    out = edit(photo, hole_mask, context_factor=factor)
+    np.testing.assert_array_equal(out[hole_mask == 0], photo[hole_mask == 0])
+    assert (out[hole_mask > 0] != photo[hole_mask > 0]).any(axis=-1).mean() > 0.9
+
+
+def test_context_is_what_the_network_sees_of_the_photo(editor: Editor, edit: Edit) -> None:
+    """Less context: what lies outside the square cannot matter, and the square is edited as if it were the photo."""
+    photo, hole_mask = _photo(60, 90), _holes((40, 20, 50, 26))
+    near = edit(photo, hole_mask, context_factor=2)
+    far = photo.copy()
+    far[:13], far[:, :35] = 0, 0
+    np.testing.assert_array_equal(edit(far, hole_mask, context_factor=2)[20:26, 40:50], near[20:26, 40:50])
+    rows, columns = slice(13, 33), slice(35, 55)
+    square = edit(photo[rows, columns], hole_mask[rows, columns], context_factor=np.inf)
+    np.testing.assert_array_equal(square, near[rows, columns])
+    assert (edit(far, hole_mask, context_factor=4) != near)[20:26, 40:50].any()
+    np.testing.assert_array_equal(edit(photo, hole_mask, context_factor=CONTEXT_FACTOR), edit(photo, hole_mask))
+    tasks = [EditTask(photo, hole_mask, _photo(30, 20, seed=9), 7)]
+    np.testing.assert_array_equal(editor.edit_batch(tasks, sampling=SAMPLING, context_factor=2)[0], near)
+
+
+@pytest.mark.parametrize(
+    ("factor", "protocol", "words"),
+    [
+        (0.9, OURS, "context_factor 0.9: must be 1 or more"),
+        (-np.inf, OURS, "context_factor -inf: must be 1 or more"),
+        (np.nan, OURS, "context_factor nan: must be 1 or more"),
+        (2, UPSTREAM, "context_factor 2: this protocol edits the whole photo"),
+        (2, DIFFUSERS, "leave one of the two out"),
+    ],
+)
+def test_context_that_means_nothing_is_refused(factor: float, protocol: EditProtocol, words: str, edit: Edit) -> None:
+    with pytest.raises(ValueError, match=words):
+        edit(_photo(40, 64), _hole(40, 64), context_factor=factor, protocol=protocol)
 
 
 @pytest.mark.parametrize("where", ["unet", "decoder"])

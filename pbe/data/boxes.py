@@ -31,6 +31,13 @@ class Box:
     def height_px(self) -> int:
         return self.y1 - self.y0
 
+    @property
+    def longer_px(self) -> int:
+        return max(self.width_px, self.height_px)
+
+    def moved(self, x_px: int, y_px: int) -> "Box":
+        return Box(self.x0 + x_px, self.y0 + y_px, self.x1 + x_px, self.y1 + y_px)
+
     def contains(self, other: "Box") -> bool:
         return self.x0 <= other.x0 and self.y0 <= other.y0 and self.x1 >= other.x1 and self.y1 >= other.y1
 
@@ -100,6 +107,28 @@ def square_window(ext: Box, *, width_px: int, height_px: int, shrink_frac: float
     free = min(ext.x0 - x0, ext.y0 - y0, x0 + side - ext.x1, y0 + side - ext.y1)
     cut = int(rng.integers(0, int(shrink_frac * free), endpoint=True))
     return Window(Box(x0 + cut, y0 + cut, x0 + side - cut, y0 + side - cut), squashed=False)
+
+
+def context_side_px(box: Box, factor: float, *, width_px: int, height_px: int) -> int:
+    """Side of a square that shows the box with its context: about `factor` times the box's longer side.
+
+    At least a pixel more than the box on each side, if the photo has room; at most the photo's short side.
+    """
+    return round(min(max(box.longer_px * factor, box.longer_px + 2), width_px, height_px))
+
+
+def context_area(box: Box, *, width_px: int, height_px: int, factor: float, rng: np.random.Generator) -> Box:
+    """The part of the photo that a crop of a small box is cut from: a square of `context_side_px` that holds the box.
+
+    Every place that does so is equally likely. Without a draw it is the whole photo, where no smaller square will do.
+    Ours; upstream cuts from the photo.
+    """
+    side = context_side_px(box, factor, width_px=width_px, height_px=height_px)
+    if side == min(width_px, height_px):
+        return Box(0, 0, width_px, height_px)
+    left = int(rng.integers(max(box.x1 - side, 0), min(box.x0, width_px - side), endpoint=True))
+    top = int(rng.integers(max(box.y1 - side, 0), min(box.y0, height_px - side), endpoint=True))
+    return Box(left, top, left + side, top + side)
 
 
 def area_frac(xmin: np.ndarray, xmax: np.ndarray, ymin: np.ndarray, ymax: np.ndarray) -> np.ndarray:

@@ -104,6 +104,12 @@ class MaterializeConfig(Settings):
         0.4,
         description="greatest share of the room beside it by which each side grows. Upstream: open-images.py",
     )
+    context_factor: Annotated[Float, Field(ge=1)] | None = Field(
+        None,
+        description="a box is cut, and its hole grown, in a square of this many times its longer side, at a random "
+        "place around it, if the photo is larger; 2 suits a filter.min_area_frac below 0.02, as in profile "
+        "small-holes; null: in the photo, as upstream. Ours",
+    )
     crop_shrink_frac: Frac = Field(
         0.6, description="greatest share of its free margin by which the square crop shrinks. Upstream: open-images.py"
     )

@@ -39,10 +39,7 @@ class Plan:
 
 def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig, rng: np.random.Generator) -> Plan:
     """Choose the crop and draw both holes. box: the tight box, in pixels of a photo of the given size."""
-    ext = boxes.extended(box, width_px=width_px, height_px=height_px, extend_frac=cfg.box_extend_frac, rng=rng)
-    window = boxes.square_window(
-        ext, width_px=width_px, height_px=height_px, shrink_frac=cfg.crop_shrink_frac, rng=rng
-    ).box
+    ext, window = _hole_and_crop(box, width_px=width_px, height_px=height_px, cfg=cfg, rng=rng)
     ring = masks.bezier_ring(
         box, ext, points_per_side=cfg.bezier_points_per_side, jitter_px=cfg.bezier_jitter_px, rng=rng
     )
@@ -57,6 +54,20 @@ def plan_triplet(box: Box, *, width_px: int, height_px: int, cfg: MaterializeCon
         bezier_hole_mask=_with_centre(bezier_hole, box_px),
         box_px=box_px,
     )
+
+
+def _hole_and_crop(
+    box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig, rng: np.random.Generator
+) -> tuple[Box, Box]:
+    """The extended box and the crop, in pixels of the photo; by `context_factor` as if the square around the box were
+    the photo."""
+    area = Box(0, 0, width_px, height_px)
+    if cfg.context_factor is not None:
+        area = boxes.context_area(box, width_px=width_px, height_px=height_px, factor=cfg.context_factor, rng=rng)
+    size = {"width_px": area.width_px, "height_px": area.height_px}
+    ext = boxes.extended(box.moved(-area.x0, -area.y0), **size, extend_frac=cfg.box_extend_frac, rng=rng)
+    window = boxes.square_window(ext, **size, shrink_frac=cfg.crop_shrink_frac, rng=rng).box
+    return ext.moved(area.x0, area.y0), window.moved(area.x0, area.y0)
 
 
 def reference_area(box: Box, *, width_px: int, height_px: int, cfg: MaterializeConfig) -> Box:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbe.data.boxes import Box, Window, extended, padded, pixel_box, square_window
+from pbe.data.boxes import Box, Window, context_area, extended, padded, pixel_box, square_window
 
 SIDES_PX = (1, 2, 3, 7, 16, 60, 100, 333, 1024)
 FRACS = (0.0, 0.4, 0.6, 1.0)
@@ -183,3 +183,26 @@ def test_window_by_hand() -> None:
 def test_where_at_most_one_square_would_do_the_photo_is_squashed(ext: Box) -> None:
     window = square_window(ext, width_px=100, height_px=60, shrink_frac=0.6, rng=np.random.default_rng(0))
     assert window == Window(Box(0, 0, 100, 60), squashed=True)
+
+
+def test_a_small_box_has_a_square_of_its_own_size_at_any_place_that_holds_it() -> None:
+    rng, box = np.random.default_rng(0), Box(30, 10, 40, 16)
+    found = [context_area(box, width_px=100, height_px=60, factor=2.0, rng=rng) for _ in range(3000)]
+    assert {(area.width_px, area.height_px) for area in found} == {(20, 20)}
+    assert {area.x0 for area in found} == set(range(20, 31)) and {area.y0 for area in found} == set(range(11))
+
+
+def test_a_square_of_context_holds_its_box_in_the_photo_or_is_the_whole_photo_without_a_draw() -> None:
+    kinds = {"square": 0, "whole": 0}
+    for box, width_px, height_px, rng in _cases(4000, seed=11):
+        photo, factor = Box(0, 0, width_px, height_px), float(rng.choice([1.0, 1.5, 2.0, 4.0]))
+        before = rng.bit_generator.state
+        area = context_area(box, width_px=width_px, height_px=height_px, factor=factor, rng=rng)
+        assert photo.contains(area) and area.contains(box)
+        if area == photo:
+            assert rng.bit_generator.state == before
+            assert max(box.longer_px * factor, box.longer_px + 2) >= min(width_px, height_px) - 0.5
+        else:
+            assert area.width_px == area.height_px == round(max(box.longer_px * factor, box.longer_px + 2))
+        kinds["whole" if area == photo else "square"] += 1
+    assert min(kinds.values()) > 100, kinds

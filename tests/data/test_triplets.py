@@ -131,6 +131,37 @@ def test_without_extension_the_hole_has_the_size_of_the_box() -> None:
     np.testing.assert_array_equal(triplet.box_hole_mask, expected)
 
 
+def test_a_small_box_is_cut_at_its_own_size_as_from_a_photo_of_that_size() -> None:
+    """The crop is the square around the box, and the hole grows in it alone."""
+    cfg, box, sides = CFG.model_copy(update={"context_factor": 2.0}), Box(300, 200, 340, 230), set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        plan = plan_triplet(box, width_px=640, height_px=480, cfg=cfg, rng=rng)
+        assert plan.window.contains(box) and (plan.window.width_px, plan.window.height_px) == (80, 80)
+        x0, y0, x1, y1 = plan.box_px
+        assert (x1 - x0, y1 - y0) == pytest.approx((16, 12))  # half of the crop's 32 px
+        inner = box.moved(-plan.window.x0, -plan.window.y0)
+        again = np.random.default_rng(seed)
+        again.integers(261, 301), again.integers(151, 201)  # the place of the square
+        as_photo = plan_triplet(inner, width_px=80, height_px=80, cfg=CFG, rng=again)
+        np.testing.assert_array_equal(plan.box_hole_mask, as_photo.box_hole_mask)
+        np.testing.assert_array_equal(plan.bezier_hole_mask, as_photo.bezier_hole_mask)
+        assert plan.reference == reference_area(box, width_px=640, height_px=480, cfg=CFG)
+        sides.add((plan.window.x0, plan.window.y0))
+    assert len(sides) > 40
+
+
+@pytest.mark.parametrize("box", [Box(100, 30, 420, 300), Box(0, 0, 640, 20)], ids=["large", "wider than high"])
+def test_a_large_box_is_cut_as_without_context_factor(box: Box) -> None:
+    for seed in range(20):
+        one, two = (
+            plan_triplet(box, width_px=640, height_px=480, cfg=cfg, rng=np.random.default_rng(seed))
+            for cfg in (CFG, CFG.model_copy(update={"context_factor": 2.0}))
+        )
+        assert (one.window, one.box_px) == (two.window, two.box_px)
+        np.testing.assert_array_equal(one.bezier_hole_mask, two.bezier_hole_mask)
+
+
 def test_holes_keep_their_size_on_average_whatever_the_crop() -> None:
     """A crop pixel is hole when at least half of it is: rounding neither grows nor shrinks holes."""
     cfg, ratios = CFG.model_copy(update={"box_extend_frac": 0.0}), []

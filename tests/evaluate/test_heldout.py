@@ -106,6 +106,25 @@ def _bench(
     return bench, pa.concat_tables([part["real"] for part in parts])
 
 
+def test_the_crop_of_a_small_box_is_sized_to_it_as_in_training() -> None:
+    tall = _boxes(photos=2, labels="a")  # 30 x 40 px: a square of 100 px has no room
+    small = tall  # 10 x 10 px
+    for name, value in (("xmax", 20 / 90), ("ymax", 30 / 80)):
+        small = small.set_column(BOXES.get_field_index(name), BOXES.field(name), [[value] * 2])
+    for boxes, area_frac in ((tall, 30 * 40 / 80**2), (small, 1 / 2.5**2)):
+        items = cut_shard(
+            _photos(2),
+            boxes,
+            set(choose(boxes.select(KEYS), crops_per_box=1, max_items=2).names),
+            cfg=CUT.model_copy(update={"context_factor": 2.5, "box_extend_frac": 0.0, "crop_shrink_frac": 0.0}),
+            crops_per_box=1,
+            features=_mean_colour,
+            seed=1,
+        )["items"]
+        for mask in items.column("box_hole_mask").to_pylist():
+            assert unpack_mask(mask, width_px=32, height_px=32).mean() == pytest.approx(area_frac, abs=0.04)
+
+
 def test_every_box_is_an_item_with_three_references_and_a_real_crop() -> None:
     bench, real_images = _bench(_boxes(), crops=2)
     require(bench, BENCH, "bench")

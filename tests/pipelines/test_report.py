@@ -88,6 +88,7 @@ def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_
         ("number format", "train.precision", "bf16_autocast"),
         ("padding of the reference", "materialize.reference_pad_px", 0),
         ("growth of the box hole, as a fraction of the room", "materialize.box_extend_frac", 0.2),
+        ("crops sized to their boxes", "materialize.context_factor", 2.0),
         ("shrinking of the crop, as a fraction of the free margin", "materialize.crop_shrink_frac", 0.0),
         ("jitter of a Bezier hole", "materialize.bezier_jitter_px", 0),
         ("reference size", "materialize.reference_px", 128),

@@ -86,14 +86,17 @@ class Trial:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("project", type=Path)
-    parser.add_argument("trials", nargs="+", metavar="TRIAL")
+    parser.add_argument("project", type=Path, nargs="?")
+    parser.add_argument("trials", nargs="*", metavar="TRIAL")
     parser.add_argument("--seconds", type=float, default=600, help="of training, each trial")
     parser.add_argument("--items", type=int, default=96, help="bench items to edit")
     parser.add_argument("--rows", type=int, default=0, help="training rows at most; 0: all")
     parser.add_argument("--pictures", type=Path, help="folder for sheets of edits")
     add_device(parser)
     args = parser.parse_args()
+    if args.project is None or not args.trials:
+        print("skipped: name a project and trials (--help)")
+        return 0
     device = torch.device(args.device)
     torch.set_num_threads(1)
     text = (args.project / "params.yaml").read_text()

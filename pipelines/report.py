@@ -9,8 +9,9 @@ import base64
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from pbe.data import images
 from pbe.data.boxes import area_frac
 from pbe.data.contact import with_hole
 from pbe.data.filter import RULES, FilterConfig
-from pbe.data.masks import hole_of
+from pbe.data.masks import HOLE_KINDS, hole_kinds_of, hole_of
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import IMAGE_REASONS
+from pbe.data.schema import IMAGE_REASONS, HoleKind
 from pbe.data.slots import slot_files
 from pbe.errors import printable
 from pbe.evaluate.grid import fill_rows, sweep_fills
@@ -59,6 +60,7 @@ LISTED = 24  # dropped photos and credits listed; more are only counted
 FEW_PHOTOS = 20  # below this many photos the bootstrap interval is clearly too narrow
 
 
+HOLE_NAMES: dict[HoleKind, str] = {"box": "box", "bezier": "Bezier", "segmentation": "segmentation"}
 # The paper's Table 3, from its first row to its last; other variants and the baselines follow.
 TABLE_3 = {
     "baseline": "baseline",
@@ -375,23 +377,28 @@ def _triplet_rows(stage: Stage, triplets: Manifest) -> list[dict[str, Any]]:
         file, offset = _row_of(slots[slot], number * sum(f.rows for f in slots[slot]) // len(chosen))
         rows.append(stage.store.read_table(file).slice(offset, 1).to_pylist()[0])
 
-    def hole(row: dict[str, Any], kind: str) -> np.ndarray:
+    def hole(row: dict[str, Any], kind: HoleKind) -> np.ndarray:
         source = images.decode(row["source"])
         return with_hole(source, hole_of(row, kind, source))
 
-    pictures: list[tuple[str, Callable[[dict[str, Any]], np.ndarray]]] = [
-        ("box hole", lambda row: hole(row, "box")),
-        ("Bezier hole", lambda row: hole(row, "bezier")),
-        ("reference", lambda row: images.decode(row["reference"])),
-    ]
+    # what a row may lack: an object's mask, a pair
+    kinds = [kind for kind in HOLE_KINDS if all(kind in hole_kinds_of(row) for row in rows)]
+    pictures = {f"{HOLE_NAMES[kind]} hole": partial(hole, kind=kind) for kind in kinds}
+    pictures["reference"] = partial(_picture, name="reference")
+    if all(row.get("pair_reference") for row in rows):
+        pictures["reference of the pair"] = partial(_picture, name="pair_reference")
     return [
         {
             "label": label,
             "kind": "",
             "pictures": [(picture_uri(cut(row)), f"{label}, {row['image_id']}, {row['label_name']}") for row in rows],
         }
-        for label, cut in pictures
+        for label, cut in pictures.items()
     ]
+
+
+def _picture(row: dict[str, Any], name: str) -> np.ndarray:
+    return images.decode(row[name])
 
 
 def augmentation_rows(store: Store, triplets: Manifest, *, seed: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from pbe.data.schema import TRIPLETS, encoded_schema
+from pbe.data.schema import TRIPLETS, encoded_schema, is_optional
 from pbe.data.slots import group_rows, slot_files
 from pbe.model.architecture import architecture_of
 from pbe.store import File, Manifest, Store
@@ -91,6 +91,7 @@ def refuse_unfit_parts(store: Store, manifest: Manifest, schema: pa.Schema) -> N
         differ = [
             f"{name} is {_described(found, name)}, expected {_described(schema, name)}"
             for name in dict.fromkeys([*schema.names, *found.names])
+            if not (name not in found.names and is_optional(schema.field(name)))
             if _described(found, name) != _described(schema, name)
         ]
         if differ:

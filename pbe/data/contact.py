@@ -35,7 +35,10 @@ def with_hole(source: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
 
 
 def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Rows: source, each kind of hole that one of them has, reference; one column per row of TRIPLETS."""
+    """Rows: source, each kind of hole that one of them has, reference, and that of a pair where one has it.
+
+    One column per row of TRIPLETS, white where it lacks something.
+    """
     sources = [images.decode(row["source"]) for row in rows]
 
     def holed(kind: HoleKind) -> list[np.ndarray]:
@@ -45,7 +48,13 @@ def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         ]
 
     kinds = [kind for kind in HOLE_KINDS if any(kind in hole_kinds_of(row) for row in rows)]
-    return sheet([sources, *map(holed, kinds), [images.decode(row["reference"]) for row in rows]])
+    references = [[images.decode(row["reference"]) for row in rows]]
+    if any(row.get("pair_reference") for row in rows):
+        white = np.full_like(references[0][0], 255)
+        references.append(
+            [images.decode(row["pair_reference"]) if row.get("pair_reference") else white for row in rows]
+        )
+    return sheet([sources, *map(holed, kinds), *references])
 
 
 def edits_sheet(

@@ -50,9 +50,11 @@ class PairsSource:
     lists_all: bool = False
 
     def photos(self) -> Iterator[pa.Table]:
-        """Yield PHOTOS of the targets. Raises SourceError."""
+        """Yield PHOTOS of the targets, one of several pairs once. Raises SourceError."""
+        seen: set[tuple[str, str]] = set()
         for _, _, row in self._rows():
-            if row["tar_image"] is not None:
+            if row["tar_image"] is not None and (row["image_id"], row["tar_image_version"]) not in seen:
+                seen.add((row["image_id"], row["tar_image_version"]))
                 photo = {"image_id": row["image_id"], "address": row["tar_image"], "version": row["tar_image_version"]}
                 yield pa.Table.from_pylist([photo], schema=PHOTOS)
 

@@ -67,6 +67,9 @@ def _write_pairs(root: Path) -> None:
         row: dict[str, Any] = {"ref_image": read["ref"], "ref_mask": masks["ref"], "label": "disc"}
         row |= {"tar_image": {"bytes": read["tar"], "path": f"val{number}.png"}, "tar_mask": masks["tar"]}
         val.append(row)
+    val.append({**val[0], "ref_image": val[1]["ref_image"], "ref_mask": val[1]["ref_mask"]})  # another view
+    first = {"bytes": (root / "pictures" / "tar0.png").read_bytes(), "path": "tar0.png"}
+    val.append({**val[0], "tar_image": first})  # a target that trains
     pq.write_table(pa.Table.from_pylist(val), root / "tables" / "val.parquet", row_group_size=2)
 
 
@@ -122,9 +125,10 @@ def test_every_good_row_is_kept_and_every_bad_one_has_its_reason(project: tuple[
         "gone.png": "image_unreadable",
         "train.csv:17": "box_unparsable",
         "tar14.png": "image_without_box",
+        "val.parquet:tar0#1": "box_in_other_split",
     }
     counts = made["ingest"].counts
-    assert (counts["boxes_kept"], counts["pairs_in"], counts["pairs_kept"]) == (19, 19, 16)
+    assert (counts["boxes_kept"], counts["pairs_in"], counts["pairs_kept"]) == (20, 20, 17)
     assert {row["image_id"] for row in _rows(store, made["ingest"], "images") if row["split"] == "validation"} == {
         f"val{number}" for number in range(15, 20)
     }

@@ -2,6 +2,7 @@
 # Speedrun: photos with boxes in; a model from scratch, its scores and its pictures out. From the repository's root:
 #
 #   infra/speedrun.sh ROOT                   # one GPU; or: make speedrun ROOT=...
+#   infra/speedrun.sh ROOT speedrun-128      # the same at 128 px
 #   infra/speedrun.sh ROOT speedrun-cpu      # a rehearsal, on two cores
 #
 # ROOT/images holds the photos, ROOT itself their box files. Writes params.yaml from the profile, runs the stages in turn,

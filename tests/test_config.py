@@ -133,7 +133,7 @@ def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_m
         ),
         (
             {"train.bezier_prob": 0.3},
-            "train: bezier_prob: is now hole_probs, which names every kind of hole; write hole_probs: {box: 0.7, ",
+            "params.yaml: train: bezier_prob: is now hole_probs, which names every kind of hole; write hole_probs: ",
         ),
         ({"ingest.splits": ["val"]}, "params.yaml: ingest.splits.0 = 'val': input should be 'train', 'validation' or"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),

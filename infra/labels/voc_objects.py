@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 from label_csv import Ends
 from label_masks import bounds_px
-from PIL import Image
 
-from pbe.data.images import ImageError, open_picture
+from pbe.data.images import ImageError, decode, open_picture, read_mode, read_palette_indices
 
 VOID = 255  # a border around each object, and what is hard to tell
 # The void border takes about 2.5 px off each side of a region: that of an object of 10 px has an IoU of 0.25 with its
@@ -19,12 +18,13 @@ IOU_MIN = 0.25
 def read_regions(path: Path, size: tuple[float, float]) -> np.ndarray:
     """(H, W) uint8: 0 background, VOID, else an object's number. size: of the annotation. Raises ValueError."""
     try:
-        open_picture(path)  # checks kind and size before it is decoded
-        with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
-                raise ValueError(f"it is {picture.mode}, not a palette of object numbers")
-            regions = np.asarray(picture)
-    except (ImageError, OSError, SyntaxError) as error:
+        data = open_picture(path).data
+        regions = read_palette_indices(data)
+        if regions is None and read_mode(data) == "L":
+            regions = decode(data, convert=False)[..., 0]
+        if regions is None:
+            raise ValueError(f"it is {read_mode(data)}, not a palette of object numbers")
+    except (ImageError, OSError) as error:
         raise ValueError(f"it cannot be read: {error}") from None
     height, width = regions.shape
     if (width, height) != size:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pbe.data.schema import array_bytes, array_shape, encoded_schema, require
+from pbe.data.schema import array_bytes, array_shape, encoded_schema, without_optional
 from pbe.data.slots import slot_name
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.model.architecture import Architecture
@@ -53,7 +53,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
     path = "parts/encode/codec.safetensors"
     store.write_bytes(path, codec_bytes(codec))
     latent = (arch.latent_channels, arch.latent_px, arch.latent_px)
-    schema = encoded_schema(latent, (DRAWS, 1, arch.backbone_width))
+    schema = without_optional(encoded_schema(latent, (DRAWS, 1, arch.backbone_width)).empty_table()).schema
     rng = np.random.default_rng(23)
     columns: dict[str, list[Any]] = {
         "image_id": [f"row{index}" for index in range(rows)],
@@ -69,7 +69,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
                 values = values > 0.5
             columns[field.name] = [array_bytes(field, value) for value in values]
     table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-    tables = {slot_name(0): require(table, schema, "encoded_noise")}
+    tables = {slot_name(0): table}
     record = store.write_unit("encode", "b0000-noise", tables, counts={"rows": rows}, rows_per_group=per_group)
     config = {
         "rows_per_group": per_group,

@@ -238,7 +238,7 @@ def test_polygons_of_coco256_lie_on_the_boxes_of_their_class(tmp_path: Path) -> 
     coco, _ = _coco(done)
     assert len(coco["images"]) == 100 and all("segmentation" in entry for entry in coco["annotations"])
     for photo in coco["images"]:
-        with Image.open(photos / photo["file_name"]) as picture:
+        with Image.open(photos / photo["file_name"], formats=["PNG"]) as picture:
             assert picture.size == (photo["width"], photo["height"])
     reference: dict[tuple[str, str], list[np.ndarray]] = {}
     for row in _rows(_run("from_yolo.py", *labels[1])):
@@ -356,7 +356,7 @@ def test_objects_of_voc_become_the_masks_of_their_boxes(tmp_path: Path) -> None:
     out = tmp_path / "masks"
     done = _run("from_voc.py", str(tmp_path / "Annotations"), "--masks", str(out))
     assert done.stdout == _run("from_voc.py", str(tmp_path)).stdout
-    masks = {path.name: np.asarray(Image.open(path)) for path in out.iterdir()}
+    masks = {path.name: np.asarray(Image.open(path, formats=["PNG"])) for path in out.iterdir()}
     expected = {"a_0": RIGHT, "a_1": LEFT, "a_2": SMALL, "b_1": RIGHT}
     assert sorted(masks) == [f"{name}.png" for name in expected]
     for name, (x0, x1, y0, y1) in expected.items():
@@ -405,9 +405,9 @@ def test_cut_outs_become_photos_masks_and_boxes(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [float(rows[1][end]) for end in ("XMin", "XMax", "YMin", "YMax")] == [0.25, 0.75, 0.25, 0.75]
     for row in rows:
-        photo = Image.open(tmp_path / "out" / "images" / f"{row['ImageID']}.png")
+        photo = Image.open(tmp_path / "out" / "images" / f"{row['ImageID']}.png", formats=["PNG"])
         assert photo.mode == "RGB" and np.array_equal(np.asarray(photo), colours)  # also what is transparent
-        mask = Image.open(tmp_path / "out" / "masks" / row["LabelName"] / f"{row['ImageID']}_0.png")
+        mask = Image.open(tmp_path / "out" / "masks" / row["LabelName"] / f"{row['ImageID']}_0.png", formats=["PNG"])
         assert mask.mode == "L" and set(np.unique(np.asarray(mask))) == {0, 255}
     assert np.array_equal(np.asarray(mask), np.where(alpha >= 128, 255, 0))
     for said in (

@@ -167,7 +167,7 @@ def test_held_out_pairs_are_scored_apart(project: tuple[Store, dict[str, Manifes
     store, made = project
     (file,) = made["bench"].files("bench")
     bench = require(store.read_table(file), BENCH, file.path).to_pylist()
-    assert len(bench) == 5 and all(row["pair"] and row["segmentation_hole_mask"] for row in bench)
+    assert len(bench) == 6 and all(row["pair"] and row["segmentation_hole_mask"] for row in bench)
     edits = _rows(store, made["baseline"], "edits")
     scopes = {(row["hole_kind"], row["reference_kind"]) for row in edits}
     assert scopes == {(hole, kind) for hole in ("box", "segmentation") for kind in REFERENCE_KINDS}

@@ -249,6 +249,6 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     assert lines["variants.untrained"] == "{train: {steps: 0, workers: 1}}"
     params_command.main("tiny")
     out = capsys.readouterr().out
-    assert "train.steps: 480; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
+    assert "train.steps: 400; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
     params_command.main("sample")
     assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

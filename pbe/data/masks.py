@@ -109,8 +109,11 @@ def segmentation_hole(
     """
     hole_mask = object_mask
     if dilate_px:
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * dilate_px + 1, 2 * dilate_px + 1))
-        hole_mask = cv2.dilate(object_mask, disc)
+        hole_mask = np.zeros_like(object_mask)
+        x, y, width, height = cv2.boundingRect(object_mask)  # the rest stays empty
+        rows = slice(max(0, y - dilate_px), y + height + dilate_px)
+        columns = slice(max(0, x - dilate_px), x + width + dilate_px)
+        hole_mask[rows, columns] = cv2.dilate(object_mask[rows, columns], _disc(dilate_px))
     if not jitter_px:
         return hole_mask
     outlines, _ = cv2.findContours(hole_mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -120,6 +123,11 @@ def segmentation_hole(
     jittered = np.zeros_like(hole_mask)
     cv2.fillPoly(jittered, [ring.astype(np.int32) for ring in moved], 1)
     return jittered
+
+
+@functools.cache
+def _disc(radius_px: int) -> np.ndarray:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius_px + 1, 2 * radius_px + 1))
 
 
 def pack_mask(mask: np.ndarray) -> bytes:

@@ -5,8 +5,10 @@ Tables in the schema of AnyInsertion: ref_image, ref_mask, tar_image, tar_mask, 
 (XMin, XMax, YMin, YMax, fractions), a reference without one is shown whole. Optional: label, split.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,11 +54,17 @@ class PairsSource:
     def photos(self) -> Iterator[pa.Table]:
         """Yield PHOTOS of the targets, one of several pairs once. Raises SourceError."""
         seen: set[tuple[str, str]] = set()
+        photos: list[dict[str, Any]] = []
         for _, _, row in self._rows():
             if row["tar_image"] is not None and (row["image_id"], row["tar_image_version"]) not in seen:
                 seen.add((row["image_id"], row["tar_image_version"]))
-                photo = {"image_id": row["image_id"], "address": row["tar_image"], "version": row["tar_image_version"]}
-                yield pa.Table.from_pylist([photo], schema=PHOTOS)
+                photos.append(
+                    {"image_id": row["image_id"], "address": row["tar_image"], "version": row["tar_image_version"]}
+                )
+            if len(photos) == ROWS_AT_ONCE:
+                yield pa.Table.from_pylist(photos, schema=PHOTOS)
+                photos = []
+        yield pa.Table.from_pylist(photos, schema=PHOTOS)
 
     def annotations(self) -> Iterator[pa.Table]:
         """Yield ANNOTATIONS, a row a pair. Raises SourceError."""
@@ -84,8 +92,11 @@ class PairsSource:
         """The bytes of a picture or mask. Raises OSError."""
         if _BYTES not in address:
             return self.images.read(address)
-        name, row, column = address.rsplit(_BYTES, 2)
-        return _in_table(_group(self.tables, name, int(row) // ROWS_AT_ONCE), int(row) % ROWS_AT_ONCE, column)[1] or b""
+        name, number, column = address.rsplit(_BYTES, 2)
+        ends = _group_ends(self.tables, name)
+        group = bisect.bisect_right(ends, int(number))
+        row = int(number) - (ends[group - 1] if group else 0)
+        return _picture(_group(self.tables, name, group).column(column)[row].as_py())[1] or b""
 
     def _rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield table, row number and row: PICTURES as addresses or None, their versions, and the other columns."""
@@ -159,19 +170,20 @@ def _picture(cell: Any) -> tuple[str | None, bytes | None]:
     return (str(cell) if cell else None), None
 
 
-@functools.lru_cache(maxsize=2)
-def _group(tables: FileTree, name: str, block: int) -> pa.Table:
-    """Rows block * ROWS_AT_ONCE and following of a Parquet table."""
+@functools.lru_cache(maxsize=64)
+def _group_ends(tables: FileTree, name: str) -> list[int]:
+    """Of each row group of a Parquet table, the number of the row after its last."""
     with tables.open_seekable(name) as stream, pq.ParquetFile(stream) as parquet:
-        columns = [column for column in PICTURES if column in parquet.schema_arrow.names]
-        for number, batch in enumerate(parquet.iter_batches(ROWS_AT_ONCE, columns=columns)):
-            if number == block:
-                return pa.Table.from_batches([batch])
-    raise FileNotFoundError(2, f"has no row {block * ROWS_AT_ONCE}", name)
+        groups = range(parquet.metadata.num_row_groups)
+        return list(itertools.accumulate(parquet.metadata.row_group(group).num_rows for group in groups))
 
 
-def _in_table(table: pa.Table, row: int, column: str) -> tuple[str | None, bytes | None]:
-    return _picture(table.column(column)[row].as_py())
+@functools.lru_cache(maxsize=2)
+def _group(tables: FileTree, name: str, group: int) -> pa.Table:
+    with tables.open_seekable(name) as stream, pq.ParquetFile(stream) as parquet:
+        return parquet.read_row_group(
+            group, columns=[column for column in PICTURES if column in parquet.schema_arrow.names]
+        )
 
 
 def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:

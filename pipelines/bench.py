@@ -33,7 +33,7 @@ from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
 from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
-from pipelines.runtime.extras import extras_of, read_extras
+from pipelines.runtime.extras import Extras, extras_of, read_extras
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.stage import Stage, StageError, save_counts
 
@@ -48,7 +48,7 @@ class Shard:
 
     images: File
     boxes: File
-    extras: tuple[File | None, File | None]  # of materialize's extras_of
+    extras: Extras
     names: Sequence[str]
 
 

@@ -4,7 +4,7 @@ First the annotations and the list of photos are cut by shard in one streaming p
 driver. Then each shard is a unit: check its boxes, read or download its photos, write them down.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,7 +116,7 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
         # after the annotations, because their names decide how photos that share a name are told apart
         by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
         by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
-        by_shard((table for name in segmented for table in mask_rows(tree, name)), MASK_ROWS, cfg.shards) as masks,
+        by_shard(_segmentations(tree, segmented, selector.class_ids), MASK_ROWS, cfg.shards) as masks,
     ):
         tables = zip(annotations, photos, stated, masks, strict=True)
         shards = with_progress(tables, "ingest: index", total=cfg.shards, unit="shard")
@@ -197,6 +197,14 @@ def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_
             yield pictures.added_to(table) if pictures else table
     if pictures:
         yield pictures.left(SPLITS.index("train"))
+
+
+def _segmentations(tree: FileTree, names: Iterable[str], class_ids: Collection[str] | None) -> Iterator[pa.Table]:
+    """MASK_ROWS of the classes that are read."""
+    for table in (table for name in names for table in mask_rows(tree, name)):
+        if class_ids is not None:
+            table = table.filter(pc.is_in(table.column("label"), pa.array(sorted(class_ids), pa.string())))
+        yield table
 
 
 def _selected(
@@ -333,6 +341,7 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
 
 def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit], Record]:
     reads = source.read_file if isinstance(source, PairsSource) else file_tree(cfg.boxes, key="ingest.boxes").read
+    read_file = partial(reads, max_bytes=cfg.max_image_bytes)
 
     def work(unit: Unit) -> Record:
         index = _index_of(unit)
@@ -346,7 +355,7 @@ def _worker(store: Store, source: Source, cfg: IngestConfig) -> Callable[[Unit],
             limits=PhotoLimits(exif=cfg.exif, max_pixels=cfg.max_image_pixels),
             threads=cfg.download.connections,
             stated=store.read_table(stated) if stated else None,
-            read_file=reads,
+            read_file=read_file,
         )
         after = unit.payload.chain if isinstance(unit.payload, _Retry) else ()
         return store.write_unit("ingest", unit.name, tables, counts=counts, after=after)

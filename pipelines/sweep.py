@@ -15,6 +15,7 @@ from pbe import track
 from pbe.data import images
 from pbe.data.contact import sheet
 from pbe.data.masks import hole_of
+from pbe.data.schema import BENCH, require
 from pbe.evaluate.compare import compare
 from pbe.evaluate.features.crops import edit_key
 from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
@@ -39,7 +40,9 @@ def main(stage: Stage) -> None:
     trained = load_train_manifest(stage, cfg.variant)
     bench_file = load_manifest(stage.input("bench")).files("bench")[0]
     track.check(tracking_uri())
-    requests = _requests(stage, bench_file.rows)
+    bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
+    hole = bench.column(f"{stage.params.edit.holes[0]}_hole_mask")
+    requests = _requests(stage, np.flatnonzero(hole.is_valid().to_numpy()))  # not every item has an object's mask
     parts = dict(zip(requests, fill_bench(stage, trained, bench_file, list(requests.values())), strict=True))
     extracted = extract_features(stage, {name: [part.file("edits") for part in found] for name, found in parts.items()})
     try:
@@ -65,13 +68,14 @@ def main(stage: Stage) -> None:
         _log(stage, trained, metrics, diversity, parts)
 
 
-def _requests(stage: Stage, bench_rows: int) -> dict[str, Request]:
-    """Return the requests by scale as text, and that of several noises."""
+def _requests(stage: Stage, bench_rows: np.ndarray) -> dict[str, Request]:
+    """Return the requests by scale as text, and that of several noises. bench_rows: (N,) to choose items from."""
     cfg, edit = stage.params.sweep, stage.params.edit_variant(stage.params.sweep.variant)
     scope = {"holes": edit.holes[:1], "references": ("exemplar",)}
 
     def request(items: int, **changes: Any) -> Request:
-        rows = np.linspace(0, bench_rows - 1, min(items, bench_rows)).round().astype(int)
+        places = np.linspace(0, len(bench_rows) - 1, min(items, len(bench_rows))).round().astype(int)
+        rows = bench_rows[places]
         return Request(edit.model_copy(update={**scope, **changes}), tuple(map(int, rows)))
 
     scales = {

@@ -59,7 +59,7 @@ def box_files(tree: FileTree, findings: Findings | None = None, *, required: boo
         names = [name for name in names if name not in others]
         if findings is not None:
             findings.remarks += [f"{name}: passed over, it has no coordinates of boxes" for name in others]
-    return [BoxFile(name, _split_of(name)) for name in names]
+    return [BoxFile(name, split_of(name)) for name in names]
 
 
 def read_annotations(
@@ -138,6 +138,7 @@ def _is_box_file(name: str) -> bool:
     return lower.endswith(".csv") and not ("images" in lower and ("rotation" in lower or "image-ids" in lower))
 
 
-def _split_of(name: str) -> int:
+def split_of(name: str) -> int:
+    """Index into SPLITS of the split that a word of the name says; train without one."""
     found = next((split for pattern, split in _SPLIT_WORDS.items() if re.search(pattern, name.lower())), "train")
     return SPLITS.index(found)

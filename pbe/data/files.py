@@ -1,6 +1,7 @@
 """A file or folder of the user's, local or s3://, behind one pyarrow filesystem."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -186,10 +187,21 @@ class FileTree:
             name = error.object.decode(errors="backslashreplace")
             raise SourceError(f"{self.key}: {name}: the name is not UTF-8; rename the file") from None
 
-    def read(self, name: str) -> bytes:
-        """Contents of a file. Raises OSError."""
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """Contents of a file. Raises OSError, also for one of more than `max_bytes`, of which no more is read."""
         with self.open(name) as stream:
-            return bytes(stream.read())
+            data = bytes(stream.read(None if max_bytes is None else max_bytes + 1))
+        if max_bytes is not None and len(data) > max_bytes:
+            raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", name)
+        return data
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file, in hex. Raises OSError."""
+        digest = hashlib.sha256()
+        with self.open(name) as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
 
     def open(self, name: str) -> Any:
         """Open a file as a stream of bytes. Raises OSError, also for what is no regular file."""

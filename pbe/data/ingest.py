@@ -14,8 +14,8 @@ from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
 from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
-from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, read_mask, refuse_outside
-from pbe.data.pairs import PairRejected, read_reference
+from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, picture_of, read_mask, refuse_outside
+from pbe.data.pairs import PairRejected, pictures_of, read_reference
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
@@ -105,9 +105,9 @@ def read_shard(
     """Check every box and read every photo that has one; every dropped row is in `rejects`.
 
     annotations: ANNOTATIONS. photos: PHOTOS. stated: STATED. read: takes image id and address, returns bytes, raises
-    PhotoError; called from `threads` threads. read_file: takes the address of a mask's or reference's picture, raises
-    OSError. A mask or reference that cannot be used is rejected, and its box kept; a box without coordinates follows
-    from its mask. lists_all: photos without a box count as input and are rejected.
+    PhotoError. read_file: takes the address of a mask's or reference's picture, raises OSError. Both are called from
+    `threads` threads. A mask or reference that cannot be used is rejected, and its box kept; a box without coordinates
+    follows from its mask. lists_all: photos without a box count as input and are rejected.
     Returns tables by dataset name, and counts: <images|boxes>_<in|kept|rejected> and rejected_<reason>. Where there are
     any, also masks_ and pairs_<in|kept|rejected>, boxes_clipped, boxes_turned, and images_converted_to_srgb, of those
     kept, whose colours later stages convert.
@@ -138,6 +138,7 @@ def read_shard(
             shard.reject("images", photo.address, reason, detail)
     with ThreadPoolExecutor(threads) as pool:
         results = list(pool.map(lambda copies: [_read(photo, read, limits) for photo in copies], jobs))
+        fetched = _fetched((box for copies in jobs for box in boxes[copies[0].image_id]), read_file, pool)
 
     kept_images, kept_boxes, kept_pairs = [], [], list[dict[str, Any]]()
     for tried in results:
@@ -147,7 +148,7 @@ def read_shard(
             for box in mine:
                 shard.reject("boxes", box["key"], "box_image_rejected", f"its image {box['image_id']} was rejected")
             continue
-        placed = _placed(_masked(mine, found, statements, read_file, shard), found, statements, shard)
+        placed = _placed(mine, found, statements, fetched, shard)
         if not placed:
             shard.reject("images", found.photo.address, "image_without_box", "every line about it was rejected")
             continue
@@ -156,7 +157,7 @@ def read_shard(
             shard.counts["images_converted_to_srgb"] = shard.counts.get("images_converted_to_srgb", 0) + 1
         kept_images.append(row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(placed)]
-        kept_pairs += _pairs(placed, read_file, limits, shard)
+        kept_pairs += _pairs(placed, fetched, limits, shard)
     tables = {
         "images": table_from_rows(kept_images, IMAGES),
         "boxes": table_from_rows(kept_boxes, BOXES),
@@ -219,35 +220,6 @@ def _problem(statements: Statements, image_id: str, file: str) -> str | None:
     return next((row["problem"] for row in found if row is not None and row["problem"]), None)
 
 
-def _masked(
-    boxes: Sequence[dict[str, Any]],
-    photo: _Read,
-    statements: Statements,
-    read: Callable[[str], bytes],
-    shard: _Shard,
-) -> Iterator[dict[str, Any]]:
-    """The boxes with their masks read: `mask` is the array, or None. One without coordinates gets those of its mask."""
-    assert photo.frame is not None
-    for box in boxes:
-        if box["mask"] is None:
-            yield box
-            continue
-        shard.count("masks_in")
-        mask = None
-        stated = statements.get((box["image_id"], box["file"])) or {}
-        size = (stated["width_px"], stated["height_px"]) if stated.get("width_px") else None
-        try:
-            mask = read_mask(box["mask"], stated=size, frame=photo.frame, read=read)
-        except MaskRejected as problem:
-            shard.reject("masks", box["key"], problem.reason, str(problem))
-        if box["xmin"] is not None:
-            yield box | {"mask": mask}
-        elif mask is not None:
-            yield box | {"mask": mask, "from_mask": True} | dict(zip(COORDINATES, ends_of(mask), strict=True))
-        else:
-            shard.reject("boxes", box["key"], "box_without_mask", "its mask was rejected, and it has no coordinates")
-
-
 def _pairs(
     boxes: Sequence[dict[str, Any]], read: Callable[[str], bytes], limits: PhotoLimits, shard: _Shard
 ) -> Iterator[dict[str, Any]]:
@@ -265,41 +237,84 @@ def _pairs(
         yield {"image_id": box["image_id"], "box_index": index, **reference}
 
 
-def _packed(box: dict[str, Any], shard: _Shard) -> dict[str, Any]:
-    """The box, which is on its photo now, with its mask as BOXES has it; a mask outside its box is rejected."""
-    if box["mask"] is None:
-        return box
-    try:
-        refuse_outside(box["mask"], tuple(box[name] for name in COORDINATES))
-    except MaskRejected as problem:
-        shard.reject("masks", box["key"], problem.reason, str(problem))
-        return box | {"mask": None}
-    shard.count("masks_kept")
-    return box | {"mask": ObjectMask.of(box["mask"]).packed()}
-
-
 def _placed(
-    boxes: Iterable[dict[str, Any]], photo: _Read, statements: Statements, shard: _Shard
+    boxes: Sequence[dict[str, Any]],
+    photo: _Read,
+    statements: Statements,
+    read: Callable[[str], bytes],
+    shard: _Shard,
 ) -> list[dict[str, Any]]:
-    """The boxes in fractions of the photo as it is kept; those that do not fit it are rejected."""
+    """The boxes in fractions of the photo as it is kept, with their masks; those that do not fit it are rejected."""
     assert photo.frame is not None
     out = []
     for box in boxes:
         stated = statements.get((box["image_id"], box["file"]))
-        if stated is None or box.get("from_mask"):
-            out.append(_packed(box, shard))
-            continue
-        try:
-            placed = place(box, stated, photo.frame)
-        except NotOnPhotoError as error:
-            shard.reject("boxes", box["key"], error.reason, str(error))
-            continue
-        if placed.clipped:
-            shard.count("boxes_clipped")
-        if placed.turned:
-            shard.count("boxes_turned")
-        out.append(_packed(box | dict(zip(COORDINATES, placed.ends, strict=True)), shard))
+        if stated is not None and box["xmin"] is not None:
+            try:
+                placed = place(box, stated, photo.frame)
+            except NotOnPhotoError as error:
+                shard.reject("boxes", box["key"], error.reason, str(error))
+                continue
+            if placed.clipped:
+                shard.count("boxes_clipped")
+            if placed.turned:
+                shard.count("boxes_turned")
+            box = box | dict(zip(COORDINATES, placed.ends, strict=True))
+        if (complete := _with_mask(box, stated, photo.frame, read, shard)) is not None:
+            out.append(complete)
     return out
+
+
+def _with_mask(
+    box: dict[str, Any], stated: Mapping[str, Any] | None, frame: Frame, read: Callable[[str], bytes], shard: _Shard
+) -> dict[str, Any] | None:
+    """The box, which is on its photo, with its mask as BOXES has it, or without if that is rejected.
+
+    A box without coordinates gets those of its mask; without a mask it is None, and rejected.
+    """
+    if box["mask"] is None:
+        return box
+    shard.count("masks_in")
+    size = (stated["width_px"], stated["height_px"]) if stated and stated["width_px"] else None
+    try:
+        mask = read_mask(box["mask"], stated=size, frame=frame, read=read)
+        ends = ends_of(mask) if box["xmin"] is None else tuple(box[name] for name in COORDINATES)
+        refuse_outside(mask, ends)
+    except MaskRejected as problem:
+        shard.reject("masks", box["key"], problem.reason, str(problem))
+        if box["xmin"] is not None:
+            return box | {"mask": None}
+        shard.reject("boxes", box["key"], "box_without_mask", "its mask was rejected, and it has no coordinates")
+        return None
+    shard.count("masks_kept")
+    return box | dict(zip(COORDINATES, ends, strict=True)) | {"mask": ObjectMask.of(mask).packed()}
+
+
+def _fetched(
+    boxes: Iterable[Mapping[str, Any]], read: Callable[[str], bytes], pool: ThreadPoolExecutor
+) -> Callable[[str], bytes]:
+    """Read the pictures of the boxes' masks and pairs, many at a time; return a function from address to bytes."""
+
+    def attempt(address: str) -> bytes | OSError:
+        try:
+            return read(address)
+        except OSError as error:
+            return error
+
+    def fetched(address: str) -> bytes:
+        data = found[address]
+        if isinstance(data, OSError):
+            raise data
+        return data
+
+    wanted = list(dict.fromkeys(address for box in boxes for address in _addresses(box)))
+    found = dict(zip(wanted, pool.map(attempt, wanted), strict=True))
+    return fetched
+
+
+def _addresses(box: Mapping[str, Any]) -> list[str]:
+    mask = [picture_of(box["mask"])] if box["mask"] is not None else []
+    return [address for address in (*mask, *(pictures_of(box["pair"]) if box["pair"] else ())) if address]
 
 
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:

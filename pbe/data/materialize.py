@@ -85,8 +85,7 @@ def triplet_tables(
     if other_views:
         counts["triplets_with_pair"] = sum(row["pair_reference"] is not None for slot in rows for row in slot)
     if masks:
-        with_mask = sum(mask is not None for *_, todo in planned for *_, mask in todo)
-        counts |= {"triplets_with_mask": with_mask, "triplets_without_mask": counts["triplets"] - with_mask}
+        counts["triplets_with_mask"] = sum(mask is not None for *_, todo in planned for *_, mask in todo)
     return tables, counts
 
 

@@ -63,6 +63,11 @@ def read_mask(said: str, *, stated: Size | None, frame: Frame, read: Callable[[s
     return mask
 
 
+def picture_of(said: str) -> str | None:
+    """Address of the picture that ANNOTATIONS' column `mask` names; None where it holds the mask itself."""
+    return json.loads(said)["file"] if said.startswith('{"file"') else None
+
+
 def refuse_outside(mask: np.ndarray, ends: Ends) -> None:
     """Raise MaskRejected unless the box holds nine tenths of the mask, give or take two pixels."""
     height_px, width_px = mask.shape

@@ -6,17 +6,22 @@ Tables in the schema of AnyInsertion: ref_image, ref_mask, tar_image, tar_mask, 
 """
 
 import bisect
+import errno
 import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pbe.data.annotations import split_of
+from pbe.data.boxfiles.coordinates import ALLOWED, inside
 from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, OddRow, read_dialect, read_rows
 from pbe.data.boxfiles.photo_names import clean_ids
 from pbe.data.download import PhotoError
@@ -24,7 +29,8 @@ from pbe.data.files import FileTree, SourceError
 from pbe.data.frames import Frame
 from pbe.data.images import ImageError, decode, open_picture
 from pbe.data.object_masks import MaskRejected, ObjectMask, read_mask
-from pbe.data.schema import ANNOTATIONS, FLAGS, PHOTOS, SPLITS, table_from_rows, with_optional
+from pbe.data.schema import ANNOTATIONS, FLAGS, PHOTOS, table_from_rows, with_optional
+from pbe.data.sources import FolderSource
 from pbe.errors import one_line
 
 PICTURES = ("ref_image", "ref_mask", "tar_image", "tar_mask")
@@ -80,23 +86,27 @@ class PairsSource:
         return None
 
     def read(self, address: str, max_bytes: int) -> bytes:
-        try:
-            data = self.read_file(address)
-        except OSError as error:
-            raise PhotoError("image_unreadable", f"{address}: {one_line(error.strerror or error)}") from None
-        if len(data) > max_bytes:
-            raise PhotoError("image_too_large", f"{address}: more than {max_bytes} bytes")
-        return data
-
-    def read_file(self, address: str) -> bytes:
-        """The bytes of a picture or mask. Raises OSError."""
         if _BYTES not in address:
-            return self.images.read(address)
+            return FolderSource(self.images).read(address, max_bytes)
+        try:
+            return self.read_file(address, max_bytes)
+        except OSError as error:
+            large = error.errno == errno.EFBIG
+            reason = "image_too_large" if large else "image_unreadable"
+            raise PhotoError(reason, f"{address}: {one_line(error.strerror or error)}") from None
+
+    def read_file(self, address: str, max_bytes: int) -> bytes:
+        """The bytes of a picture or mask. Raises OSError, also for more than `max_bytes`."""
+        if _BYTES not in address:
+            return self.images.read(address, max_bytes=max_bytes)
         name, number, column = address.rsplit(_BYTES, 2)
         ends = _group_ends(self.tables, name)
         group = bisect.bisect_right(ends, int(number))
         row = int(number) - (ends[group - 1] if group else 0)
-        return _picture(_group(self.tables, name, group).column(column)[row].as_py())[1] or b""
+        data = _picture(_group(self.tables, name, group).column(column)[row].as_py())[1] or b""
+        if len(data) > max_bytes:
+            raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", address)
+        return data
 
     def _rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield table, row number and row: PICTURES as addresses or None, their versions, and the other columns."""
@@ -152,13 +162,29 @@ class PairsSource:
         return row
 
     def _version(self, path: str | None) -> str:
-        """By content where it is local: the same pictures in another folder are the same input."""
-        if not path or not self.images.is_local:
+        """By content where it is local: the same pictures in another folder are the same input. Else as listed."""
+        if not path:
             return ""
-        try:
-            return hashlib.sha256(self.images.read(path)).hexdigest()
-        except OSError as error:
-            return f"unreadable: {type(error).__name__}"
+        if not self.images.is_local:
+            return self._listed.get(path, "")
+        if path not in self._hashed:
+            try:
+                self._hashed[path] = self.images.sha256(path)
+            except OSError as error:
+                self._hashed[path] = f"unreadable: {type(error).__name__}"
+        return self._hashed[path]
+
+    @cached_property
+    def _hashed(self) -> dict[str, str]:
+        """Versions of local files so far: tables are read twice, and may name a picture often."""
+        return {}
+
+    @cached_property
+    def _listed(self) -> dict[str, str]:
+        return {info.name: info.version for info in self.images.walk()}
+
+    def __reduce__(self) -> tuple[type["PairsSource"], tuple[FileTree, FileTree]]:
+        return PairsSource, (self.images, self.tables)  # workers need no versions
 
 
 def _picture(cell: Any) -> tuple[str | None, bytes | None]:
@@ -188,8 +214,7 @@ def _group(tables: FileTree, name: str, group: int) -> pa.Table:
 
 def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:
     label = str(row.get("label") or WITHOUT_LABEL)
-    said = str(row.get("split") or name).lower()
-    split = next((index for index, split in enumerate(SPLITS) if split[:3] in said), 0)
+    split = split_of(str(row.get("split") or name))
     out = {"image_id": row["image_id"] or "", "file": name, "line": line, "split": split, "listed_split": split}
     out |= {"label": label, "label_name": label} | dict.fromkeys(FLAGS, -1)
     if "problem" in row or row["tar_image"] is None:
@@ -200,8 +225,8 @@ def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError):
         return out | {"reason": "box_unparsable", "detail": f"{ends} are no numbers"}
     if len(given) == len(BOX):
-        if not (0 <= given["xmin"] < given["xmax"] <= 1 and 0 <= given["ymin"] < given["ymax"] <= 1):
-            return out | {"reason": "box_outside_image", "detail": f"{given}; fractions of the photo are expected"}
+        if not inside(np.array([[given[end]] for end in BOX])).all():
+            return out | {"reason": "box_outside_image", "detail": f"{given}; {ALLOWED}"}
         out |= given
     elif row["tar_mask"] is None:
         return out | {
@@ -213,6 +238,12 @@ def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:
     pair = {"file": row["ref_image"], "version": row["ref_image_version"], "mask": row["ref_mask"]}
     pair |= {"mask_version": row["ref_mask_version"], "target": row["tar_image_version"]}
     return out | {"pair": json.dumps(pair)}
+
+
+def pictures_of(said: str) -> list[str]:
+    """Addresses of the pictures that ANNOTATIONS' column `pair` names."""
+    pair = json.loads(said)
+    return [address for address in (pair["file"], pair["mask"]) if address]
 
 
 def read_reference(said: str, *, read: Callable[[str], bytes], max_pixels: int) -> dict[str, Any]:

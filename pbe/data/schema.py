@@ -98,7 +98,7 @@ ANNOTATIONS = pa.schema(
         pa.field("ymin", pa.float64()),
         pa.field("ymax", pa.float64()),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
-        # the object's mask as the source has it: JSON of a COCO segmentation, or {"file": NAME} below ingest.masks
+        # the object's mask as the source has it: JSON of a COCO segmentation, or {"file": NAME} below ingest.boxes
         pa.field("mask", pa.string(), metadata=OPTIONAL),
         # another picture of the object, as the source has it: JSON of its address, its mask's, and their versions
         pa.field("pair", pa.string(), metadata=OPTIONAL),

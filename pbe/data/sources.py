@@ -120,14 +120,10 @@ class FolderSource:
     def _sha256(self, file: FileInfo) -> str:
         if file.size > HUGE_BYTES:
             return file.version
-        digest = hashlib.sha256()
         try:
-            with self.tree.open(file.name) as stream:
-                while part := stream.read(1 << 20):
-                    digest.update(part)
+            return self.tree.sha256(file.name)
         except OSError as error:
             return f"unreadable: {type(error).__name__}"  # ingest reads it again and rejects it with the reason
-        return digest.hexdigest()
 
     def address_without_photo(self, image_id: str, split: str) -> str | None:
         return None

@@ -34,8 +34,8 @@ import yaml  # noqa: E402
 from pbe.config import Params, parse_params  # noqa: E402
 from pbe.data import images  # noqa: E402
 from pbe.data.contact import sheet, with_hole  # noqa: E402
-from pbe.data.masks import HOLE_KINDS, hole_of  # noqa: E402
-from pbe.data.schema import array_value  # noqa: E402
+from pbe.data.masks import hole_of  # noqa: E402
+from pbe.data.schema import HoleKind, array_value  # noqa: E402
 from pbe.data.slots import slot_files  # noqa: E402
 from pbe.diffusion.sampling import Sampling  # noqa: E402
 from pbe.diffusion.schedule import alphas_cumprod  # noqa: E402
@@ -66,6 +66,7 @@ from tests.benchmarks.device import add_device  # noqa: E402
 WARMUP_FRAC = 0.03
 LATENT_BATCH = 64
 Rows = list[dict[str, Any]]
+KINDS: tuple[HoleKind, ...] = ("box", "bezier")  # which every row has
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=0, help="training rows at most; 0: all")
     parser.add_argument("--pictures", type=Path, help="folder for sheets of edits")
     add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.project is None or not args.trials:
         print("skipped: name a project and trials (--help)")
         return 0
@@ -133,13 +134,13 @@ def read_crops(store: Store, project: Path, limit: int) -> Crops:
     triplets = load_manifest(project / "data/materialize/manifest.json")
     encoded = load_manifest(project / "data/encode/manifest.json")
     sources, tokens = [], []
-    holes: dict[str, list[np.ndarray]] = {kind: [] for kind in HOLE_KINDS}
+    holes: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for slot, encoded_slot in zip(slot_files(triplets), slot_files(encoded), strict=True):
         for file, encoded_file in zip(slot, encoded_slot, strict=True):
             for row in store.read_table(file).to_pylist():
                 source = images.decode(row["source"])
                 sources.append(source)
-                for kind in HOLE_KINDS:
+                for kind in KINDS:
                     holes[kind].append(hole_of(row, kind, source))
             table = store.read_table(encoded_file, columns=["exemplar_tokens"])
             field = table.schema.field("exemplar_tokens")
@@ -225,8 +226,8 @@ def trained(trial: Trial, crops: Crops, *, seconds: float, device: torch.device)
 def latents(codec: PatchCodec, crops: Crops) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """x0 (N, C, h, w), and by hole kind the masked photo's latents and the keep masks; float16 but for the masks."""
     x0 = []
-    masked: dict[str, list[torch.Tensor]] = {kind: [] for kind in HOLE_KINDS}
-    keep: dict[str, list[torch.Tensor]] = {kind: [] for kind in HOLE_KINDS}
+    masked: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
+    keep: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
     for start in range(0, len(crops.sources), LATENT_BATCH):
         rows = slice(start, start + LATENT_BATCH)
         x0.append(encode_source(codec, crops.sources[rows]).mean.half())

@@ -173,7 +173,9 @@ def _box(mask: str | None, xmin: float | None = 0.2, image_id: str = "a", **valu
     return row | dict.fromkeys(FLAGS, -1) | ends | {"mask": mask} | values
 
 
-def _shard(rows: list[dict[str, Any]]) -> tuple[dict[str, pa.Table], dict[str, int]]:
+def _shard(
+    rows: list[dict[str, Any]], stated: list[dict[str, Any]] | None = None
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
     photo = images.encode_png(np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
     return read_shard(
         table_from_rows(rows, ANNOTATIONS),
@@ -183,7 +185,7 @@ def _shard(rows: list[dict[str, Any]]) -> tuple[dict[str, pa.Table], dict[str, i
         lists_all=True,
         limits=PhotoLimits(exif="ignore", max_pixels=10**6),
         threads=1,
-        stated=STATED.empty_table(),
+        stated=pa.Table.from_pylist(stated or [], schema=STATED),
         read_file=lambda name: _png(OBJECT * 255),
     )
 
@@ -210,6 +212,14 @@ def test_a_bad_mask_costs_its_box_nothing_and_a_box_follows_from_a_mask() -> Non
     assert (counts["masks_in"], counts["masks_kept"], counts["masks_rejected"]) == (6, 2, 4)
     assert (counts["boxes_in"], counts["boxes_kept"], counts["boxes_rejected"]) == (6, 5, 1)
     assert set(reasons) <= {*MASK_REASONS, "box_without_mask"}
+
+
+def test_the_mask_of_a_box_that_is_not_on_its_photo_is_not_counted() -> None:
+    stated = [{"image_id": "a", "file": "b.csv", "width_px": 10.0, "height_px": 10.0}]
+    rows = [_box(json.dumps([SQUARE])), _box(None, file="c.csv")]
+    tables, counts = _shard(rows, stated)
+    assert (counts["boxes_rejected"], counts["rejected_box_size_mismatch"], counts["boxes_kept"]) == (1, 1, 1)
+    assert "masks_in" not in counts and "mask" not in tables["boxes"].schema.names
 
 
 def test_without_any_mask_the_tables_have_no_column_for_it() -> None:

@@ -12,6 +12,7 @@ from pbe.data.masks import unpack_mask
 from pbe.data.schema import BOXES, require
 from pbe.store import Manifest, Store, load_manifest
 from pipelines.runtime.stage import Stage
+from pipelines.sweep import _requests
 from tests.pipelines.golden import in_this_process
 from tests.profiles import profile
 
@@ -73,9 +74,9 @@ def _openimages(folder: Path) -> None:
     (folder / "train-annotations-object-segmentation.csv").write_text("\n".join([header, *lines, ""]))
 
 
-def _run(root: Path, masks: str, *stages: str) -> tuple[Store, dict[str, Manifest]]:
+def _run(root: Path, masks: str, *stages: str, **ingest: Any) -> tuple[Store, dict[str, Manifest]]:
     params = profile("tiny")
-    update = {"source": "folder", "images": str(root / "photos"), "boxes": str(root / "boxes"), "masks": masks}
+    update = ingest | {"source": "folder", "images": str(root / "photos"), "boxes": str(root / "boxes"), "masks": masks}
     params = params.model_copy(update={"ingest": params.ingest.model_copy(update=update)})
     store, made = Store(str(root / f"store-{masks}")), {}
     with in_this_process():
@@ -138,4 +139,30 @@ def test_masks_that_are_not_asked_for_change_nothing(tmp_path: Path) -> None:
         assert require(store.read_table(file), BOXES, file.path).column("mask").null_count == file.rows
     assert all(
         "segmentation" not in name for name in store.read_table(made["materialize"].files("slot-0000")[0]).schema.names
+    )
+
+
+def test_masks_of_classes_that_are_not_read_are_no_rejects(tmp_path: Path) -> None:
+    _photos(tmp_path)
+    (tmp_path / "boxes").mkdir()
+    _openimages(tmp_path / "boxes")
+    for name in ("train.csv", "train-annotations-object-segmentation.csv"):
+        path = tmp_path / "boxes" / name
+        lines = path.read_text().splitlines()
+        others = [line.replace("kite,", "dog,") for line in lines[1:]]
+        path.write_text("\n".join([*lines, *others, ""]))
+    _, made = _run(tmp_path, "read", "ingest", classes=("kite",))
+    counts = made["ingest"].counts
+    assert (counts["boxes_kept"], counts["masks_in"], counts["masks_kept"]) == (6, 6, 4)
+
+
+def test_a_sweep_of_segmentation_holes_takes_items_that_have_one() -> None:
+    params = profile("tiny")
+    params = params.model_copy(update={"edit": params.edit.model_copy(update={"holes": ("segmentation",)})})
+    stage = Stage("sweep", None, params, Store("/nowhere"), Path())
+    having = np.array([1, 4, 5, 9])
+    requests = _requests(stage, having)
+    assert {row for request in requests.values() for row in request.rows} == set(having)
+    assert requests == _requests(stage, having) and all(
+        request.cfg.holes == ("segmentation",) for request in requests.values()
     )

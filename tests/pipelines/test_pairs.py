@@ -38,7 +38,7 @@ def _picture(number: int, *, hue: int) -> tuple[bytes, bytes]:
 
 
 def _write_pairs(root: Path) -> None:
-    """root/pictures, root/tables/train.csv of paths, root/tables/val.parquet of bytes and Hugging Face's structs."""
+    """root/pictures, root/tables/latest.csv of paths, root/tables/val.parquet of bytes and Hugging Face's structs."""
     (root / "tables").mkdir(parents=True)
     for folder in ("pictures", "masks"):
         (root / "pictures" / folder).mkdir(parents=True)
@@ -59,7 +59,7 @@ def _write_pairs(root: Path) -> None:
     rows.append(["ref13.png", "masks/none.png", "tar13.png", "masks/tar13.png", "disc"])
     rows.append(["ref14.png", "", "gone.png", "masks/tar14.png", "disc"])
     rows.append(["ref14.png", "", "tar14.png", "", "disc"])  # nothing says where the hole is
-    with (root / "tables" / "train.csv").open("w", newline="") as stream:
+    with (root / "tables" / "latest.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([HEADER, *(row + [""] * (len(HEADER) - len(row)) for row in rows)])
     for number in range(15, 20):
         read = {name: (root / "pictures" / f"{name}{number}.png").read_bytes() for name in ("ref", "tar")}
@@ -118,12 +118,12 @@ def test_every_good_row_is_kept_and_every_bad_one_has_its_reason(project: tuple[
     store, made = project
     rejects = {row["key"]: row["reason"] for row in _rows(store, made["ingest"], "rejects")}
     assert rejects == {
-        "train.csv:tar11#1": "pair_unreadable",
-        "train.csv:tar12#1": "pair_of_itself",
-        "train.csv:tar13#1": "pair_mask_unusable",
-        "train.csv:gone#1": "box_image_rejected",
+        "latest.csv:tar11#1": "pair_unreadable",
+        "latest.csv:tar12#1": "pair_of_itself",
+        "latest.csv:tar13#1": "pair_mask_unusable",
+        "latest.csv:gone#1": "box_image_rejected",
         "gone.png": "image_unreadable",
-        "train.csv:17": "box_unparsable",
+        "latest.csv:17": "box_unparsable",
         "tar14.png": "image_without_box",
         "val.parquet:tar0#1": "box_in_other_split",
     }

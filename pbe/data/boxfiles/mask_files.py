@@ -2,7 +2,6 @@
 or those that OpenImages' segmentation CSVs name.
 """
 
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -130,7 +129,7 @@ def mask_files(tree: FileTree) -> MaskFiles:
 
 def _by_content(tree: FileTree, file: FileInfo) -> FileInfo:
     """The same masks in another folder are the same input; a storage's own version stands for the bytes there."""
-    return replace(file, version=hashlib.sha256(tree.read(file.name)).hexdigest()) if tree.is_local else file
+    return replace(file, version=tree.sha256(file.name)) if tree.is_local else file
 
 
 def _said(file: FileInfo) -> str:

@@ -1,6 +1,6 @@
 """Turn one shard of photos and kept boxes into triplet tables, one table per slot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,10 @@ def triplet_tables(
             reason = "image_without_kept_box"
             rejects.append({"stage": "materialize", "key": image_id, "reason": reason, "detail": "see filter"})
 
-    other_views = pair_references(pairs, cfg) if pairs is not None else {}
+    other_views = {}
+    if pairs is not None:
+        trained = {todo[0][0]["image_id"] for _, _, todo in planned}
+        other_views = pair_references(pairs, trained, cfg=cfg)
     rows: list[list[dict[str, Any]]] = [[] for _ in range(cfg.slots)]
     for index, exif_orientation, todo in planned:
         data = memoryview(images.column("bytes")[index].as_buffer())
@@ -89,10 +92,16 @@ def triplet_tables(
     return tables, counts
 
 
-def pair_references(pairs: pa.Table, cfg: MaterializeConfig) -> dict[tuple[str, int], bytes]:
-    """JPEGs (R, R) by image id and box index: the object in its pair's picture, cut as a reference of its own photo."""
+def pair_references(
+    pairs: pa.Table, image_ids: Collection[str], *, cfg: MaterializeConfig
+) -> dict[tuple[str, int], bytes]:
+    """JPEGs (R, R) by image id and box index: the object in its pair's picture, cut as a reference of its own photo.
+
+    pairs: PAIRS. image_ids: the photos whose pairs are wanted; no other picture is decoded.
+    """
+    wanted = pc.is_in(pairs.column("image_id"), pa.array(sorted(image_ids), pa.string()))
     out = {}
-    for row in pairs.to_pylist():
+    for row in pairs.filter(wanted).to_pylist():
         picture = image_codec.decode(row["picture"], exif_orientation=row["exif_orientation"])
         size = {"width_px": row["width_px"], "height_px": row["height_px"]}
         area, mask = Box(0, 0, row["width_px"], row["height_px"]), None

@@ -92,6 +92,7 @@ def test_a_deviation_is_listed_while_its_setting_holds(topic: str, key: str, as_
         ("shrinking of the crop, as a fraction of the free margin", "materialize.crop_shrink_frac", 0.0),
         ("jitter of a Bezier hole", "materialize.bezier_jitter_px", 0),
         ("reference size", "materialize.reference_px", 128),
+        ("background of the reference", "materialize.reference_background", "white"),
         ("more filter rules", "filter.min_side_px", 32),
         ("more filter rules", "filter.exclude_flags", ["is_group_of"]),
     ],

@@ -158,7 +158,7 @@ def cut_shard(
                 order.append(number)
                 yield reference
 
-    other_views = pair_references(pairs, cfg) if pairs is not None else {}
+    other_views = pair_references(pairs, rows_of, cfg=cfg) if pairs is not None else {}
     vectors = dict(zip(order, features(references()).astype("<f4"), strict=True))
     numbers = range(len(rows))
     candidates = [{"reference": jpegs[number], "vector": vectors[number].tobytes()} for number in numbers]

@@ -44,7 +44,7 @@ repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and repor
 	@$(IN_VENV) $(PY) -m dvc repro
 	@$(IN_VENV) $(PY) -m pipelines summary
 
-test: $(STAMP) ## lint, types, import contracts and the fast tests, in less than ten minutes
+test: $(STAMP) ## lint, types, import contracts and the fast tests, in about ten minutes
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy

@@ -16,7 +16,7 @@ BENCHMARKS = $(sort $(filter-out %/device.py,$(wildcard tests/benchmarks/*.py)))
 FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-all drill bench gpu profile ablation speedrun ui clean
+.PHONY: help env repro test test-8bit test-all drill bench gpu profile ablation speedrun ui clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -40,9 +40,7 @@ $(STAMP):
 	@touch "$@"
 
 repro: $(STAMP) ## run the pipeline: photos in, trained model, metrics and reports/index.html out
-	@$(IN_VENV) $(PY) -m pipelines check
-	@$(IN_VENV) $(PY) -m dvc repro
-	@$(IN_VENV) $(PY) -m pipelines summary
+	@$(IN_VENV) $(PY) -m pipelines repro
 
 test: $(STAMP) ## lint, types, import contracts and the fast tests, in about ten minutes
 	$(PY) -m ruff check
@@ -51,8 +49,12 @@ test: $(STAMP) ## lint, types, import contracts and the fast tests, in about ten
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	@$(IN_VENV) $(PY) -m pytest $(SIDE_BY_SIDE) --durations=25
 
+test-8bit: $(STAMP) ## test train.optimizer: adamw_8bit, with bitsandbytes beside .venv's packages
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target .venv/8bit bitsandbytes==0.50.2
+	@$(IN_VENV) PYTHONPATH=.venv/8bit $(PY) -m pytest tests/train/test_eight_bit.py -m "slow or not slow"
+
 # One at a time: they start several Rays and kill processes, and Ray Train complains about other Rays on the machine.
-test-all: test ## make test, then the long tests
+test-all: test test-8bit ## make test, then the long tests
 	@$(IN_VENV) $(PY) -m pytest --durations=25 -m "slow and not drill"
 
 drill: $(STAMP) ## long fault drills: kills, restarts, resumes

@@ -1,13 +1,14 @@
 """Computes what OpenImages costs at full size: python infra/scaling.py prints the tables.
 
 Every input names its source. "Measured" means on two cores (AMD EPYC) with coco256 enlarged to 1024 px, by the command
-given with it. Nothing was run at this size. infra/cost.py computes GPU memory and time.
+given with it. Nothing was run at this size. infra/memory.py counts GPU memory, infra/cost.py computes time.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -120,6 +121,17 @@ def main() -> None:
 
     print("\n## The profiles of the paper's training\n")
     print(table(profiles()))
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the usage, and begin with the program's path."""
+
+    def __init__(self, program: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._program = program
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"{self._program}: {message}")
 
 
 def profile(name: str) -> dict[str, Any]:

@@ -32,6 +32,6 @@ for variant in full untrained; do stage train --variant $variant; done
 stage bench
 for variant in full untrained; do stage edit --variant $variant; done
 for baseline in hole_kept copy_paste poisson; do stage baseline --baseline $baseline; done
-for name in evaluate sweep report; do stage $name; done
+for name in evaluate sweep study report; do stage $name; done
 python -m pipelines summary
 cat reports/speedrun.txt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, Tag, ValidationError, model_validator
 
 from pbe.data.filter import FilterConfig
 from pbe.data.settings import IngestConfig, MaterializeConfig
@@ -27,6 +27,7 @@ from pbe.evaluate.settings import (
 from pbe.model.settings import EncodeConfig
 from pbe.places import repo_root
 from pbe.settings import Seed, Settings
+from pbe.study.settings import StudyConfig
 from pbe.train.settings import TrainConfig
 
 
@@ -56,6 +57,7 @@ class Params(Settings):
     edit: EditConfig
     evaluate: EvaluateConfig
     sweep: SweepConfig
+    study: StudyConfig
     variants: dict[VariantName, VariantConfig] = Field(min_length=1)
     baselines: dict[VariantName, BaselineConfig]
 
@@ -79,6 +81,12 @@ class Params(Settings):
         if self.sweep.variant not in self.variants:
             raise ValueError(
                 f"sweep.variant {self.sweep.variant} is not a variant; choose from: {', '.join(self.variants)}"
+            )
+        unknown = [name for name in self.study.methods or () if name not in {**self.variants, **self.baselines}]
+        if unknown:
+            raise ValueError(
+                f"study.methods: {unknown[0]} is neither a variant nor a baseline; choose from: "
+                f"{', '.join([*self.variants, *self.baselines])}"
             )
         return self
 
@@ -143,16 +151,30 @@ def parse_params(text: str, file: str) -> Params:
         params = Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError("\n".join(_lines(error, file, Params))) from None
+    first = next(iter(params.variants))
     for name in params.variants:
         try:
             cfg = params.train_variant(name)
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, file, TrainConfig, f"variants.{name}.train."))) from None
         _check_variant(params, name, cfg, file)
+        if cfg.condition == "text" and name in (first, params.sweep.variant):
+            role = "the first, which all others are compared with" if name == first else "sweep.variant"
+            raise ParamsError(
+                f"{file}: variants.{name}: has train.condition: text, but is {role}; that must be one of exemplars"
+            )
     return params
 
 
 def _check_variant(params: Params, name: str, cfg: TrainConfig, file: str) -> None:
+    over = params.variants[name].train
+    if cfg.condition == "text" and (
+        unread := sorted(over.keys() & {"exemplar", "pair_prob", "reference_augmentation"})
+    ):
+        raise ParamsError(
+            f"{file}: variants.{name}.train.{unread[0]}: of exemplars, which a variant with train.condition: text does "
+            "not read; leave it out"
+        )
     if cfg.exemplar.tokens == "all" and cfg.input == "encoded" and params.encode.backbone.tokens != "all":
         raise ParamsError(
             f"{file}: variants.{name}: train.exemplar.tokens = 'all' needs encode.backbone.tokens: all, so that they "
@@ -197,12 +219,15 @@ def _lines(error: ValidationError, file: str, model: type[BaseModel], prefix: st
 def _place(loc: tuple[Any, ...], model: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
     """Resolve an error's location: keys of the file, the model that the last key belongs to, and that key's type.
 
-    The keys omit the kinds that pydantic inserts after a key of several models."""
+    The keys omit the kinds and tags that pydantic inserts after a key of several models."""
     names: list[str] = []
     annotation: Any = model
     for part in loc:
         if kinds := _by_kind(annotation):
             annotation = kinds[part]
+            continue
+        if tags := _by_tag(annotation):
+            annotation = tags[part]
             continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
@@ -223,4 +248,15 @@ def _by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
         for model in models
         if "kind" in model.model_fields
         for kind in get_args(model.model_fields["kind"].annotation)
+    }
+
+
+def _by_tag(annotation: Any) -> dict[str, Any]:
+    """The types of a key that may hold several, by pydantic's tag; empty for any other key."""
+    return {
+        item.tag: get_args(option)[0]
+        for option in get_args(annotation)
+        if get_origin(option) is Annotated
+        for item in get_args(option)[1:]
+        if isinstance(item, Tag)
     }

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
         yield from _guarded("disk", lambda: _disk(root, params))
         yield from _paths(params)
     if gpu:
-        yield from _gpus()
+        yield from _gpus(root)
     if params is not None and (ranks or gpu):
         yield from _drill(params.train, gpu=gpu, ranks=ranks)
 
@@ -293,6 +294,7 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
 
     from pbe.model.architecture import architecture_of
     from pbe.model.unet import new_network
+    from pbe.train.trainable import choose_trainable
 
     try:
         encoded = load_manifest(manifest).config
@@ -303,7 +305,9 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
         return None
     with torch.device("meta"):
         network = new_network(architecture)
-    return sum(parameter.numel() for parameter in network.parameters()) * ADAM_BYTES / 2**30
+    choose_trainable(network, params.train.trainable, seed=0)
+    trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in trained) * ADAM_BYTES / 2**30
 
 
 def _paths(params: Params) -> Iterator[Finding]:
@@ -330,11 +334,24 @@ def _path(key: str, name: str) -> Iterator[Finding]:
     elif is_on_hub(name):
         yield Finding("ok", key, f"{name}: on the hub, downloaded at first use unless it is cached")
     else:
-        advice = "Name a folder, or org/name@revision on the hub" if key.endswith(("weights", "init")) else ""
+        is_weights = key.endswith(("weights", "init", "model", "clip"))
+        advice = "Name a folder, or org/name@revision on the hub" if is_weights else ""
         yield Finding("fail", key, f"{name}: no such file or folder ({there})", advice)
 
 
-def _gpus() -> Iterator[Finding]:
+def profiles_for(root: Path, card_gib: float) -> Finding:
+    """Which profiles made for one card fit one with `card_gib` of memory; a profile's name ends in its card's size."""
+    named = (re.fullmatch(r".+-(\d+)gb", path.stem) for path in (root / "infra/profiles").glob("*.yaml"))
+    sizes = {match[0]: int(match[1]) for match in named if match}
+    by_size = sorted(sizes, key=lambda name: sizes[name])
+    # a card reports up to 5 % less than its name says
+    fit = [name for name in by_size if sizes[name] <= card_gib / 0.95]
+    rest = [name for name in by_size if name not in fit]
+    found = f"{', '.join(fit) or 'none'} of those for one card" + (f"; too large: {', '.join(rest)}" if rest else "")
+    return Finding("ok" if fit else "warn", "profiles that fit", found, "" if fit else "Set train.offload: all")
+
+
+def _gpus(root: Path) -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
@@ -350,6 +367,7 @@ def _gpus() -> Iterator[Finding]:
         found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}"
         advice = "" if bf16 else "no bfloat16 units: set train.precision to fp32"
         yield Finding("ok" if bf16 else "warn", f"GPU {index}", found, advice)
+    yield profiles_for(root, torch.cuda.get_device_properties(0).total_memory / 2**30)
     try:
         query = torch.randn(1, 8, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(query, query, query).float().sum().backward()

@@ -155,7 +155,7 @@ def _train(meeting: Path, folder: Path, rank: int, cfg: TrainConfig, *, on_gpu: 
     )
     exemplar = ExemplarConfig(mapper_width=16, mapper_blocks=1)
     network = new_network(Architecture(4, 8, 16, unet=small, exemplar=exemplar))
-    network.use_kernels(sdpa=cfg.kernels.sdpa, channels_last=cfg.kernels.channels_last, activation_checkpointing=False)
+    network.use_kernels(sdpa=cfg.kernels.sdpa, channels_last=cfg.kernels.channels_last, checkpointed_levels=0)
     if cfg.precision == "bf16_autocast":
         network.use_autocast()
     checkpoint, universal = folder / "checkpoint", folder / "universal"

@@ -2,6 +2,7 @@
 
     editor = Editor.load("models/full")
     edited, other = editor.edit(photo, hole_mask, reference, seed=7, n=2)
+    [edited] = Editor.load("models/text").edit(photo, hole_mask, "a photo of a red car", seed=7)
 
 Deliberate differences from upstream's scripts/inference.py: the square around the hole is edited and pasted back;
 pixels outside the hole stay unchanged; each item has its own noise generator, so that its result does not depend on
@@ -13,94 +14,85 @@ to their user, is squashed to the model's square by Pillow, and its edit resized
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 
-from pbe.data import images
-from pbe.data.boxes import Box, context_side_px
-from pbe.data.images import Resampling
-from pbe.data.masks import MaskResize
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Condition, Sampling, sample
-from pbe.encode import Levels, encode_masked, encode_references, to_device, to_images
+from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.errors import UserError
+from pbe.model.adapter import AdapterError, is_adapter, load_adapted, read_adapter
 from pbe.model.hub import is_on_hub, weights_folder
-from pbe.model.precision import float32_products
-from pbe.model.settings import Precision
+from pbe.model.precision import TORCH_DTYPES, default_dtype, float32_products
+from pbe.model.settings import EditDtype
+from pbe.model.text import PARTS as TEXT_PARTS
+from pbe.model.text import TextEncoder
 from pbe.model.weights import Model, ModelError, load_model
+from pbe.protocol import CONTEXT_FACTOR, OURS, Cut, EditProtocol, cut, fit_reference, paste
 
 DEFAULT_SAMPLING = Sampling()
-CONTEXT_FACTOR = 1.6  # by default: side of the edited square / longer side of the hole, if the photo has room
 BATCH_ROWS = 8  # edits per forward
-PAD_GREY = 128
-HOLE_LEVEL = 128  # of a mask's 0 to 255; what is less is kept
+GREY = 128  # of the photo that `warm` edits
 
-Fit = Literal["squash", "pad", "crop"]
 OnStep = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class EditProtocol:
-    """How inputs and outputs are processed before and after the network."""
-
-    area: Literal["window", "photo"] = "window"  # what is edited: the square around the hole, or the squashed photo
-    paste_back: bool = True  # keep pixels outside the hole; False: all that the codec decodes replaces the photo
-    feather_frac: float = 0.01  # width of the blend inside the hole's edge / side of the square
-    resampling: Resampling = "bilinear"  # of photo and reference: as in training, or Pillow's bicubic
-    reference_fit: Fit = "squash"  # how references become the encoder's square
-    masked_latent: Literal["mean", "sample"] = "mean"  # of the codec's posterior
-    mask_resize: MaskResize = "bilinear"  # to latent cells
-    timesteps: Literal["asked", "upstream"] = "asked"  # upstream: more than asked where steps do not divide 1000
-    levels: Levels = "nearest"  # decoded values to whole levels
-
-
-OURS = EditProtocol()
-_SCRIPT = EditProtocol(area="photo", paste_back=False, resampling="bicubic", masked_latent="sample")
-UPSTREAM = replace(_SCRIPT, timesteps="upstream", levels="below")  # scripts/inference.py, inference_test_bench.py
-DIFFUSERS = replace(_SCRIPT, reference_fit="crop", mask_resize="nearest")  # PaintByExamplePipeline
+Reference = np.ndarray | str  # any (h, w, 3) uint8; for a model whose card says condition: text, a caption
 
 
 @dataclass(frozen=True)
 class EditTask:
-    """One edit: photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference, any (h, w, 3) uint8."""
+    """One edit: photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference, a picture or a caption."""
 
     photo: np.ndarray
     hole_mask: np.ndarray
-    reference: np.ndarray
+    reference: Reference
     seed: int
+
+
+class ReferenceKindError(UserError, TypeError):
+    """A caption for a model that reads pictures, or a picture for one that reads captions."""
 
 
 class NonFiniteEditError(UserError, FloatingPointError):
     """The network's result has NaN or infinite values, which would become black pixels."""
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """The part of a photo that is edited, resized to the model's square."""
+def model_folder(model: Path | str) -> Path:
+    """The folder of a model that is named so, or as org/name@revision on the hub. Raises WeightsError."""
+    if Path(model).exists() or not is_on_hub(str(model)):
+        return Path(model)
+    return weights_folder(str(model), parts=["unet", "vae", "image_encoder", "scheduler", *TEXT_PARTS])
 
-    window: Box  # in the photo
-    source: np.ndarray  # (S, S, 3) uint8
-    hole_mask: np.ndarray  # (S, S) of 0/1
+
+def _opened(folder: Path, base: Path | str | None) -> Model:
+    if base is not None:
+        if not is_adapter(folder):
+            raise AdapterError(f"{folder}: no adapter, so it has no base; leave base out")
+        return load_adapted(folder, model_folder(base))
+    if is_adapter(folder):
+        raise AdapterError(
+            f"{folder}: an adapter of {read_adapter(folder).base.name}; load it with that as its base, merge "
+            "it by `pbe import --base`, or load the merged model, whose folder has the adapter in it"
+        )
+    return load_model(folder)
 
 
 class Editor:
     """Edits photos with one model on one device."""
 
     def __init__(
-        self, model: Model, device: torch.device, *, precision: Precision = "fp32", compile_unet: bool = False
+        self, model: Model, device: torch.device, *, dtype: EditDtype | None = None, compile_unet: bool = False
     ) -> None:
-        """Takes ownership of the model: its networks are moved to `device` and converted to `precision`."""
+        """Takes ownership of the model: its networks are moved to `device` and converted to `dtype`."""
         self.card = model.card
-        self._device, self._precision = device, precision
-        self._network = model.network.to(device).eval()
-        self._codec, self._backbone = model.codec.to(device), model.backbone.to(device)
-        if precision == "bf16":
-            self._codec, self._backbone = self._codec.bfloat16(), self._backbone.bfloat16()
-            for parameter in self._network.parameters():  # not buffers: features are standardised in float32
-                parameter.data = parameter.data.bfloat16()
+        self.dtype: EditDtype = dtype or default_dtype(device)
+        self._device = device
+        torch_dtype = TORCH_DTYPES[self.dtype]
+        self._codec = model.codec.to(device).compute_in(torch_dtype)
+        self._backbone = model.backbone.to(device).compute_in(torch_dtype)
+        for parameter in model.network.parameters():  # not buffers: features are standardised in float32
+            parameter.data = parameter.data.to(torch_dtype)
+        self._network = model.network.to(device).eval()  # converted first: a small GPU could not hold float32
         if compile_unet:
             self._network.unet.compile()
 
@@ -109,27 +101,49 @@ class Editor:
         cls,
         model: Path | str,
         *,
+        base: Path | str | None = None,
         device: str | None = None,
-        precision: Precision = "fp32",
+        dtype: EditDtype | None = None,
         compile_unet: bool = False,
     ) -> "Editor":
-        """Open a model folder, or org/name@revision on the hub.
+        """Open a model folder, or org/name@revision on the hub, or an adapter's folder (pbe/model/adapter.py).
 
-        device: "cuda" by default if available, else "cpu". precision: pbe/model/precision.py; upstream's scripts
-        compute in float16 by autocast. compile_unet: torch.compile, which takes minutes at the first edit and again
-        if the number of edits per forward or their size changes. Raises ModelError, WeightsError.
+        base: the model that the adapter was trained on, named likewise; the adapter is merged into it. device: "cuda"
+        by default if available, else "cpu". dtype: of the networks (pbe/model/precision.py); by default float32, on a
+        GPU bfloat16, or float16 where it has no bfloat16. The sampler's own steps are in float32 always. Upstream's
+        scripts compute in float16 by autocast, which leaves some layers in float32. compile_unet: torch.compile, which
+        takes minutes at the first edit and again if the number of edits per forward or their size changes. Raises
+        AdapterError, ModelError, WeightsError.
         """
-        parts = ["unet", "vae", "image_encoder", "scheduler"]
-        on_hub = not Path(model).exists() and is_on_hub(str(model))
-        folder = weights_folder(str(model), parts=parts) if on_hub else Path(model)
+        folder = model_folder(model)
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model(folder), torch.device(name), precision=precision, compile_unet=compile_unet)
+        return cls(_opened(folder, base), torch.device(name), dtype=dtype, compile_unet=compile_unet)
+
+    def warm(self, *, n: int = 1, sampling: Sampling = DEFAULT_SAMPLING, size_px: int | None = None) -> None:
+        """Edit a grey photo in at most two steps, so that the first edit takes no longer than those after it.
+
+        It compiles, lets cuDNN choose its kernels and fills torch's memory pools, for the sizes that it is given: n
+        edits at once (more than BATCH_ROWS go through the network BATCH_ROWS at a time), a guidance scale of 1 or
+        another, and size_px. Raises NonFiniteEditError if the model's numbers overflow, and the errors of `edit`.
+        """
+        side = self.card.image_px if size_px is None else size_px
+        photo = np.full((side, side, 3), GREY, np.uint8)
+        hole_mask = np.zeros((side, side), np.uint8)
+        hole_mask[side // 4 : -(side // 4), side // 4 : -(side // 4)] = 1
+        short = replace(sampling, steps=min(2, sampling.steps))
+        reference = "" if self.card.condition == "text" else photo
+        self.edit(photo, hole_mask, reference, seed=0, n=min(n, BATCH_ROWS), sampling=short, size_px=size_px)
+
+    @property
+    def device(self) -> str:
+        """Kind of the device: "cpu", "cuda"."""
+        return self._device.type
 
     def edit(
         self,
         photo: np.ndarray,
         hole_mask: np.ndarray,
-        reference: np.ndarray,
+        reference: Reference,
         *,
         seed: int,
         n: int = 1,
@@ -141,9 +155,10 @@ class Editor:
     ) -> list[np.ndarray]:
         """n edits (H, W, 3) uint8 of one photo. Edit k uses seed + k and is the same for any n.
 
-        photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference (h, w, 3) uint8. size_px: side at which
-        the network works; None: the model's own. context_factor: how much around the hole the network sees; see
-        `edit_batch`. on_step: called after every forward. Raises ValueError for n < 1, and the errors of `edit_batch`.
+        photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference (h, w, 3) uint8, or a caption for a
+        model that is conditioned on text. size_px: side at which the network works; None: the model's own.
+        context_factor: how much around the hole the network sees; see `edit_batch`. on_step: called after every
+        forward. Raises ValueError for n < 1, and the errors of `edit_batch`.
         """
         if n < 1:
             raise ValueError(f"n = {n}: must be at least 1")
@@ -173,13 +188,14 @@ class Editor:
         1, which leaves a rim of one pixel, to inf, the largest square of the photo; None: CONTEXT_FACTOR. on_step:
         called after every forward of BATCH_ROWS tasks; PLMS does one more than its steps. Raises ValueError if a hole
         is empty or the whole photo, if shapes do not match, or for a context_factor below 1 or with a protocol that
-        edits the whole photo; SamplerError, NonFiniteEditError.
+        edits the whole photo; ReferenceKindError, CaptionError, SamplerError, NonFiniteEditError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._check_size(side)
         _check_context(context_factor, protocol)
         for task in tasks:
             _check_task(task)
+            self._check_reference(task.reference)
         factor = CONTEXT_FACTOR if context_factor is None else context_factor
         all_cuts = _cuts(tasks, side, factor, protocol)
         edits = []
@@ -194,14 +210,17 @@ class Editor:
                 protocol=protocol,
                 on_step=on_step,
             )
-            edits += [_pasted(*item, protocol) for item in zip(batch, cuts, fills, strict=True)]
+            edits += [
+                paste(task.photo, task.hole_mask, part, fill, protocol)
+                for task, part, fill in zip(batch, cuts, fills, strict=True)
+            ]
         return edits
 
     def edit_crops(
         self,
         sources: np.ndarray,
         hole_masks: np.ndarray,
-        references: Sequence[np.ndarray],
+        references: Sequence[Reference],
         *,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -216,6 +235,8 @@ class Editor:
             raise ModelError(
                 f"this model edits {self.card.image_px} x {self.card.image_px} crops, not {sources.shape[1:3]}"
             )
+        for reference in references:
+            self._check_reference(reference)
         fills = self._fill(
             sources,
             hole_masks,
@@ -231,7 +252,7 @@ class Editor:
         self,
         sources: np.ndarray,
         hole_masks: np.ndarray,
-        references: Sequence[np.ndarray],
+        references: Sequence[Reference],
         *,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -239,10 +260,8 @@ class Editor:
         on_step: OnStep | None,
     ) -> np.ndarray:
         """The decoded squares (B, S, S, 3) uint8, before pasting back. Waits for the device once, at its end."""
-        with float32_products(tf32=self._precision == "tf32"):
-            side = self.card.reference_px
-            fitted = np.stack([_fitted(reference, side, protocol) for reference in references])
-            tokens = encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
+        with float32_products(tf32=self.dtype == "tf32"):
+            tokens = self._tokens(references, protocol)
             masked, keep = encode_masked(
                 self._codec, sources, hole_masks, mask_resize=protocol.mask_resize, device=self._device
             )
@@ -280,12 +299,32 @@ class Editor:
             finite.logical_and_(pixels.isfinite().all())
             edited = to_images(pixels, levels=protocol.levels)
         if not finite:
-            narrow = "" if self._precision == "fp32" else f", or {self._precision} is too narrow for it: try fp32"
+            others = {"float16": "bfloat16 or float32", "bfloat16": "float32", "tf32": "float32"}
+            other = others.get(self.dtype)
+            narrow = f", or {self.dtype} is too narrow for it: try dtype {other}" if other else ""
             raise NonFiniteEditError(
                 f"the model gives NaN or infinite values (seeds {', '.join(map(str, seeds))}); its weights are damaged"
                 f"{narrow}"
             )
         return edited
+
+    def _tokens(self, references: Sequence[Reference], protocol: EditProtocol) -> torch.Tensor:
+        """(B, T, width) of references or captions, by the frozen encoder."""
+        if isinstance(self._backbone, TextEncoder):
+            return self._backbone([caption for caption in references if isinstance(caption, str)])
+        pictures = [picture for picture in references if not isinstance(picture, str)]
+        fitted = np.stack([fit_reference(picture, self.card.reference_px, protocol) for picture in pictures])
+        return encode_references(self._backbone, fitted, tokens=self.card.tokens, device=self._device)
+
+    def _check_reference(self, reference: Reference) -> None:
+        reads_text = isinstance(self._backbone, TextEncoder)
+        if isinstance(reference, str) != reads_text:
+            wants, given = ("a caption", "a picture") if reads_text else ("a picture", "a caption")
+            raise ReferenceKindError(
+                f"this model's condition is {self.card.condition}: its reference is {wants}, not {given}"
+            )
+        if isinstance(self._backbone, TextEncoder) and isinstance(reference, str):
+            self._backbone.refuse_long(reference)
 
     def _noise(self, seeds: Sequence[int], purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """Noise (B, *shape), each row from its own seed; drawn on the CPU, so that all devices get the same."""
@@ -314,6 +353,8 @@ def _check_context(context_factor: float | None, protocol: EditProtocol) -> None
 def _check_task(task: EditTask) -> None:
     photo, hole_mask = task.photo, task.hole_mask
     for name, picture in (("photo", photo), ("reference", task.reference)):
+        if isinstance(picture, str):
+            continue
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
             raise ValueError(f"{name} must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
     if hole_mask.shape != photo.shape[:2]:
@@ -324,96 +365,11 @@ def _check_task(task: EditTask) -> None:
         raise ValueError("hole_mask covers the whole photo, so there is no context for the edit; is it inverted?")
 
 
-def _cuts(tasks: Sequence[EditTask], side_px: int, context_factor: float, protocol: EditProtocol) -> list[_Cut]:
+def _cuts(tasks: Sequence[EditTask], side_px: int, context_factor: float, protocol: EditProtocol) -> list[Cut]:
     """The cut of each task; tasks that share a photo and a hole share the cut."""
-    made: dict[tuple[int, int], _Cut] = {}
+    made: dict[tuple[int, int], Cut] = {}
     for task in tasks:
         key = id(task.photo), id(task.hole_mask)
         if key not in made:
-            made[key] = _cut(task.photo, task.hole_mask, side_px, context_factor, protocol)
+            made[key] = cut(task.photo, task.hole_mask, side_px, context_factor, protocol)
     return [made[id(task.photo), id(task.hole_mask)] for task in tasks]
-
-
-def _cut(photo: np.ndarray, hole_mask: np.ndarray, side_px: int, context_factor: float, protocol: EditProtocol) -> _Cut:
-    height_px, width_px = hole_mask.shape
-    window = Box(0, 0, width_px, height_px) if protocol.area == "photo" else _window(hole_mask, context_factor)
-    rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
-    source = _resized(photo[rows, columns], side_px, side_px, protocol)
-    hole = hole_mask[rows, columns] != 0
-    if protocol.area == "photo":  # as masks are resized for both: the picture by Pillow, its middle grey splits it
-        level = images.resize_antialiased(
-            np.where(hole, np.uint8(255), np.uint8(0)), width_px=side_px, height_px=side_px, resampling="bicubic"
-        )
-        if level.max() < HOLE_LEVEL:
-            raise ValueError(f"hole_mask vanishes where the photo becomes {side_px} x {side_px} px; enlarge the hole")
-        return _Cut(window, source, (level >= HOLE_LEVEL).astype(np.uint8))
-    # a pixel with any hole in it is hole: if the model saw it as known, hidden content would return
-    cover = images.resize(hole.astype(np.float32), width_px=side_px, height_px=side_px)
-    return _Cut(window, source, (cover > 0).astype(np.uint8))
-
-
-def _resized(picture: np.ndarray, width_px: int, height_px: int, protocol: EditProtocol) -> np.ndarray:
-    if protocol.resampling == "bilinear":
-        return images.resize(picture, width_px=width_px, height_px=height_px)
-    return images.resize_antialiased(picture, width_px=width_px, height_px=height_px, resampling="bicubic")
-
-
-def _pasted(task: EditTask, cut: _Cut, fill: np.ndarray, protocol: EditProtocol) -> np.ndarray:
-    window = cut.window
-    rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
-    grown = _resized(fill, window.width_px, window.height_px, protocol)
-    edit = task.photo.copy()
-    if protocol.paste_back:
-        hole = (task.hole_mask[rows, columns] != 0).astype(np.uint8)
-        _feather(grown, edit[rows, columns], hole, round(protocol.feather_frac * max(hole.shape)))
-        edit[rows, columns][hole > 0] = grown[hole > 0]
-    else:
-        edit[rows, columns] = grown
-    return edit
-
-
-def _feather(fill: np.ndarray, photo: np.ndarray, hole: np.ndarray, feather_px: int) -> None:
-    """Inside the hole's edge, blend the fill in place with the colour of the nearest known pixel.
-
-    Never with the hidden pixels, which must not reappear.
-    """
-    if not feather_px or hole.all():
-        return
-    distance, nearest = cv2.distanceTransformWithLabels(hole, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    known, ring = hole == 0, (hole > 0) & (distance <= feather_px)
-    colours = np.zeros((int(nearest.max()) + 1, 3), np.uint8)
-    colours[nearest[known]] = photo[known]
-    weight = (distance[ring] / (feather_px + 1))[:, None]
-    fill[ring] = np.round(weight * fill[ring] + (1 - weight) * colours[nearest[ring]]).astype(np.uint8)
-
-
-def _fitted(reference: np.ndarray, side_px: int, protocol: EditProtocol) -> np.ndarray:
-    """The reference as (side, side, 3): squashed, as upstream; padded with grey; or centre-cropped, as in diffusers."""
-    height_px, width_px = reference.shape[:2]
-    if protocol.reference_fit == "squash":
-        return _resized(reference, side_px, side_px, protocol)
-    if protocol.reference_fit == "crop" and protocol.resampling == "bicubic":
-        return images.centre_square(reference, side_px, resampling="bicubic", odd="down")
-    if protocol.reference_fit == "crop":  # crop first: resizing a whole narrow strip would make it enormous
-        side = min(height_px, width_px)
-        top, left = (height_px - side) // 2, (width_px - side) // 2
-        return images.resize(reference[top : top + side, left : left + side], width_px=side_px, height_px=side_px)
-    scale = side_px / max(height_px, width_px)
-    high, wide = max(1, round(scale * height_px)), max(1, round(scale * width_px))
-    out = np.full((side_px, side_px, 3), PAD_GREY, np.uint8)
-    top, left = (side_px - high) // 2, (side_px - wide) // 2
-    out[top : top + high, left : left + wide] = _resized(reference, wide, high, protocol)
-    return out
-
-
-def _window(hole_mask: np.ndarray, context_factor: float) -> Box:
-    """The square to edit around all of the hole (H, W); the whole photo if no square holds it with a known pixel."""
-    height_px, width_px = hole_mask.shape
-    ys, xs = np.flatnonzero(hole_mask.any(axis=1)), np.flatnonzero(hole_mask.any(axis=0))
-    hole = Box(int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
-    side = context_side_px(hole, context_factor, width_px=width_px, height_px=height_px)
-    left = min(max((hole.x0 + hole.x1 - side) // 2, 0), width_px - side)
-    top = min(max((hole.y0 + hole.y1 - side) // 2, 0), height_px - side)
-    window = Box(left, top, left + side, top + side)
-    known = not hole_mask[window.y0 : window.y1, window.x0 : window.x1].all()
-    return window if known and window.contains(hole) else Box(0, 0, width_px, height_px)

@@ -6,23 +6,31 @@ known: data digest, settings from dvc.lock, metrics of exactly these weights. It
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pbe.errors import UserError
-from pbe.model.weights import Model, load_model, opens_in_diffusers, save_model
+from pbe.model.adapter import is_adapter, read_adapter
+from pbe.model.weights import ADAPTER_FOLDER, Model, load_model, new_folder, opens_in_diffusers, save_model
 
-OPEN_IN_DIFFUSERS = """```python
-import diffusers  # 0.33 to 0.37; later versions need the next two lines
-import diffusers.pipelines as P, diffusers.pipelines.deprecated.paint_by_example as moved
-P.paint_by_example = moved
-pipe = diffusers.PaintByExamplePipeline.from_pretrained("this folder")
-```"""
+OPEN_IN_DIFFUSERS = """In diffusers, without pbe:
+
+```python
+from diffusers import DiffusionPipeline  # needs transformers too
+
+pipe = DiffusionPipeline.from_pretrained("this folder", custom_pipeline="this folder", trust_remote_code=True)
+[edited] = pipe(image=photo, mask_image=mask, example_image=reference).images  # Pillow's; the mask is white in the hole
+```
+
+`trust_remote_code=True` runs `pipeline.py` and `image_encoder/exemplar_encoder.py` of the folder with your rights: read
+these two files first, and from the hub name a `revision`. The pipeline squashes the whole photo to the model's square;
+`pbe` edits the square around the hole."""
+PIPELINE, ENCODER = "pipeline.py", "exemplar_encoder.py"  # of pbe/published
 
 
 class ExportError(UserError):
@@ -32,7 +40,7 @@ class ExportError(UserError):
 def export_model(root: Path, name: str, out: Path) -> Model:
     """Write the model of variant `name` (models/<name> below root) or of folder `name` to `out`, which is new or empty.
 
-    Raises ExportError, ModelError.
+    An error leaves nothing behind. Raises ExportError, ModelError, WeightsError.
     """
     source = root / "models" / name if (root / "models" / name).is_dir() else Path(name)
     if not source.is_dir():
@@ -41,20 +49,36 @@ def export_model(root: Path, name: str, out: Path) -> Model:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out}: already exists and is not an empty folder; name a new one")
     model = load_model(source)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model)
-    lines = _card(root, source, model, _file_hashes(temporary))
-    (temporary / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if out.is_dir():
-        out.rmdir()
-    os.replace(temporary, out)
+    with new_folder(out) as folder:
+        save_model(folder, model)
+        if opens_in_diffusers(model):
+            _add_pipeline(folder, model)
+        if is_adapter(source / ADAPTER_FOLDER):
+            shutil.copytree(source / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+        lines = _card(root, source, model, _file_hashes(folder))
+        (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return model
+
+
+def _add_pipeline(folder: Path, model: Model) -> None:
+    """Add the pipeline's code, and an index that names it: diffusers has deprecated its own, and moved its classes."""
+    code = resources.files("pbe.published")
+    for name, target in ((PIPELINE, folder), (ENCODER, folder / "image_encoder")):
+        (target / name).write_bytes((code / name).read_bytes())
+    index = {
+        "_class_name": [Path(PIPELINE).stem, "PaintByExamplePipeline"],
+        "_diffusers_version": "0.33.1",  # the oldest that it was tried with
+        "image_encoder": [Path(ENCODER).stem, "ExemplarEncoder"],
+        "scheduler": ["diffusers", model.card.scheduler["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
     out = {}
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.py")]):
         with path.open("rb") as stream:
             out[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return out
@@ -67,20 +91,33 @@ def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> 
     yield from ("---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "")
     yield f"# Paint by Example{': ' + run['variant'] if run.get('variant') else ''}"
     yield ""
-    yield "Fills a hole in a photo with the object of a reference image (arXiv 2211.13227). Made by pbe."
+    of_text = model.card.condition == "text"
+    of_what = "the object that a caption names, beside the method of" if of_text else "the object of a reference image"
+    yield f"Fills a hole in a photo with {of_what} (arXiv 2211.13227). Made by pbe."
     yield "These weights have the licence of the weights and photos that they were made from."
     yield from ("", "## Use", "", "```python", "from pbe.edit import Editor", "")
-    yield 'edited, = Editor.load("this folder").edit(photo, hole_mask, reference, seed=7)'
+    reference = '"a photo of a red car"' if of_text else "reference"
+    yield f'edited, = Editor.load("this folder").edit(photo, hole_mask, {reference}, seed=7)'
     yield from ("```", "")
     if in_diffusers:
         yield OPEN_IN_DIFFUSERS
     else:
-        yield "Opens only in pbe: PaintByExamplePipeline does not support its codec, backbone or mapper."
+        lacks = (
+            "it reads text" if of_text else "diffusers has no class for its codec or backbone, or it has another mapper"
+        )
+        yield f"Opens only in pbe: {lacks}."
     yield from ("", "## What it is", "")
     trained = sum(value.numel() for value in network.parameters())
-    yield f"- {model.card.image_px} px; UNet and mapper have {trained:,} parameters"
-    yield f"- reads {'the class token' if model.card.tokens == 'class' else 'all tokens'} of {model.backbone.name}"
+    yield f"- {model.card.image_px} px; {'UNet has' if of_text else 'UNet and mapper have'} {trained:,} parameters"
+    all_tokens = of_text or model.card.tokens == "all"
+    yield f"- reads {'all tokens' if all_tokens else 'the class token'} of {model.backbone.name}"
     yield from (f"- {key.replace('_', ' ')}: {value}" for key, value in run.items() if key != "variant")
+    if is_adapter(source / ADAPTER_FOLDER):
+        adapter = read_adapter(source / ADAPTER_FOLDER)
+        yield (
+            f"- fine-tuned from {adapter.base.name} by LoRA of rank {adapter.lora.rank}, merged; `{ADAPTER_FOLDER}/` "
+            "has the updates alone"
+        )
     made = _made_here(root, source, run)
     if made is None:
         yield from ("", "Its settings and metrics are not known.")

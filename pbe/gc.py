@@ -23,7 +23,7 @@ from pbe.store import Store
 # what pbe makes; other folders of a shared storage are left alone
 PART_STAGES = (
     *("index", "ingest", "filter", "materialize", "encode", "bench", "edit", "features", "statistics", "evaluate"),
-    "weights",
+    *("embeddings", "weights"),
 )
 RUN_ENTRIES = ("checkpoints", "staging", "export", "history.json", "finished.json")
 

@@ -3,31 +3,30 @@
     Paint by Example, one file      a model folder, as `train` exports it
     Paint by Example, hub folder    the same folder, with safetensors, names and types as pbe writes them
     Stable Diffusion 1.x, one file  unet/ and vae/ in diffusers' layout, to start training from
+    an adapter, with its base       a model folder, the adapter merged into its base
 
 Nothing in a pickle is executed. The import is all or nothing: the folder is written under another name and renamed.
 """
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pbe.diffusion.schedule import alphas_cumprod
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import one_line
+from pbe.model.adapter import LORA_FILE, MAPPER_FILE, is_adapter, load_adapted, read_adapter
 from pbe.model.card import ModelCard
 from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
 from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files_of
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import STEM, KlCodec
-from pbe.model.weights import MAPPER_PARTS, REFERENCE_PAD_PX, Model, load_model, save_model
+from pbe.model.weights import MAPPER_PARTS, REFERENCE_PAD_PX, Model, load_model, new_folder, save_model
 
 ALPHAS_TOLERANCE = 1e-3  # between two ways to compute the schedule; the rounding of the file's type comes on top
 _LAYOUT = ("unet", "image_encoder", "vae", "codec", "scheduler", "feature_extractor", "model_index.json", "pbe.json")
@@ -49,9 +48,16 @@ class Imported:
     notes: tuple[str, ...] = field(default=())
 
 
-def import_weights(source: Path, out: Path) -> Imported:
-    """Read `source` and write the folder `out`, which must be new or empty. Raises WeightsError or ModelError."""
+def import_weights(source: Path, out: Path, *, base: Path | None = None) -> Imported:
+    """Read `source` and write the folder `out`, which must be new or empty.
+
+    base: of an adapter, the model folder that it was trained on. Raises AdapterError, WeightsError or ModelError.
+    """
     _refuse_out(out)
+    if is_adapter(source):
+        return _import_adapter(source, base, out)
+    if base is not None:
+        raise ImportRefusedError(f"{source}: not an adapter's folder, so it has no base; leave --base out")
     if source.is_dir():
         return _import_folder(source, out)
     return _import_checkpoint(source, out)
@@ -82,11 +88,13 @@ def _import_checkpoint(source: Path, out: Path) -> Imported:
     sha256 = _sha256(source)
     if parts.encoder is None:
         kind = "Stable Diffusion 1.x: unet/ and vae/, to start training from"
-        _write(out, lambda folder: _save_stable_diffusion(folder, parts))
+        with new_folder(out) as folder:
+            _save_stable_diffusion(folder, parts)
     else:
         kind = "Paint by Example"
         model = _model(parts, sha256)
-        _write(out, lambda folder: save_model(folder, model))
+        with new_folder(out) as folder:
+            save_model(folder, model)
     return Imported(kind, {source.name: sha256}, parts.found, parts.left_out, parts.notes)
 
 
@@ -123,6 +131,18 @@ def _refuse_schedule(tensors: Mapping[str, Tensor], source: Path) -> None:
         )
 
 
+def _import_adapter(source: Path, base: Path | None, out: Path) -> Imported:
+    said = read_adapter(source)
+    if base is None:
+        raise ImportRefusedError(f"{source}: an adapter of {said.base.name}; name that model's folder by --base")
+    model = load_adapted(source, base)
+    with new_folder(out) as folder:
+        save_model(folder, model)
+    sha256 = {name: _sha256(source / name) for name in (LORA_FILE, MAPPER_FILE)}
+    found = {"unet": len(model.network.unet.state_dict()), "mapper": len(model.network.exemplar.state_dict())}
+    return Imported("Paint by Example", sha256, found, {}, (f"LoRA of rank {said.lora.rank}, merged into {base}",))
+
+
 def _import_folder(source: Path, out: Path) -> Imported:
     if (source / "unet").is_dir() and not (source / "image_encoder").is_dir():
         raise ImportRefusedError(
@@ -152,7 +172,8 @@ def _import_folder(source: Path, out: Path) -> Imported:
             inside = sum(path.is_file() for path in entry.rglob("*")) if entry.is_dir() else 1
             left_out[f"{entry.name}{'/' if entry.is_dir() else ''} (files)"] = inside
     sha256 = {path.relative_to(source).as_posix(): _sha256(path) for path in files}
-    _write(out, lambda folder: save_model(folder, model))
+    with new_folder(out) as folder:
+        save_model(folder, model)
     return Imported("Paint by Example", sha256, found, left_out)
 
 
@@ -164,21 +185,6 @@ def _refuse_out(out: Path) -> None:
         raise ImportRefusedError(f"--out {out}: this is a file; name a new folder")
     if not out.absolute().parent.is_dir():
         raise ImportRefusedError(f"--out {out}: there is no folder {out.parent}; create it first")
-
-
-def _write(out: Path, save: Callable[[Path], None]) -> None:
-    """Save into a temporary folder next to `out`, then rename it; an error leaves nothing behind."""
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        save(temporary)
-        os.replace(temporary, out)
-    except SafetensorError as error:  # safetensors raises it on a full disk
-        raise ImportRefusedError(f"--out {out}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

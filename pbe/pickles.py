@@ -6,6 +6,7 @@ by the length of the pickle: arguments are taken from its bytes, and memo indice
 """
 
 import pickletools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from mmap import mmap
@@ -74,10 +75,11 @@ def read_pickle(stream: IO[bytes] | mmap) -> Pickle:
     """Read one pickle from the stream's position, up to and including its end. Raises PickleError."""
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
-            if count >= MAX_OPERATIONS:
-                raise PickleError(f"more than {MAX_OPERATIONS:,} operations")
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # a damaged one has odd escapes
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
+                if count >= MAX_OPERATIONS:
+                    raise PickleError(f"more than {MAX_OPERATIONS:,} operations")
+                machine.step(opcode.name, argument)
         return Pickle(machine.pop(), frozenset(machine.names), tuple(machine.stored))
     except PickleError:
         raise

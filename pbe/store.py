@@ -412,12 +412,13 @@ class Store:
         metadata = pq.read_metadata(pa.BufferReader(footer or _footer(stream, file)))
         return pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True, pre_buffer=pre_buffer)
 
-    def read_row_group(self, file: File, group: int, footer: bytes) -> pa.Table:
-        """Read one row group. footer: from `read_footer`. Raises PartError if the file is missing or damaged."""
+    def read_row_group(self, file: File, group: int, footer: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one row group, or some of its columns. footer: from `read_footer`. Raises PartError if the file is
+        missing or damaged."""
         parquet = self.open_parquet(file, footer)
         try:
             with self._readable(file):
-                return parquet.read_row_group(group)
+                return parquet.read_row_group(group, columns=columns)
         finally:
             parquet.close(force=True)
 

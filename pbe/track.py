@@ -18,7 +18,10 @@ import numpy as np
 from pbe.errors import UserError, one_line
 
 EXPERIMENT = "paint-by-example"
-CURVE, GRIDS = "train/", "edits"  # prefix of the loss curve's metrics; series of the grids of edits
+CURVE, SCORES = "train/", "score/"  # groups of metrics: the loss curve's, and scores of edits while training
+GRIDS = "edits"  # series of the grids of edits
+IMAGES = "images"  # MLflow's folder of series
+VIEW = "mlflow.sharedViewState."  # prefix of an experiment's tags that hold saved views
 ANSWER_S = 30
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of an id that it does not know
 
@@ -235,7 +238,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def log_metrics(
     tracking_uri: str, run_id: str, metrics: Mapping[str, float], *, step: int = 0, prefix: str = ""
 ) -> None:
-    """Log metrics of one step. Raises TrackError."""
+    """Log metrics of one step. A name with a slash has its group already, and gets no prefix. Raises TrackError."""
     with _connected(tracking_uri) as client:
         client.log_batch(run_id, metrics=_entries(metrics, step, prefix))
 
@@ -252,7 +255,8 @@ def _entries(metrics: Mapping[str, float], step: int, prefix: str) -> Sequence[A
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    return [Metric(prefix + key, float(value), now, step) for key, value in metrics.items() if key != "step"]
+    named = {key if "/" in key else prefix + key: value for key, value in metrics.items() if key != "step"}
+    return [Metric(name, float(value), now, step) for name, value in named.items()]
 
 
 def log_dataset(tracking_uri: str, run_id: str, *, name: str, digest: str, source: str, rows: int) -> None:
@@ -278,6 +282,59 @@ def log_image_at(tracking_uri: str, run_id: str, image: np.ndarray, *, key: str,
     """Log (H, W, 3) uint8 RGB in a series that MLflow shows with a slider. Raises TrackError."""
     with _connected(tracking_uri) as client:
         client.log_image(run_id, image, key=key, step=step, synchronous=True)
+
+
+def log_series(tracking_uri: str, run_id: str, pictures: Mapping[int, np.ndarray], *, key: str, content: str) -> None:
+    """Make pictures, (H, W, 3) uint8 RGB by step, a series of images that MLflow shows side by side for several runs.
+
+    Does nothing if the run has the series with this `content`, a digest; else those of another content are deleted,
+    because MLflow would show their steps too. Raises TrackError.
+    """
+    tag = f"content.{key}"
+    with _connected(tracking_uri) as client:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        run = client.get_run(run_id)
+        there = [file.path for file in client.list_artifacts(run_id, IMAGES) if _series_of(file.path)[0] == key]
+        if run.data.tags.get(tag) == content and {_series_of(path)[1] for path in there} == pictures.keys():
+            return
+        artifacts = get_artifact_repository(run.info.artifact_uri, tracking_uri)
+        for path in there:
+            artifacts.delete_artifacts(path)
+        for step in sorted(pictures):
+            client.log_image(run_id, pictures[step], key=key, step=step, synchronous=True)
+        client.set_tag(run_id, tag, content)
+
+
+def _series_of(path: str) -> tuple[str, int | None]:
+    """Key and step of an image, as MLflow's client writes them into its name: images/a~b+step+7+timestamp+..."""
+    key, _, rest = path.removeprefix(f"{IMAGES}/").partition("+step+")
+    step = rest.partition("+")[0]
+    return key.replace("~", "/"), int(step) if step.isdecimal() else None
+
+
+def set_tags(tracking_uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run. Raises TrackError."""
+    from mlflow.entities import RunTag
+
+    with _connected(tracking_uri) as client:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def save_view(tracking_uri: str, *, view_id: str, name: str, state: Mapping[str, Any]) -> str:
+    """Save a view of the runs, which MLflow's page lists under Views; return its address there, from `#` on.
+
+    state: the page's own settings, as it saves them itself in this tag; MLflow does not document them. A view of the
+    same id is replaced. Raises TrackError.
+    """
+    import json
+
+    now = int(time.time() * 1000)
+    view = {"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+    with _connected(tracking_uri) as client:
+        experiment = _experiment(client, tracking_uri)
+        client.set_experiment_tag(experiment.experiment_id, f"{VIEW}{view_id}", json.dumps(view))
+    return f"#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={view_id}&compareRunsMode=CHART"
 
 
 def register_model(tracking_uri: str, run_id: str, *, name: str, source: str) -> str:

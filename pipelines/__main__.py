@@ -1,9 +1,9 @@
 """`python -m pipelines STAGE [--variant NAME]`: run one stage here, or submit it as a Ray job.
 
 With RAY_ADDRESS=http://... the heavy stages submit themselves to that cluster and bring their manifest back;
-without it the same command runs on local Ray. Also: `status`, `check` and `summary` (what `make repro` does
-first and prints last), `params` (every setting as it is resolved) and `profile NAME --root DIR` (writes params.yaml
-from infra/profiles).
+without it the same command runs on local Ray. Also: `repro` (what `make repro` runs: `check`, `dvc repro`, `summary`),
+`status`, `params` (every setting as it is resolved) and `profile NAME --root DIR` (writes params.yaml from
+infra/profiles).
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     rayjob_parser = commands.add_parser("rayjob", help="a stage as a KubeRay manifest: ... | kubectl apply -f -")
     rayjob_parser.add_argument("stage", choices=CLUSTER_STAGES)
     rayjob_parser.add_argument("--variant")
-    commands.add_parser("check", help="check the settings and that the photos exist; `make repro` runs this first")
+    repro_parser = commands.add_parser("repro", help="check, `dvc repro` with one Ray for all stages, summary")
+    repro_parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro, such as a stage")
+    commands.add_parser("check", help="check the settings and that the photos exist; `repro` runs this first")
     commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")
     commands.add_parser("summary", help="where the report is, headline numbers, MLflow command")
     params_parser = commands.add_parser("params", help="every resolved setting, with its unit and source")
@@ -68,6 +70,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         from pipelines.commands.check import main as run_check
 
         return run_check()
+    if args.command == "repro":
+        from pipelines.commands.repro import main as run_repro
+
+        return run_repro(args.arguments)
     if args.command == "summary":
         from pipelines.reporting.summary import main as run_summary
 

@@ -1,4 +1,5 @@
-"""baseline: fill the bench without training: hole left open, copy-paste, Poisson blending, or results made elsewhere.
+"""baseline: fill the bench without training: hole left open, copy-paste, Poisson blending, colour transfer, results
+made elsewhere, or other people's models.
 
 Parts have the format of `edit`, so the same metrics score them, as rows of the same table.
 """
@@ -10,19 +11,18 @@ import pyarrow as pa
 
 from pbe.data import images
 from pbe.data.masks import hole_of
-from pbe.data.schema import BENCH, EDITS, require
-from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
+from pbe.data.schema import BENCH, EDITS, NO_SEED, require
+from pbe.evaluate.bench.baselines import colour_transfer, copy_paste, hole_kept, poisson
 from pbe.evaluate.bench.heldout import refuse_what_it_lacks
 from pbe.evaluate.bench.results import read_results
-from pbe.evaluate.bench.scopes import scopes_of
-from pbe.evaluate.settings import EditConfig, FolderBaseline
+from pbe.evaluate.bench.scopes import object_mask_of, scopes_of
+from pbe.evaluate.settings import EditConfig, FilledBaseline, FolderBaseline
 from pbe.places import local_path
 from pbe.store import digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.stage import Stage
 
 # names the parts, in place of the code: raise it when their bytes change for the same settings and inputs
 VERSION = 1
-NO_SEED = 0
 
 
 def main(stage: Stage) -> None:
@@ -31,20 +31,26 @@ def main(stage: Stage) -> None:
     bench_file = load_manifest(stage.input("bench")).files("bench")[0]
     bench = require(stage.store.read_table(bench_file), BENCH, bench_file.path)
     refuse_what_it_lacks(bench, holes=cfg.holes, references=cfg.references)
+    config = {"bench": bench_file.sha256, "method": stage.variant, **baseline.model_dump(mode="json")}
     if isinstance(baseline, FolderBaseline):
         rows = _results(bench, baseline)
-        record = stage.store.write_unit_by_content("edit", stage.variant, {"edits": rows})
-    else:
+        records = [stage.store.write_unit_by_content("edit", stage.variant, {"edits": rows})]
+    elif isinstance(baseline, FilledBaseline):
         settings = [baseline.kind, list(cfg.holes), list(cfg.references)]
         name = f"{stage.variant}-{digest(['baseline', VERSION, settings, bench_file.sha256])}"
         found = stage.store.find_unit("edit", name)
-        record = found or stage.store.write_unit("edit", name, {"edits": _fills(bench, cfg, baseline.kind)}, counts={})
-    config = {"bench": bench_file.sha256, "method": stage.variant, **baseline.model_dump(mode="json")}
-    if not isinstance(baseline, FolderBaseline):
+        edits = {"edits": _fills(bench, cfg, baseline.kind)} if found is None else {}
+        records = [found or stage.store.write_unit("edit", name, edits, counts={})]
         config |= {"holes": list(cfg.holes), "references": list(cfg.references)}
-    save_manifest(
-        stage.outputs / "manifest.json", make_manifest("edit", config=config, version=VERSION, units=[record])
-    )
+    else:
+        from pipelines.model_fills import SPREAD, fill_by_model, stored_weights, training_of  # here: Ray takes seconds
+
+        training = training_of(stage, baseline)
+        weights = stored_weights(stage, baseline, bench)
+        config = {key: value for key, value in config.items() if key not in SPREAD} | cfg.asked | training
+        config |= {"weights": weights}
+        records = fill_by_model(stage, baseline, weights, bench_file, version=VERSION)
+    save_manifest(stage.outputs / "manifest.json", make_manifest("edit", config=config, version=VERSION, units=records))
 
 
 def _fills(bench: pa.Table, cfg: EditConfig, kind: str) -> pa.Table:
@@ -52,14 +58,20 @@ def _fills(bench: pa.Table, cfg: EditConfig, kind: str) -> pa.Table:
     for row in bench.to_pylist():
         source = images.decode(row["source"])
         for hole, reference in scopes_of(row, cfg.holes, cfg.references):
-            edit = _fill(kind, source, hole_of(row, hole, source), images.decode(row[reference]))
+            picture = images.decode(row[reference])
+            mask = object_mask_of(row, reference, picture)
+            edit = _fill(kind, source, hole_of(row, hole, source), picture, mask)
             out.append(_edit_row(row["bench_id"], hole, reference, edit))
     return pa.Table.from_pylist(out, schema=EDITS)
 
 
-def _fill(kind: str, source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def _fill(
+    kind: str, source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray, object_mask: np.ndarray | None
+) -> np.ndarray:
     if kind == "hole_kept":
         return hole_kept(source, hole_mask)
+    if kind == "colour_transfer":
+        return colour_transfer(source, hole_mask, reference, object_mask)
     return (copy_paste if kind == "copy_paste" else poisson)(source, hole_mask, reference)
 
 

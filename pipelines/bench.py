@@ -8,11 +8,13 @@ removes them.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pbe.data.schema import BENCH_ITEMS, BOXES, REAL_IMAGES, require, with_optional, without_empty
+from pbe.data.files import file_tree
+from pbe.data.schema import BENCH_CANDIDATES, BENCH_ITEMS, BOXES, REAL_IMAGES, require, with_optional, without_empty
 from pbe.data.settings import MaterializeConfig
 from pbe.errors import one_line
 from pbe.evaluate.bench.cocoee import read_cocoee
@@ -65,8 +67,10 @@ def _heldout(stage: Stage, cfg: BenchConfig) -> Record:
     cut, seed = stage.params.materialize, stage.params.seed
     ingested, filtered = load_manifest(stage.input("ingest")), load_manifest(stage.input("filter"))
     matcher = store_extractor(stage.store, cfg.matcher)
-    settings = [cut.identity(without={"slots", "jpeg_chroma", "per_shard"}), cfg.split, cfg.crops_per_box]
+    settings: list[Any] = [cut.identity(without={"slots", "jpeg_chroma", "per_shard"}), cfg.split, cfg.crops_per_box]
     settings += [seed, dict(matcher)]
+    if any(extras_of(unit)[0] is not None for unit in ingested.units):
+        settings.append("object masks")  # only these parts have them, and others keep their names
     sizes = [cfg.max_items, cfg.candidates]
     name = f"bench-{digest(['bench', VERSION, settings, sizes, ingested.digest, filtered.digest])}"
     record = stage.store.find_unit("bench", name)
@@ -177,24 +181,29 @@ def _features(store: Store, records: Sequence[Record]) -> Iterator[np.ndarray]:
         yield np.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
 
 
-def _references(store: Store, records: Sequence[Record], rows: np.ndarray) -> pa.ChunkedArray:
-    """Return the JPEGs of candidates by their rows, which ascend; reads one part at a time."""
-    chunks: list[pa.Array] = []
+def _references(store: Store, records: Sequence[Record], rows: np.ndarray) -> pa.Table:
+    """Return reference, object_mask and caption of candidates by their rows, which ascend; reads one part at a time."""
+    schema = pa.schema([BENCH_CANDIDATES.field(name) for name in ("reference", "object_mask", "caption")])
+    tables = [schema.empty_table()]
     start = 0
     for record in records:
         file = record.file("candidates")
         first, end = np.searchsorted(rows, [start, start + file.rows])
         if first < end:
-            column = store.read_table(file, columns=["reference"]).column("reference")
-            chunks += column.take(pa.array(rows[first:end] - start)).chunks
+            table = with_optional(store.read_table(file), BENCH_CANDIDATES).select(schema.names)
+            tables.append(table.take(pa.array(rows[first:end] - start)))
         start += file.rows
-    return pa.chunked_array(chunks, pa.binary())
+    return pa.concat_tables(tables)
 
 
 def _cocoee(stage: Stage, cfg: BenchConfig) -> Record:
-    folder = local_path(str(cfg.cocoee))
+    named, key = cfg.cocoee_annotations, "bench.cocoee_annotations"
     bench = read_cocoee(
-        folder, image_px=stage.params.materialize.image_px, seed=stage.params.seed, max_items=cfg.max_items
+        local_path(str(cfg.cocoee)),
+        image_px=stage.params.materialize.image_px,
+        seed=stage.params.seed,
+        max_items=cfg.max_items,
+        annotations=file_tree(named, key=key) if named else None,
     )
     # COCOEE does not include the references' photos, so there are no real crops: evaluate.real_images names a folder
     contents = {"bench": bench, "real": pa.Table.from_pylist([], schema=REAL_IMAGES)}

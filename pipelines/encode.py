@@ -168,7 +168,7 @@ def _worker(
     device = torch_device(cfg.per_actor)
     codec, backbone = open_codec(store, codec_entry).to(device), open_backbone(store, backbone_entry).to(device)
     if cfg.precision == "bf16":
-        codec, backbone = codec.bfloat16(), backbone.bfloat16()
+        codec, backbone = codec.compute_in(torch.bfloat16), backbone.compute_in(torch.bfloat16)
     augmenter = make_augmenter()
 
     def work(unit: Unit) -> Record:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,23 @@ import pyarrow as pa
 
 from pbe import track
 from pbe.data.schema import SCORES
+from pbe.evaluate.bench.scopes import picture_column
 from pbe.evaluate.compare import compare
 from pbe.evaluate.grid import edit_grid
 from pbe.evaluate.score import ScopeScores, numbers_of, score_method
+from pbe.evaluate.settings import ModelBaseline
 from pbe.places import tracking_uri
 from pbe.store import Manifest, digest, load_manifest, make_manifest, save_manifest, write_json
+from pipelines import comparison
 from pipelines.features import Extracted, extract_features
+from pipelines.model_fills import training_of
 from pipelines.reporting.summary import headline_metrics
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, output_folder
 from pipelines.runtime.tracking import after_results, training_run
 
 # raise it when a number changes for the same edits and settings; features have their own (features.py)
-VERSION = 1
+VERSION = 3
 GRID_COLUMNS = 14
 
 
@@ -63,12 +68,25 @@ def _methods(stage: Stage) -> dict[str, Manifest]:
                 raise StageError(f"{path}: edits of another bench; run `dvc repro {folder}@{name}` first")
             if differ := _differences(stage, out[name], name if folder == "edit" else None):
                 raise StageError(f"{path}: edits of other settings ({differ}); run `dvc repro {folder}@{name}` first")
+            _refuse_earlier_training(stage, name, out[name], path)
     return out
+
+
+def _refuse_earlier_training(stage: Stage, name: str, edits: Manifest, path: Path) -> None:
+    """Raise StageError for a baseline's edits by a variant that was trained again since, which DVC does not know."""
+    baseline = stage.params.baselines.get(name)
+    if isinstance(baseline, ModelBaseline):
+        for key, value in training_of(stage, baseline).items():
+            if edits.config.get(key) != value:
+                raise StageError(
+                    f"{path}: edits by an earlier training of {baseline.model}; run `dvc repro --force --single-item "
+                    f"baseline@{name}` first"
+                )
 
 
 def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:
     """Describe how the edits' settings differ from params.yaml; rows of one table must share them."""
-    asked = (stage.params.edit_variant(variant) if variant else stage.params.edit).model_dump(mode="json")
+    asked = stage.params.edit_variant(variant).model_dump(mode="json") if variant else stage.params.edit.asked
     made = {key: edits.config[key] for key in asked if key in edits.config}
     return ", ".join(f"{key} {made[key]}, now {asked[key]}" for key in made if made[key] != asked[key])
 
@@ -86,7 +104,8 @@ def _paired(stage: Stage, scored: Mapping[str, Sequence[ScopeScores]], extracted
         out["methods"][name] = {}
         features = extracted.parts.features(extractor, name)
         for scope in scopes:
-            other = first.get((scope.hole_kind, scope.reference_kind))
+            # a caption's edits with those of the exemplar that it describes
+            other = first.get((scope.hole_kind, picture_column(scope.reference_kind)))
             if other is None:
                 continue
             try:
@@ -130,13 +149,17 @@ def _write(
     manifest = make_manifest("evaluate", config=config, version=VERSION, units=[record, *extracted.parts.records])
     save_manifest(stage.outputs / "manifest.json", manifest)
     with after_results(stage):
+        items = comparison.compared_items(stage)
         for name in scored:
-            _log(stage, methods[name], scored[name], card)
+            _log(stage, methods[name], scored[name], card, items)
+        comparison.save_table_view(stage)
 
 
 def _protocol(manifest: Manifest) -> dict[str, Any]:
-    keys = ("run", "kind", "protocol", "guidance_scale", "steps", "sampler", "seeds")
-    return {key: manifest.config[key] for key in keys if key in manifest.config}
+    keys = ("run", "kind", "protocol", "guidance_scale", "gradient_scale", "candidates", "steps", "sampler", "seeds")
+    protocol = {key: manifest.config[key] for key in keys if key in manifest.config}
+    withheld = manifest.counts.get("withheld", 0)
+    return protocol | {"withheld": withheld} if withheld else protocol
 
 
 def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], image_ids: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -158,19 +181,28 @@ def _score_rows(scored: Mapping[str, Sequence[ScopeScores]], image_ids: Mapping[
     ]
 
 
-def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Mapping[str, Any]) -> None:
-    """Log the result table's columns to the method's MLflow run; all numbers, intervals and the card to its child run.
+def _log(
+    stage: Stage,
+    edits: Manifest,
+    scopes: Sequence[ScopeScores],
+    card: Mapping[str, Any],
+    items: Mapping[int, Mapping[str, Any]],
+) -> None:
+    """Log the result table's columns and the edits of some items to the method's MLflow run; all numbers, intervals and
+    the card to its child run.
 
     A variant's run is its training run. Names are short enough for the titles of MLflow's charts.
     """
     uri, method = tracking_uri(), edits.config["method"]
-    tags = {**provenance_tags(stage.root), "variant": method, "bench": card["bench"]["sha256"][:16]}
+    found_by = {"variant": method, "bench": comparison.bench_tag(stage)}
+    tags = {**provenance_tags(stage.root), **found_by}
     tags |= {f"extractor.{name}": value["digest"] for name, value in card["extractors"].items()}
     if "mlflow_run_id" in edits.config:
         run, run_id = edits.config["run"], edits.config["mlflow_run_id"]
         parent = training_run(stage, variant=method, run=run, run_id=run_id)
     else:
         parent = _baseline_run(uri, edits, tags)
+    track.set_tags(uri, parent, {**found_by, "part_of": comparison.TABLE})
     values = {
         f"{scope.hole_kind}/{scope.reference_kind}/{score.metric}": score.estimate
         for scope in scopes
@@ -183,10 +215,11 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
         for score in scope.scores
         if scope.reference_kind == "exemplar" and score.metric in headline
     }
-    if "guidance_scale" in edits.config:
+    if edits.config.get("guidance_scale") is not None:  # a pipeline may have its own
         columns["edit/guidance_scale"] = edits.config["guidance_scale"]  # a metric: it may be measured at several
     track.log_metrics(uri, parent, columns)
     track.log_image(uri, parent, _grid(stage, edits), file="edits.png")
+    comparison.log_edits(stage, parent, edits.files("edits"), items, key=comparison.edits_key(stage))
     settings = stage.params.evaluate.identity(without={"actors", "per_actor"})
     params = {"evaluate": stage.params.evaluate.model_dump(mode="json"), "edit": _protocol(edits), "card": card}
     child = track.open_run(
@@ -194,7 +227,7 @@ def _log(stage: Stage, edits: Manifest, scopes: Sequence[ScopeScores], card: Map
         name=f"evaluate-{method}",
         identity={"digest": digest(["evaluate", VERSION, edits.digest, settings, card])},
         params=params,
-        tags=tags,
+        tags={**tags, "part_of": comparison.DETAIL},
         parent_run_id=parent,
     )
     detail = {name: estimate.value for name, estimate in values.items()}
@@ -213,7 +246,8 @@ def _grid(stage: Stage, edits: Manifest) -> np.ndarray:
         for row in stage.store.read_table(file).to_pylist():
             if row["hole_kind"] == hole:
                 pictures.setdefault((row["bench_id"], row["reference_kind"]), row["edit"])
-    kinds = [kind for kind in stage.params.edit.references if any(found == kind for _, found in pictures)]
+    asked = (*stage.params.edit.references, *stage.params.edit.captions)
+    kinds = [kind for kind in asked if any(found == kind for _, found in pictures)]
     return edit_grid(bench, pictures, hole_kind=hole, reference_kinds=kinds, columns=GRID_COLUMNS)
 
 
@@ -221,6 +255,7 @@ def _baseline_run(uri: str, edits: Manifest, tags: Mapping[str, str]) -> str:
     """Return the MLflow run of a baseline and its edits, which has no training run to belong to."""
     name = f"baseline-{edits.config['method']}"
     identity = {"run": f"{name}-{edits.digest}"}
-    run_id = track.open_run(uri, name=name, identity=identity, params={"baseline": _protocol(edits)}, tags=tags)
+    params = {"baseline": _protocol(edits), "diff": name.replace("-", " ", 1)}
+    run_id = track.open_run(uri, name=name, identity=identity, params=params, tags=tags)
     track.end_run(uri, run_id)
     return run_id

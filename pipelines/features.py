@@ -4,20 +4,24 @@ Features are parts named by the content of the pictures and of the weights, so a
 Metrics are computed from features and need no Ray.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pbe.data import images
 from pbe.data.files import named
-from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REAL_IMAGES, require
+from pbe.data.schema import BENCH, EDITS, FEATURES, PIXELS, REAL_IMAGES, HoleKind, require, without_empty
 from pbe.evaluate.bench.scopes import Scope
-from pbe.evaluate.features.crops import Crop, bench_crops, edited_crops, real_crops, square
+from pbe.evaluate.features.crops import Crop, Decode, bench_crops, edited_crops, median_hole_px, real_crops, square
 from pbe.evaluate.features.extractors import Extractor
-from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
-from pbe.evaluate.features.weights import Entry, open_extractor, store_extractor
+from pbe.evaluate.features.tables import Features, FeatureTable, PixelTable, count_pixels
+from pbe.evaluate.features.weights import Entry, open_extractor, open_lpips, store_extractor, store_lpips
 from pbe.evaluate.metrics.frechet import (
     Card,
     FeatureStatistics,
@@ -28,18 +32,20 @@ from pbe.evaluate.metrics.frechet import (
     statistics_from_bytes,
 )
 from pbe.evaluate.metrics.mixture import Mixture, load_mixture, mixture_digest
+from pbe.evaluate.metrics.retrieval import candidates_of
 from pbe.evaluate.reference_set import make_reference_set
-from pbe.evaluate.score import Method, ReferenceSet
+from pbe.evaluate.score import Method
+from pbe.evaluate.score_features import ReferenceSet
 from pbe.evaluate.settings import ClipExtractorConfig, EvaluateConfig, Region
 from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
-from pipelines.runtime.parts import Unit, run_units, torch_device
+from pipelines.runtime.parts import Unit, Work, run_groups, torch_device
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError
 
 # names features, pixel counts and statistics, in place of the code: raise it when one changes for the same pictures and
 # weights. What is computed on them has the versions of its stages
-VERSION = 2
+VERSION = 5
 PIXEL_COUNTS = "pixels"  # stands among the extractors' names
 REAL_IMAGES_PER_UNIT = 500
 
@@ -103,7 +109,8 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
         extractor.kind: store_extractor(stage.store, extractor) for extractor in cfg.extractors
     }
     opened = {name: open_extractor(stage.store, entry) for name, entry in entries.items()}
-    parts = _extract_all(stage, cfg, bench_manifest, edits, entries)
+    lpips = store_lpips(stage.store, cfg.lpips) if cfg.lpips else None
+    parts = _extract_all(stage, cfg, bench_manifest, edits, entries, lpips)
     bench_features = {name: parts.features(name, "bench") for name in entries}
     for name, extractor in opened.items():
         if name == "clip" and not extractor.paper:
@@ -113,7 +120,15 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
     statistics = {name: _store_statistics(stage.store, name, extractor, parts) for name, extractor in opened.items()}
     mixtures = _mixtures(cfg)
     reference_sets = {
-        name: _reference_set(cfg, extractor, parts, bench_features[name], statistics[name][0], mixtures.get(name))
+        name: _reference_set(
+            cfg,
+            extractor,
+            parts,
+            bench_features[name],
+            statistics[name][0],
+            mixtures.get(name),
+            stage.params.edit.holes,
+        )
         for name, extractor in opened.items()
     }
     card = {
@@ -127,10 +142,12 @@ def extract_features(stage: Stage, edits: Mapping[str, Sequence[File]]) -> Extra
                 "reference_digest": parts.digest(name, "real_images"),
                 "reference_n": statistics[name][0].n,
                 "reference_statistics": statistics[name][1],
+                "exemplars_n": len(reference_sets[name].exemplars.vectors),
                 **({"mixture_digest": mixture_digest(mixtures[name])[:16]} if name in mixtures else {}),
             }
             for name, extractor in opened.items()
         },
+        **({"lpips": {"net": lpips["net"], "digest": lpips["digest"]}} if lpips else {}),
         "reference": cfg.real_images or "untouched crops of the bench's boxes",
         "resampling_seed": cfg.statistics.seed,
         "git_commit": provenance_tags(stage.root)["git_commit"],
@@ -186,16 +203,21 @@ def _reference_set(
     bench: FeatureTable,
     statistics: FeatureStatistics,
     mixture: Mixture | None,
+    holes: Sequence[HoleKind],
 ) -> ReferenceSet:
     name = extractor.name
+    views = [f"{hole}/{view}" for hole in holes for view in ("region", "masked")]
     try:
         return make_reference_set(
             name,
             real_images=parts.features(name, "real_images").all_of("whole"),
             statistics=statistics,
             bench_photos=bench.all_of("source"),
+            photo_holes={view: bench.all_of(view) for view in views},
+            exemplars=candidates_of(bench.keys_of("exemplar"), bench.all_of("exemplar")),
             mixture=mixture,
             upstream_region=_region(cfg, name) == "upstream",
+            cmmds_network=extractor.cmmds_network,
             components=cfg.quality_components,
             pca_dims=cfg.quality_pca_dims,
             seed=cfg.statistics.seed,
@@ -219,6 +241,11 @@ class Extraction:
     file: File | None
     photos: tuple[tuple[str, int, int], ...] = ()  # path, bytes, mtime in ns
 
+    @property
+    def pictures(self) -> tuple[Any, ...]:
+        """Equal for extractions of the same pictures."""
+        return self.what, self.file, self.photos
+
 
 def _extract_all(
     stage: Stage,
@@ -226,6 +253,7 @@ def _extract_all(
     bench: Manifest,
     edits: Mapping[str, Sequence[File]],
     extractors: Mapping[str, Entry],
+    lpips: Entry | None,
 ) -> FeatureParts:
     bench_file = bench.files("bench")[0]
     wanted: list[tuple[str, Extraction]] = []  # what the features are of, and the extraction
@@ -237,22 +265,31 @@ def _extract_all(
             wanted += [(name, Extraction(extractor, "edits", file)) for file in files]
     scopes = _scopes(stage)
     # no number in the label: a method that comes or goes must not rename the others' parts
-    identity = partial(_identity, extractors, bench_file, scopes, cfg)
+    identity = partial(_identity, {**extractors, PIXEL_COUNTS: lpips or {}}, bench_file, scopes, cfg)
     units = [Unit(f"{at.extractor}-{at.what}", identity(at), at) for _, at in wanted]
-    worker = partial(_worker, stage.store, cfg, extractors, bench_file, scopes)
-    records = run_units(
+    together: dict[tuple[Any, ...], list[int]] = {}  # places of the units of the same pictures
+    for place, (_, at) in enumerate(wanted):
+        together.setdefault(at.pictures, []).append(place)
+    # the largest first: an actor that began one last would work alone
+    groups = sorted(together.values(), key=lambda places: _count(wanted[places[0]][1]), reverse=True)
+    found = run_groups(
         stage,
         "features",
-        units,
-        worker=worker,
+        [[units[place] for place in places] for places in groups],
+        worker=partial(_worker, stage.store, cfg, extractors, lpips, bench_file, scopes),
         each=cfg.per_actor,
         key="evaluate",
         actors=cfg.actors,
     )
-    found: dict[tuple[str, str], list[Record]] = {}
-    for (of, at), record in zip(wanted, records, strict=True):
-        found.setdefault((at.extractor, of), []).append(record)
-    return FeatureParts(stage.store, found)
+    records = dict(zip(chain(*groups), found, strict=True))
+    by_extractor: dict[tuple[str, str], list[Record]] = {}
+    for place, (of, at) in enumerate(wanted):
+        by_extractor.setdefault((at.extractor, of), []).append(records[place])
+    return FeatureParts(stage.store, by_extractor)
+
+
+def _count(at: Extraction) -> int:
+    return at.file.rows if at.file else len(at.photos)
 
 
 def _scopes(stage: Stage) -> list[Scope]:
@@ -277,7 +314,7 @@ def _identity(
             of,
             bench_file.sha256 if at.what == "edits" else None,
             scopes if at.what == "bench" else None,
-            _region(cfg, at.extractor) if at.what == "edits" else None,
+            _region(cfg, at.extractor) if at.what in ("bench", "edits") else None,
         ]
     )
 
@@ -315,43 +352,80 @@ def _worker(
     store: Store,
     cfg: EvaluateConfig,
     extractors: Mapping[str, Entry],
+    lpips: Entry | None,
     bench_file: File,
     scopes: Sequence[Scope],
-) -> Callable[[Unit], Record]:
+) -> Work:
     import torch
 
     torch.set_num_threads(1)
     device = torch_device(cfg.per_actor)
     opened = {name: open_extractor(store, entry, device=device) for name, entry in extractors.items()}
+    opened_lpips = open_lpips(store, lpips, device=device) if lpips else None
     bench = {row["bench_id"]: row for row in store.read_table(bench_file).to_pylist()}
+    median_px = median_hole_px(bench.values())
 
-    def crops(at: Extraction) -> Any:
+    def pictures(at: Extraction) -> Iterable[Any]:
+        """Rows, or the photos of a folder as crops."""
         if at.file is None:
             return (_folder_crop(Path(path), cfg) for path, _, _ in at.photos)
         schema = {"bench": BENCH, "real_images": REAL_IMAGES, "edits": EDITS}[at.what]
-        rows = require(store.read_table(at.file), schema, at.file.path).to_pylist()
-        if at.what == "bench":
-            return bench_crops(rows, scopes, matched=opened[at.extractor].matches_resolution)
-        return (
-            real_crops(rows)
-            if at.what == "real_images"
-            else edited_crops(rows, bench, region=_region(cfg, at.extractor))
-        )
+        return require(store.read_table(at.file), schema, at.file.path).to_pylist()
 
-    def work(unit: Unit) -> Record:
+    def crops(at: Extraction, some: Sequence[Any], decode: Decode) -> Iterable[Crop]:
+        region = _region(cfg, at.extractor)
+        match at.what:
+            case "folder":
+                return some
+            case "bench":
+                matched = opened[at.extractor].matches_resolution
+                return bench_crops(some, scopes, matched=matched, median_px=median_px, region=region, decode=decode)
+            case "real_images":
+                return real_crops(some, decode=decode)
+        return edited_crops(some, bench, region=region, decode=decode)
+
+    def work(units: Sequence[Unit]) -> list[Record]:
+        """Run extractions of the same pictures, which are decoded once for all."""
+        extractions: list[Extraction] = [unit.payload for unit in units]
+        features = {
+            at.extractor: Features(opened[at.extractor], batch_rows=cfg.batch_rows)
+            for at in extractions
+            if at.extractor != PIXEL_COUNTS
+        }
+        pixels = [PIXELS.empty_table()]
+        left = iter(pictures(extractions[0]))
+        while some := list(islice(left, cfg.batch_rows)):
+            decode = cache(images.decode)
+            for at in extractions:
+                if at.extractor == PIXEL_COUNTS:
+                    pixels.append(count_pixels(some, bench, lpips=opened_lpips, decode=decode))
+                else:
+                    with _naming(store, at):
+                        features[at.extractor].add(crops(at, some, decode))
+        return [write(unit, features, pixels) for unit in units]
+
+    def write(unit: Unit, features: Mapping[str, Features], pixels: Sequence[pa.Table]) -> Record:
         at: Extraction = unit.payload
         if at.extractor == PIXEL_COUNTS:
-            assert at.file is not None
-            table = count_pixels(store.read_table(at.file).to_pylist(), bench)
-            return store.write_unit("features", unit.name, {"pixels": table}, counts={"rows": table.num_rows})
-        try:
-            table = extract(crops(at), opened[at.extractor], batch_rows=cfg.batch_rows)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: a TorchScript file may hold any network
-            what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.real_images"
-            raise StageError(f"evaluate: {at.extractor} on {what}: {' '.join(str(error).split())[:300]}") from error
-        return store.write_unit("features", unit.name, {"features": table}, counts={"rows": table.num_rows})
+            joined = pa.concat_tables(pixels, promote_options="default").combine_chunks()
+            tables = {"pixels": without_empty(joined)}
+        else:
+            with _naming(store, at):
+                tables = {"features": features[at.extractor].table()}
+        counts = {"rows": sum(table.num_rows for table in tables.values())}
+        return store.write_unit("features", unit.name, tables, counts=counts)
 
     return work
+
+
+@contextmanager
+def _naming(store: Store, at: Extraction) -> Iterator[None]:
+    """Raise StageError with the extractor and its pictures for an error of theirs."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a TorchScript file may hold any network
+        what = store.full_uri(at.file.path) if at.file else "the photos of evaluate.real_images"
+        raise StageError(f"evaluate: {at.extractor} on {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _region(cfg: EvaluateConfig, extractor: str) -> Region:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pbe.data.duplicates import HeldOut
 from pbe.data.filter import RULES, filter_boxes
-from pbe.data.schema import BOXES, require, without_optional
+from pbe.data.schema import BOXES, require, without_empty
 from pbe.store import Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.progress import with_progress
 from pipelines.runtime.stage import Stage, StageError, save_counts
@@ -32,14 +32,14 @@ def main(stage: Stage) -> None:
         record = stage.store.find_unit("filter", name)
         if record is None:
             # without their masks, which are stored once: in ingest's boxes
-            boxes = without_optional(require(stage.store.read_table(source), BOXES, source.path))
+            boxes = require(stage.store.read_table(source), BOXES, source.path).drop_columns(["mask"])
             sizes = stage.store.read_table(photos, columns=["image_id", "width_px", "height_px"])
             mine = list(_descriptors(stage.store, [unit], held_out=False)) if held_out.ids else []
             found = held_out.nearest([data for _, data in mine])
             nearest = {image_id: near for (image_id, _), near in zip(mine, found, strict=True) if near is not None}
             kept, rejects = filter_boxes(boxes, sizes, cfg, nearest=nearest)
             record = stage.store.write_unit(
-                "filter", name, {"boxes": kept, "rejects": rejects}, counts=_counts(boxes, kept, rejects)
+                "filter", name, {"boxes": without_empty(kept), "rejects": rejects}, counts=_counts(boxes, kept, rejects)
             )
         records.append(record)
     manifest = make_manifest("filter", config=cfg.model_dump(mode="json"), version=VERSION, units=records)

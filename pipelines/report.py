@@ -14,32 +14,38 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pbe.config import Params
 from pbe.data import images
 from pbe.data.boxes import area_frac
+from pbe.data.captions import caption
 from pbe.data.contact import with_hole
 from pbe.data.filter import RULES, FilterConfig
 from pbe.data.masks import HOLE_KINDS, hole_kinds_of, hole_of
 from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
-from pbe.data.schema import IMAGE_REASONS, HoleKind
+from pbe.data.schema import CAPTION_FORMS, IMAGE_REASONS, CaptionForm, HoleKind
 from pbe.data.slots import slot_files
 from pbe.errors import printable
 from pbe.evaluate.grid import fill_rows, sweep_fills
+from pbe.evaluate.metrics.intervals import Estimate
 from pbe.store import File, Manifest, Record, Store, load_manifest
 from pbe.train.settings import TrainConfig
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg, sweep_svg
 from pipelines.reporting.deviations import deviations
 from pipelines.reporting.metric_glossary import bars, glossary, how_to_read, n_text
+from pipelines.reporting.published import table_1
 from pipelines.reporting.summary import (
     Result,
     Scope,
+    caption_label,
     estimate_from,
     estimate_text,
     headline_metrics,
@@ -47,6 +53,7 @@ from pipelines.reporting.summary import (
     read_json,
     seen_in_training,
 )
+from pipelines.reporting.user_study import user_study
 from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import DATA_STAGES, Stage, StageError, output_folder
 
@@ -105,6 +112,9 @@ def main(stage: Stage) -> None:
         counts={name: dict(manifest.counts) for name, manifest in data.items()},
         first=first,
         tables=[result_table(results, paired, hole, extractor) for hole in stage.params.edit.holes],
+        table_1=table_1(stage.params, card, {name: results[name] for name in table_order(list(results))}),
+        user_study=user_study(stage.root, results),
+        baseline_notes=baseline_notes(),
         colours=colours(results),
         few_photos=FEW_PHOTOS,
         headline=[
@@ -112,6 +122,7 @@ def main(stage: Stage) -> None:
             for metric, hole, reference in _cards(stage.params, extractor)
             if (found := [r for r in results.values() if metric in r.scopes.get((hole, reference), {})])
         ],
+        captioned=_captioned(stage, results, paired, extractor),
         grids=list(_grids(stage, results)),
         sweep=_sweep(stage, extractor),
         triplets=_triplet_rows(stage, data["materialize"]),
@@ -146,6 +157,11 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def baseline_notes() -> dict[str, dict[str, str]]:
+    """What the page says of each kind of baseline, and how it differs from the method it is named after."""
+    return yaml.safe_load((Path(__file__).parent / "reporting" / "baselines.yaml").read_text())
 
 
 def _load_variant(stage: Stage, name: str) -> TrainedVariant:
@@ -193,13 +209,7 @@ def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole:
     for name in table_order(list(shown)):
         numbers = shown[name].scopes[scope]
         tests = paired["methods"][name].get(hole, {}).get("exemplar", {})
-        cells = [
-            {
-                "text": estimate_text(numbers[metric]) if metric in numbers else "",
-                "p": "" if name == paired["against"] or metric not in tests else p_text(tests[metric]["p_value"]),
-            }
-            for metric, _ in columns
-        ]
+        cells = _cells(numbers, {} if name == paired["against"] else tests, columns)
         label = row_label(name, shown)
         n = next(iter(numbers.values())).n
         if n != most:
@@ -209,6 +219,55 @@ def result_table(results: Mapping[str, Result], paired: Mapping[str, Any], hole:
         rows.append({"name": name, "label": label, "cells": cells})
     against = paired["against"]
     return {"hole": hole, "columns": [label for _, label in columns], "rows": rows, "against": against}
+
+
+def _cells(
+    numbers: Mapping[str, Estimate], tests: Mapping[str, Any], columns: Sequence[tuple[str, str]]
+) -> list[dict[str, str]]:
+    return [
+        {
+            "text": estimate_text(numbers[metric]) if metric in numbers else "",
+            "p": p_text(tests[metric]["p_value"]) if metric in tests else "",
+        }
+        for metric, _ in columns
+    ]
+
+
+def caption_table(
+    results: Mapping[str, Result], paired: Mapping[str, Any], hole: str, extractor: str
+) -> dict[str, Any] | None:
+    """The paper's Fig. 8 in numbers: a row for each form of caption that a method was given, then the exemplar itself.
+
+    None if no method reads captions. Each is scored against the exemplar that it describes; p-values as result_table.
+    """
+    found = [
+        (name, form, result.scopes[hole, form])
+        for name, result in results.items()
+        for form in CAPTION_FORMS
+        if (hole, form) in result.scopes
+    ]
+    if not found:
+        return None
+    against = paired["against"]
+    rows = [*found, (against, "exemplar", results[against].scopes[hole, "exemplar"])]
+    columns = [
+        (metric, label)
+        for metric, label in headline_metrics(extractor).items()
+        if any(metric in numbers for *_, numbers in found)  # the gains are of exemplars alone
+    ]
+    lines = [
+        {
+            "name": name,
+            "label": caption_label(name, form),
+            "cells": _cells(
+                numbers,
+                {} if form == "exemplar" else paired["methods"][name].get(hole, {}).get(form, {}),
+                columns,
+            ),
+        }
+        for name, form, numbers in rows
+    ]
+    return {"hole": hole, "columns": [label for _, label in columns], "rows": lines, "against": against}
 
 
 def p_text(p_value: float) -> str:
@@ -231,7 +290,7 @@ def metric_groups(results: Mapping[str, Result], extractors: Sequence[str]) -> l
                         "extractor": extractor,
                         "method": name,
                         "values": [estimate_text(found[scope]) if scope in found else "" for scope in scopes],
-                        "n": ", ".join(sorted({n_text(estimate) for estimate in found.values()})),
+                        "n": ", ".join(sorted({n_text(value, result.chances.get(metric)) for value in found.values()})),
                     }
                 )
     for group in groups.values():
@@ -279,7 +338,9 @@ def _grids(stage: Stage, results: Mapping[str, Result]) -> Iterator[tuple[str, l
     file = load_manifest(stage.input("bench")).files("bench")[0]
     items = stage.store.read_table(file).to_pylist()
     items = [items[index] for index in evenly(COLUMNS, len(items))]
-    scopes = dict.fromkeys(scope for result in results.values() for scope in result.scopes)
+    scopes = dict.fromkeys(
+        scope for result in results.values() for scope in result.scopes if scope[1] not in CAPTION_FORMS
+    )
     edits = {name: _edits_of(stage, name, {item["bench_id"] for item in items}) for name in results}
     for hole, reference in scopes:
         names = table_order([name for name in results if (hole, reference) in results[name].scopes])
@@ -287,20 +348,56 @@ def _grids(stage: Stage, results: Mapping[str, Result]) -> Iterator[tuple[str, l
         yield f"{reference} reference, {hole} hole", picture_rows(items, fills, hole=hole, reference=reference)
 
 
+def _captioned(
+    stage: Stage, results: Mapping[str, Result], paired: Mapping[str, Any], extractor: str
+) -> dict[str, Any] | None:
+    """Captions of growing precision beside the exemplar that they describe, on the same items; None without any."""
+    hole = stage.params.edit.holes[0]
+    table = caption_table(results, paired, hole, extractor)
+    if table is None:
+        return None
+    file = load_manifest(stage.input("bench")).files("bench")[0]
+    items = stage.store.read_table(file).to_pylist()
+    items = [items[index] for index in evenly(COLUMNS, len(items))]
+    ids, against = {item["bench_id"] for item in items}, paired["against"]
+    fills: dict[str, Mapping[str, bytes]] = {}
+    forms: dict[str, CaptionForm] = {}
+    for name, result in results.items():
+        if any((hole, form) in result.scopes for form in CAPTION_FORMS):
+            edits = _edits_of(stage, name, ids)
+            for form in CAPTION_FORMS:
+                if (hole, form) in edits:
+                    fills[caption_label(name, form)], forms[caption_label(name, form)] = edits[hole, form], form
+    fills[caption_label(against, "exemplar")] = _edits_of(stage, against, ids)[hole, "exemplar"]
+    return {"table": table, "rows": picture_rows(items, fills, hole=hole, reference="exemplar", forms=forms)}
+
+
 def picture_rows(
-    items: Sequence[Mapping[str, Any]], fills: Mapping[str, Mapping[str, bytes]], *, hole: str, reference: str
+    items: Sequence[Mapping[str, Any]],
+    fills: Mapping[str, Mapping[str, bytes]],
+    *,
+    hole: str,
+    reference: str,
+    forms: Mapping[str, CaptionForm] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """`fill_rows` as the page shows them."""
+    """`fill_rows` as the page shows them. forms: of captions, by the label of the row that was filled from them."""
     rows = []
     for number, (label, pictures) in enumerate(fill_rows(items, fills, hole_kind=hole, reference_kind=reference)):
         shown = [
-            (picture_uri(picture), f"{label}, {item['bench_id']}, {item['label_name']}")
+            (picture_uri(picture), f"{label}, {item['bench_id']}, {_said(item, forms.get(label))}")
             for item, picture in zip(items, pictures, strict=True)
             if picture is not None
         ]
         kind = "start" if number == 0 else "edit" if label in fills else ""
         rows.append({"label": label, "kind": kind, "pictures": shown})
     return rows
+
+
+def _said(item: Mapping[str, Any], form: CaptionForm | None) -> str:
+    """What a row of BENCH shows: its label, or the caption that was given."""
+    if form is None:
+        return item["label_name"]
+    return caption(item["label_name"], form, images.decode(item["exemplar"]), written=item.get("exemplar_caption"))
 
 
 def _edits_of(stage: Stage, method: str, bench_ids: set[str]) -> dict[Scope, dict[str, bytes]]:

@@ -18,12 +18,13 @@ from pbe.data.masks import hole_of
 from pbe.data.schema import BENCH, require
 from pbe.evaluate.compare import compare
 from pbe.evaluate.features.crops import edit_key
-from pbe.evaluate.grid import DIVERSITY, fill_rows, fills_by_seed, sweep_fills
+from pbe.evaluate.grid import DIVERSITY, evenly_spaced, fill_rows, fills_by_seed, sweep_fills
 from pbe.evaluate.metrics.diversity import feature_spread, pixel_spread
 from pbe.evaluate.metrics.intervals import bootstrap_mean
 from pbe.evaluate.score import ScopeScores, numbers_of, score_method
 from pbe.places import tracking_uri
 from pbe.store import Record, digest, load_manifest, make_manifest, save_manifest, write_json
+from pipelines import comparison
 from pipelines.edit import Request, fill_bench
 from pipelines.features import Extracted, extract_features
 from pipelines.runtime.provenance import provenance_tags
@@ -31,7 +32,7 @@ from pipelines.runtime.stage import Stage, StageError, load_train_manifest
 from pipelines.runtime.tracking import after_results, training_run
 
 # raise it when a number changes for the same edits and settings; edits (edit.py) and features (features.py) have theirs
-VERSION = 1
+VERSION = 3
 GRID_COLUMNS = 14
 
 
@@ -74,8 +75,7 @@ def _requests(stage: Stage, bench_rows: np.ndarray) -> dict[str, Request]:
     scope = {"holes": edit.holes[:1], "references": ("exemplar",)}
 
     def request(items: int, **changes: Any) -> Request:
-        places = np.linspace(0, len(bench_rows) - 1, min(items, len(bench_rows))).round().astype(int)
-        rows = bench_rows[places]
+        rows = bench_rows[evenly_spaced(len(bench_rows), items)]
         return Request(edit.model_copy(update={**scope, **changes}), tuple(map(int, rows)))
 
     scales = {
@@ -173,7 +173,10 @@ def _log(
             file=f"{name}.png",
         )
     track.log_metrics(uri, run, {name: value["value"] for name, value in diversity.items()}, prefix="diversity/")
-    tags = {**provenance_tags(stage.root), "variant": variant, "part_of": "sweep"}
+    found_by = {"variant": variant, "bench": comparison.bench_tag(stage), "part_of": comparison.SWEEP}
+    tags = {**provenance_tags(stage.root), **found_by}
+    edited = {row["bench_id"] for row in _edit_rows(stage, parts[next(iter(metrics))])}
+    compared = comparison.compared_items(stage, edited=edited)
     settings = stage.params.evaluate.identity(without={"actors", "per_actor"})
     for scale, numbers in metrics.items():
         edits = [part.unit for part in parts[scale]]
@@ -190,3 +193,7 @@ def _log(
             detail |= {metric: value["value"], f"{metric}.low": value["low"], f"{metric}.high": value["high"]}
         track.log_metrics(uri, child, detail)
         track.end_run(uri, child)
+        files = [part.file("edits") for part in parts[scale]]
+        comparison.log_edits(stage, run, files, compared, key=comparison.scale_key(stage, scale))
+    track.set_tags(uri, run, {"swept": found_by["bench"]})
+    comparison.save_sweep_view(stage, list(metrics))

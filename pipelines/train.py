@@ -13,9 +13,11 @@ import pickle
 import queue
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe import track
@@ -28,11 +30,12 @@ from pbe.model.card import ModelCard
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import UNLOGGED, Run
-from pbe.train.settings import TrainConfig
+from pbe.train.settings import LoraTrainable, TrainConfig
 from pbe.train.spec import TrainSpec
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
+from pipelines.runtime.differences import diff_params, differences
 from pipelines.runtime.logs import root_cause
 from pipelines.runtime.parts import start_ray
 from pipelines.runtime.progress import progress_bar
@@ -43,7 +46,10 @@ from pipelines.runtime.tracking import after_results
 from pipelines.train_preflight import refuse_what_cannot_train
 
 if TYPE_CHECKING:
+    import torch
     from ray.train.torch import TorchTrainer
+
+    from pbe.train.scoring import Judge
 
 # names the run, in place of the code: raise it when losses change for the same settings and rows, so that an unfinished
 # run starts anew instead of resuming
@@ -59,9 +65,30 @@ EXECUTION_ONLY = {
     "validate_every",
     "validation_rows",
     "grid_rows",
+    "score_every",
+    "score_rows",
+    "score_extractor",
+    "ema_keep_raw",
+    "offload",
     "max_failures",
     "kernels",
 }
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """A text encoder's path in the storage, and the number of its tokens."""
+
+    path: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's path in the storage, and the name of the model that it belongs to."""
+
+    path: str
+    base_name: str
 
 
 def main(stage: Stage) -> None:
@@ -69,35 +96,52 @@ def main(stage: Stage) -> None:
     track.check(tracking_uri())
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
-    triplets = load_manifest(stage.input("materialize")) if cfg.input == "pixels" else None
+    learns_triplets = cfg.input == "pixels" or cfg.condition == "text"
+    triplets = load_manifest(stage.input("materialize")) if learns_triplets or cfg.score_every else None
     if triplets is not None:
         try:
             require_same_rows(encoded, triplets)
         except InputError as error:
-            raise StageError(f"train.input = pixels: {error}; run `dvc repro encode` first") from None
-    initial = _initial_weights(stage, cfg, encoded)
-    # of the first weights their content counts, not where they were found
-    settings = cfg.identity(without=EXECUTION_ONLY | {"init", "seed"})
-    pixels = [triplets.digest] if triplets is not None else []
-    identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *pixels])
+            why = "input = pixels" if cfg.input == "pixels" else "condition = text"
+            why = why if learns_triplets else f"score_every = {cfg.score_every}"
+            raise StageError(f"train.{why}: {error}; run `dvc repro encode` first") from None
+    initial, adapter = _initial_weights(stage, cfg, encoded)
+    text = _text_encoder(stage, cfg) if cfg.condition == "text" else None
+    # of the weights their content counts, not where they were found
+    settings = cfg.identity(without=EXECUTION_ONLY | {"init", "seed", "text"})
+    more = [triplets.digest] if triplets is not None and learns_triplets else []
+    more += [text.path, *cfg.text.captions] if text is not None else []
+    more += [adapter.path] if adapter is not None else []
+    identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *more])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     with ExitStack() as stack:
-        if run.finished() is None:
+        if run.finished(with_raw=cfg.ema_keep_raw) is None:
             stack.enter_context(hold(run))
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
-        if run.finished() is None:  # the previous holder may have finished it
+        if run.finished(with_raw=cfg.ema_keep_raw) is None:  # the previous holder may have finished it
             stack.enter_context(_shown_as_failed(run_id))
-            refuse_what_cannot_train(stage, cfg, encoded, triplets, initial)
+            refuse_what_cannot_train(
+                stage,
+                cfg,
+                encoded,
+                triplets,
+                initial,
+                text.tokens if text else None,
+                adapter.path if adapter else None,
+            )
+            judge = score_judge(stage, cfg) if cfg.score_every else None
             track.resume_run(tracking_uri(), run_id)
-            _train(stage, cfg, encoded, triplets, initial, run, run_id, origin)
+            _train(stage, cfg, encoded, triplets, initial, adapter, text, judge, run, run_id, origin)
         else:
             print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
-    finished = run.finished()
+    finished = run.finished(with_raw=cfg.ema_keep_raw)
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
     history = (run.read_json("history.json") or {"history": []})["history"]
-    _write_outputs(stage, run, run_id, identity, initial, origin, finished, history)
+    named = (*(initial or ()), adapter.path if adapter else None, text.path if text else None)
+    read = [path for path in named if path is not None]
+    _write_outputs(stage, run, run_id, identity, read, origin, finished, history)
     with after_results(stage):
         _log_result(stage, run, run_id, history, origin)
 
@@ -167,6 +211,7 @@ def _open_mlflow_run(
             "train": cfg.model_dump(mode="json") | {"seed": _seed(stage, cfg)},
             "encode": dict(encoded.config),
             "materialize": stage.params.materialize.model_dump(mode="json"),
+            **diff_params(differences(stage)),
         },
         tags={
             **provenance_tags(stage.root),
@@ -221,10 +266,14 @@ def _shown_as_failed(run_id: str) -> Iterator[None]:
         raise
 
 
-def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple[str, str | None] | None:
-    """Storage paths of the UNet and of the image encoder that training starts from; None for random weights."""
+def _initial_weights(
+    stage: Stage, cfg: TrainConfig, encoded: Manifest
+) -> tuple[tuple[str, str | None] | None, StoredAdapter | None]:
+    """Storage paths of the UNet and of the image encoder that training starts from, None for random weights, and the
+    adapter of them that it goes on with, if `train.init` is one."""
     if cfg.init == "random":
-        return None
+        return None, None
+    from pbe.model.adapter import is_adapter
     from pbe.model.clip import STEMS
     from pbe.model.codec import CODEC_FILE
     from pbe.model.hub import STABLE_DIFFUSION, weights_folder
@@ -233,6 +282,8 @@ def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple
 
     name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
     folder = weights_folder(name, parts=["unet", "image_encoder"])
+    if is_adapter(folder):
+        return adapter_weights(stage, cfg, encoded, folder)
     codec = encoded.config["codec"]
     if (folder / CODEC_FILE).is_file() and (folder / CODEC_FILE).read_bytes() != stage.store.read_bytes(codec["path"]):
         raise StageError(
@@ -241,9 +292,115 @@ def _initial_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> tuple
         )
     unet = store_weights(stage.store, folder / "unet", "unet", STEM)
     has_encoder = (folder / "image_encoder").is_dir()
+    if cfg.condition == "text" and has_encoder:
+        raise StageError(
+            f"train.init = {cfg.init}: a Paint by Example model, whose UNet reads exemplars; train.condition = text "
+            "starts from Stable Diffusion (sd) or random"
+        )
+    if cfg.trainable != "all" and not has_encoder:
+        raise StageError(
+            f"train.init = {cfg.init}: no Paint by Example model: the UNet's new input channels begin at zero, and "
+            f"train.trainable = {_what_trains(cfg)} would leave them there; set train.trainable: all"
+        )
     encoder = store_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
-    print(f"train@{stage.variant}: starts from {name}: {unet}{f', {encoder}' if encoder else '; the mapper is random'}")
-    return unet, encoder
+    mapper = f", {encoder}" if encoder else "; the mapper is random" if cfg.condition == "exemplar" else ""
+    print(f"train@{stage.variant}: starts from {name}: {unet}{mapper}")
+    return (unet, encoder), None
+
+
+def adapter_weights(
+    stage: Stage, cfg: TrainConfig, encoded: Manifest, folder: Path
+) -> tuple[tuple[str, str | None], StoredAdapter]:
+    """`_initial_weights` for the folder of an adapter, whose base is in the storage or where its name says.
+
+    Raises StageError, AdapterError, WeightsError.
+    """
+    from pbe.model.adapter import describe, read_adapter
+    from pbe.model.clip import STEMS
+    from pbe.model.hub import weights_folder
+    from pbe.model.vae import STEM
+    from pbe.model.weight_store import store_adapter, store_weights, stored_codec_sha256
+
+    adapter = read_adapter(folder)
+    if not isinstance(cfg.trainable, LoraTrainable) or cfg.trainable.lora != adapter.lora:
+        raise StageError(
+            f"train.init = {cfg.init}: an adapter; to go on with it, set train.trainable: {describe(adapter.lora)}, or "
+            "name the merged model, whose folder has the adapter in it"
+        )
+    base = adapter.base
+    if base.codec_sha256 != stored_codec_sha256(stage.store, encoded.config["codec"]):
+        raise StageError(
+            f"train.init = {cfg.init}: its latents are those of another codec than these rows were encoded with; set "
+            f"encode.codec: {{kind: pretrained, weights: {base.name}}}"
+        )
+    if not all(stage.store.exists(f"{path}/record.json") for path in (base.unet, base.image_encoder)):
+        source = weights_folder(base.name, parts=["unet", "image_encoder"])
+        unet = store_weights(stage.store, source / "unet", "unet", STEM)
+        encoder = store_weights(stage.store, source / "image_encoder", "image_encoder", *STEMS)
+        if (unet, encoder) != (base.unet, base.image_encoder):
+            raise StageError(
+                f"train.init = {cfg.init}: an adapter of {base.name}, whose weights have changed since; put them back, "
+                "or train a new adapter"
+            )
+    stored = StoredAdapter(store_adapter(stage.store, folder), base.name)
+    print(f"train@{stage.variant}: goes on with {stored.path}, an adapter of {base.name}: {base.unet}")
+    return (base.unet, base.image_encoder), stored
+
+
+def _what_trains(cfg: TrainConfig) -> str:
+    return cfg.trainable if isinstance(cfg.trainable, str) else "lora"
+
+
+def _text_encoder(stage: Stage, cfg: TrainConfig) -> StoredText:
+    """Copy the text encoder to the storage, which then has what the workers and the export read."""
+    from pbe.model.hub import weights_folder
+    from pbe.model.text import PARTS, load_text_encoder
+    from pbe.model.weight_store import store_text_encoder
+
+    backbone, name, key = stage.params.encode.backbone, cfg.text.encoder, "train.text.encoder"
+    if name is None and backbone.kind == "clip":
+        name, key = backbone.weights, "encode.backbone.weights"
+    if name is None:
+        raise StageError(
+            f"train@{stage.variant}: train.condition = text needs a text encoder, and encode.backbone is no CLIP; name "
+            "a CLIP or a sentence encoder in train.text.encoder"
+        )
+    try:
+        encoder = load_text_encoder(weights_folder(name, parts=[*PARTS, ""]))
+    except UserError as error:
+        raise StageError(f"train@{stage.variant}: {key} = {name}: {error}") from None
+    if encoder.width != cfg.unet.context_width:
+        raise StageError(
+            f"train@{stage.variant}: {key} = {name}: its tokens have width {encoder.width}; set "
+            f"train.unet.context_width ({cfg.unet.context_width}) to that, or name another text encoder"
+        )
+    path = store_text_encoder(stage.store, encoder)
+    print(f"train@{stage.variant}: text encoder {name}: {path}, {encoder.token_count} tokens of {encoder.width}")
+    return StoredText(path, encoder.token_count)
+
+
+def score_judge(stage: Stage, cfg: TrainConfig) -> "Callable[[Store, torch.device], Judge]":
+    """Copy the weights of `train.score_extractor` to the storage, and return how workers open them.
+
+    They are loaded once here, because workers would fail later, on every rank at once. Raises StageError.
+    """
+    from pbe.evaluate.features.weights import store_extractor
+    from pbe.evaluate.judge import CPU, open_judge
+    from pbe.evaluate.settings import ClipExtractorConfig, EfficientNetExtractorConfig
+    from pbe.model.hub import weights_folder
+
+    named, key = cfg.score_extractor, "train.score_extractor"
+    try:
+        if named.kind == "clip":
+            key = f"{key}.weights = {named.weights}"
+            weights_folder(named.weights, parts=[""])
+            entry = store_extractor(stage.store, ClipExtractorConfig(kind="clip", weights=named.weights, mixture=None))
+        else:
+            entry = store_extractor(stage.store, EfficientNetExtractorConfig(kind=named.kind))
+        open_judge(entry, stage.store, CPU)
+    except UserError as error:
+        raise StageError(f"train@{stage.variant}: {key}: {error}") from None
+    return partial(open_judge, entry)
 
 
 def _train(
@@ -252,6 +409,9 @@ def _train(
     encoded: Manifest,
     triplets: Manifest | None,
     initial: tuple[str, str | None] | None,
+    adapter: StoredAdapter | None,
+    text: StoredText | None,
+    judge: "Callable[[Store, torch.device], Judge] | None",
     run: Run,
     run_id: str,
     origin: tuple[str, int] | None,
@@ -274,15 +434,23 @@ def _train(
         encoded=encoded,
         triplets=triplets,
         arch=architecture_of(
-            cfg.unet, cfg.exemplar, image_px=stage.params.materialize.image_px, encoded=encoded.config
+            cfg.unet,
+            cfg.exemplar,
+            image_px=stage.params.materialize.image_px,
+            encoded=encoded.config,
+            caption_tokens=text.tokens if text else None,
         ),
         initial=initial,
         card=_model_card(stage, cfg, encoded, run),
         run_name=run.name,
         origin=origin,
+        text=text.path if text else None,
+        adapter=adapter.path if adapter else None,
+        base_name=adapter.base_name if adapter else cfg.init,
         tracking_uri=uri,
         mlflow_run_id=run_id,
         on_progress=_Put(progress),
+        open_judge=judge,
     )
     stage.store.delete_file(f"{run.folder}/stopped.json")
     with ExitStack() as stack:
@@ -415,6 +583,7 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
         tokens=cfg.exemplar.tokens,
         scheduler=scheduler_config(cfg.beta_schedule, cfg.objective),
         run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
+        condition=cfg.condition,
     )
 
 
@@ -423,7 +592,7 @@ def _write_outputs(
     run: Run,
     run_id: str,
     identity: str,
-    initial: tuple[str, str | None] | None,
+    weights: Sequence[str],
     origin: tuple[str, int] | None,
     finished: dict[str, Any],
     history: Sequence[Mapping[str, float]],
@@ -431,6 +600,7 @@ def _write_outputs(
     stage.outputs.mkdir(parents=True, exist_ok=True)
     columns = ["step", "samples_seen", "loss", "validation_loss", "lr", "grad_norm", "rows_per_s", "peak_memory_gib"]
     columns += ["step_s", "data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s"]
+    columns += sorted({name for point in history for name in point if name.startswith(track.SCORES)})
     with (stage.outputs / "loss.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -443,7 +613,7 @@ def _write_outputs(
             "run": run.name,
             "digest": identity,
             "mlflow_run_id": run_id,
-            "initial": [path for path in initial or () if path],
+            "initial": list(weights),
             "resumed_from": {"run": origin[0], "step": origin[1]} if origin else None,
             "steps": finished["steps"],
             "loss": finished["loss"],

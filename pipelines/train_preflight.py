@@ -24,30 +24,66 @@ def refuse_what_cannot_train(
     encoded: Manifest,
     triplets: Manifest | None,
     initial: tuple[str, str | None] | None,
+    caption_tokens: int | None,
+    adapter: str | None,
 ) -> None:
-    """Raises StageError, StoreError, WeightsError."""
+    """caption_tokens: of `architecture_of`. adapter: of TrainSpec. Raises StageError, StoreError, WeightsError."""
     refuse_too_few_rows(encoded, cfg.batch)
     _refuse_empty_streams(encoded, cfg.streams)
     _refuse_odd_latents(stage, cfg, encoded)
     refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
     if triplets is not None:
         refuse_unfit_parts(stage.store, triplets, TRIPLETS)
+        if caption_tokens is not None and "caption" in cfg.text.captions:
+            refuse_no_captions(stage, triplets)
     if initial is not None:
-        _refuse_unfit_weights(stage, cfg, encoded, initial)
+        _refuse_unfit_weights(stage, cfg, encoded, initial, caption_tokens, adapter)
 
 
-def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, initial: tuple[str, str | None]) -> None:
-    """Check the weights on a network without memory, before workers start. Raises WeightsError."""
+def _refuse_unfit_weights(
+    stage: Stage,
+    cfg: TrainConfig,
+    encoded: Manifest,
+    initial: tuple[str, str | None],
+    caption_tokens: int | None,
+    adapter: str | None,
+) -> None:
+    """Check the weights on a network without memory, before workers start. Raises AdapterError, WeightsError."""
     import torch
 
+    from pbe.model.adapter import load_adapter
     from pbe.model.initial import load_stored
     from pbe.model.unet import new_network
+    from pbe.model.weight_store import stored_folder
+    from pbe.train.trainable import choose_trainable
 
     with torch.device("meta"):
         network = new_network(
-            architecture_of(cfg.unet, cfg.exemplar, image_px=stage.params.materialize.image_px, encoded=encoded.config)
+            architecture_of(
+                cfg.unet,
+                cfg.exemplar,
+                image_px=stage.params.materialize.image_px,
+                encoded=encoded.config,
+                caption_tokens=caption_tokens,
+            )
         )
     load_stored(network, stage.store, initial)
+    choose_trainable(network, cfg.trainable, seed=0)
+    if adapter is not None:
+        with stored_folder(stage.store, adapter) as folder:
+            load_adapter(network, folder)
+
+
+def refuse_no_captions(stage: Stage, triplets: Manifest) -> None:
+    """Raise StageError if no triplet has a written caption: the column is there only in parts in which one has."""
+    for file in (file for files in slot_files(triplets) for file in files):
+        with stage.store.open_parquet(file) as parquet:
+            if "caption" in parquet.schema_arrow.names:
+                return
+    raise StageError(
+        f"train@{stage.variant}: train.text.captions: caption: no row has one; leave it out, or give the box files "
+        "captions (column Caption of a CSV, key caption of a COCO annotation)"
+    )
 
 
 def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> None:

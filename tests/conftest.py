@@ -195,3 +195,16 @@ def model_folder(
     folder = tmp_path / "models" / "tiny"
     save_model(folder, Model(model, codec, backbone, card))
     return folder
+
+
+@pytest.fixture(scope="module")  # its event loop runs in this thread: in a later file, asyncio.run would fail
+def chromium() -> Iterator[object]:
+    """Playwright's handle of the Chromium on PATH."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on PATH")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; install pbe[dev]")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()

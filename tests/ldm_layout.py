@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pbe.model.vae import KlCodec
 from pbe.model.weights import Model
-from tests.tiny_weights import clip_of, paper_model, tiny_vae, vae_of
+from tests.tiny_weights import clip_of, mapper_of, paper_model, tiny_vae, vae_of
 
 UNET, VAE, COND = "model.diffusion_model", "first_stage_model", "cond_stage_model"
 _RESNET = {
@@ -29,6 +29,21 @@ _RESNET = {
 def ldm_model() -> Model:
     """paper_model with a VAE that LDM could have: 32 norm groups."""
     return replace(paper_model(), codec=KlCodec(tiny_vae(width=32, norm_groups=32), digest="tiny"))
+
+
+def sizes_of(model: Model) -> dict[str, Any]:
+    """Keys of params.yaml that describe the network, for Project.set_params."""
+    unet, mapper = model.network.unet.config, mapper_of(model)
+    return {
+        "train__unet__block_channels": list(unet.block_out_channels),
+        "train__unet__attention": ["CrossAttn" in block for block in unet.down_block_types],
+        "train__unet__layers_per_block": unet.layers_per_block,
+        "train__unet__attention_heads": unet.attention_head_dim,
+        "train__unet__context_width": unet.cross_attention_dim,
+        "train__exemplar__mapper_width": mapper.final_layer_norm.weight.shape[0],
+        "train__exemplar__mapper_blocks": len(mapper.mapper.blocks),
+        "materialize__reference_px": model.card.reference_px,
+    }
 
 
 def paint_by_example(model: Model) -> dict[str, Tensor]:

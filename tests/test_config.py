@@ -20,6 +20,7 @@ from pbe.model.settings import UNetConfig
 from pbe.places import repo_root, storage_uri, tracking_uri
 from pbe.train.settings import TrainConfig
 
+TEXT: dict[str, Any] = {"condition": "text", "unet": {"class_embedding": False}}
 COMMITTED: dict[str, Any] = yaml.safe_load((repo_root() / "params.yaml").read_text())
 # what the messages below mention, so that another profile in params.yaml changes nothing here
 KNOWN: dict[str, dict[str, Any]] = {
@@ -126,10 +127,27 @@ def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_m
         ({"train.lr": -1}, "params.yaml: train.lr = -1: input should be greater than 0"),
         ({"train.steps": True}, "params.yaml: train.steps = True: input should be a number"),
         ({"train.lr": float("nan")}, "params.yaml: train.lr = nan: "),
+        (
+            {"train.trainable": "lora"},
+            "params.yaml: train.trainable: 'lora': allowed are all, cross_attention and {lora: {rank: 4}}",
+        ),
+        (
+            {"train.trainable": {"lora": {"rank": 0}}},
+            "params.yaml: train.trainable.lora.rank = 0: input should be greater than or equal to 1",
+        ),
+        (
+            {"train.trainable": {"lora": {"ranks": 4}}},
+            "params.yaml: train.trainable.lora.ranks = 4: unknown key; allowed here: alpha, rank, targets",
+        ),
         ({"edit.seeds": [True]}, "params.yaml: edit.seeds.0 = True: input should be a number"),
         (
             {"ingest.source": "web"},
             "params.yaml: ingest.source = 'web': input should be 'sample', 'folder', 'openimages' or 'pairs'",
+        ),
+        (
+            {"train.kernels.activation_checkpointing": True},
+            "params.yaml: train.kernels: activation_checkpointing: is now checkpointed_levels, which counts the UNet's "
+            "levels that recompute; write checkpointed_levels: 4",
         ),
         (
             {"train.bezier_prob": 0.3},
@@ -138,8 +156,8 @@ def test_a_setting_is_in_params_yaml_or_has_its_default_unit_and_source_in_its_m
         ({"ingest.splits": ["val"]}, "params.yaml: ingest.splits.0 = 'val': input should be 'train', 'validation' or"),
         ({"train": 3}, "params.yaml: train = 3: input should be a valid dictionary or instance of TrainConfig"),
         (
-            {"evaluate.extractors": [{"kind": "dino"}]},
-            "params.yaml: evaluate.extractors.0.kind = 'dino': allowed are efficientnet_lite0, efficientnet_lite2",
+            {"evaluate.extractors": [{"kind": "resnet"}]},
+            "params.yaml: evaluate.extractors.0.kind = 'resnet': allowed are efficientnet_lite0, efficientnet_lite2",
         ),
         (
             {"evaluate.extractors": ["clip"]},
@@ -176,6 +194,10 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: filter: min_area_frac 0.9 must be below max_area_frac 0.8",
         ),
         ({"train.workers": 3}, "params.yaml: train: workers 3 must divide streams 2"),
+        (
+            {"train.trainable": {"lora": {}}},
+            "params.yaml: train: trainable lora freezes the rest of the UNet, and init random would freeze noise",
+        ),
         ({"train.batch": 33}, "params.yaml: train: streams 2 must divide batch 33"),
         (
             {"train.micro_batch": 5},
@@ -196,6 +218,27 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ({"encode.codec.patch_px": 0}, "params.yaml: encode.codec.patch_px = 0: input should be greater than"),
         ({"encode.backbone.kind": "clip"}, "params.yaml: encode.backbone.weights: required key is missing"),
         ({"train.exemplar.tokens": "all"}, "params.yaml: variants.full: train.exemplar.tokens = 'all' needs encode."),
+        ({"train.condition": "text"}, "params.yaml: train: unet.class_embedding reads one token, and the first of a"),
+        (
+            {"train.condition": "text", "train.unet.class_embedding": False},
+            "params.yaml: variants.full: has train.condition: text, but is the first, which all others are compared",
+        ),
+        (
+            {"variants.text": {"train": {**TEXT, "input": "pixels"}}},
+            "params.yaml: variants.text.train: input pixels draws fresh references, which condition text does not read",
+        ),
+        (
+            {"variants.text": {"train": {**TEXT, "exemplar": {"mapper_blocks": 2}}}},
+            "params.yaml: variants.text.train.exemplar: of exemplars, which a variant with train.condition: text does",
+        ),
+        (
+            {"variants.text": {"train": TEXT}, "sweep.variant": "text"},
+            "params.yaml: variants.text: has train.condition: text, but is sweep.variant; that must be one of",
+        ),
+        (
+            {"edit.captions": ["label", "label"]},
+            "params.yaml: edit: captions: ['label', 'label'] contains duplicates",
+        ),
         (
             {
                 "materialize.image_px": 72,

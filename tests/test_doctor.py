@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pbe.cli import main
-from pbe.doctor import Finding, examine, repository, tracking
+from pbe.cli.__main__ import main
+from pbe.doctor import Finding, examine, profiles_for, repository, tracking
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
 from tests.profiles import FOLDER
@@ -233,6 +233,20 @@ def test_weights_that_are_not_there(root: Path) -> None:
     assert "org/name@revision" in finding.advice
     (root / "none").mkdir()
     assert _found(root, "train.init").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("card_gib", "fit", "too_large"),
+    [
+        (7.8, "finetune-8gb of", "openimages-12gb, openimages-24gb"),  # as a card of 8 GB reports it
+        (15.7, "finetune-8gb, openimages-12gb of", "openimages-24gb"),
+        (4.0, "none of", "finetune-8gb, openimages-12gb, openimages-24gb"),
+    ],
+)
+def test_a_card_is_told_the_profiles_that_fit_it(card_gib: float, fit: str, too_large: str) -> None:
+    finding = profiles_for(repo_root(), card_gib)
+    assert finding.found == f"{fit} those for one card; too large: {too_large}"
+    assert (finding.level == "warn") is (fit == "none of")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The editor: any photo size; nothing changes outside the hole; nothing hidden reappears; items are independent."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,27 +21,18 @@ from pbe.diffusion.sampling import Sampling, sample
 from pbe.diffusion.schedule import SamplerError
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.diffusion.settings import Objective, SamplerName
-from pbe.edit import (
-    CONTEXT_FACTOR,
-    DIFFUSERS,
-    OURS,
-    UPSTREAM,
-    Editor,
-    EditProtocol,
-    EditTask,
-    Fit,
-    NonFiniteEditError,
-    _fitted,
-    _window,
-)
+from pbe.edit import Editor, EditTask, NonFiniteEditError
 from pbe.encode import encode_masked, encode_references, to_images
 from pbe.model.architecture import Architecture
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.card import ModelCard
 from pbe.model.codec import PatchCodec
+from pbe.model.precision import TORCH_DTYPES
+from pbe.model.settings import EditDtype
 from pbe.model.unet import new_network
 from pbe.model.weights import Model, ModelError, save_model
-from tests.tiny_weights import clip_of, paper_model, vae_of
+from pbe.protocol import CONTEXT_FACTOR, DIFFUSERS, OURS, UPSTREAM, EditProtocol, Fit, _window, fit_reference
+from tests.tiny_weights import clip_of, mapper_of, paper_model, vae_of
 
 SIZE_PX, STEPS = 16, 3
 FITS: tuple[Fit, ...] = get_args(Fit)
@@ -228,19 +220,19 @@ def test_the_network_works_at_another_size_when_asked(edit: Edit) -> None:
 def test_the_reference_is_squashed_padded_or_cropped() -> None:
     reference = np.zeros((20, 60, 3), np.uint8)
     reference[:, 20:40], reference[:, 40:] = 100, 200  # left, middle and right third
-    squash, pad, crop = (_fitted(reference, 30, EditProtocol(reference_fit=fit)) for fit in FITS)
+    squash, pad, crop = (fit_reference(reference, 30, EditProtocol(reference_fit=fit)) for fit in FITS)
     assert squash[:, 0].max() == 0 and squash[:, -1].min() == 200
     assert (pad[:10] == 128).all() and (pad[20:] == 128).all() and pad[15, 0, 0] == 0 and pad[15, -1, 0] == 200
     assert (crop == 100).all()
     photo = _photo(331, 500, seed=3)
-    bicubic = {fit: _fitted(photo, 30, EditProtocol(reference_fit=fit, resampling="bicubic")) for fit in FITS}
+    bicubic = {fit: fit_reference(photo, 30, EditProtocol(reference_fit=fit, resampling="bicubic")) for fit in FITS}
     picture = Image.fromarray(photo)
     np.testing.assert_array_equal(bicubic["squash"], picture.resize((30, 30)))  # as upstream
     np.testing.assert_array_equal(bicubic["crop"], np.array(picture.resize((45, 30)))[:, 7:37])  # as CLIP's processor
     np.testing.assert_array_equal(bicubic["pad"][5:25], picture.resize((30, 20)))
     for fit, resampling in itertools.product(FITS, RESAMPLINGS):
         protocol = EditProtocol(reference_fit=fit, resampling=resampling)
-        assert _fitted(np.zeros((1, 5000, 3), np.uint8), 30, protocol).shape == (30, 30, 3)
+        assert fit_reference(np.zeros((1, 5000, 3), np.uint8), 30, protocol).shape == (30, 30, 3)
 
 
 def test_a_sampled_masked_latent_depends_on_the_seed_alone() -> None:
@@ -366,7 +358,7 @@ def test_scale_one_does_not_use_the_unconditional_vector(
     save_model(tmp_path, _model_of(editor))
     other = Editor.load(tmp_path, device="cpu")
     with torch.no_grad():
-        other._network.exemplar.uncond_vector.add_(3.0)
+        mapper_of(_model_of(other)).uncond_vector.add_(3.0)
     for scale, same in ((1.0, True), (5.0, False)):
         one, two = (
             e.edit_crops(crops[:1], _hole(16, 16)[None], [_photo(9, 9)], seeds=[1], sampling=Sampling(scale, STEPS))
@@ -540,26 +532,51 @@ def test_an_edit_that_overflows_on_its_way_is_an_error(where: str) -> None:
     model = paper_model()
     layer = model.network.unet.conv_out if where == "unet" else vae_of(model).decoder.conv_out
     layer.weight.data.fill_(3e38)
-    editor = Editor(model, torch.device("cpu"), precision="bf16")
-    with pytest.raises(NonFiniteEditError, match=r"NaN or infinite values \(seeds 7\).*try fp32"):
+    editor = Editor(model, torch.device("cpu"), dtype="bfloat16")
+    with pytest.raises(NonFiniteEditError, match=r"NaN or infinite values \(seeds 7\).*try dtype float32"):
         editor.edit(_photo(32, 32), _hole(32, 32), _photo(9, 9), seed=7, sampling=Sampling(steps=2))
 
 
-def test_in_bfloat16_every_network_computes_in_it_and_edits_stay_near() -> None:
+def test_what_overflows_in_float16_alone_is_told_which_dtype_holds_it() -> None:
+    """Warming finds it too, before anybody's edit."""
+    model = paper_model()
+    model.network.unet.conv_out.bias.data.fill_(1e5)
+    with pytest.raises(NonFiniteEditError, match="float16 is too narrow for it: try dtype bfloat16 or float32"):
+        Editor(copy.deepcopy(model), torch.device("cpu"), dtype="float16").warm()
+    Editor(model, torch.device("cpu"), dtype="bfloat16").warm()
+
+
+def test_every_network_computes_in_the_dtype_and_edits_stay_near() -> None:
     photos, holes = np.stack([_photo(32, 32)]), np.stack([_hole(32, 32)])
     edits = {}
-    for precision in ("fp32", "tf32", "bf16"):
+    dtypes: tuple[EditDtype | None, ...] = (None, "float32", "tf32", "bfloat16", "float16")
+    for dtype in dtypes:
         model = paper_model()
         seen: set[torch.dtype] = set()
-        parts = (model.network.unet, vae_of(model), clip_of(model))
+        parts = (model.network.unet, model.network.exemplar, vae_of(model), clip_of(model))
         for part in parts:
             for layer in part.modules():
                 if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
                     layer.register_forward_hook(lambda _, inputs, out, seen=seen: seen.add(out.dtype))
-        editor = Editor(model, torch.device("cpu"), precision=precision)
-        edits[precision] = editor.edit_crops(
+        editor = Editor(model, torch.device("cpu"), dtype=dtype)
+        edits[dtype] = editor.edit_crops(
             photos, holes, [_photo(30, 20)], seeds=[1], sampling=Sampling(3.0, steps=4), protocol=UPSTREAM
         ).astype(float)
-        assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert (edits["tf32"] == edits["fp32"]).all()  # no TF32 on a CPU
-    assert 0 < np.abs(edits["bf16"] - edits["fp32"]).mean() < 4  # of 255
+        assert seen == {TORCH_DTYPES[editor.dtype]}
+    assert (edits[None] == edits["float32"]).all()  # the CPU's default
+    assert (edits["tf32"] == edits["float32"]).all()  # no TF32 on a CPU
+    away = {dtype: np.abs(edits[dtype] - edits["float32"]).mean() for dtype in ("bfloat16", "float16")}  # of 255
+    assert 0 < away["float16"] < away["bfloat16"] < 4, away
+
+
+def test_warming_has_the_shapes_of_the_edits_and_changes_none(editor: Editor, edit: Edit) -> None:
+    """What torch compiles or tunes for one shape serves no other."""
+    shapes: list[torch.Size] = []
+    unet = _model_of(editor).network.unet
+    hook = unet.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    before = edit(_photo(40, 64), _hole(40, 64))
+    editor.warm(n=3, sampling=SAMPLING, size_px=32)
+    hook.remove()
+    side = 32 // _model_of(editor).codec.patch_px
+    assert shapes[-1] == (3 * SAMPLING.forwards_per_step, 2 * _model_of(editor).codec.channels + 1, side, side)
+    np.testing.assert_array_equal(edit(_photo(40, 64), _hole(40, 64)), before)

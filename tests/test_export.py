@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.export import ExportError, export_model
 from pbe.model.weights import load_model
+from pbe.places import repo_root
 from tests.tiny_weights import write_paint_by_example
 
 
@@ -62,9 +65,9 @@ def test_a_model_of_the_papers_parts_says_how_diffusers_opens_it(project: Path, 
     export_model(project, str(write_paint_by_example(tmp_path / "published")), tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
-    assert "PaintByExamplePipeline.from_pretrained" in card and "moved" in card
+    assert "DiffusionPipeline.from_pretrained" in card and "with your rights" in card
+    assert "`pipeline.py` sha256" in card and "`image_encoder/exemplar_encoder.py` sha256" in card
     assert "Its settings and metrics are not known" in card
-    assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "PaintByExamplePipeline"
 
 
 def test_metrics_of_another_training_are_left_out(project: Path, tmp_path: Path) -> None:
@@ -90,6 +93,18 @@ def test_what_cannot_be_exported_is_refused_before_work(project: Path, tmp_path:
     with pytest.raises(ExportError, match="taken: already exists"):
         export_model(project, "tiny", taken)
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(project: Path, tmp_path: Path) -> None:
+    """As if it were full after 4 kB: files of this process alone end there."""
+    code = "import resource, sys; from pbe.cli.__main__ import main; " + (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "export", str(project / "models/tiny"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("pbe: error: ")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_the_command_says_what_opens_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

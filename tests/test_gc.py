@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pbe import places
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.gc import find_unused, remove, used_paths
 from pbe.store import Store, make_manifest, save_manifest, write_json
 

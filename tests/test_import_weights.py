@@ -16,14 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pbe import import_weights as module
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import UserError
 from pbe.import_weights import import_weights, table_text
 from pbe.model.ldm import FIRST_CONVOLUTION
 from pbe.model.weights import Model, load_model, save_model
 from tests import ldm_layout
-from tests.tiny_weights import CONTEXT_WIDTH, REFERENCE_PX, clip_of, paper_model, state_of, tiny_unet, tiny_vae, vae_of
+from tests.tiny_weights import (
+    CONTEXT_WIDTH,
+    REFERENCE_PX,
+    clip_backbone_of,
+    clip_of,
+    paper_model,
+    state_of,
+    tiny_unet,
+    tiny_vae,
+    vae_of,
+)
 
 Writer = Callable[[dict[str, Tensor], Path], None]
 
@@ -79,7 +89,7 @@ def _same(got: Model, expected: Model, tolerance: float = 0) -> None:
 def _outputs(model: Model) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, REFERENCE_PX, REFERENCE_PX), generator=generator).to(torch.uint8)
-    tokens = model.backbone(images)[:, None]
+    tokens = clip_backbone_of(model)(images)[:, None]
     noisy, masked = torch.randn(2, 2, 4, 4, 4, generator=generator)
     prediction = model.network(
         noisy,

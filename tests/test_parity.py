@@ -20,7 +20,7 @@ from pbe.edit import Editor
 from pbe.encode import encode_masked, encode_references
 from pbe.model.vae import KlCodec
 from pbe.model.weights import Model
-from tests.tiny_weights import IMAGE_PX, REFERENCE_PX, lively, paper_model, vae_of
+from tests.tiny_weights import IMAGE_PX, REFERENCE_PX, clip_backbone_of, lively, paper_model, vae_of
 
 pytest.importorskip(
     "diffusers.pipelines.deprecated.paint_by_example", reason="this diffusers has no PaintByExamplePipeline any more"
@@ -66,7 +66,8 @@ def _condition(model: Model, sources: np.ndarray, holes: np.ndarray, references:
     copies = Sampling(scale).forwards_per_step
     drop = torch.arange(copies * ROWS) < (copies - 1) * ROWS
     with torch.no_grad():
-        context = model.network.exemplar(encode_references(model.backbone, references).repeat(copies, 1, 1), drop)
+        tokens = encode_references(clip_backbone_of(model), references)
+        context = model.network.exemplar(tokens.repeat(copies, 1, 1), drop)
     return Condition(drawn.repeat(copies, 1, 1, 1), keep.repeat(copies, 1, 1, 1), context)
 
 

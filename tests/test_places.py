@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from unittest import mock
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
 from pbe import places
 from pbe.config import Params
 from pbe.data.boxfiles.photo_names import PhotoNames
+from pbe.data.files import file_tree
 from pbe.data.schema import BENCH
 from pbe.errors import ParamsError, UserError
-from pbe.evaluate.features.weights import store_extractor
-from pbe.evaluate.settings import EvaluateConfig, FolderBaseline
+from pbe.evaluate.bench.cocoee import _labels
+from pbe.evaluate.features.weights import _weight_file, store_extractor
+from pbe.evaluate.rivals.weights import store_guide, store_rival
+from pbe.evaluate.settings import EvaluateConfig, FolderBaseline, HarmoniseBaseline, InpaintBaseline
 from pbe.places import local_path, tracking_uri
 from pbe.settings import names_path, paths_in
 from pbe.store import Store
@@ -24,7 +28,7 @@ from pipelines.encode import _backbone_entry, _codec_entry
 from pipelines.features import _extractions_of_real_images, _mixtures
 from pipelines.ingest import _selection, open_source, write_index
 from pipelines.runtime.stage import Stage
-from pipelines.train import _initial_weights
+from pipelines.train import _initial_weights, _text_encoder, score_judge
 from tests.profiles import profile
 
 # settings of any text that name nothing on this disk
@@ -35,8 +39,14 @@ NO_PATHS = {
     "filter.include_classes",
     "filter.exclude_classes",
     "train.resume_from",
+    "train.trainable.lora.targets",
     "evaluate.extractors.sha256",
     "sweep.variant",
+    "study.methods",
+    "baselines.license",
+    "baselines.prompt",
+    "baselines.pipeline",
+    "baselines.sha256",
 }
 CLIP = {"kind": "clip", "weights": "w", "mixture": "m"}
 NO_MANIFEST = mock.Mock(config={"codec": {"path": ""}})
@@ -144,9 +154,16 @@ READERS: dict[str, Callable[[str], object]] = {
     "train.init": lambda name: _initial_weights(
         stage := _stage({"init": name}, "train"), stage.params.train, NO_MANIFEST
     ),
+    "train.text.encoder": lambda name: _text_encoder(
+        stage := _stage({"text": {"encoder": name}}, "train"), stage.params.train
+    ),
+    "train.score_extractor.weights": lambda name: score_judge(
+        stage := _stage({"score_extractor": {"kind": "clip", "weights": name}}, "train"), stage.params.train
+    ),
     "bench.cocoee": lambda name: _cocoee(
         stage := _stage({"source": "cocoee", "cocoee": name}, "bench"), stage.params.bench
     ),
+    "bench.cocoee_annotations": lambda name: _labels(file_tree(name, key="bench.cocoee_annotations"), np.array([1])),
     "bench.matcher.weights": lambda name: store_extractor(
         Store("/nowhere"), _stage({"matcher": CLIP | {"weights": name}}, "bench").params.bench.matcher
     ),
@@ -157,8 +174,17 @@ READERS: dict[str, Callable[[str], object]] = {
     "evaluate.extractors.file": lambda name: store_extractor(
         Store("/nowhere"), _evaluate({"kind": "inception", "file": name, "sha256": "0" * 64}).extractors[0]
     ),
+    "evaluate.lpips.backbone": lambda name: _weight_file(name, "backbone").read_bytes(),
+    "evaluate.lpips.heads": lambda name: _weight_file(name, "heads").read_bytes(),
     "evaluate.real_images": lambda name: _extractions_of_real_images(
         _stage({"real_images": name, "real_images_px": 64}, "evaluate").params.evaluate, "clip", NO_MANIFEST
+    ),
+    "baselines.model": lambda name: store_rival(
+        Store("/nowhere"), InpaintBaseline(kind="inpaint", model=name, license="none")
+    ),
+    "baselines.clip": lambda name: store_guide(Store("/nowhere"), name),
+    "baselines.file": lambda name: store_rival(
+        Store("/nowhere"), HarmoniseBaseline(kind="harmonise", file=name, sha256="0" * 64, license="none")
     ),
     "baselines.folder": lambda name: _results(BENCH.empty_table(), FolderBaseline(kind="folder", folder=name)),
 }

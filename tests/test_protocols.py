@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling
-from pbe.edit import DIFFUSERS, UPSTREAM, Editor, EditProtocol
+from pbe.edit import Editor
 from pbe.model.clip import MEAN, STD
 from pbe.model.weights import Model
+from pbe.protocol import DIFFUSERS, UPSTREAM, EditProtocol
 from tests.tiny_weights import REFERENCE_PX, lively, paper_model, vae_of
 
 pytest.importorskip(

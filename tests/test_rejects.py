@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pbe import places
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.data.schema import REJECTS
 from pbe.store import Store, make_manifest, save_manifest
 

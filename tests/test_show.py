@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pbe import places
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.data import images
 from pbe.data.contact import HOLE_GREY, TILE_PX
 from pbe.data.masks import pack_mask

@@ -192,11 +192,12 @@ def test_every_number_is_logged(uri: str) -> None:
 
 def test_of_a_curve_the_missing_points_are_logged(uri: str) -> None:
     run, client = _open(uri), _client(uri)
-    points = {step * 8: {"step": step, "loss": 1 / step} for step in (1, 2, 3)}
+    points = {step * 8: {"step": step, "loss": 1 / step, "score/rows": 4} for step in (1, 2, 3)}
     track.log_metrics(uri, run, points[16], step=16, prefix=track.CURVE)
     for _ in range(2):
         track.log_curve(uri, run, points)
-    assert sorted(point.step for point in client.get_metric_history(run, "train/loss")) == [8, 16, 24]
+    for name in ("train/loss", "score/rows"):  # which has its own group
+        assert sorted(point.step for point in client.get_metric_history(run, name)) == [8, 16, 24]
     track.log_curve(uri, run, {})  # of a model that is not trained
 
 
@@ -205,6 +206,31 @@ def test_artifacts_for_which_there_is_no_room_are_one_line(uri: str, tmp_path: P
     (tmp_path / "mlartifacts").symlink_to("/dev/full")
     with pytest.raises(TrackError, match=rf"^MLFLOW_TRACKING_URI={uri}: "):
         track.log_image(uri, run, np.zeros((8, 8, 3), np.uint8), file="edits.png")
+
+
+def _series_is_replaced(uri: str, run: str) -> None:
+    """Same content: not logged again. Other content, or a series that is not whole: none of its images stays."""
+
+    def names() -> set[str]:
+        return {file.path for file in _client(uri).list_artifacts(run, track.IMAGES)}
+
+    def log(content: str, *steps: int) -> None:
+        pictures = {step: np.full((8, 8, 3), step, np.uint8) for step in steps}
+        track.log_series(uri, run, pictures, key="eval-box/edits", content=content)
+
+    log("first", 0, 7)
+    first = names()
+    log("first", 0, 7)
+    assert names() == first and len(first) == 4  # each with a thumbnail
+    log("second", 0, 7)
+    second = names()
+    assert len(second) == 4 and not first & second
+    log("second", 0, 5, 7)  # as if it had been cut off
+    assert len(names()) == 6 and not second & names()
+
+
+def test_a_series_is_logged_once_and_replaced_as_a_whole(uri: str) -> None:
+    _series_is_replaced(uri, _open(uri))
 
 
 # -- a server --------------------------------------------------------------------------------------------------------
@@ -228,6 +254,7 @@ def test_all_of_it_through_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run = _open(uri, run_id=known, params={f"p{number}": number for number in range(150)})
         assert _open(uri, run_id=known) == run
         track.log_image(uri, run, np.zeros((8, 8, 3), np.uint8), file="edits.png")
+        _series_is_replaced(uri, run)
         points = {step: {"step": step, "loss": math.nan if step == 7 else 1.0} for step in range(1, 1200)}
         server.stop()
         with pytest.raises(TrackError, match="Connection refused"):

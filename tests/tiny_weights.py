@@ -4,30 +4,66 @@ Same classes, same file names, same keys as the published ones; only smaller. Wh
 `python -m tests.tiny_weights FOLDER` writes what the paper-tiny profile names.
 """
 
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinInpaintPipeline,
+    Flux2Transformer2DModel,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from pbe.data.images import resize
+from pbe.data.schema import LpipsNet
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.evaluate.features.clip import load_clip_extractor
 from pbe.evaluate.metrics.mixture import Mixture, save_mixture
 from pbe.model.card import ModelCard
 from pbe.model.clip import ClipBackbone, new_clip
-from pbe.model.exemplar import ExemplarMapper
+from pbe.model.exemplar import CaptionContext, ExemplarMapper
+from pbe.model.text import TextEncoder
 from pbe.model.unet import ConditionedUNet
 from pbe.model.vae import KlCodec
 from pbe.model.weights import Model, save_model
 
 CONTEXT_WIDTH, CLIP_WIDTH, CLIP_LAYERS, REFERENCE_PX, IMAGE_PX = 24, 64, 9, 28, 32
 EXTRACTOR_PX, EXTRACTOR_WIDTH = 32, 12
+CAPTION_TOKENS = 40
 UNET = {
     "sample_size": IMAGE_PX // 8,
     "out_channels": 4,
@@ -88,6 +124,27 @@ def tiny_clip() -> CLIPVisionModel:
         return lively(new_clip(config), 3)
 
 
+def tiny_text_encoder() -> TextEncoder:
+    """CLIP's text model, with its tokenizer of bytes alone: each letter is a token."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        config = CLIPTextConfig(
+            hidden_size=CONTEXT_WIDTH,
+            intermediate_size=2 * CONTEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CAPTION_TOKENS,
+            vocab_size=len(words),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return TextEncoder(lively(CLIPTextModel(config), 8), tokenizer)
+
+
 def tiny_exemplar() -> ExemplarMapper:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
@@ -109,14 +166,34 @@ def paper_model() -> Model:
     )
 
 
+def text_model() -> Model:
+    """The paper's path, conditioned on captions."""
+    encoder = tiny_text_encoder()
+    context = CaptionContext(tokens=encoder.token_count, context_width=encoder.width)
+    context.set_empty(encoder([""]))
+    card = replace(paper_model().card, condition="text")
+    return replace(
+        paper_model(), network=ConditionedUNet(tiny_unet(in_channels=9), context), backbone=encoder, card=card
+    )
+
+
+def mapper_of(model: Model) -> ExemplarMapper:
+    assert isinstance(model.network.exemplar, ExemplarMapper)
+    return model.network.exemplar
+
+
 def vae_of(model: Model) -> AutoencoderKL:
     assert isinstance(model.codec, KlCodec)
     return model.codec.vae
 
 
-def clip_of(model: Model) -> CLIPVisionModel:
+def clip_backbone_of(model: Model) -> ClipBackbone:
     assert isinstance(model.backbone, ClipBackbone)
-    return model.backbone.network
+    return model.backbone
+
+
+def clip_of(model: Model) -> CLIPVisionModel:
+    return clip_backbone_of(model).network
 
 
 def state_of(model: Model) -> dict[str, torch.Tensor]:
@@ -136,17 +213,144 @@ def write_stable_diffusion(folder: Path) -> Path:
     return folder
 
 
+def write_inpainting(folder: Path, *, withholds_above: float = 1.1) -> Path:
+    """As stable-diffusion-v1-5/stable-diffusion-inpainting: 9 channels into the UNet. withholds_above: a cosine, of its
+    safety checker."""
+    return _write_pipeline(folder, tiny_unet(in_channels=9), withholds_above)
+
+
+def write_text_to_image(folder: Path) -> Path:
+    """As CompVis/stable-diffusion-v1-4, whole."""
+    return _write_pipeline(folder, tiny_unet(), 1.1)
+
+
+def _write_pipeline(folder: Path, unet: UNet2DConditionModel, withholds_above: float) -> Path:
+    text = CLIPTextConfig(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=CONTEXT_WIDTH,
+        intermediate_size=2 * CONTEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=len(_VOCABULARY) - 2,
+        eos_token_id=len(_VOCABULARY) - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        encoder = lively(CLIPTextModel(text), 8, scale=0.3)  # random words then differ enough to be told apart
+        checker = _tiny_safety_checker(withholds_above)
+    StableDiffusionInpaintPipeline(
+        vae=tiny_vae(),
+        text_encoder=encoder,
+        tokenizer=_tiny_tokenizer(folder.with_name(f"{folder.name}-words")),
+        unet=unet,
+        scheduler=PNDMScheduler.from_config(scheduler_config("scaled_linear", "eps")),
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(
+            size={"shortest_edge": REFERENCE_PX}, crop_size={"height": REFERENCE_PX, "width": REFERENCE_PX}
+        ),
+    ).save_pretrained(folder)
+    for part, prefix in (("text_encoder", "text_model."), ("safety_checker", "vision_model.")):
+        _as_published(folder / part / "model.safetensors", prefix)
+    return folder
+
+
+def _as_published(file: Path, prefix: str) -> None:
+    """The names of transformers 4, one level deeper, and the counter that old files carry."""
+    tensors = load_file(file)
+    deeper = "vision_model." + prefix if prefix == "vision_model." else prefix
+    is_inner = [name for name in tensors if name.startswith(("embeddings.", "encoder.", "final_layer_norm.", prefix))]
+    for name in is_inner:
+        tensors[deeper + name.removeprefix(prefix)] = tensors.pop(name)
+    tensors[f"{deeper}embeddings.position_ids"] = torch.arange(77 if prefix == "text_model." else 17)[None]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+_LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+_VOCABULARY = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
+
+
+def _tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's, which knows letters and joins none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(_VOCABULARY)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(vocabulary), str(folder / "merges.txt"), model_max_length=77)
+
+
+def _tiny_safety_checker(withholds_above: float) -> StableDiffusionSafetyChecker:
+    vision = tiny_clip().config.to_dict()
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=CONTEXT_WIDTH))
+    # a picture is withheld where its cosine to one of the concepts is above the concept's weight
+    checker.concept_embeds_weights.data.fill_(withholds_above)
+    checker.special_care_embeds_weights.data.fill_(1.1)
+    checker.concept_embeds.data = torch.randn(checker.concept_embeds.shape)  # ones are no direction that pictures share
+    return checker.eval()
+
+
+def write_klein(folder: Path) -> Path:
+    """As black-forest-labs/FLUX.2-klein-4B, whole: of its text encoder, layers 9, 18 and 27 are read."""
+    words = folder.with_name(f"{folder.name}-words")
+    words.mkdir(parents=True, exist_ok=True)
+    vocabulary = {letter: number for number, letter in enumerate([*_LETTERS, "\u0120", "<|endoftext|>"])}
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2TokenizerFast(str(words / "vocab.json"), str(words / "merges.txt"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    text = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=27,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=IMAGE_PX,
+        )
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 16,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        Flux2KleinInpaintPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae.eval(),
+            text_encoder=Qwen3ForCausalLM(text).eval(),
+            tokenizer=tokenizer,
+            transformer=lively(transformer, 9),
+        ).save_pretrained(folder)
+    return folder
+
+
 def write_clip(folder: Path) -> Path:
     """As openai/clip-vit-large-patch14, which has a text model beside the vision model; old, nested names."""
+    folder.mkdir(parents=True)
     network = tiny_clip()
     tensors = {f"vision_model.{name.removeprefix('vision_model.')}": v for name, v in network.state_dict().items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(3, 4)
+    text = tiny_text_encoder()
+    tensors |= {f"text_model.{name.removeprefix('text_model.')}": v for name, v in text.network.state_dict().items()}
+    text.tokenizer.save_pretrained(folder)
     tensors["logit_scale"] = torch.zeros(())
-    folder.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    vision = network.config.to_dict()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}}))
+    parts = {"vision_config": network.config.to_dict(), "text_config": text.network.config.to_dict()}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", **parts}))
     return folder
 
 
@@ -212,8 +416,108 @@ def write_inception(path: Path) -> Path:
     return path
 
 
+# side of the filters, input and output channels of torchvision's convolutions, by their index in `features`
+_CONVOLUTIONS = {
+    "alex": {0: (11, 3, 64), 3: (5, 64, 192), 6: (3, 192, 384), 8: (3, 384, 256), 10: (3, 256, 256)},
+    "vgg": {
+        index: (3, *widths)
+        for index, widths in zip(
+            (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+            itertools.pairwise((3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)),
+            strict=True,
+        )
+    },
+}
+_LPIPS_HEADS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
+
+
+def write_lpips(folder: Path, net: LpipsNet) -> tuple[Path, Path]:
+    """The state_dict of torchvision's network and the heads of the original LPIPS, as pickles: random, of full size.
+
+    Drawn by numpy, whose numbers torch's version does not change: golden values depend on them.
+    """
+    rng = np.random.default_rng(0)
+    backbone = {"classifier.1.weight": np.zeros((2, 2), np.float32)}
+    for index, (side, narrow, wide) in _CONVOLUTIONS[net].items():
+        drawn = rng.standard_normal((wide, narrow, side, side), np.float32)
+        backbone[f"features.{index}.weight"] = drawn * np.float32((2 / (narrow * side * side)) ** 0.5)
+        backbone[f"features.{index}.bias"] = 0.1 * rng.standard_normal(wide, np.float32)
+    heads = {
+        f"lin{index}.model.1.weight": rng.random((1, width, 1, 1), np.float32)
+        for index, width in enumerate(_LPIPS_HEADS[net])
+    }
+    files = (folder / f"{net}.pth", folder / f"{net}-heads.pth")
+    for arrays, file in zip((backbone, heads), files, strict=True):
+        torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, file)
+    return files
+
+
+def write_dino(folder: Path, model_type: Literal["dinov2", "dinov2_with_registers", "vit"] = "dinov2") -> Path:
+    """As facebook/dinov2-base, facebook/dinov2-with-registers-base or facebook/dino-vits16, with its preprocessing."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(10)
+        network: PreTrainedModel
+        if model_type == "vit":
+            config = ViTConfig(**sizes, intermediate_size=64, image_size=224, patch_size=16)
+            network = ViTModel(config, add_pooling_layer=False)
+        elif model_type == "dinov2":
+            network = Dinov2Model(Dinov2Config(**sizes, image_size=70, patch_size=14))
+        else:
+            network = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, image_size=70, patch_size=14))
+        lively(network, 10).save_pretrained(folder)
+    preprocessing = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 256},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def write_all(home: Path) -> None:
+    """What the paper-tiny profile names below its root."""
+    write_text_to_image(home / "sd")
+    write_inpainting(home / "inpainting")
+    write_klein(home / "klein")
+    write_clip(home / "clip")
+    write_mixture(home / "mixture.npz", write_clip_extractor(home / "clip-extractor"))
+    write_dino(home / "dino")
+    write_lpips(home, "alex")
+
+
 if __name__ == "__main__":
-    home = Path(sys.argv[1])
-    print(write_stable_diffusion(home / "sd"), write_clip(home / "clip"))
-    extractor = write_clip_extractor(home / "clip-extractor")
-    print(extractor, write_mixture(home / "mixture.npz", extractor))
+    write_all(Path(sys.argv[1]))
+    print(*sorted(path.name for path in Path(sys.argv[1]).iterdir()))
+
+
+class _Harmoniser(nn.Module):
+    """A convolution over the composite and the mask: the call of kind `harmonise`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, composite: Tensor, mask: Tensor) -> Tensor:
+        return torch.sigmoid(self.convolution(torch.cat([composite, mask], 1)))
+
+
+def harmoniser(seed: int = 0) -> _Harmoniser:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _Harmoniser().eval()
+
+
+def write_harmoniser(path: Path, *, seed: int = 0) -> Path:
+    """As TorchScript."""
+    torch.jit.script(harmoniser(seed)).save(str(path))
+    return path

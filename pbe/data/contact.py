@@ -58,10 +58,13 @@ def triplet_sheet(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def edits_sheet(
-    photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray, edits: Sequence[np.ndarray]
+    photo: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray | None, edits: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """One row: photo with its hole, reference, edits. The photo is at most EDIT_PX; aspect ratios are kept."""
-    pictures = [with_hole(photo, hole_mask), reference, *edits]
+    """One row: photo with its hole, reference if there is one, edits. The photo is at most EDIT_PX.
+
+    Aspect ratios are kept.
+    """
+    pictures = [with_hole(photo, hole_mask), *([] if reference is None else [reference]), *edits]
     scale = min(1.0, EDIT_PX / max(photo.shape[:2]))
     height_px, width_px = (max(1, round(scale * side)) for side in photo.shape[:2])
     out = np.full((height_px, len(pictures) * (width_px + GAP_PX) - GAP_PX, 3), 255, np.uint8)

@@ -61,6 +61,14 @@ class Picture:
         """Alpha of `upright`, (H, W) uint8, 255 = opaque; None if nothing is transparent."""
         return read_alpha(self.data)
 
+    def on_white(self) -> np.ndarray:
+        """`upright`, on white where it is transparent: what the editor takes of photos and references."""
+        image, alpha = self.upright(), self.upright_alpha()
+        if alpha is None:
+            return image
+        weight = alpha[..., None] / np.float32(255)
+        return np.round(weight * image + (1 - weight) * 255).astype(np.uint8)
+
     def stored(self) -> np.ndarray:
         """(H, W, 3) uint8 as stored: neither rotated nor converted to sRGB, as upstream reads files."""
         return decode(self.data, convert=False)

@@ -209,7 +209,7 @@ def _usable_boxes(
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
             shard.reject("boxes", key, "box_in_other_split", detail)
         else:
-            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask", "pair")
+            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask", "pair", "caption")
             box = {"key": key, "file": row["file"], "image_id": image_id, "split": split}
             mine.append(box | {name: row[name] for name in names})
     return boxes

@@ -13,7 +13,7 @@ from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.object_masks import ObjectMask
 from pbe.data.rng import row_rng
-from pbe.data.schema import REJECTS, TRIPLETS, table_from_rows
+from pbe.data.schema import BOXES, REJECTS, TRIPLETS, table_from_rows, with_optional
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
 from pbe.data.triplets import (
@@ -46,7 +46,8 @@ def triplet_tables(
     one. pairs: PAIRS, other pictures of boxes' objects.
     """
     boxes_of: dict[str, list[dict[str, Any]]] = {}
-    for box in boxes.select(["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax"]).to_pylist():
+    columns = ["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax", "caption"]
+    for box in with_optional(boxes, BOXES).select(columns).to_pylist():
         boxes_of.setdefault(box["image_id"], []).append(box)
     # plan all photos before decoding any: each decoded photo pushes this code and its data out of the CPU caches
     planned: list[tuple[int, int, list[_Planned]]] = []
@@ -146,6 +147,7 @@ def _plan_photo(
             "slot": slot,
             "box_index": box["box_index"],
             "label_name": box["label_name"],
+            "caption": box["caption"],
             "box_hole_mask": pack_mask(plan.box_hole_mask),
             "bezier_hole_mask": pack_mask(plan.bezier_hole_mask),
             "box_x0_px": x0,

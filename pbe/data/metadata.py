@@ -112,6 +112,26 @@ def _jpeg_profile(data: Buffer) -> bytes:
 # -- PNG -----------------------------------------------------------------------------------------------------------
 
 
+def with_png_text(png: bytes, keyword: str, text: str) -> bytes:
+    """The PNG with a chunk iTXt, after its pixels, where decoders need not read it. keyword: Latin-1, 1 to 79 bytes."""
+    body = b"iTXt" + keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    *_, (_, end_chunk, _) = _png_chunks(png)
+    return png[:end_chunk] + chunk + png[end_chunk:]
+
+
+def read_png_text(data: Buffer, keyword: str, *, max_bytes: int) -> bytes | None:
+    """UTF-8 of the first such chunk iTXt, unpacked; of a longer one, its first `max_bytes`. None if there is none."""
+    if not _is_png(data):
+        return None
+    for kind, start, end in _png_chunks(data):
+        if kind == b"iTXt" and _is_sound(data, start, end):
+            found, _, rest = bytes(data[start + 8 : end - 4]).partition(b"\0")
+            if found == keyword.encode("latin-1"):
+                return _text(kind, rest, max_bytes)
+    return None
+
+
 def _is_png(data: Buffer) -> bool:
     return bytes(data[:8]) == _PNG
 
@@ -170,14 +190,14 @@ def _read_png(data: Buffer) -> Metadata:
     return Metadata(*(found.get(name) or found.get(f"raw {name}", b"") for name in ("exif", "xmp", "profile")))
 
 
-def _text(kind: bytes, rest: bytes) -> bytes:
+def _text(kind: bytes, rest: bytes, max_bytes: int = MAX_BLOCK_BYTES) -> bytes:
     """The text of a chunk, after its keyword."""
     if kind == b"tEXt":
-        return rest[:MAX_BLOCK_BYTES]
+        return rest[:max_bytes]
     if kind == b"zTXt":
-        return _inflated(rest[1:])
+        return _inflated(rest[1:], max_bytes)
     packed, text = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]  # after language and translated keyword
-    return _inflated(text) if packed else text[:MAX_BLOCK_BYTES]
+    return _inflated(text, max_bytes) if packed else text[:max_bytes]
 
 
 def _raw_profile(text: bytes) -> bytes:
@@ -189,8 +209,8 @@ def _raw_profile(text: bytes) -> bytes:
         return b""
 
 
-def _inflated(packed: bytes) -> bytes:
+def _inflated(packed: bytes, max_bytes: int = MAX_BLOCK_BYTES) -> bytes:
     try:
-        return zlib.decompressobj().decompress(packed, MAX_BLOCK_BYTES)
+        return zlib.decompressobj().decompress(packed, max_bytes)
     except zlib.error:
         return b""

@@ -7,7 +7,8 @@ Units and polarity are in the names: `_px` pixels, `_frac` fractions of the imag
 is 1 where the edit goes. Images are stored encoded (JPEG or as received), never as tensors, so that any
 Parquet reader can open them. Masks are bit-packed rows (numpy.packbits, big-endian bit order).
 Array columns of `encoded` are raw little-endian float16 (or float32); shape and type are in the field's metadata.
-An optional column (of masks and pairs, which most data lack) is there only in parts in which a row has a value.
+An optional column (of masks, pairs, captions and LPIPS, which most data lack) is there only in parts in which a
+row has a value.
 """
 
 import math
@@ -28,6 +29,10 @@ FLAGS: tuple[Flag, ...] = get_args(Flag)  # of a box: 1 yes, 0 no, -1 unknown (O
 HoleKind = Literal["box", "bezier", "segmentation"]
 ReferenceKind = Literal["exemplar", "own", "foreign", "pair"]  # what fills a bench item's hole, see BENCH
 REFERENCE_KINDS: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
+CaptionForm = Literal["label", "label_colour", "caption"]  # what a caption says, see pbe/data/captions.py
+CAPTION_FORMS: tuple[CaptionForm, ...] = get_args(CaptionForm)
+LpipsNet = Literal["alex", "vgg"]
+LPIPS_NETS: tuple[LpipsNet, ...] = get_args(LpipsNet)
 
 OPTIONAL = {b"optional": b"true"}  # metadata of a field
 
@@ -102,6 +107,7 @@ ANNOTATIONS = pa.schema(
         pa.field("mask", pa.string(), metadata=OPTIONAL),
         # another picture of the object, as the source has it: JSON of its address, its mask's, and their versions
         pa.field("pair", pa.string(), metadata=OPTIONAL),
+        pa.field("caption", pa.string(), metadata=OPTIONAL),  # the object in words: captions.written_caption
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
     ]
@@ -165,6 +171,7 @@ BOXES = pa.schema(
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         # the object's mask, of the photo's size: object_masks.ObjectMask.packed. Only ingest's boxes have it
         pa.field("mask", pa.binary(), metadata=OPTIONAL),
+        pa.field("caption", pa.string(), metadata=OPTIONAL),  # the object in words, as the box file has it
     ]
 )
 
@@ -196,6 +203,7 @@ TRIPLETS = pa.schema(
         pa.field("slot", pa.int32(), nullable=False),
         pa.field("box_index", pa.int32(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), metadata=OPTIONAL),  # of the box, hence of its reference
         picture_field("source"),  # JPEG, S x S
         pa.field("box_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
         pa.field("bezier_hole_mask", pa.binary(), nullable=False),  # packed bits, S x S
@@ -225,9 +233,14 @@ BENCH = pa.schema(
         pa.field("exemplar_image_id", pa.string(), nullable=False),
         # false: no other photo has the class, so the nearest object of any class is used
         pa.field("exemplar_same_class", pa.bool_()),
+        pa.field("exemplar_caption", pa.string(), metadata=OPTIONAL),
         picture_field("own", nullable=True),  # the hidden object itself, as in training
         picture_field("foreign", nullable=True),  # a random object from another photo
         picture_field("pair", optional=True),  # the true other view
+        # packed bits, R x R, of the references made here: where each shows its object
+        pa.field("exemplar_object_mask", pa.binary(), metadata=OPTIONAL),
+        pa.field("own_object_mask", pa.binary(), metadata=OPTIONAL),
+        pa.field("foreign_object_mask", pa.binary(), metadata=OPTIONAL),
     ]
 )
 # What one shard gives to the bench: its items without the references, which other shards may have.
@@ -242,18 +255,21 @@ BENCH_CANDIDATES = pa.schema(
     [
         picture_field("reference"),  # JPEG, R x R
         pa.field("vector", pa.binary(), nullable=False),  # little-endian float32
+        pa.field("object_mask", pa.binary(), metadata=OPTIONAL),  # packed bits, R x R
+        pa.field("caption", pa.string(), metadata=OPTIONAL),
     ]
 )
 # Unedited crops that edits are compared with.
 REAL_IMAGES = pa.schema([pa.field("real_id", pa.string(), nullable=False), picture_field("picture")])
 
+NO_SEED = 0  # of edits by methods without noise
 # One edit of one item. Its key is (bench_id, hole_kind, reference_kind, seed).
 EDITS = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
         pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
-        pa.field("reference_kind", pa.string(), nullable=False),  # of REFERENCE_KINDS
-        pa.field("seed", pa.int64(), nullable=False),  # of the noise; 0 for methods without noise
+        pa.field("reference_kind", pa.string(), nullable=False),  # of REFERENCE_KINDS; of captions, of CAPTION_FORMS
+        pa.field("seed", pa.int64(), nullable=False),  # of the noise, or NO_SEED
         picture_field("edit"),  # PNG, S x S
     ]
 )
@@ -276,6 +292,9 @@ PIXELS = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("hole_psnr_db", pa.float64(), nullable=False),
         pa.field("background_psnr_db", pa.float64(), nullable=False),
+        pa.field("background_max_error", pa.float64(), nullable=False),  # levels of 255
+        pa.field("background_ssim", pa.float64(), nullable=False),
+        pa.field("seam", pa.float64(), nullable=False),  # levels of 255
         pa.field("copy_paste", pa.float64(), nullable=False),
         pa.field("colour_r", pa.float64(), nullable=False),  # mean over the hole, 0..255
         pa.field("colour_g", pa.float64(), nullable=False),
@@ -283,6 +302,12 @@ PIXELS = pa.schema(
         pa.field("reference_r", pa.float64(), nullable=False),  # of the reference that was given
         pa.field("reference_g", pa.float64(), nullable=False),
         pa.field("reference_b", pa.float64(), nullable=False),
+        # by the network that evaluate.lpips names
+        *(
+            pa.field(name, pa.float64(), metadata=OPTIONAL)
+            for net in LPIPS_NETS
+            for name in (f"background_lpips_{net}", f"hole_lpips_{net}")
+        ),
     ]
 )
 

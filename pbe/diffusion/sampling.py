@@ -20,6 +20,8 @@ from pbe.diffusion.settings import Objective, SamplerName
 # (noisy latent, timestep) -> prediction, for the rows of a Condition
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Project = Callable[[Tensor], Tensor]
+# (latent after a step, alpha_bar () of its noise, 1 after the last) -> the latent that the next step takes
+Blend = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ def sample(
     sampling: Sampling,
     upstream_timesteps: bool = False,
     project: Project | None = None,
+    blend: Blend | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Denoise (B, C, h, w) ~ N(0, I) to latents x_0 of the same shape.
 
-    scheduler: the model's scheduler config. upstream_timesteps: as `timesteps_of` says. on_step: called after each
-    forward. Timesteps stay on the CPU, because diffusers' samplers compare them, which on a GPU would wait for the
-    previous forward. Raises SamplerError.
+    scheduler: the model's scheduler config. upstream_timesteps: as `timesteps_of` says. blend: called after each step,
+    as blended diffusion puts the noised photo back. on_step: called after each forward. Timesteps stay on the CPU,
+    because diffusers' samplers compare them, which on a GPU would wait for the previous forward. Raises SamplerError.
     """
     sampler = make_sampler(scheduler, sampling.sampler or default_sampler(scheduler))
     timesteps = timesteps_of(sampler, sampling.steps, upstream=upstream_timesteps)
@@ -106,6 +109,9 @@ def sample(
         if project is not None:
             prediction = _projected(objective, prediction, latent, alpha_bar[times[: len(latent)]], project)
         latent = sampler.step(prediction, timestep, latent).prev_sample
+        if blend is not None:
+            is_last = index + 1 == len(timesteps)
+            latent = blend(latent, alpha_bar.new_ones(()) if is_last else alpha_bar[times_on_device[index + 1]])
         if on_step is not None:
             on_step()
     return latent

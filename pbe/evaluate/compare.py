@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from pbe.evaluate.features.tables import FeatureTable
 from pbe.evaluate.metrics.paired import Paired, common_items, paired_means, paired_sets
-from pbe.evaluate.score import ReferenceSet, ScopeScores, metric_names
+from pbe.evaluate.score import ScopeScores
+from pbe.evaluate.score_features import ReferenceSet, metric_names
 from pbe.evaluate.settings import StatisticsConfig
 
 

@@ -1,74 +1,40 @@
 """All numbers of one method on one bench, from features and pixel counts alone: no picture is opened here.
 
 Holes and references are scored apart; a scope is one of each, such as (box, exemplar), which is what the paper scores.
-Names are honest: a metric that is not computed with the paper's extractor carries the extractor's name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from pbe.evaluate.bench.scopes import picture_column
 from pbe.evaluate.features.tables import FeatureTable, PixelTable
-from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife, over_seeds
-from pbe.evaluate.metrics.similarity import Gains, colour_gain, cosine, exemplar_gain
+from pbe.evaluate.metrics.similarity import colour_gain
+from pbe.evaluate.number import Score, mean_score
+from pbe.evaluate.score_features import Edited, Items, ReferenceSet, mean_gains, score_features
 from pbe.evaluate.settings import StatisticsConfig
 
 PSNR_CEILING_DB = 60.0  # equal pictures have an infinite PSNR
 
 
 @dataclass(frozen=True)
-class Edited:
-    """Features of one method in one scope by one extractor: one array (N, d) per seed, one row per item.
-
-    edits: whole pictures. regions: the hole's box. reference: (N, d), the given reference.
-    """
-
-    edits: Sequence[np.ndarray]
-    regions: Sequence[np.ndarray]
-    reference: np.ndarray
-
-
-@dataclass(frozen=True)
-class ReferenceSet:
-    """Reference statistics of one extractor, computed once from real images and used for all methods.
-
-    frechet, kid: (N, d) features to a number. quality: (N, d) to (N,).
-    """
-
-    name: str
-    frechet: Callable[[np.ndarray], float]
-    kid: Callable[[np.ndarray], float]
-    quality: Callable[[np.ndarray], np.ndarray]
-    has_mixture: bool  # quality is the paper's qs, not a rank
-    upstream_region: bool  # regions lack their last row and column, as upstream's CLIP score
-
-
-@dataclass(frozen=True)
 class Pixels:
     """Pixel metrics of one method's edits in one scope: (S, N), colours (S, N, 3), over S seeds.
 
-    reference_colour: (N, 3), the mean colour of the given reference.
+    reference_colour: (N, 3), the mean colour of the given reference. lpips: by metric; empty without its weights.
     """
 
     hole_psnr_db: np.ndarray
     background_psnr_db: np.ndarray
+    background_max_error: np.ndarray
+    background_ssim: np.ndarray
+    seam: np.ndarray
     copy_paste: np.ndarray
     colour: np.ndarray
     reference_colour: np.ndarray
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number. per_item: (N,), mean over seeds, where the number is a mean: for paired tests. extractor: "" for
-    pixels.
-    """
-
-    metric: str
-    extractor: str
-    estimate: Estimate
-    per_item: np.ndarray | None
+    lpips: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -138,8 +104,22 @@ class _Scope:
 
     def edited(self, extractor: str, reference_kind: str) -> Edited:
         features, keys = self.method.features[extractor], self.keys(reference_kind)
-        reference = self.method.bench_features[extractor].of(self.bench_ids, f"{self.hole_kind}/{reference_kind}")
-        return Edited([features.of(of, "whole") for of in keys], [features.of(of, "region") for of in keys], reference)
+        bench, view = self.method.bench_features[extractor], f"{self.hole_kind}/{picture_column(reference_kind)}"
+        found = Edited(
+            edits=[],
+            regions=[features.of(of_seed, "region") for of_seed in keys],
+            reference=bench.of(self.bench_ids, view),
+        )
+        if reference_kind == "foreign":  # see features/crops.py
+            return found
+        found = replace(found, edits=[features.of(of_seed, "whole") for of_seed in keys])
+        if self.hole_kind == "box":
+            return found
+        return replace(
+            found,
+            masked=[features.of(of_seed, "masked") for of_seed in keys],
+            masked_reference=bench.of_first(self.bench_ids, [f"{view}/masked", view]),
+        )
 
     def pixels(self, reference_kind: str) -> Pixels:
         keys = self.keys(reference_kind)
@@ -150,9 +130,13 @@ class _Scope:
         return Pixels(
             hole_psnr_db=of("hole_psnr_db"),
             background_psnr_db=of("background_psnr_db"),
+            background_max_error=of("background_max_error"),
+            background_ssim=of("background_ssim"),
+            seam=of("seam"),
             copy_paste=of("copy_paste"),
             colour=of("colour_r", "colour_g", "colour_b"),
             reference_colour=of("reference_r", "reference_g", "reference_b")[0],
+            lpips={name: of(name) for name in self.method.counts.lpips},
         )
 
 
@@ -166,17 +150,24 @@ def _score_scope(
     image_ids = [scope.method.image_ids[name] for name in scope.bench_ids]
     foreign = scope.pixels("foreign") if has_foreign else None
     found = score_pixels(scope.pixels(reference_kind), foreign, image_ids=image_ids, cfg=cfg)
+    items = Items(scope.hole_kind, picture_column(reference_kind) == "exemplar", scope.bench_ids, image_ids)
     for extractor, reference_set in reference_sets.items():
+        given = scope.edited(extractor, reference_kind)
         other = scope.edited(extractor, "foreign") if has_foreign else None
-        found += score_features(
-            scope.edited(extractor, reference_kind), other, reference_set, image_ids=image_ids, cfg=cfg
-        )
+        found += score_features(items, given, other, reference_set, cfg)
     return tuple(found)
 
 
 def numbers_of(scope: ScopeScores) -> dict[str, dict[str, Any]]:
-    """Return a scope's entries of metrics.json: by metric, the estimate's fields and the extractor."""
-    return {score.metric: asdict(score.estimate) | {"extractor": score.extractor} for score in scope.scores}
+    """Return a scope's entries of metrics.json: by metric, the estimate's fields, the extractor and, where it is known,
+    the number's chance value.
+    """
+    return {
+        score.metric: asdict(score.estimate)
+        | {"extractor": score.extractor}
+        | ({} if score.chance is None else {"chance": score.chance})
+        for score in scope.scores
+    }
 
 
 def score_pixels(
@@ -190,89 +181,16 @@ def score_pixels(
     columns = {
         "hole_psnr_db": np.minimum(given.hole_psnr_db, PSNR_CEILING_DB).mean(0),
         "background_psnr_db": np.minimum(given.background_psnr_db, PSNR_CEILING_DB).mean(0),
+        "background_max_error": given.background_max_error.mean(0),
+        "background_ssim": given.background_ssim.mean(0),
+        "seam": given.seam.mean(0),
         "copy_paste": given.copy_paste.mean(0),
+        **{name: values.mean(0) for name, values in given.lpips.items()},
     }
     if foreign is not None:
         gains = [
             colour_gain(own, other, given.reference_colour, foreign.reference_colour)
             for own, other in zip(given.colour, foreign.colour, strict=True)
         ]
-        columns["colour_gain"] = _over_seeds(gains).both
-    return [_mean(name, "", values, image_ids, cfg) for name, values in columns.items()]
-
-
-def score_features(
-    given: Edited,
-    foreign: Edited | None,
-    reference_set: ReferenceSet,
-    *,
-    image_ids: Sequence[str],
-    cfg: StatisticsConfig,
-) -> list[Score]:
-    """Score the metrics of one extractor for one scope.
-
-    foreign: fills of the same holes from foreign references, for the exemplar gains; None leaves them out.
-    """
-    names, extractor = metric_names(reference_set), reference_set.name
-    out = [
-        Score(names["frechet"], extractor, _of_sets(reference_set.frechet, given.edits, image_ids, cfg), None),
-        Score(names["kid"], extractor, _of_sets(reference_set.kid, given.edits, image_ids, cfg), None),
-    ]
-    qualities = [reference_set.quality(edits) for edits in given.edits]
-    quality = _of_sets(lambda values: float(values.mean()), qualities, image_ids, cfg)
-    out.append(Score(names["quality"], extractor, quality, np.mean(qualities, 0)))
-    percent = 100.0 if extractor == "clip" else 1.0
-    similarity = np.mean([cosine(regions, given.reference) for regions in given.regions], 0)
-    out.append(_mean(names["similarity"], extractor, percent * similarity, image_ids, cfg))
-    if foreign is not None:
-        gains = _over_seeds(
-            [
-                exemplar_gain(own, other, given.reference, foreign.reference)
-                for own, other in zip(given.regions, foreign.regions, strict=True)
-            ]
-        )
-        for name, values in (("", gains.both), ("_given", gains.own), ("_swap", gains.swap)):
-            out.append(_mean(f"exemplar_gain{name}_{extractor}", extractor, values, image_ids, cfg))
-    return out
-
-
-def metric_names(reference_set: ReferenceSet) -> dict[str, str]:
-    """Return the names of an extractor's metrics. Only the paper's extractors use the paper's names."""
-    name = reference_set.name
-    return {
-        "frechet": {"inception": "fid", "clip": "clip_fid"}.get(name, f"frechet_{name}"),
-        "kid": "kid" if name == "inception" else f"kid_{name}",
-        "quality": "qs" if reference_set.has_mixture else f"qs_rank_{name}",
-        "similarity": f"similarity_{name}"
-        if name != "clip"
-        else f"clip_score{'' if reference_set.upstream_region else '_whole'}",
-    }
-
-
-def _mean(metric: str, extractor: str, values: np.ndarray, image_ids: Sequence[str], cfg: StatisticsConfig) -> Score:
-    estimate = bootstrap_mean(values, groups=image_ids, resamples=cfg.resamples, seed=cfg.seed)
-    return Score(metric, extractor, estimate, values)
-
-
-def _of_sets(
-    statistic: Callable[[np.ndarray], float],
-    sets: Sequence[np.ndarray],
-    image_ids: Sequence[str],
-    cfg: StatisticsConfig,
-) -> Estimate:
-    """Estimate a statistic of a whole set of features, such as a Frechet distance: per seed, then over seeds."""
-
-    def of_one(features: np.ndarray) -> Estimate:
-        return jackknife(
-            lambda rows: statistic(features[rows]),
-            len(features),
-            groups=image_ids,
-            resamples=cfg.subsets,
-            seed=cfg.seed,
-        )
-
-    return over_seeds([of_one(features) for features in sets])
-
-
-def _over_seeds(gains: Sequence[Gains]) -> Gains:
-    return Gains(*(np.mean([getattr(gain, part) for gain in gains], 0) for part in ("own", "swap", "both")))
+        columns["colour_gain"] = mean_gains(gains).both
+    return [mean_score(name, "", values, image_ids, cfg) for name, values in columns.items()]

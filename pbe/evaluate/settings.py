@@ -1,12 +1,13 @@
 """Settings of bench, edit, baselines, evaluate and sweep."""
 
-from typing import Annotated, Literal
+from string import Formatter
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pbe.data.schema import HoleKind, ReferenceKind, Split
+from pbe.data.schema import CaptionForm, HoleKind, LpipsNet, ReferenceKind, Split
 from pbe.diffusion.settings import SamplerName
-from pbe.model.settings import BackboneName, Precision
+from pbe.model.settings import BackboneName, EditDtype
 from pbe.settings import ActorResources, Float, Int, LocalPath, PositiveInt, Settings, Weights, refuse_duplicates
 
 Protocol = Literal["ours", "upstream"]
@@ -38,16 +39,35 @@ class InceptionExtractorConfig(Settings):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class DinoExtractorConfig(Settings):
+    """DINOv2, or DINO: frechet_dino, similarity_dino (DINO-I)."""
+
+    kind: Literal["dino"]
+    weights: Weights
+
+
 MatcherConfig = Annotated[EfficientNetExtractorConfig | ClipExtractorConfig, Field(discriminator="kind")]
 ExtractorConfig = Annotated[
-    EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig, Field(discriminator="kind")
+    EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig | DinoExtractorConfig,
+    Field(discriminator="kind"),
 ]
+
+
+class LpipsConfig(Settings):
+    """LPIPS, version 0.1: background_lpips, hole_lpips. Each of its files may be a folder or a hub id, too."""
+
+    net: LpipsNet = Field(description="alex: AlexNet, the original's own choice | vgg: VGG16, 25 times the work")
+    backbone: Weights = Field(description="torchvision's state_dict of it, such as alexnet-owt-7be5be79.pth")
+    heads: Weights = Field(description="lpips/weights/v0.1/alex.pth or vgg.pth of richzhang/PerceptualSimilarity")
 
 
 class BenchConfig(Settings):
     source: Literal["heldout", "cocoee"]
     cocoee: LocalPath | None = Field(
         None, description="folder test_bench of the unpacked COCOEE archive, for source cocoee"
+    )
+    cocoee_annotations: LocalPath | None = Field(
+        None, description="COCO's instances_val2017.json, for source cocoee: gives its items their class names. Ours"
     )
     split: Split
     crops_per_box: PositiveInt = Field(1, description="bench items per kept box. Ours")
@@ -83,9 +103,10 @@ class EditConfig(Settings):
     )
     guidance_scale: GuidanceScale
     steps: Int = Field(ge=1, le=1000)
-    precision: Precision = Field(
-        "fp32",
-        description="precision of the networks on a GPU: fp32 | tf32 | bf16. Ours; upstream: float16 by autocast",
+    dtype: EditDtype = Field(
+        "float32",
+        description="of the networks: float32 | tf32 (float32, products in TF32 on a GPU) | bfloat16 | float16. Ours; "
+        "upstream: float16 by autocast",
     )
     compile: bool = Field(
         False, description="torch.compile of the UNet, only on a GPU: takes minutes at the start of every actor. Ours"
@@ -93,6 +114,12 @@ class EditConfig(Settings):
     seeds: tuple[NoiseSeed, ...] = Field(min_length=1)
     holes: tuple[HoleKind, ...] = Field(min_length=1)
     references: tuple[ReferenceKind, ...] = Field(min_length=1)
+    captions: tuple[CaptionForm, ...] = Field(
+        ("label", "label_colour"),
+        min_length=1,
+        description="what variants with train.condition: text fill each hole from, in place of references: captions of "
+        "the exemplar; caption: that of the box files, of items whose exemplar has one. Paper: Fig. 8",
+    )
     batch_rows: PositiveInt = Field(16, description="edits per sampler call. Ours")
     items_per_unit: PositiveInt = Field(10, description="bench items per Ray task. Ours")
     actors: PositiveInt
@@ -100,11 +127,16 @@ class EditConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EditConfig":
-        for key in ("seeds", "holes", "references"):
+        for key in ("seeds", "holes", "references", "captions"):
             refuse_duplicates(key, getattr(self, key))
         if "exemplar" not in self.references:
             raise ValueError("references: must include exemplar, which every score is based on")
         return self
+
+    @property
+    def asked(self) -> dict[str, list[Any]]:
+        """What is filled: the keys that rows of one table share, also those of baselines."""
+        return {"seeds": list(self.seeds), "holes": list(self.holes), "references": list(self.references)}
 
 
 class StatisticsConfig(Settings):
@@ -125,6 +157,9 @@ class EvaluateConfig(Settings):
     )
     real_images_px: Annotated[Int, Field(ge=8, le=2048)] | None = Field(
         None, description="px, side of the square cut from each of them. Paper: 512"
+    )
+    lpips: LpipsConfig | None = Field(
+        None, description="{net, backbone, heads}: also scores background and hole by LPIPS. Ours; null: not"
     )
     clip_region: Region = Field(
         "whole",
@@ -171,7 +206,7 @@ class SweepConfig(Settings):
 class FilledBaseline(Settings):
     """A fill that needs no model."""
 
-    kind: Literal["hole_kept", "copy_paste", "poisson"]
+    kind: Literal["hole_kept", "copy_paste", "poisson", "colour_transfer"]
 
 
 class FolderBaseline(Settings):
@@ -182,4 +217,112 @@ class FolderBaseline(Settings):
     allow_missing: bool = Field(False, description="true: score only the items that the folder has")
 
 
-BaselineConfig = Annotated[FilledBaseline | FolderBaseline, Field(discriminator="kind")]
+def _checked_prompt(prompt: str) -> str:
+    try:
+        fields = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(prompt)]
+    except ValueError as error:
+        raise ValueError(f"{prompt!r} is no prompt ({error}); an example: a photo of a {{label_name}}") from None
+    for name, form, conversion in fields:
+        if name not in (None, "label_name") or form or conversion:
+            raise ValueError(f"{prompt!r}: a prompt may name {{label_name}}, the item's class, and nothing else")
+    return prompt
+
+
+Prompt = Annotated[str, Field(min_length=1), AfterValidator(_checked_prompt)]
+
+
+class RivalBaseline(Settings):
+    """What every baseline that needs a network has. The holes and references are those of `edit`."""
+
+    license: str = Field(min_length=1, description="of these weights, for the report, such as CreativeML OpenRAIL-M")
+    items_per_unit: PositiveInt = Field(10, description="bench items per Ray task. Ours")
+    actors: PositiveInt = Field(1, description="Ray actors, each with its own copy of the model. Ours")
+    per_actor: ActorResources = Field(
+        ActorResources(cpus=1, gpus=0, memory_gib=2),
+        description="what Ray reserves for each; a reserved GPU is used. Ours",
+    )
+
+
+class ModelBaseline(RivalBaseline):
+    """What every baseline of a diffusion model has. Its seeds are those of `edit`."""
+
+    model: Weights
+    steps: Int = Field(50, ge=1, le=1000, description="diffusers' default for Stable Diffusion")
+    dtype: EditDtype = Field("float32", description="of the networks: float32 | tf32 | bfloat16 | float16. Ours")
+    batch_rows: PositiveInt = Field(4, description="edits per call of the model. Ours")
+
+
+class HarmoniseBaseline(RivalBaseline):
+    """The reference pasted and harmonised by a network of a file: (composite, mask) to image, in 0..1."""
+
+    kind: Literal["harmonise"]
+    file: LocalPath = Field(description="TorchScript or torch.export file. It runs code, so its SHA-256 names it")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def batch_rows(self) -> int:
+        """Edits per call: exported networks take one."""
+        return 1
+
+
+class InpaintBaseline(ModelBaseline):
+    """Stable Diffusion's inpainting model, told by text what to paint: the paper's Table 1."""
+
+    kind: Literal["inpaint"]
+    prompt: Prompt = Field("a photo of a {label_name}", description="the paper's, of the item's class")
+    guidance_scale: GuidanceScale = Field(7.5, description="diffusers' default")
+
+
+class BlendedTextBaseline(ModelBaseline):
+    """Blended latent diffusion, told by text: a 4-channel Stable Diffusion, the photo put back after every step.
+
+    The latent form of the paper's Blended Diffusion (text), which is a pixel model: its own results enter as a folder.
+    """
+
+    kind: Literal["blended_text"]
+    prompt: Prompt = Field("a photo of a {label_name}", description="the paper's, of the item's class")
+    guidance_scale: GuidanceScale = Field(7.5, description="diffusers' default")
+
+
+class BlendedImageBaseline(ModelBaseline):
+    """Blended latent diffusion, drawn to the reference by the gradient of a cosine.
+
+    The latent form of the paper's Blended Diffusion (image): its own results enter as a folder.
+    """
+
+    kind: Literal["blended_image"]
+    clip: Weights | None = Field(
+        None,
+        description="CLIP whose cosine guides and ranks, with its projection. null: the backbone of `model`, which is "
+        "then one of this project's",
+    )
+    gradient_scale: Float = Field(
+        1000, ge=0, description="of the cosine's gradient; 0: none. Blended Diffusion's clip_guidance_lambda"
+    )
+    candidates: PositiveInt = Field(1, description="edits per item, of which the one with the best cosine is kept")
+
+    @model_validator(mode="after")
+    def _computes_in_float32(self) -> "BlendedImageBaseline":
+        if self.dtype not in ("float32", "tf32"):
+            raise ValueError(f"dtype: {self.dtype} is too narrow for the gradient; use float32 or tf32")
+        return self
+
+
+class DiffusersBaseline(ModelBaseline):
+    """A pipeline of the installed diffusers that takes a reference picture: newer models, for a GPU."""
+
+    kind: Literal["diffusers"]
+    pipeline: str = Field(
+        pattern=r"^[A-Za-z0-9_]+$",
+        description="its class, which takes image, mask_image and image_reference: FluxKontextInpaintPipeline, "
+        "Flux2KleinInpaintPipeline",
+    )
+    prompt: Prompt = Field("a photo of a {label_name}", description="as of the paper's rivals")
+    guidance_scale: Annotated[Float, Field(ge=0, le=50)] | None = Field(None, description="null: the pipeline's own")
+    strength: Annotated[Float, Field(gt=0, le=1)] = Field(1, description="1: the hole begins as noise alone. Ours")
+
+
+ByDiffusion = InpaintBaseline | BlendedTextBaseline | BlendedImageBaseline | DiffusersBaseline
+ByModel = ByDiffusion | HarmoniseBaseline
+
+BaselineConfig = Annotated[FilledBaseline | FolderBaseline | ByModel, Field(discriminator="kind")]

@@ -16,10 +16,16 @@ class Architecture:
     backbone_width: int
     unet: UNetConfig
     exemplar: ExemplarConfig
+    caption_tokens: int | None = None  # T of the text encoder; None: the condition is an exemplar
 
 
 def architecture_of(
-    unet: UNetConfig, exemplar: ExemplarConfig, *, image_px: int, encoded: Mapping[str, Any]
+    unet: UNetConfig,
+    exemplar: ExemplarConfig,
+    *,
+    image_px: int,
+    encoded: Mapping[str, Any],
+    caption_tokens: int | None = None,
 ) -> Architecture:
     """The architecture that params.yaml and the encode manifest's config define."""
     codec = encoded["codec"]
@@ -29,4 +35,5 @@ def architecture_of(
         backbone_width=int(encoded["backbone"]["width"]),
         unet=unet,
         exemplar=exemplar,
+        caption_tokens=caption_tokens,
     )

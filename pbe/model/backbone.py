@@ -50,10 +50,14 @@ class Backbone(Protocol):
         """(B, 3, R, R) uint8 RGB to (B, T, width) float32: that vector, then the cells or patches."""
         ...
 
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) float32 in [0, 1] to what a call gives, with a gradient."""
+        ...
+
     def to(self, device: torch.device) -> Self: ...
 
-    def bfloat16(self) -> Self:
-        """Compute in bfloat16 where that saves time; features stay float32."""
+    def compute_in(self, dtype: torch.dtype) -> Self:
+        """Compute in `dtype` where that saves time; features stay float32."""
         ...
 
 
@@ -86,7 +90,7 @@ class EfficientNetLite(nn.Module):
         """Stay in eval mode even if the parent module trains: batch-norm statistics are frozen too."""
         return super().train(False)
 
-    def bfloat16(self) -> "EfficientNetLite":
+    def compute_in(self, dtype: torch.dtype) -> "EfficientNetLite":
         return self  # its features are compared across machines, and it costs little
 
     def forward(self, images: Tensor) -> Tensor:
@@ -105,8 +109,15 @@ class EfficientNetLite(nn.Module):
             raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})")
         # Features are stored and compared across processes, so the caller's autocast must not matter.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            scaled = (images.to(torch.float32) / 255 - 0.5) / 0.5
-            return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last))
+            return self._map_of_pixels(images.to(torch.float32) / 255)
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 224, 224) float32 in [0, 1] to (B, 1280), with a gradient."""
+        return self._map_of_pixels(pixels).mean((2, 3))
+
+    def _map_of_pixels(self, pixels: Tensor) -> Tensor:
+        scaled = (pixels - 0.5) / 0.5
+        return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last))
 
 
 def load_backbone(name: BackboneName) -> EfficientNetLite:

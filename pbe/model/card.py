@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pbe.model.settings import Tokens
+from pbe.model.settings import Condition, Tokens
 
 
 @dataclass(frozen=True)
@@ -16,3 +16,4 @@ class ModelCard:
     tokens: Tokens  # the backbone's tokens that the mapper reads
     scheduler: dict[str, Any]  # diffusers' config: betas, prediction type, spacing of the timesteps
     run: dict[str, Any]  # variant, digest, steps, data digest; empty for imported weights
+    condition: Condition = "exemplar"  # text: of the settings above, those of references have no effect

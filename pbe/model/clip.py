@@ -24,7 +24,7 @@ _PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the 
 class ClipBackbone(nn.Module):
     """A CLIP vision model in eval mode, without gradients.
 
-    Computes in float32, or in bfloat16 after `bfloat16()`; always returns float32. `digest` identifies the weights.
+    Computes in float32, or as `compute_in` says; always returns float32. `digest` identifies the weights.
     """
 
     name = "clip"
@@ -58,8 +58,8 @@ class ClipBackbone(nn.Module):
     def train(self, mode: bool = True) -> "ClipBackbone":
         return super().train(False)
 
-    def bfloat16(self) -> "ClipBackbone":
-        self.network.bfloat16()  # pixels are still normalised in float32
+    def compute_in(self, dtype: torch.dtype) -> "ClipBackbone":
+        self.network.to(dtype)  # pixels are still normalised in float32
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,8 +78,15 @@ class ClipBackbone(nn.Module):
             raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, {side}, {side})")
         # Features are stored and compared across processes, so the caller's autocast must not matter.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            scaled = (images.to(torch.float32) / 255 - self.pixel_mean) / self.pixel_std
-            return self.network(pixel_values=scaled.to(self.network.dtype))
+            return self._run_pixels(images.to(torch.float32) / 255)
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) float32 in [0, 1] to (B, width), with a gradient."""
+        return self._run_pixels(pixels).pooler_output.float()
+
+    def _run_pixels(self, pixels: Tensor) -> Any:
+        scaled = (pixels - self.pixel_mean) / self.pixel_std
+        return self.network(pixel_values=scaled.to(self.network.dtype))
 
 
 def load_clip(folder: Path) -> ClipBackbone:

@@ -52,8 +52,8 @@ class Codec(Protocol):
 
     def to(self, device: torch.device) -> Self: ...
 
-    def bfloat16(self) -> Self:
-        """Compute in bfloat16 where that saves time; latents and pixels stay float32."""
+    def compute_in(self, dtype: torch.dtype) -> Self:
+        """Compute in `dtype` where that saves time; latents and pixels stay float32."""
         ...
 
 
@@ -84,7 +84,7 @@ class PatchCodec(nn.Module):
     def channels(self) -> int:
         return self.basis.shape[0]
 
-    def bfloat16(self) -> "PatchCodec":
+    def compute_in(self, dtype: torch.dtype) -> "PatchCodec":
         return self  # one small matrix product gains nothing
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,3 +82,24 @@ class ExemplarMapper(nn.Module):
             tokens = self.projection(tokens)
         context = self.proj_out(self.final_layer_norm(self.mapper(tokens)))
         return torch.where(drop_condition[:, None, None], self.uncond_vector.to(context.dtype), context)
+
+
+class CaptionContext(nn.Module):
+    """In the mapper's place, for captions: the text encoder's tokens are the context, as in Stable Diffusion.
+
+    Nothing is trained. The unconditional context is the empty caption's tokens.
+    """
+
+    empty_tokens: Tensor
+
+    def __init__(self, *, tokens: int, context_width: int) -> None:
+        super().__init__()
+        self.register_buffer("empty_tokens", torch.zeros(1, tokens, context_width))
+
+    def set_empty(self, tokens: Tensor) -> None:
+        """Take the tokens (1, T, context_width) of the empty caption."""
+        self.empty_tokens.copy_(tokens)
+
+    def forward(self, tokens: Tensor, drop_condition: Tensor) -> Tensor:
+        """Tokens (B, T, context_width) as they are, or the empty caption's where drop_condition (B,) is True."""
+        return torch.where(drop_condition[:, None, None], self.empty_tokens.to(tokens.dtype), tokens)

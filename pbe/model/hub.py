@@ -57,6 +57,8 @@ def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
     """Download safetensors; for parts without them pickles; for parts without either, copies in half precision."""
     for suffix in (".safetensors", ".bin", ".fp16*.safetensors", ".fp16*.bin"):
         wanted = ["*.json", *(f"{part}/*{suffix}".removeprefix("/") for part in parts)]
+        if "tokenizer" in parts:
+            wanted.append("*.txt")  # older ones have their merges or words in it
         # `*` also matches across subfolders, so exclude the unwanted ones
         unwanted = [f"{part}/*" for part in PARTS if part not in parts]
         unwanted += OTHER_WEIGHTS if suffix.startswith(".fp16") else [*OTHER_WEIGHTS, "*.fp16.*", "*.fp16-*"]
@@ -66,6 +68,26 @@ def _download(repo: str, revision: str, parts: Sequence[str]) -> Path:
         if not parts:
             break
     return folder
+
+
+def whole_model(name: str) -> Path:
+    """The local folder of a whole diffusers model, with all that its pipeline loads, downloaded if necessary.
+
+    Raises WeightsError.
+    """
+    if not is_on_hub(name):
+        return weights_folder(name, parts=[])
+    from diffusers import DiffusionPipeline  # imported here: it takes seconds
+
+    found = _HUB.fullmatch(name)
+    assert found is not None
+    try:
+        return Path(DiffusionPipeline.download(found["repo"], revision=found["revision"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{name}: not in the hub's cache, and cannot be downloaded now ({one_line(error, 200)}); connect to the "
+            "network and try again, or name a folder"
+        ) from None
 
 
 def part_folder(folder: Path, part: str) -> Path:

@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pbe.settings import ActorResources, Dtype, Int, PositiveInt, Settings, Weights
+from pbe.settings import ActorResources, Dtype, Float, Int, PositiveInt, Settings, Weights, refuse_duplicates
 
-Precision = Literal["fp32", "tf32", "bf16"]  # of inference: pbe/model/precision.py
+Precision = Literal["fp32", "tf32", "bf16"]  # of the encode stage: pbe/model/precision.py
+EditDtype = Literal["float32", "tf32", "bfloat16", "float16"]  # of the editor: pbe/model/precision.py
+Condition = Literal["exemplar", "text"]  # what says what should appear in the hole: a picture, or a caption
 Tokens = Literal["class", "all"]  # what the mapper reads: the class token alone, or every token, the class token first
 BackboneName = Literal["efficientnet_lite0", "efficientnet_lite2"]  # from pip packages
 
@@ -106,3 +108,22 @@ class ExemplarConfig(Settings):
         description="width of its transformer blocks; the backbone's features are projected to it. Ours; paper: 1024",
     )
     mapper_blocks: Int = Field(1, ge=0, le=48, description="transformer blocks. Ours; paper: 5")
+
+
+class LoraConfig(Settings):
+    """A low-rank update of each chosen layer of a frozen UNet (pbe/model/adapter.py)."""
+
+    rank: PositiveInt = Field(4, description="rank of the updates. diffusers' train_text_to_image_lora.py")
+    alpha: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="updates count alpha / rank times; null: alpha is the rank, as in that script"
+    )
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="how the names of the UNet's updated layers end; by default all of attention, as in that script",
+    )
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> "LoraConfig":
+        refuse_duplicates("targets", self.targets)
+        return self

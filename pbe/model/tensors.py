@@ -1,4 +1,4 @@
-"""Reads weight files by their content: safetensors, and what torch.save wrote, without executing anything.
+"""Writes safetensors, and reads weight files by their content: these, and what torch.save wrote, executing nothing.
 
 Every reader here also checks that the values are finite: a NaN in one weight makes every picture black.
 """
@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pbe.errors import UserError, one_line
@@ -22,6 +23,7 @@ from pbe.model.torch_file import read_torch_file
 M = TypeVar("M", bound=torch.nn.Module)
 # of a file's name, after its stem: as trained, or a copy in half precision
 VARIANTS = ("", ".fp16", ".bf16")
+PYTORCH = MappingProxyType({"format": "pt"})  # metadata that transformers asks for
 _WRAPPERS = ("module.", "_orig_mod.")  # before every name, from data parallelism and torch.compile
 
 
@@ -57,6 +59,17 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             f"{where}: {len(bad)} of {len(tensors)} tensors have NaN or infinite values, such as {some_names(bad)}; "
             "the file is damaged, or its training diverged"
         )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] = PYTORCH) -> None:
+    """Write a safetensors file of contiguous float32 copies, and its folder. Raises WeightsError for NaN.
+
+    metadata: of the file; with two keys or more its bytes vary, because safetensors writes them in any order.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}
+    refuse_non_finite(plain, f"{path}: not written")
+    save_file(plain, path, metadata=dict(metadata))
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -13,16 +13,16 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from pbe.model.architecture import Architecture
-from pbe.model.exemplar import ExemplarMapper
+from pbe.model.exemplar import CaptionContext, ExemplarMapper
 
 
 class ConditionedUNet(nn.Module):
-    """The UNet and the exemplar mapper.
+    """The UNet and the exemplar mapper, or what stands in its place for captions.
 
     unet: 2 C + 1 channels in, C out; its cross-attention has the width of the mapper's context.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, exemplar: ExemplarMapper) -> None:
+    def __init__(self, unet: UNet2DConditionModel, exemplar: ExemplarMapper | CaptionContext) -> None:
         super().__init__()
         self.unet = unet
         self.exemplar = exemplar
@@ -30,13 +30,16 @@ class ConditionedUNet(nn.Module):
         self._memory_format = torch.contiguous_format
         self._autocast = False
 
-    def use_kernels(self, *, sdpa: bool, channels_last: bool, activation_checkpointing: bool) -> None:
-        """Choose how the UNet computes; results differ by rounding alone."""
+    def use_kernels(self, *, sdpa: bool, channels_last: bool, checkpointed_levels: int) -> None:
+        """Choose how the UNet computes; results differ by rounding alone.
+
+        checkpointed_levels: how many levels, the finest first, recompute their activations in the backward pass.
+        """
         self.unet.set_attn_processor(AttnProcessor2_0() if sdpa else AttnProcessor())
         if channels_last:  # activations only: DeepSpeed lays out the weights
             self._memory_format = torch.channels_last
-        if activation_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+        if checkpointed_levels:
+            checkpoint_levels(self.unet, checkpointed_levels)
 
     def use_autocast(self) -> None:
         """Compute `forward` in bfloat16 by autocast.
@@ -89,6 +92,21 @@ class ConditionedUNet(nn.Module):
         return self.unet(channels, timestep, encoder_hidden_states=context, class_labels=labels).sample
 
 
+def checkpoint_levels(unet: UNet2DConditionModel, count: int) -> None:
+    """Recompute in the backward pass what the `count` finest levels computed; the middle block is of the coarsest.
+
+    The finest level holds most of the memory, so that recomputing it alone saves most for a part of the time.
+    """
+    unet.enable_gradient_checkpointing()
+    coarsest = len(unet.down_blocks) - 1
+    blocks = [*enumerate(unet.down_blocks), (coarsest, unet.mid_block)]
+    blocks += [(coarsest - index, block) for index, block in enumerate(unet.up_blocks)]
+    for level, block in blocks:
+        for module in block.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = level < count
+
+
 def new_network(arch: Architecture) -> ConditionedUNet:
     """A network with random weights from torch's global generator."""
     cfg = arch.unet
@@ -107,6 +125,8 @@ def new_network(arch: Architecture) -> ConditionedUNet:
         class_embed_type="projection" if cfg.class_embedding else None,
         projection_class_embeddings_input_dim=cfg.context_width if cfg.class_embedding else None,
     )
+    if arch.caption_tokens is not None:
+        return ConditionedUNet(unet, CaptionContext(tokens=arch.caption_tokens, context_width=cfg.context_width))
     exemplar = ExemplarMapper(
         backbone_width=arch.backbone_width,
         mapper_width=arch.exemplar.mapper_width,

@@ -15,7 +15,7 @@ class KlCodec(nn.Module):
     """An AutoencoderKL as codec. Pixels (B, 3, S, S) float in [-1, 1]; latents (B, 4, S/8, S/8) of about unit rms.
 
     Latents are scaled by the VAE's factor, 0.18215 for SD 1.x. Takes and returns float32, and computes in
-    bfloat16 after `bfloat16()`. `digest` identifies the weights.
+    it or as `compute_in` says. `digest` identifies the weights.
     """
 
     project = None  # not needed: the decoder's output is in the range of images
@@ -36,6 +36,9 @@ class KlCodec(nn.Module):
     def train(self, mode: bool = True) -> "KlCodec":
         return super().train(False)
 
+    def compute_in(self, dtype: torch.dtype) -> "KlCodec":
+        return self.to(dtype)
+
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled mean and standard deviation of the latent's posterior (upstream samples it at every step)."""
@@ -43,9 +46,8 @@ class KlCodec(nn.Module):
         scale = self.vae.config.scaling_factor
         return distribution.mean.float() * scale, distribution.std.float() * scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pixels, not clamped."""
+        """Latents to pixels, not clamped; differentiable."""
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
 

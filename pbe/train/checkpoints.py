@@ -1,13 +1,14 @@
 """Checkpoints of one run. A checkpoint counts only once its marker is written.
 
 <run>/checkpoints/step-00000200/engine/<files of every rank>
+<run>/checkpoints/step-00000200/ema.safetensors   with `train.ema_decay`: averaged weights by parameter name, float32
 <run>/checkpoints/step-00000200/history.json      the loss curve up to that step
 <run>/checkpoints/step-00000200/COMPLETE.json     written last: run, step, ranks, stage, sizes and hashes
 <run>/mlflow.json        the MLflow run that this training logs to, the same after every restart
 <run>/unlogged/          grids of edits that MLflow did not take when they were drawn; the stage logs them at its end
 <run>/origin.json        the checkpoint that `train.resume_from` started from
 <run>/stopped.json       why the last attempt stopped, in one line
-<run>/export/            the finished model
+<run>/export/            the finished model; with `train.ema_keep_raw`, raw/ in it is one too
 <run>/finished.json      written last: a finished run is not trained again, only exported
 """
 
@@ -28,6 +29,7 @@ from pbe.train.ranks import Ranks
 
 MARKER = "COMPLETE.json"
 UNLOGGED = "unlogged"
+RAW = "raw"  # folder of the model with the last step's weights, in that with the averaged ones
 
 
 class CheckpointError(UserError):
@@ -62,9 +64,14 @@ class Run:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.store.write_bytes(f"{self.folder}/{name}", json.dumps(value, sort_keys=True).encode())
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return steps and loss of a finished run; None also if its model is gone, which its checkpoint gives again."""
-        return self.read_json("finished.json") if self.store.exists(f"{self.folder}/export/pbe.json") else None
+    def finished(self, *, with_raw: bool = False) -> dict[str, Any] | None:
+        """Return steps and loss of a finished run; None also if its model is gone, which its checkpoint gives again.
+
+        with_raw: the model of `train.ema_keep_raw` must be there too.
+        """
+        models = ["export", f"export/{RAW}"] if with_raw else ["export"]
+        there = all(self.store.exists(f"{self.folder}/{model}/pbe.json") for model in models)
+        return self.read_json("finished.json") if there else None
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first. Raises CheckpointError if another run wrote one of them."""

@@ -1,17 +1,21 @@
 """The DeepSpeed engine. Only this file imports deepspeed.
 
-The config dict is derived from the train settings; there is no ds_config.json. The optimizer is torch's AdamW, because
-DeepSpeed's own would compile a kernel at first use.
+The config dict is derived from the train settings; there is no ds_config.json. The optimizer is torch's AdamW, also for
+masters in the CPU's memory: DeepSpeed's own would compile a kernel at first use and is no faster
+(tests/benchmarks/cpu_adamw.py).
 """
 
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbe.errors import UserError
@@ -67,6 +71,10 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": 2 * bucket,
         }
+    if cfg.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if cfg.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     config: dict[str, Any] = {
         "train_batch_size": cfg.batch,
         "train_micro_batch_size_per_gpu": cfg.micro_batch,
@@ -77,6 +85,10 @@ def deepspeed_config(cfg: TrainConfig, *, on_gpu: bool, universal: bool = False)
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
+    if cfg.offload != "none":
+        config["zero_force_ds_cpu_optimizer"] = False  # it would refuse torch's AdamW
+    if cfg.optimizer == "adamw_8bit":
+        config["zero_allow_untested_optimizer"] = True  # it knows none of 8 bits
     if cfg.precision in ("bf16", "bf16_pure"):
         pure = cfg.precision == "bf16_pure"
         config["bf16"] = {"enabled": True} | (
@@ -104,27 +116,51 @@ def make_engine(model: nn.Module, cfg: TrainConfig, *, device: torch.device, uni
     if not on_gpu:
         # this op would be compiled at first use, with g++ and ninja; without it DeepSpeed uses plain gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=cfg.adam_betas,
-        eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,
-        fused=cfg.kernels.fused_adamw,
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=_optimizer(trained, cfg),
         config=deepspeed_config(cfg, on_gpu=on_gpu, universal=universal),
         dist_init_required=False,
     )
     return engine
 
 
+def _optimizer(trained: list[nn.Parameter], cfg: TrainConfig) -> torch.optim.Optimizer:
+    if cfg.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:  # not in requirements.lock: where it is installed, every import of diffusers loads it
+            raise EngineError(
+                "train.optimizer = adamw_8bit needs bitsandbytes: install it with "
+                "`.venv/bin/python -m pip install bitsandbytes==0.50.2`, or set train.optimizer: adamw"
+            ) from None
+        return AdamW8bit(
+            trained, lr=cfg.lr, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay, is_paged=False
+        )
+    return torch.optim.AdamW(
+        trained,
+        lr=cfg.lr,
+        betas=cfg.adam_betas,
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,
+        fused=cfg.kernels.fused_adamw,
+    )
+
+
 def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
-    """Write each rank's shard below `folder`, which may differ between ranks. Collective. Raises EngineError."""
+    """Write each rank's shard below `folder`, which may differ between ranks, without frozen parameters.
+
+    Collective. Raises EngineError.
+    """
     try:
-        engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state | _UNIVERSAL, save_latest=False)
+        engine.save_checkpoint(
+            str(folder),
+            tag=TAG,
+            client_state=client_state | _UNIVERSAL | _of_the_run(engine),
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise EngineError(f"{folder}: cannot write the checkpoint: {_first_line(error)}") from error
 
@@ -160,16 +196,39 @@ def _is_deepspeeds(name: Name) -> bool:
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
     """Load a checkpoint from `folder`, which holds the files of all ranks; returns the client state.
 
-    Collective. Raises EngineError.
+    Frozen parameters stay as they are. Collective. Raises EngineError.
     """
     refuse_code(folder)
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
     try:
-        loaded, client_state = engine.load_checkpoint(str(folder), tag=TAG)
-    except (RuntimeError, KeyError, AssertionError) as error:
+        loaded, client_state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)
+    except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError) as error:
         raise EngineError(f"{folder}: this checkpoint does not match the settings: {_first_line(error)}") from error
     if loaded is None:
         raise EngineError(f"{folder}: DeepSpeed found no checkpoint in this folder")
+    ours = _of_the_run(engine)
+    said = ours | {key: value for key, value in client_state.items() if key in ours}  # older checkpoints do not say
+    if said["moments"] != ours["moments"]:
+        raise EngineError(
+            f"{folder}: this checkpoint has the moments of {said['moments']}, and train.optimizer makes "
+            f"{ours['moments']}: set it as its run had it, or let train.init begin from that run's export"
+        )
+    if said["trained"] != ours["trained"]:
+        raise EngineError(
+            f"{folder}: this checkpoint has trained other parameters; set train.trainable to that of its run, or let "
+            "train.init begin from that run's export"
+        )
     return client_state
+
+
+def _of_the_run(engine: Any) -> dict[str, Any]:
+    """What a checkpoint's moments belong to."""
+    return {"trained": list(_trained(engine)), "moments": type(engine.basic_optimizer).__name__}
+
+
+def _trained(engine: Any) -> dict[str, Any]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
 
 
 def to_universal(folder: Path, out: Path) -> None:
@@ -194,8 +253,8 @@ def to_universal(folder: Path, out: Path) -> None:
 def step_engine(engine: Any) -> Tensor | None:
     """Call after every backward. The last micro-batch of a step updates the weights.
 
-    Returns None, or on that micro-batch the 2-norm of the gradient over all parameters and ranks before clipping: a
-    scalar on the training device, infinite if any gradient is.
+    Returns None, or on that micro-batch the 2-norm of the gradient over all trained parameters and all ranks before
+    clipping: a scalar on the training device, infinite if any gradient is.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -217,7 +276,7 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
 
     masters = _unfused_masters(engine.optimizer)
     out = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine).items():
         whole = safe_get_full_fp32_param(parameter)
         if whole is None:  # stage 0
             whole = masters.get(id(parameter), parameter.detach())
@@ -226,10 +285,67 @@ def full_parameters(engine: Any) -> dict[str, Tensor]:
     return out
 
 
+@torch.no_grad()
+def set_full_parameters(engine: Any, whole: Callable[[str], Tensor]) -> None:
+    """Write this rank's part of every master weight. The network's own weights follow with `refresh_weights`.
+
+    whole: gives a trainable parameter's float32 values, in its shape, by name.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    stage, masters = engine.zero_optimization_stage(), _unfused_masters(engine.optimizer)
+    for name, parameter in _trained(engine).items():
+        value = whole(name)
+        if stage == 3:  # DeepSpeed's setter of whole values fails where the last rank's part is padded
+            size = parameter.ds_tensor.numel()
+            padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
+        elif stage:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            masters.get(id(parameter), parameter).copy_(value)
+
+
+def masters_of(engine: Any) -> list[Tensor]:
+    """This rank's master weights, which a step updates in place: float32, but bfloat16 under bf16_pure.
+
+    Frozen weights have none. At stage 0 they are whole parameters, else flat partitions; order and padding depend on
+    the number of ranks.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if stage:
+        return list(optimizer.single_partition_of_fp32_groups)
+    masters = _unfused_masters(optimizer)
+    return [masters.get(id(parameter), parameter) for parameter in _trained(engine).values()]
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Round the master weights to those that the network computes with, bit for bit as a step does. Collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer._partition_all_parameters()  # gathered weights would keep their values
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif stage:
+        optimizer.update_lp_params()
+    else:
+        for low, high in _unfused_pairs(optimizer):
+            low.copy_(high)
+
+
 def _unfused_masters(optimizer: Any) -> dict[int, Tensor]:
     """The float32 master weights by id of their bfloat16 parameter, which stage 0 keeps in parallel lists."""
+    return {id(low): high for low, high in _unfused_pairs(optimizer)}
+
+
+def _unfused_pairs(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
     groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
-    return {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+    return [pair for lows, highs in groups for pair in zip(lows, highs, strict=True)]
 
 
 def _first_line(error: BaseException) -> str:

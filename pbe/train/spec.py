@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pbe.model.architecture import Architecture
 from pbe.model.card import ModelCard
-from pbe.store import Manifest
+from pbe.store import Manifest, Store
 from pbe.train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from pbe.train.scoring import Judge
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class TrainSpec:
     seed: int
     store_uri: str
     encoded: Manifest
-    triplets: Manifest | None  # needed for train.input: pixels
+    triplets: Manifest | None  # for train.input: pixels, train.condition: text, and train.score_every
     arch: Architecture
     initial: tuple[str, str | None] | None  # storage paths of a UNet and an image encoder; None: random weights
     card: ModelCard
@@ -26,3 +32,7 @@ class TrainSpec:
     tracking_uri: str | None  # None: no logging
     mlflow_run_id: str
     on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
+    text: str | None = None  # storage path of the text encoder, for train.condition: text
+    open_judge: "Callable[[Store, torch.device], Judge] | None" = None  # for train.score_every
+    adapter: str | None = None  # storage path of the adapter to go on with, whose base is `initial`
+    base_name: str = ""  # of the model that a new adapter belongs to

@@ -4,23 +4,20 @@ The rows are training rows, as only photos of the train split are materialized. 
 training loss, whether the run learns and whether two runs differ; it says nothing about unseen photos.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pbe.data.contact import sheet
-from pbe.diffusion.sampling import Condition, Sampling, sample
-from pbe.encode import to_images
 from pbe.model.card import ModelCard
 from pbe.model.codec import Codec
 from pbe.train.data.batch import Batch
+from pbe.train.fill import codec_on, fill_holes, pictures_of
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
-
-GRID_SAMPLING = Sampling(guidance_scale=3.0, steps=20)  # few steps: the grid is for a quick look, not for metrics
 
 
 class Validation:
@@ -30,11 +27,10 @@ class Validation:
         """batch: all rows, on the CPU."""
         cfg, count = diffusion.cfg, len(batch.rows)
         self._card, self._codec, self._diffusion = card, codec, diffusion
-        starts = range(0, count, cfg.micro_batch)
-        self._chunks = [batch.take(range(start, min(start + cfg.micro_batch, count))) for start in starts]
+        self._chunks = _chunks(batch, range(count), cfg.micro_batch)
         self._rows = count
         shown = np.linspace(0, count - 1, min(cfg.grid_rows, count)).round().astype(int)
-        self._shown = batch.take(shown.tolist()) if len(shown) else None
+        self._shown = _chunks(batch, shown.tolist(), cfg.micro_batch)
 
     @torch.no_grad()
     def loss(self, network: Any, ranks: Ranks) -> float:
@@ -55,34 +51,20 @@ class Validation:
 
         Collective: every rank does the same work.
         """
-        if self._shown is None:
+        if not self._shown:
             return None
-        batch, codec = self._on_device(self._shown), self._codec.to(self._diffusion.device)
-        filled = self._filled(network, batch, codec)
-        pictures = [to_images(codec.decode(latent)) for latent in (batch.x0, batch.masked_latent, filled)]
-        return sheet([list(row) for row in pictures])
-
-    def _filled(self, network: Any, batch: Batch, codec: Codec) -> Tensor:
-        """(B, C, h, w) float32 latents of the batch's rows with their holes filled, sampled from the batch's noise."""
-        dtype = self._diffusion.dtype
-        given = Condition.of_rows(
-            batch.masked_latent, batch.keep_mask_latent, batch.exemplar_tokens, sampling=GRID_SAMPLING, dtype=dtype
-        )
-
-        def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-            # call the engine, not its module: under ZeRO 3 the engine gathers the weights
-            return network(
-                noisy.to(dtype),
-                timestep,
-                masked_latent=given.masked_latent,
-                keep_mask_latent=given.keep_mask_latent,
-                exemplar_tokens=given.exemplar_tokens,
-                drop_condition=given.drop_condition,
-            ).float()
-
-        return sample(
-            denoise, batch.noise, scheduler=self._card.scheduler, sampling=GRID_SAMPLING, project=codec.project
-        )
+        columns = []
+        with codec_on(self._diffusion.device, self._codec, self._diffusion.cfg) as codec:
+            for chunk in self._shown:
+                batch = self._on_device(chunk)
+                filled = fill_holes(network, batch, card=self._card, codec=codec, diffusion=self._diffusion)
+                columns.append([pictures_of(latent, codec) for latent in (batch.x0, batch.masked_latent, filled)])
+        return sheet([list(np.concatenate(row)) for row in zip(*columns, strict=True)])
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch.to(self._diffusion.device)
+
+
+def _chunks(batch: Batch, rows: Sequence[int], size: int) -> list[Batch]:
+    """These rows, at most `size` at once."""
+    return [batch.take(rows[start : start + size]) for start in range(0, len(rows), size)]

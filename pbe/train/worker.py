@@ -9,8 +9,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,35 @@ from pbe.data.schema import array_value
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
+from pbe.model.adapter import Adapter, Base, load_adapter, merge_lora, save_adapter
+from pbe.model.card import ModelCard
+from pbe.model.exemplar import ExemplarMapper
 from pbe.model.initial import load_stored
 from pbe.model.precision import float32_products
 from pbe.model.unet import ConditionedUNet, new_network, use_float32_group_norm
-from pbe.model.weight_store import open_backbone, open_codec
-from pbe.model.weights import Model, save_model
+from pbe.model.weight_store import (
+    open_backbone,
+    open_codec,
+    open_text_encoder,
+    stored_codec_sha256,
+    stored_folder,
+)
+from pbe.model.weights import ADAPTER_FOLDER, Model, save_model
 from pbe.store import Manifest, Store
-from pbe.train.checkpoints import UNLOGGED, Run, Saver, newest_whole
+from pbe.train.checkpoints import RAW, UNLOGGED, Run, Saver, newest_whole
 from pbe.train.data.batch import Batch
 from pbe.train.data.input import open_input
 from pbe.train.data.order import Share
+from pbe.train.ema import Ema
 from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
 from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
-from pbe.train.settings import TrainConfig
+from pbe.train.scoring import Scoring
+from pbe.train.settings import LoraTrainable, TrainConfig
 from pbe.train.spec import TrainSpec
 from pbe.train.timing import StepTimer, peak_memory_gib
+from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16
 from pbe.train.validation import Validation
 
 STATISTICS_ROWS = 2048  # references whose statistics standardise the exemplar features
@@ -64,11 +77,21 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         torch.cuda.set_device(device)  # nccl sends objects through the current device
     torch.manual_seed(spec.seed)  # same initial weights on every rank
     model = new_network(spec.arch)
-    model.exemplar.set_statistics(_reference_features(store, spec.encoded))
+    text = open_text_encoder(store, spec.text) if spec.text is not None else None
+    if isinstance(model.exemplar, ExemplarMapper):
+        model.exemplar.set_statistics(_reference_features(store, spec.encoded))
+    elif text is not None:
+        model.exemplar.set_empty(text([""]))
     if spec.initial is not None:
         load_stored(model, store, spec.initial)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     _use_kernels(model, cfg, device)
+    choose_trainable(model, cfg.trainable, seed=spec.seed)
+    if spec.adapter is not None:
+        with stored_folder(store, spec.adapter) as at:
+            load_adapter(model, at)
+    if cfg.precision == "bf16_autocast":
+        store_frozen_in_bfloat16(model)
     codec = open_codec(store, spec.encoded.config["codec"])
     grey_latent = codec.posterior(torch.zeros(1, 3, spec.card.image_px, spec.card.image_px))[0].to(device)
     diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(spec.card.scheduler).to(device), device)
@@ -88,6 +111,9 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
                 resized = checkpoint.world != ranks.world
                 written_by = f" (checkpoint written by {checkpoint.world} ranks)" if resized else ""
                 print(f"train: resuming from step {start}{written_by}", flush=True)
+        ema = Ema(engine, cfg.ema_decay) if cfg.ema_decay is not None else None
+        if ema is not None and found is not None and not ema.load(found[1]) and ranks.rank == 0:
+            print(f"train: the checkpoint has no averaged weights; they begin at step {start}", flush=True)
         ranks.barrier()  # other ranks of the node read from this rank's scratch
 
     # loop
@@ -95,10 +121,23 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         stack.enter_context(float32_products(tf32=cfg.kernels.tf32))
         share = Share(ranks.rank, ranks.world, start_step=start)
         batches = open_input(
-            store, spec.encoded, spec.triplets, cfg=cfg, seed=spec.seed, share=share, codec=codec, device=device
+            store,
+            spec.encoded,
+            spec.triplets,
+            cfg=cfg,
+            seed=spec.seed,
+            share=share,
+            codec=codec,
+            text=text,
+            device=device,
         )
         stack.callback(batches.close)
         validation = Validation(spec.card, codec, diffusion, batches.validation())
+        scoring: Scoring | None = None
+        if cfg.score_every:
+            assert spec.triplets is not None and spec.open_judge is not None
+            judge = spec.open_judge(store, device)
+            scoring = Scoring(spec.card, codec, diffusion, *batches.scored(spec.triplets), judge, ranks)
         newest = start if found is not None and found[0].run == run.name else None
         saver = Saver(run, ranks, zero_stage=cfg.zero_stage, keep=cfg.keep_checkpoints, newest=newest)
         laps, log = StepTimer(device), _Log(spec, run)
@@ -127,11 +166,13 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
                     if broken.read():
                         saver.finish()
                         if saver.newest != step:  # save the state before this step
-                            _save(saver, engine, step, history, (logged, loss_sum), ranks)
+                            _save(saver, engine, ema, step, history, (logged, loss_sum), ranks)
                             saver.finish()
                         bad = _non_finite_rows(seen, ranks)
                         raise NonFiniteError(_non_finite_message(step, bad, seen_rows=cfg.batch))
                 gradient_norm = step_engine(engine)
+                if ema is not None and gradient_norm is not None:
+                    ema.update()
                 laps.lap("optimizer_s")
             assert gradient_norm is not None
             norm = OnHost(gradient_norm)
@@ -141,19 +182,24 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
             # log
             done = step + 1
             validates = done % cfg.validate_every == 0 or done == cfg.steps
+            scores = scoring is not None and (done % cfg.score_every == 0 or done == cfg.steps)
             saves = done % cfg.checkpoint_every == 0 or done == cfg.steps
-            if validates or saves or done % cfg.log_every == 0:
+            if validates or scores or saves or done % cfg.log_every == 0:
                 _require_finite_norm(norm, done, saver, run)
-            validated = {}
-            if validates:
-                validated, grid = {"validation_loss": validation.loss(engine, ranks)}, validation.grid(engine)
-                laps.lap("validation_s")
-            if done % cfg.log_every == 0 or validates:
+            measured = {}
+            if validates or scores:
+                with nullcontext() if ema is None else ema.in_network():
+                    if validates:
+                        measured, grid = {"validation_loss": validation.loss(engine, ranks)}, validation.grid(engine)
+                        laps.lap("validation_s")
+                    if scoring is not None and scores:
+                        measured |= scoring(engine)
+            if done % cfg.log_every == 0 or validates or scores:
                 saver.poll()
                 point = _mean_over_ranks(float(loss_sum) / (done - logged), laps.take(), steps=timed, device=device)
                 logged, timed = done, 0
                 loss_sum.zero_()
-                point |= validated | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": norm.read()}
+                point |= measured | {"step": done, "lr": learning_rate(cfg, step), "grad_norm": norm.read()}
                 point["samples_seen"] = done * cfg.batch
                 point["rows_per_s"] = cfg.batch / point["step_s"]
                 point["peak_memory_gib"] = max(ranks.all_gather(peak_memory_gib(device)))
@@ -164,18 +210,26 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
             # save
             if saves:
                 laps.start()
-                _save(saver, engine, done, history, (logged, loss_sum), ranks)
+                _save(saver, engine, ema, done, history, (logged, loss_sum), ranks)
                 laps.lap("checkpoint_s")
         saver.finish()
 
     # finish
-    parameters = full_parameters(engine)
+    with nullcontext() if ema is None else ema.as_masters():
+        exported = {"": full_parameters(engine)}
+    if cfg.ema_keep_raw:
+        exported[RAW] = full_parameters(engine)
     if ranks.rank == 0:
-        network = new_network(spec.arch)
-        network.load_state_dict(parameters | buffers)
+        cpu = torch.device("cpu")
+        encoder = open_backbone(store, spec.encoded.config["backbone"]) if text is None else text.to(cpu)
         with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-            backbone = open_backbone(store, spec.encoded.config["backbone"])
-            save_model(Path(local), Model(network, codec.to(torch.device("cpu")), backbone, spec.card))
+            for inner, parameters in exported.items():
+                network, folder = _trained_network(spec, store, parameters | buffers), Path(local) / inner
+                card = spec.card if ema is None else _card_of_weights(spec.card, cfg, raw=inner == RAW)
+                if isinstance(cfg.trainable, LoraTrainable):
+                    save_adapter(folder / ADAPTER_FOLDER, network, _adapter(spec, store, cfg.trainable, card))
+                    merge_lora(network.unet)
+                save_model(folder, Model(network, codec.to(cpu), encoder, card))
             store.copy_tree_in(Path(local), f"{run.folder}/export")
         run.write_json("history.json", {"history": history})
         run.write_json(
@@ -183,6 +237,26 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
             {"steps": cfg.steps, "world": ranks.world, "loss": history[-1]["loss"] if history else None},
         )
     dist.barrier()
+
+
+def _trained_network(spec: TrainSpec, store: Store, tensors: Mapping[str, torch.Tensor]) -> ConditionedUNet:
+    """A network with these trained parameters and buffers, and what was frozen from its source."""
+    network = new_network(spec.arch)
+    if spec.cfg.trainable != "all":
+        assert spec.initial is not None
+        load_stored(network, store, spec.initial)
+        choose_trainable(network, spec.cfg.trainable, seed=spec.seed)
+    frozen = {name: value for name, value in network.named_parameters() if not value.requires_grad}
+    network.load_state_dict(frozen | dict(tensors))
+    return network
+
+
+def _adapter(spec: TrainSpec, store: Store, trainable: LoraTrainable, card: ModelCard) -> Adapter:
+    assert spec.initial is not None
+    unet, image_encoder = spec.initial
+    assert image_encoder is not None
+    base = Base(spec.base_name, unet, image_encoder, stored_codec_sha256(store, spec.encoded.config["codec"]))
+    return Adapter(base, trainable.lora, card)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
@@ -196,12 +270,18 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
     return cfg.lr * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def _card_of_weights(card: ModelCard, cfg: TrainConfig, *, raw: bool) -> ModelCard:
+    """The card with what of two models of one training this is."""
+    said = "of the last step" if raw else f"averaged over steps (EMA, decay {cfg.ema_decay})"
+    return replace(card, run=card.run | {"weights": said})
+
+
 def _use_kernels(model: ConditionedUNet, cfg: TrainConfig, device: torch.device) -> None:
     kernels = cfg.kernels
     model.use_kernels(
         sdpa=kernels.sdpa,
         channels_last=kernels.channels_last,
-        activation_checkpointing=kernels.activation_checkpointing,
+        checkpointed_levels=kernels.checkpointed_levels,
     )
     if cfg.precision == "bf16_autocast":
         model.use_autocast()
@@ -335,6 +415,7 @@ def _mean_over_ranks(loss: float, seconds: dict[str, float], *, steps: int, devi
 def _save(
     saver: Saver,
     engine: Any,
+    ema: Ema | None,
     step: int,
     history: list[dict[str, float]],
     window: tuple[int, torch.Tensor],
@@ -348,6 +429,8 @@ def _save(
 
     def write(folder: Path) -> None:
         save_engine(engine, folder, state)
+        if ema is not None:
+            ema.save(folder, rank=ranks.rank)
         if ranks.rank == 0:
             (folder / "history.json").write_text(json.dumps(history))
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import ipaddress
 import json
+import os
 import platform
 import shlex
 import zipfile
@@ -22,9 +23,16 @@ import yaml
 from pbe.places import refuse_credentials, tracking_uri
 from pbe.settings import paths_in
 from pbe.store import digest
+from pipelines.runtime.differences import DIFF_VARIABLE, differences
 from pipelines.runtime.environment import WORKER_ENV
 from pipelines.runtime.progress_records import JOB_VARIABLE
-from pipelines.runtime.provenance import COMMIT_VARIABLE, LOCK_VARIABLE, git_commit, lock_digest
+from pipelines.runtime.provenance import (
+    COMMIT_VARIABLE,
+    EXPERIMENT_VARIABLE,
+    LOCK_VARIABLE,
+    git_commit,
+    lock_digest,
+)
 from pipelines.runtime.stage import STAGES, VARIANT_STAGES, Stage, StageError, output_folder, versions
 
 CODE_FOLDERS = ("pbe", "pipelines")
@@ -117,7 +125,7 @@ def job_name(stage: Stage, package: Package) -> str:
 
 def entrypoint(stage: Stage, job_id: str) -> str:
     """The shell command of the job: this stage again, with the cluster's python."""
-    variant = ["--variant", stage.variant] if stage.variant else []
+    variant = [f"--{'baseline' if stage.name == 'baseline' else 'variant'}", stage.variant] if stage.variant else []
     return shlex.join(["python", "-m", "pipelines", stage.name, *variant, "--as-job", job_id])
 
 
@@ -128,6 +136,8 @@ def job_env(stage: Stage, job_id: str) -> dict[str, str]:
         JOB_VARIABLE: job_id,
         COMMIT_VARIABLE: git_commit(stage.root),  # the package has no .git
         LOCK_VARIABLE: lock_digest(stage.root),  # and no dvc.lock
+        **({DIFF_VARIABLE: json.dumps(differences(stage))} if stage.name == "train" else {}),
+        **({EXPERIMENT_VARIABLE: os.environ[EXPERIMENT_VARIABLE]} if EXPERIMENT_VARIABLE in os.environ else {}),
         SUBMITTER_VARIABLE: json.dumps(versions_here()),
         MARK_VARIABLE: _mark_here(),
         # start_ray sets WORKER_ENV again for its workers; without this Ray calls equal values a conflict
@@ -190,6 +200,8 @@ def _refuse_what_stays_here(stage: Stage) -> None:
     settings = getattr(stage.params, section, None)
     if stage.name == "train" and stage.variant is not None:
         settings = stage.params.train_variant(stage.variant)
+    if stage.name == "baseline" and stage.variant is not None:
+        section, settings = f"baselines.{stage.variant}", stage.params.baselines[stage.variant]
     for key, path in paths_in(settings, f"{section}.") if settings is not None else ():
         if not _is_seen_there(path):
             raise _does_not_travel(stage, key, path)

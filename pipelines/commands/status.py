@@ -20,6 +20,7 @@ from pipelines.runtime.environment import is_dashboard
 from pipelines.runtime.logs import LOG_FOLDER
 from pipelines.runtime.progress_records import Plan, read_plans
 from pipelines.runtime.stage import STAGES, VARIANT_STAGES, output_folder
+from pipelines.runtime.tracking import page_address
 
 REJECTED = "rejected_"  # prefix of the counts by reason
 
@@ -51,7 +52,8 @@ def _titles(stage: str, params: Params) -> list[tuple[str, str | None]]:
 
 def _lines(stage: str, title: str, variant: str | None, root: Path, store: Store) -> Iterator[str]:
     outputs = output_folder(root, stage, variant)
-    finished = (outputs / "manifest.json").is_file() or (stage == "report" and (root / "reports/index.html").is_file())
+    last = {"report": root / "reports/index.html", "study": outputs / "plan.json"}
+    finished = last.get(stage, outputs / "manifest.json").is_file()
     if stage == "train" and finished:
         yield from _trained(outputs / "manifest.json")
     else:
@@ -69,9 +71,7 @@ def _lines(stage: str, title: str, variant: str | None, root: Path, store: Store
 def _trained(manifest: Path) -> Iterator[str]:
     raw = json.loads(manifest.read_text())
     yield f"run {raw['run']}, {raw['steps']} steps, its model is here"
-    uri = tracking_uri()
-    pages = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"  # `make ui`
-    yield f"MLflow run {pages}/#/runs/{raw['mlflow_run_id']}"
+    yield f"MLflow run {page_address()}/#/runs/{raw['mlflow_run_id']}"
 
 
 def _rejects(path: Path) -> str:

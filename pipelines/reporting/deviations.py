@@ -71,6 +71,7 @@ def _settings(params: Params, variant: str, train_photos: int) -> dict[str, Any]
         "whole_cocoee": params.bench.source != "cocoee" or params.bench.max_items >= ITEMS,
         "extractors": extractors,
         "clip_is_extractor": "clip" in extractors,
+        "weights_are_named": bool({"dino", "inception"} & {*extractors}),
         "clip_has_mixture": any(isinstance(e, ClipExtractorConfig) and e.mixture for e in params.evaluate.extractors),
     }
 

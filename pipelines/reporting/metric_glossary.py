@@ -80,6 +80,6 @@ def how_to_read(metric: str) -> tuple[str, str, str, str]:
     raise KeyError(f"metric {metric} has no sentence in metric_glossary.yaml")
 
 
-def n_text(estimate: Estimate) -> str:
+def n_text(estimate: Estimate, chance: float | None = None) -> str:
     photos = f" in {estimate.clusters} photos" if estimate.clusters < estimate.n else ""
-    return f"{estimate.n}{photos}"
+    return f"{estimate.n}{photos}" + (f"; chance {chance:.3g}" if chance is not None else "")

@@ -6,26 +6,31 @@ The report formats its numbers with the functions here. Does not import torch, b
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pbe.config import Params, load_params
+from pbe.data.schema import CAPTION_FORMS
 from pbe.evaluate.metrics.intervals import Estimate
 from pbe.places import repo_root, tracking_uri
 from pipelines.runtime.stage import StageError, output_folder
 
-LISTED = 8  # methods printed; the report has all
-Scope = tuple[str, str]  # hole kind, reference kind
+LISTED = 8  # rows printed; the report has all
+Scope = tuple[str, str]  # hole kind, and reference kind or form of caption
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method of metrics.json: a variant or a baseline, which may be someone else's results."""
+    """One method of metrics.json: a variant or a baseline, which may be someone else's results.
+
+    chances: by metric, its value for fills that tell nothing of their reference, where that is known; of all scopes.
+    """
 
     name: str
     protocol: dict[str, Any]
     scopes: dict[Scope, dict[str, Estimate]]
+    chances: dict[str, float] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -38,16 +43,27 @@ def main() -> None:
     photos = "photos seen in training" if seen_in_training(params) else "photos not seen in training"
     metrics = headline_metrics(extractor)
     print(f"{first.n} items in {photos}, {scope[0]} holes, 95 % intervals, by {extractor}; one training seed:")
-    width = max(map(len, results))
-    for result in list(results.values())[:LISTED]:
-        found = [(label, result.scopes[scope].get(metric)) for metric, label in metrics.items()]
+    rows = {
+        result.name if kind == "exemplar" else caption_label(result.name, kind): result.scopes[scope[0], kind]
+        for result in results.values()
+        for kind in ("exemplar", *CAPTION_FORMS)
+        if (scope[0], kind) in result.scopes
+    }
+    width = max(map(len, rows))
+    for name, scored in list(rows.items())[:LISTED]:
+        found = [(label, scored.get(metric)) for metric, label in metrics.items()]
         numbers = [f"{label} {estimate_text(estimate)}" for label, estimate in found if estimate is not None]
-        n = next(iter(result.scopes[scope].values())).n
-        print(f"  {result.name:{width}}  " + "  ".join(numbers) + (f"  (N = {n})" if n != first.n else ""))
-    if len(results) > LISTED:
-        print(f"  and {len(results) - LISTED} more in the report")
+        n = next(iter(scored.values())).n
+        print(f"  {name:{width}}  " + "  ".join(numbers) + (f"  (N = {n})" if n != first.n else ""))
+    if len(rows) > LISTED:
+        print(f"  and {len(rows) - LISTED} more in the report")
     print(f"Report: {root / 'reports' / 'index.html'}")
     print(f"MLflow: {mlflow_command(tracking_uri())}")
+
+
+def caption_label(name: str, form: str) -> str:
+    """Return a text variant's row of one form of captions."""
+    return f"{name}: {form.replace('_', ' and ')}"
 
 
 def seen_in_training(params: Params) -> bool:
@@ -90,13 +106,20 @@ def load_results(root: Path, params: Params) -> tuple[dict[str, Result], dict[st
             for hole, references in found.items()
             for reference, numbers in references.items()
         }
-        out[name] = Result(name, protocol, scopes)
+        chances = {
+            metric: value["chance"]
+            for references in found.values()
+            for numbers in references.values()
+            for metric, value in numbers.items()
+            if "chance" in value
+        }
+        out[name] = Result(name, protocol, scopes, chances)
     return out, raw["card"]
 
 
 def estimate_from(raw: dict[str, Any]) -> Estimate:
-    """Read an estimate from its JSON, which may also name the extractor."""
-    return Estimate(**{key: value for key, value in raw.items() if key != "extractor"})
+    """Read an estimate from its JSON, which may also have the extractor and a chance value."""
+    return Estimate(**{key: value for key, value in raw.items() if key not in ("extractor", "chance")})
 
 
 def read_json(path: Path, target: str) -> Any:

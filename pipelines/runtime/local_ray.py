@@ -1,4 +1,5 @@
-"""Ray on this machine alone, for one process. No other user and no other machine reaches it.
+"""Ray on this machine alone, for one process or, with `shared`, for the stages of one command. No other user and no
+other machine reaches it.
 
 Ray makes its folders, with the sockets of its object store in them, writable by everyone. So they lie in a folder that
 only this user can enter. Nothing here imports Ray before it is needed: light stages never need it.
@@ -21,14 +22,23 @@ PREFIX = "pbe-local-"  # of the folders; 8 more characters follow
 KEPT = 5  # folders of runs that failed or were killed; older ones are removed
 # Ray's longest socket: sockets/plasma_store in a session folder, which is named by the time in us and the process id
 LONGEST_SOCKET = f"/{PREFIX}12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+SHARED_RAY = "PBE_SHARED_RAY"  # set by `shared` for the processes it starts: 127.0.0.1:port
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 
 
 def init_ray() -> None:
-    """Start Ray for this process. prepare_driver has set the environment, which limits Ray to loopback."""
+    """Start Ray for this process, or connect to the one that it shares with others.
+
+    prepare_driver has set the environment, which limits Ray to loopback.
+    """
     import ray
 
     set_unset(LOCAL_RAY_ENV)
+    # Ray 2.60 puts the interpreter path into a shell command unquoted, so a space in it needs quotes
+    runtime_env = {"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)}
+    if address := os.environ.get(SHARED_RAY):
+        ray.init(address=address, logging_level="warning", log_to_driver=True, runtime_env=runtime_env)
+        return
     _make_token_private()
     folder = _private_folder()
     ray.init(
@@ -42,26 +52,42 @@ def init_ray() -> None:
         logging_level="warning",
         configure_logging=True,
         log_to_driver=True,
-        # Ray 2.60 puts the interpreter path into a shell command unquoted, so a space in it needs quotes
-        runtime_env={"env_vars": WORKER_ENV, "py_executable": shlex.quote(sys.executable)},
+        runtime_env=runtime_env,
     )
 
 
 @contextmanager
+def shared() -> Iterator[None]:
+    """Start a local Ray that the processes started in the block share; each would take 4 s to start and end its own."""
+    with ended_with():
+        init_ray()
+        import ray
+
+        os.environ[SHARED_RAY] = ray.get_runtime_context().gcs_address
+        try:
+            yield
+        finally:
+            del os.environ[SHARED_RAY]
+
+
+@contextmanager
 def ended_with() -> Iterator[None]:
-    """End the Ray that the block starts, if any, and remove its folder; if the block fails, note where its logs are."""
+    """End the Ray that the block starts, if any, and remove its folder; if the block fails, note where its logs are.
+
+    From a shared Ray the block only disconnects.
+    """
     try:
         yield
     except BaseException as error:
         if folder := _end():
             error.add_note(f"Ray's own logs of this run: {folder}/r/session_latest/logs")
         raise
-    if folder := _end():
+    if (folder := _end()) and SHARED_RAY not in os.environ:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end() -> Path | None:
-    """End the Ray that this process has started, if any, and return its folder."""
+    """End the Ray that this process has started or joined, if any, and return its folder."""
     if folder := _folder_in_use():
         import ray
 
@@ -71,7 +97,7 @@ def _end() -> Path | None:
 
 
 def _folder_in_use() -> Path | None:
-    """Return the folder of the Ray that this process has started with `init_ray`, if any."""
+    """Return the folder of the Ray that this process uses through `init_ray`, if any."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None

@@ -10,7 +10,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from http.client import HTTPException
+from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,6 +46,9 @@ class Unit:
     @property
     def name(self) -> str:
         return f"{self.label}-{self.digest}"
+
+
+Work = Callable[[Sequence[Unit]], list[Record]]  # runs units; their records in the same order
 
 
 def start_ray() -> None:
@@ -133,6 +138,28 @@ def run_units(
     once per task. each: what Ray reserves for a task or an actor; `key` is its section in params.yaml.
     A failing unit fails the stage; units that finished before it stay stored. Where memory is short, it waits.
     """
+    groups = [[unit] for unit in units]
+    alone = partial(_one_by_one, worker)
+    return run_groups(stage, kind, groups, worker=alone, each=each, key=key, actors=actors)
+
+
+def run_groups(
+    stage: Stage,
+    kind: str,
+    groups: Sequence[Sequence[Unit]],
+    *,
+    worker: Callable[[], Work],
+    each: TaskResources,
+    key: str,
+    actors: int | None = None,
+) -> list[Record]:
+    """As `run_units`, for units that share much of their work, such as one file's pictures.
+
+    The worker's function runs all units of a group that the store does not have, and returns their records in order.
+    Groups start in the order given.
+    """
+    units = [unit for group in groups for unit in group]
+    group_of = [place for place, group in enumerate(groups) for _ in group]
     records = {index: stage.store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
     pending = [index for index, record in records.items() if record is None]
     print(f"{kind}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
@@ -142,11 +169,12 @@ def run_units(
         patience = Patience(stage.title, _fewer(key, actors))
         with progress_bar(kind, total=len(pending), unit="part") as bar:
             while pending:
-                todo = [units[index] for index in pending]
+                todo = [list(indices) for _, indices in groupby(pending, key=group_of.__getitem__)]
+                work = [[units[index] for index in indices] for indices in todo]
                 try:
-                    for place, record in _results(stage, todo, worker, each, key, actors):
-                        records[pending[place]] = record
-                        bar.update()
+                    for place, found in _results(stage, work, worker, each, key, actors):
+                        records.update(zip(todo[place], found, strict=True))
+                        bar.update(len(found))
                 except RayError as error:
                     if (problem := shortage(error)) is None:
                         raise
@@ -158,6 +186,11 @@ def run_units(
     return [record for record in records.values() if record is not None]
 
 
+def _one_by_one(worker: Callable[[], Callable[[Unit], Record]]) -> Work:
+    work = worker()
+    return lambda units: [work(unit) for unit in units]
+
+
 def _fewer(key: str, actors: int | None) -> str:
     """Return the advice for nodes that are low on memory."""
     return f"lower {key}.actors" if actors else f"raise {key}.per_shard.memory_gib, so that fewer tasks run at a time"
@@ -165,29 +198,29 @@ def _fewer(key: str, actors: int | None) -> str:
 
 def _results(
     stage: Stage,
-    units: Sequence[Unit],
-    worker: Callable[[], Callable[[Unit], Record]],
+    groups: Sequence[Sequence[Unit]],
+    worker: Callable[[], Work],
     each: TaskResources,
     key: str,
     actors: int | None,
-) -> Iterator[tuple[int, Record]]:
-    """Run the units; yield each one's place among them and its record. Raises StageError if one fails."""
-    # beside actors one process reads, which only names the units; tasks read their own
-    rows = ray.data.range(len(units), concurrency=1 if actors else None, override_num_blocks=len(units))
+) -> Iterator[tuple[int, list[Record]]]:
+    """Run the groups; yield each one's place among them and its records. Raises StageError if one fails."""
+    # beside actors one process reads, which only names the groups; tasks read their own
+    rows = ray.data.range(len(groups), concurrency=1 if actors else None, override_num_blocks=len(groups))
     wanted = ray_resources(each)
     options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
     if actors is None:
         refuse_unmet(stage.title, Demand(each, f"{key}.per_shard"))
-        results = rows.map(_task(units, worker), **options)
+        results = rows.map(_task(groups, worker), **options)
     else:
-        count = min(actors, len(units))
+        count = min(actors, len(groups))
         refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=READ)
-        actor = _actor_class(units, worker, stage.title, _fewer(key, actors))
+        actor = _actor_class(groups, worker, stage.title, _fewer(key, actors))
         results = rows.map(actor, compute=ActorPoolStrategy(size=count), **options)
     for row in results.iter_rows():
         if row["error"]:
             raise StageError(row["error"])
-        yield row["id"], record_from(json.loads(row["record"]))
+        yield row["id"], [record_from(record) for record in json.loads(row["records"])]
 
 
 def torch_device(each: ActorResources) -> Any:
@@ -204,18 +237,14 @@ def torch_device(each: ActorResources) -> Any:
     return torch.device("cuda")
 
 
-def _task(
-    units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _task(groups: Sequence[Sequence[Unit]], worker: Callable[[], Work]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        return _result(worker, units, row["id"])
+        return _result(worker, groups, row["id"])
 
     return run
 
 
-def _actor_class(
-    units: Sequence[Unit], worker: Callable[[], Callable[[Unit], Record]], title: str, advice: str
-) -> type:
+def _actor_class(groups: Sequence[Sequence[Unit]], worker: Callable[[], Work], title: str, advice: str) -> type:
     class UnitActor:
         def __init__(self) -> None:
             try:
@@ -226,15 +255,16 @@ def _actor_class(
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             if self._error:
-                return {"id": row["id"], "record": "", "error": self._error}
-            return _result(lambda: self._work, units, row["id"])
+                return {"id": row["id"], "records": "", "error": self._error}
+            return _result(lambda: self._work, groups, row["id"])
 
     return UnitActor
 
 
-def _result(make: Callable[[], Callable[[Unit], Record]], units: Sequence[Unit], index: int) -> dict[str, Any]:
-    """Return the record as JSON, or the message of a user error: Ray Data would lose the type of an exception."""
+def _result(make: Callable[[], Work], groups: Sequence[Sequence[Unit]], index: int) -> dict[str, Any]:
+    """Return the records as JSON, or the message of a user error: Ray Data would lose the type of an exception."""
     try:
-        return {"id": index, "record": json.dumps(asdict(make()(units[index]))), "error": ""}
+        records = [asdict(record) for record in make()(groups[index])]
+        return {"id": index, "records": json.dumps(records), "error": ""}
     except UserError as error:
-        return {"id": index, "record": "", "error": with_cure(error)}
+        return {"id": index, "records": "", "error": with_cure(error)}

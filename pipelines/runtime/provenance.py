@@ -9,6 +9,7 @@ from pathlib import Path
 
 COMMIT_VARIABLE = "PBE_GIT_COMMIT"
 LOCK_VARIABLE = "PBE_DVC_LOCK"
+EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # DVC sets it
 PACKAGES = ("torch", "deepspeed", "diffusers", "ray", "pyarrow", "albumentations", "mlflow", "dvc")
 
 
@@ -42,7 +43,9 @@ def lock_digest(root: Path) -> str:
 
 
 def provenance_tags(root: Path) -> dict[str, str]:
+    experiment = os.environ.get(EXPERIMENT_VARIABLE)
     return {
+        **({"dvc_experiment": experiment} if experiment else {}),
         "git_commit": git_commit(root),
         "dvc_lock_sha256": lock_digest(root),
         "versions": " ".join(f"{name}=={version(name)}" for name in PACKAGES),

@@ -8,12 +8,13 @@ from typing import Any
 
 from pbe.config import Params, load_params
 from pbe.errors import ParamsError, UserError
+from pbe.evaluate.settings import RivalBaseline
 from pbe.places import repo_root, storage_uri
 from pbe.store import Store, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
-STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "report")
+STAGES = (*DATA_STAGES, "train", "bench", "edit", "baseline", "evaluate", "sweep", "study", "report")
 # run on the cluster if RAY_ADDRESS names one; the others are light and run where dvc.lock is
 CLUSTER_STAGES = ("ingest", "materialize", "encode", "train", "bench", "edit", "evaluate", "sweep")
 # modules with their own VERSION whose parts the stage also makes
@@ -43,7 +44,10 @@ class Stage:
 
     @property
     def is_heavy(self) -> bool:
-        """Whether it runs on the cluster if there is one. Reading COCOEE, a folder of this machine, is light."""
+        """Whether it runs on the cluster if there is one. Reading COCOEE, a folder of this machine, is light, and so is
+        a baseline without a model."""
+        if self.name == "baseline" and self.variant is not None:
+            return isinstance(self.params.baselines[self.variant], RivalBaseline)
         return self.name in CLUSTER_STAGES and (self.name != "bench" or self.params.bench.source == "heldout")
 
     @property

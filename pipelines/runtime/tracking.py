@@ -11,6 +11,12 @@ from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage
 
 
+def page_address() -> str:
+    """Return where a browser finds MLflow: the tracking server, or what `make ui` starts."""
+    uri = tracking_uri()
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
 @contextmanager
 def after_results(stage: Stage) -> Iterator[None]:
     """Log what the stage has already written: an MLflow that fails now costs a line, not the stage."""

@@ -1,36 +1,56 @@
 """Where does evaluation spend its time? Edits, their features, and everything computed from features.
 
     python tests/benchmarks/evaluation.py [--quick] [--items N] [--device cuda]
+    python tests/benchmarks/evaluation.py --stage FOLDER --against REVISION [--turns N]
 
 One method on N items (48; --quick: 16), with box holes, exemplars and foreign references, at the sample's sizes: an
 untrained network of the sample's shape (weights do not change the time), 20 DDIM steps at guidance scale 3, both
 EfficientNet extractors, pixel counts, every metric with the sample's resampling, and the paired tests. Pictures are
 smooth and random; one process, one thread. The last line has each part's share; nothing is asserted. --device cuda
 moves the editor and the extractors to the first GPU; pixel counts, metrics and tests stay in numpy.
+
+--stage instead times `python -m pipelines evaluate`, Ray and MLflow included, on the edits of a project in which
+`make repro` has run: this code (HEAD) and a REVISION's in turns (3; --quick: 1), each in a copy of FOLDER without any
+features. Seconds are the stage's, then the processor's over all of its processes, which other work on the machine
+disturbs less. The last line has the ratios of the least of each, the largest relative difference of a number, and
+whether the parts of features are the same files.
 """
 
 import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
 import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import psutil
 import torch
 
 from pbe.data import images
 from pbe.data.masks import pack_mask
-from pbe.data.schema import PIXELS, ReferenceKind
+from pbe.data.schema import PIXELS, ReferenceKind, require
 from pbe.diffusion.sampling import Sampling
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.edit import Editor
 from pbe.evaluate.bench.scopes import Scope
-from pbe.evaluate.features.crops import bench_crops, edited_crops
+from pbe.evaluate.features.crops import bench_crops, edited_crops, median_hole_px
 from pbe.evaluate.features.extractors import EfficientNetExtractor
 from pbe.evaluate.features.tables import FeatureTable, PixelTable, count_pixels, extract
 from pbe.evaluate.metrics.frechet import feature_statistics
 from pbe.evaluate.metrics.paired import paired_means, paired_sets
+from pbe.evaluate.metrics.retrieval import candidates_of
 from pbe.evaluate.reference_set import make_reference_set
 from pbe.evaluate.score import Method, ScopeScores, score_method
 from pbe.evaluate.settings import StatisticsConfig
@@ -42,6 +62,7 @@ from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import new_network
 from pbe.model.weights import Model
 from tests.benchmarks.device import add_device, now, one_thread, open_device
+from tests.pipelines.project import FOREIGN
 
 IMAGE_PX, REFERENCE_PX, BATCH_ROWS, ITEMS_PER_PHOTO = 64, 224, 16, 4
 KINDS: tuple[ReferenceKind, ...] = ("exemplar", "foreign")
@@ -109,12 +130,120 @@ def fill(editor: Editor, bench: list[dict[str, Any]], seed: int) -> list[dict[st
     return out
 
 
+# -- the stage ---------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS_AND_DATA = ("params.yaml", "dvc.lock", "data", ".store")
+MADE = ("features", "statistics", "evaluate")  # parts that the stage makes
+
+
+def copy_with_code(project: Path, revision: str, folder: Path) -> Path:
+    """The revision's code with the project's settings, data and storage."""
+    code = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(code)) as archive:
+        archive.extractall(folder, filter="data")
+    (folder / "params.yaml").unlink()
+    for name in SETTINGS_AND_DATA:
+        source = project / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        else:
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+@dataclass(frozen=True)
+class Turn:
+    """files: of the features, by name. numbers: of metrics.json and paired.json, by path."""
+
+    seconds: float
+    processor_s: float
+    numbers: dict[str, float]
+    files: dict[str, bytes]
+
+
+def evaluate(folder: Path) -> Turn:
+    parts = folder / ".store" / "parts"
+    for made in (*(parts / name for name in MADE), folder / "data" / "evaluate"):
+        shutil.rmtree(made, ignore_errors=True)
+    env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    env |= {"PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    command = [sys.executable, "-m", "pipelines", "evaluate"]
+    started = time.perf_counter()
+    with (
+        (folder / "evaluate.log").open("w") as log,
+        subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log) as stage,
+    ):
+        processor_s = processor_time(stage)
+    seconds = time.perf_counter() - started
+    if stage.returncode:
+        sys.exit(f"{' '.join(command)}:\n{(folder / 'evaluate.log').read_text()}")
+    numbers: dict[str, float] = {}
+    for name in ("metrics", "paired"):
+        found = json.loads((folder / "data" / "evaluate" / f"{name}.json").read_text())
+        found.pop("card", None)
+        numbers |= {f"{name}{path}": value for path, value in leaves(found) if isinstance(value, float)}
+    files = {str(path.relative_to(parts)): path.read_bytes() for path in (parts / "features").rglob("*.parquet")}
+    return Turn(seconds, processor_s, numbers, files)
+
+
+def processor_time(process: subprocess.Popen[bytes]) -> float:
+    """Wait for the process. Returns what it and its descendants have used, as last seen: looks ten times a second."""
+    used: dict[int, float] = {}
+    parent = psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in (parent, *parent.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = each.cpu_times()
+                    used[each.pid] = times.user + times.system
+        time.sleep(0.1)
+    return sum(used.values())
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, inner in node.items():
+            yield from leaves(inner, f"{path}/{key}")
+    else:
+        yield path, node
+
+
+def in_turns(project: Path, against: str, turns: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = {
+            name: copy_with_code(project, revision, Path(scratch) / name)
+            for name, revision in (("before", against), ("after", "HEAD"))
+        }
+        taken: dict[str, list[Turn]] = {name: [] for name in sides}
+        for index in range(turns):
+            for name, folder in sides.items():
+                taken[name].append(evaluate(folder))
+                last = taken[name][-1]
+                print(f"turn {index + 1}, {name}: {last.seconds:.1f} s, processor {last.processor_s:.1f} s", flush=True)
+    before, after = taken["before"], taken["after"]
+    numbers = after[0].numbers
+    differs = max(abs(numbers[path] - value) / max(abs(value), 1e-12) for path, value in before[0].numbers.items())
+    speedup = min(turn.seconds for turn in before) / min(turn.seconds for turn in after)
+    less_work = min(turn.processor_s for turn in before) / min(turn.processor_s for turn in after)
+    print(
+        f"evaluate_speedup={speedup:.2f} processor_ratio={less_work:.2f} largest_rel_difference={differs:.1e} "
+        f"same_features={before[0].files == after[0].files}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 items: less than 50 s")
     parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--stage", type=Path, metavar="FOLDER", help="a project with edits: time the stage instead")
+    parser.add_argument("--against", default="HEAD~1", metavar="REVISION", help="with --stage: the code before")
+    parser.add_argument("--turns", type=int, default=3, help="with --stage")
     add_device(parser)
     args = parser.parse_args()
+    if args.stage:
+        in_turns(args.stage.resolve(), args.against, 1 if args.quick else args.turns)
+        return 0
     device = open_device(args.device)
     one_thread(device)
     torch.manual_seed(0)
@@ -137,14 +266,13 @@ def main() -> int:
     seen: dict[int, dict[str, FeatureTable]] = {seed: {} for seed in methods}
     counts = {}
     for name, extractor in extractors.items():
-        bench_features[name] = FeatureTable(
-            [extract(bench_crops(bench, scopes, matched=True), extractor, batch_rows=BATCH_ROWS)]
-        )
+        of_bench = bench_crops(bench, scopes, matched=True, median_px=median_hole_px(bench), region="whole")
+        bench_features[name] = FeatureTable([extract(of_bench, extractor, batch_rows=BATCH_ROWS)])
         for seed, edits in methods.items():
             views = edited_crops(edits, by_id, region="whole")
             seen[seed][name] = FeatureTable([extract(views, extractor, batch_rows=BATCH_ROWS)])
     for seed, edits in methods.items():
-        counts[seed] = PixelTable([count_pixels(edits, by_id).cast(PIXELS)])
+        counts[seed] = PixelTable([require(count_pixels(edits, by_id), PIXELS, "counts")])
     looked = now(device)
 
     rng = np.random.default_rng(1)
@@ -157,8 +285,11 @@ def main() -> int:
             real_images=real_images,
             statistics=feature_statistics(real_images),
             bench_photos=photos_seen,
+            photo_holes={"box/region": features.all_of("box/region")},
+            exemplars=candidates_of(features.keys_of("exemplar"), features.all_of("exemplar")),
             mixture=None,
             upstream_region=False,
+            cmmds_network=False,
             components=2,
             pca_dims=8,
             seed=42,

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from infra.cost import GIB, architecture  # noqa: E402
+from infra.memory import GIB, architecture  # noqa: E402
 from pbe.diffusion.schedule import alphas_cumprod  # noqa: E402
 from pbe.diffusion.scheduler_config import scheduler_config  # noqa: E402
 from pbe.model.architecture import Architecture  # noqa: E402
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--checkpointed-levels", type=int, default=4, help="levels of the UNet that recompute")
     parser.add_argument("--build", default="bf16", choices=["fp32", "bf16"], help="dtype the network is built in")
     add_device(parser)
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> int:
         batch=batch,
         streams=1,
         workers=1,
-        kernels={**train.kernels.model_dump(), "activation_checkpointing": not args.no_checkpointing},
+        kernels={**train.kernels.model_dump(), "checkpointed_levels": args.checkpointed_levels},
     )
     import deepspeed  # noqa: F401 - imported before measuring: its 0.1 GiB do not count
 
@@ -104,14 +104,14 @@ def measure(folder: Path, cfg: TrainConfig, channels: int, *, steps: int, build:
     torch.set_default_dtype(torch.bfloat16 if low else torch.float32)
     model = new_network(arch)
     torch.set_default_dtype(torch.float32)
-    model.use_kernels(sdpa=True, channels_last=False, activation_checkpointing=cfg.kernels.activation_checkpointing)
+    model.use_kernels(sdpa=True, channels_last=False, checkpointed_levels=cfg.kernels.checkpointed_levels)
     if cfg.precision == "bf16_autocast":
         model.use_autocast()
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters:,} trainable parameters, {cfg.precision}, ZeRO-{cfg.zero_stage}, micro-batch {cfg.micro_batch}, "
-        f"{cfg.accumulation_steps} per step, activation checkpointing "
-        f"{'on' if cfg.kernels.activation_checkpointing else 'off'}, built in {'bf16' if low else 'fp32'}, "
+        f"{cfg.accumulation_steps} per step, {cfg.kernels.checkpointed_levels} levels recomputed, "
+        f"built in {'bf16' if low else 'fp32'}, "
         f"{torch.get_num_threads()} threads",
         flush=True,
     )

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from infra.cost import VALUE_BYTES, bytes_sent  # noqa: E402
+from infra.cost import bytes_sent  # noqa: E402
+from infra.memory import VALUE_BYTES  # noqa: E402
 from infra.scaling import PARAMETERS, table  # noqa: E402
 from tests.benchmarks.device import add_device, open_device  # noqa: E402
 from tests.train.ranks import ARCH, run_ranks, tiny_config  # noqa: E402

@@ -55,6 +55,7 @@ from pbe.model.architecture import architecture_of  # noqa: E402
 from pbe.model.backbone import load_backbone  # noqa: E402
 from pbe.model.card import ModelCard  # noqa: E402
 from pbe.model.codec import PatchCodec, fit_patch_codec  # noqa: E402
+from pbe.model.exemplar import ExemplarMapper  # noqa: E402
 from pbe.model.settings import PatchCodecConfig  # noqa: E402
 from pbe.model.unet import new_network, use_float32_group_norm  # noqa: E402
 from pbe.model.weights import Model  # noqa: E402
@@ -176,9 +177,10 @@ def trained(trial: Trial, crops: Crops, *, seconds: float, device: torch.device)
     torch.manual_seed(params.seed)
     side = params.materialize.image_px
     network = new_network(architecture_of(cfg.unet, cfg.exemplar, image_px=side, encoded=encoded))
+    assert isinstance(network.exemplar, ExemplarMapper)
     network.exemplar.set_statistics(crops.tokens[:, 0])
     averaged = copy.deepcopy(network).to(device) if trial.ema else network
-    network.use_kernels(sdpa=True, channels_last=cfg.kernels.channels_last, activation_checkpointing=False)
+    network.use_kernels(sdpa=True, channels_last=cfg.kernels.channels_last, checkpointed_levels=0)
     if cfg.precision == "bf16_autocast":
         network.use_autocast()
         if device.type == "cpu":

@@ -33,11 +33,12 @@ from pbe.data.boxes import Box, padded, pixel_box  # noqa: E402
 from pbe.data.contact import sheet, with_hole  # noqa: E402
 from pbe.data.rng import row_rng, shard_of  # noqa: E402
 from pbe.diffusion.sampling import Sampling  # noqa: E402
-from pbe.edit import OURS, Editor, EditTask  # noqa: E402
+from pbe.edit import Editor, EditTask  # noqa: E402
 from pbe.evaluate.features.extractors import EfficientNetExtractor  # noqa: E402
 from pbe.evaluate.metrics.intervals import bootstrap_mean  # noqa: E402
 from pbe.evaluate.metrics.similarity import exemplar_gain, hole_region, match_resolution  # noqa: E402
 from pbe.model.backbone import load_backbone  # noqa: E402
+from pbe.protocol import OURS  # noqa: E402
 from tests.benchmarks.device import add_device, open_device  # noqa: E402
 
 SMALL_FRAC, SHOWN_FRAC = (0.002, 0.02), (0.02, 0.8)  # area of holes, and of references, in their photos

@@ -106,6 +106,16 @@ def test_a_flag_is_1_0_or_minus_1(tmp_path: Path, flag: str) -> None:
     assert (row["reason"], row["detail"]) == ("box_unparsable", f"IsOccluded {flag} is not 1, 0 or -1")
 
 
+def test_a_column_of_captions_is_read_and_a_wrong_one_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(f'{HEADER},caption\n{GOOD},"a red, old car "\n{GOOD}, \n{GOOD},{"x" * 401}\n')
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    rows = [row for table in read_annotations(tree, box_files(tree)[0]) for row in table.to_pylist()]
+    said, empty, wrong = sorted(rows, key=lambda row: row["line"])
+    assert (said["caption"], said["reason"]) == ("a red, old car", None)
+    assert (empty.get("caption"), empty["reason"]) == (None, None)
+    assert wrong["reason"] == "box_unparsable" and "the caption has 401 characters" in wrong["detail"]
+
+
 def test_ids_lose_their_image_suffix_and_spaces(tmp_path: Path) -> None:
     ids = ["a.jpg", "b.JPEG", " c ", "d.png", "e.tar.jpg", "f.v2", "g"]
     rows = _read(tmp_path, f"{HEADER}\n" + "".join(f"{name},/m/1,0.1,0.5,0.2,0.6\n" for name in ids))
@@ -585,12 +595,20 @@ def test_coco_boxes_without_a_bbox_are_the_bounds_of_their_shape(
         ({"segmentation": {"counts": [16], "size": [4, 4]}}, "its segmentation is empty"),
         ({"segmentation": {"counts": [1, 2], "size": [4, 4]}}, "no run-length encoded mask"),
         ({"segmentation": {}}, "no run-length encoded mask"),
+        ({"bbox": [1, 2, 3, 4], "caption": ["a car"]}, "caption ['a car'] is no text"),
+        ({"bbox": [1, 2, 3, 4], "caption": "x" * 401}, "the caption has 401 characters"),
     ],
 )
 def test_an_unusable_coco_annotation_says_why_in_words(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
     row = _coco_row(tmp_path, annotations=[{"id": 7, "image_id": 9, "category_id": 51, **entry}])
     assert row["reason"] == "box_unparsable" and said in row["detail"] and "Error" not in row["detail"]
     assert row["detail"].startswith("annotation 7: ")
+
+
+@pytest.mark.parametrize(("said", "read"), [("a bowl\n", "a bowl"), (" ", None), (None, None)])
+def test_a_coco_annotation_may_have_a_caption(tmp_path: Path, said: Any, read: str | None) -> None:
+    row = _coco_row(tmp_path, annotations=[_coco()["annotations"][0] | {"caption": said}])
+    assert (row.get("caption"), row["reason"]) == (read, None)
 
 
 NAMELESS = {"id": 8, "file_name": None}

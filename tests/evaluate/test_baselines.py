@@ -1,4 +1,4 @@
-"""Baselines: untouched outside, blind inside, in the right place, and Poisson's known solutions."""
+"""Baselines: untouched outside, blind inside, in the right place; Poisson's known solutions, Reinhard's statistics."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from pbe.data.images import resize
-from pbe.evaluate.bench.baselines import copy_paste, hole_kept, poisson
+from pbe.evaluate.bench.baselines import colour_transfer, composite, copy_paste, hole_kept, poisson
 
 SIDE_PX = 48
 Baseline = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-WITH_REFERENCE: tuple[Baseline, ...] = (copy_paste, poisson)
 
 
 def _nothing(source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -28,6 +27,16 @@ def _ellipse() -> np.ndarray:
     return cv2.ellipse(_box(0, 0, 0, 0), (20, 25), (9, 15), 20, 0, 360, 1, -1)
 
 
+def _object_pasted(source: np.ndarray, hole_mask: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    return colour_transfer(source, hole_mask, reference, _disc(*reference.shape[:2]))
+
+
+def _disc(height_px: int, width_px: int) -> np.ndarray:
+    centre, axes = (width_px // 2, height_px // 2), (width_px // 3, height_px // 3)
+    return cv2.ellipse(np.zeros((height_px, width_px), np.uint8), centre, axes, 0, 0, 360, 1, -1)
+
+
+WITH_REFERENCE: tuple[Baseline, ...] = (copy_paste, poisson, colour_transfer, _object_pasted)
 HOLES = {
     "middle": _box(15, 30, 10, 33),
     "one pixel": _box(7, 8, 40, 41),
@@ -134,7 +143,50 @@ def test_poisson_takes_the_photos_colour_and_the_references_detail() -> None:
 
 def test_a_hole_without_a_border_is_pasted() -> None:
     source, reference = _photo(0), _photo(1, 30)
-    np.testing.assert_array_equal(poisson(source, HOLES["all"], reference), copy_paste(source, HOLES["all"], reference))
+    pasted = copy_paste(source, HOLES["all"], reference)
+    for baseline in (poisson, colour_transfer):
+        np.testing.assert_array_equal(baseline(source, HOLES["all"], reference), pasted)
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+
+
+def test_colour_transfer_has_the_rings_mean_and_contrast_and_the_references_pattern() -> None:
+    source, reference = _photo(0) // 2 + 64, _photo(1, 30) // 3 + 90  # inside the gamut, nothing is clipped
+    hole = HOLES["middle"] != 0
+    ring = (cv2.dilate(HOLES["middle"], np.ones((7, 7), np.uint8)) != 0) & ~hole  # 3 px: a tenth of 23 is less
+    edit, pasted = colour_transfer(source, HOLES["middle"], reference), copy_paste(source, HOLES["middle"], reference)
+    for statistic in (np.mean, np.std):
+        found, wanted = (statistic(_lab(colours), axis=0) for colours in (edit[hole], source[ring]))
+        np.testing.assert_allclose(found, wanted, atol=0.2)
+    for channel in range(3):
+        assert np.corrcoef(_lab(edit[hole])[:, channel], _lab(pasted[hole])[:, channel])[0, 1] > 0.99
+    far = source.copy()
+    far[~(hole | ring)] = 0
+    np.testing.assert_array_equal(colour_transfer(far, HOLES["middle"], reference)[hole], edit[hole])
+
+
+def test_colour_transfer_of_one_colour_is_the_rings_mean() -> None:
+    source = _photo(0)
+    edit = colour_transfer(source, HOLES["middle"], np.full((20, 20, 3), 77, np.uint8))
+    assert len(np.unique(edit[HOLES["middle"] != 0], axis=0)) == 1
+    np.testing.assert_allclose(edit[20, 20], source[12:33, 7:36].mean((0, 1)), atol=20)
+
+
+def test_an_object_is_pasted_alone_onto_an_inpainted_hole() -> None:
+    source, reference = np.full((SIDE_PX, SIDE_PX, 3), (90, 160, 40), np.uint8), _photo(1, 30)
+    mask = _disc(30, 30)
+    edit, pasted = composite(source, HOLES["middle"], reference, mask)
+    hole = HOLES["middle"] != 0
+    assert 0 < pasted.sum() < hole.sum() and not pasted[~hole].any() and pasted[22, 21] and not pasted[15, 10]
+    np.testing.assert_array_equal(edit[pasted], copy_paste(source, HOLES["middle"], reference)[pasted])
+    assert np.abs(edit[hole & ~pasted] - np.array([90, 160, 40])).max() <= 2
+    whole, everywhere = composite(source, HOLES["middle"], reference, mask * 0)
+    np.testing.assert_array_equal(whole, copy_paste(source, HOLES["middle"], reference))
+    np.testing.assert_array_equal(everywhere, hole)
+    with pytest.raises(ValueError, match=r"object_mask .* does not match the reference"):
+        composite(source, HOLES["middle"], reference, mask[:20])
 
 
 @pytest.mark.parametrize("baseline", [_nothing, *WITH_REFERENCE])

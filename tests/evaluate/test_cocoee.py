@@ -1,13 +1,16 @@
 """COCOEE from a folder of the published layout, and every way in which such a folder is not whole."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pbe.data import images
+from pbe.data.files import FileTree
 from pbe.data.masks import unpack_mask
 from pbe.data.schema import BENCH, require
 from pbe.evaluate.bench.cocoee import SIDE_PX, CocoeeError, read_cocoee
@@ -32,7 +35,20 @@ def write_cocoee(folder: Path, ids: list[int] = IDS) -> Path:
     return folder
 
 
-def _read(folder: Path, **changes: int) -> list[dict]:
+def write_annotations(path: Path, ids: list[int] = IDS) -> Path:
+    """As COCO's instances JSON: 3 and 4 by turns, and an annotation of which COCOEE knows nothing."""
+    found = [{"id": number, "category_id": 3 + place % 2, "image_id": 9} for place, number in enumerate(ids)]
+    categories = [{"id": 3, "name": "dog"}, {"id": 4, "name": "hot dog"}]
+    coco = {"images": [], "categories": categories, "annotations": [*found, {"id": 99, "category_id": 3}]}
+    path.write_text(json.dumps(coco))
+    return path
+
+
+def _tree(path: Path) -> FileTree:
+    return FileTree(str(path), "bench.cocoee_annotations")
+
+
+def _read(folder: Path, **changes: Any) -> list[dict]:
     settings = {"image_px": SIDE_PX, "seed": 1, "expected_items": len(IDS)} | changes
     return require(read_cocoee(folder, **settings), BENCH, "cocoee").to_pylist()
 
@@ -73,7 +89,37 @@ def test_some_items_are_chosen_by_hash_from_a_whole_archive(tmp_path: Path) -> N
     _refused(tmp_path, "1 of its 12 files are missing", expected_items=4, max_items=1)
 
 
-def _refused(folder: Path, message: str, **changes: int) -> None:
+def test_annotations_give_every_item_its_class_and_change_nothing_else(tmp_path: Path) -> None:
+    folder = write_cocoee(tmp_path / "test_bench")
+    plain = _read(folder)
+    assert {row["label_name"] for row in plain} == {""}
+    labelled = _read(folder, annotations=_tree(write_annotations(tmp_path / "instances.json")))
+    assert [row["label_name"] for row in labelled] == ["dog", "hot dog", "dog"]
+    assert [row | {"label_name": ""} for row in labelled] == plain
+
+
+def test_annotations_of_other_photos_are_refused_by_the_ids_that_they_lack(tmp_path: Path) -> None:
+    folder, path = write_cocoee(tmp_path / "test_bench"), tmp_path / "instances.json"
+    _refused(
+        folder,
+        r"bench\.cocoee_annotations: \S+/instances\.json has no annotation of 2 of 3 ids: 17, 581930; name the",
+        annotations=_tree(write_annotations(path, IDS[:1])),
+    )
+    _refused(folder, r"bench\.cocoee_annotations: .*nowhere", annotations=_tree(tmp_path / "nowhere"))
+    for broken, message in (
+        ("{", "not a JSON file"),
+        ('{"categories": []}', "not a COCO instances JSON: it has no list of annotations"),
+        ('{"categories": [], "annotations": [{"id": 17}]}', "annotation 17: category_id None is no id"),
+        (
+            '{"categories": [], "annotations": [{"id": 17, "category_id": 1}, {"id": 17, "category_id": 2}]}',
+            "annotation 17 is both '1' and '2'",
+        ),
+    ):
+        path.write_text(broken)
+        _refused(folder, f"instances.json: {message}", annotations=_tree(path))
+
+
+def _refused(folder: Path, message: str, **changes: Any) -> None:
     with pytest.raises(CocoeeError, match=message):
         _read(folder, **changes)
 

@@ -1,6 +1,7 @@
 """Extraction keeps order, follows the resize rule and does not depend on the batch size. No wheel needed."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pbe.evaluate.features.clip import PROJECTION, load_clip_extractor
+from pbe.evaluate.features.dino import load_dino_extractor
 from pbe.evaluate.features.extractors import EfficientNetExtractor, Preprocessing, load_inception_extractor
+from pbe.evaluate.features.weights import open_extractor, store_extractor
+from pbe.evaluate.settings import DinoExtractorConfig
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.clip import MEAN, STD
 from pbe.model.tensors import WeightsError
-from tests.tiny_weights import EXTRACTOR_PX, EXTRACTOR_WIDTH, write_clip, write_clip_extractor, write_inception
+from pbe.store import Store
+from tests.tiny_weights import (
+    EXTRACTOR_PX,
+    EXTRACTOR_WIDTH,
+    write_clip,
+    write_clip_extractor,
+    write_dino,
+    write_inception,
+)
 
 
 class OneConvolution(nn.Module):
@@ -152,7 +164,8 @@ def test_clip_looks_at_regions_and_references_as_upstream_does(clip_folder: Path
 
 
 def test_only_the_real_clip_counts_as_the_papers(clip_folder: Path) -> None:
-    assert not load_clip_extractor(clip_folder).paper
+    tiny = load_clip_extractor(clip_folder)
+    assert not tiny.paper and not tiny.cmmds_network
 
 
 def test_a_clip_without_projection_is_refused(tmp_path: Path) -> None:
@@ -177,6 +190,80 @@ def test_an_extractor_that_is_not_finite_is_refused(clip_folder: Path, tmp_path:
     sha256 = hashlib.sha256((tmp_path / "inception.pt").read_bytes()).hexdigest()
     with pytest.raises(WeightsError, match=r"such as convolution\.bias"):
         load_inception_extractor(tmp_path / "inception.pt", sha256=sha256)
+
+
+# -- DINO ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["dinov2", "dinov2_with_registers", "vit"])
+def dino_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dino(tmp_path_factory.mktemp("dino") / "extractor", request.param)
+
+
+def test_dino_is_transformers_own_with_its_preprocessing(dino_folder: Path) -> None:
+    """Against AutoModel and AutoImageProcessor, at sizes without half a pixel to crop, which we round to even."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    network, processor = AutoModel.from_pretrained(dino_folder).eval(), AutoImageProcessor.from_pretrained(dino_folder)
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((64, 48), (224, 224), (300, 600))]
+    expected = []
+    for picture in pictures:
+        with torch.no_grad():
+            out = network(**processor(picture, return_tensors="pt"))
+        expected.append(out.last_hidden_state[0, 0].numpy())
+    dino = load_dino_extractor(dino_folder)
+    found = dino(pictures, batch_rows=2)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(found, axis=0).min() > 1e-3  # it sees differences
+    assert dino.name == "dino" and not dino.paper
+
+
+def test_dino_crops_what_is_whole_and_squashes_regions_and_references(dino_folder: Path) -> None:
+    dino = load_dino_extractor(dino_folder)
+    wide = np.zeros((64, 256, 3), np.uint8)
+    changed = wide.copy()
+    changed[:, :60] = 255  # outside the centre crop
+    np.testing.assert_array_equal(dino([wide], batch_rows=1), dino([changed], batch_rows=1))
+    squashed = cv2.resize(changed, (224, 224), interpolation=cv2.INTER_LINEAR)
+    cut_ways: tuple[Preprocessing, ...] = ("region", "reference")
+    for preprocessing in cut_ways:
+        found, expected = (dino([p], preprocessing=preprocessing, batch_rows=1) for p in (changed, squashed))
+        np.testing.assert_array_equal(found, expected)
+        assert np.abs(found - dino([wide], preprocessing=preprocessing, batch_rows=1)).max() > 1e-3
+
+
+def test_dino_is_stored_by_content_and_read_below_a_classifier(tmp_path: Path) -> None:
+    folder, store = write_dino(tmp_path / "dino"), Store(str(tmp_path / "store"))
+    entry = store_extractor(store, DinoExtractorConfig(kind="dino", weights=str(folder)))
+    opened = open_extractor(store, entry)
+    assert opened.digest in entry["path"]
+    tensors = load_file(folder / "model.safetensors")
+    below = {f"dinov2.{name}": value for name, value in tensors.items()} | {"classifier.bias": torch.zeros(3)}
+    save_file(below, folder / "model.safetensors")
+    np.testing.assert_array_equal(load_dino_extractor(folder)(_images(), batch_rows=5), opened(_images(), batch_rows=5))
+
+
+def test_what_is_no_dino_or_does_not_fit_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="a clip model; kind dino takes dinov2"):
+        load_dino_extractor(clip_folder)
+    folder = write_dino(tmp_path / "dino")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+    def refused(match: str, **changes: object) -> None:
+        kept = {key: value for key, value in {**config, **changes}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+        with pytest.raises(WeightsError, match=match):
+            load_dino_extractor(folder)
+
+    refused(r"config\.json lacks num_attention_heads", num_attention_heads=None)
+    refused(r"config\.json: .*hidden_size", hidden_size="32")
+    refused("patches of 15 px", patch_size=15)
+    refused(r"do not fit config\.json: of another shape \d+ such as embeddings", hidden_size=64)
+    refused(r"do not fit config\.json: missing \d+ such as encoder\.layer\.2", num_hidden_layers=3)
+    tensors["layernorm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    refused(r"1 of \d+ tensors have NaN or infinite values, such as layernorm\.weight")
 
 
 # -- Inception -----------------------------------------------------------------------------------------------------

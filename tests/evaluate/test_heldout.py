@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
-from pbe.data.schema import BENCH, BOXES, FLAGS, REAL_IMAGES, require
+from pbe.data.schema import BENCH, BENCH_CANDIDATES, BOXES, FLAGS, REAL_IMAGES, require, with_optional
 from pbe.data.settings import MaterializeConfig
 from pbe.evaluate.bench import heldout
 from pbe.evaluate.bench.heldout import (
@@ -101,7 +102,7 @@ def _bench(
         pa.concat_tables([part["items"] for part in parts]),
         exemplars=nearest_of_other_photos(choice, features),
         foreign=foreign_boxes(choice, seed),
-        references=lambda rows: candidates.column("reference").take(pa.array(rows)),
+        references=lambda rows: with_optional(candidates, BENCH_CANDIDATES).take(pa.array(rows)),
     )
     return bench, pa.concat_tables([part["real"] for part in parts])
 
@@ -221,3 +222,15 @@ def test_what_the_bench_lacks_is_refused_with_the_setting() -> None:
     refuse_what_it_lacks(poor, holes=["box"], references=["exemplar"])
     with pytest.raises(BenchError, match=r"edit\.holes: bezier: this bench has none"):
         refuse_what_it_lacks(poor, holes=["box", "bezier"], references=["exemplar"])
+
+
+def test_captions_are_asked_of_a_bench_that_has_enough_of_them() -> None:
+    asked = partial(refuse_what_it_lacks, holes=["box"], references=["exemplar"], captions=["label", "caption"])
+    boxes = _boxes(photos=4)
+    place, field = BOXES.get_field_index("caption"), BOXES.field("caption")
+    said = boxes.set_column(place, field, [[f"thing {number}" for number in range(boxes.num_rows)]])
+    asked(_bench(said)[0])
+    bare = with_optional(_bench(boxes)[0], BENCH)
+    with pytest.raises(BenchError, match=r"edit\.captions: caption: 0 photos of this bench have one, .* box files"):
+        asked(bare)
+    refuse_what_it_lacks(bare, holes=["box"], references=["exemplar"], captions=["label"])

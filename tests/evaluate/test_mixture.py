@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
-from pbe.cli import main
+from pbe.cli.__main__ import main
 from pbe.evaluate.import_mixture import import_mixture, mixture_from_pickle
 from pbe.evaluate.metrics.mixture import (
     Mixture,
@@ -77,6 +77,8 @@ def test_a_damaged_pickle_never_ends_the_process(protocol: int) -> None:
     whole = pickle.dumps(theirs, protocol=protocol)
     with pytest.raises(MixtureError):
         mixture_from_pickle(whole.replace(b"f8", b"M8", 1), "x.pkl")
+    with pytest.raises(MixtureError):  # Python 3.11 warns of this escape
+        mixture_from_pickle(b"S'\\u'\n.", "x.pkl")
     rng = np.random.default_rng(0)
     for _ in range(300):
         data = bytearray(whole)

@@ -16,7 +16,9 @@ from pbe.evaluate.metrics.similarity import (
     hole_region,
     match_resolution,
     mean_colour,
+    neutral_outside,
     upstream_region,
+    wins,
 )
 
 # Reference R, foreign reference Q, and what the photo alone suggests; orthogonal, so cosines are known.
@@ -67,6 +69,10 @@ def test_gain_values() -> None:
     np.testing.assert_allclose(colours.swap, (200 + 0 + 200) / 3 - (90 + 90 + 110) / 3)
 
 
+def test_a_tie_is_half_a_win_and_rounding_makes_no_winner() -> None:
+    np.testing.assert_array_equal(wins(np.array([0.2, -1e-3, 0.0, 4e-7, -4e-7])), [1, 0, 0.5, 0.5, 0.5])
+
+
 def test_gains_are_per_item() -> None:
     rng = np.random.default_rng(0)
     sets = rng.random((4, 7, 3))
@@ -107,6 +113,15 @@ def test_match_resolution_averages_areas() -> None:
     np.testing.assert_array_equal(match_resolution(reference, 40, 60), reference)
     larger = cv2.resize(reference, (90, 70), interpolation=cv2.INTER_LINEAR)
     np.testing.assert_array_equal(match_resolution(reference, 70, 90), larger)
+
+
+def test_outside_the_mask_there_is_one_neutral_colour_and_the_picture_stays() -> None:
+    image, mask = _image(4, 5), np.zeros((4, 5), np.uint8)
+    mask[1:3, 2] = 255
+    before, cut = image.copy(), neutral_outside(image, mask)
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(cut[1:3, 2], image[1:3, 2])
+    assert {tuple(colour) for colour in cut[mask == 0]} == {(124, 116, 104)} and cut.dtype == np.uint8
 
 
 def test_mean_colour() -> None:

@@ -5,7 +5,7 @@ process of their own, each within a time limit; results are written after every 
 what it has. `--device cpu` rehearses all parts with tiny sizes: its speeds mean nothing. Ends with 1 when a case failed
 or broke a bound of parity.
 
-Parts: card, ladder, peers, stops, encode, edit, parity, doctor, compile.
+Parts: card, ladder, cards, peers, stops, encode, edit, parity, doctor, compile.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def measure(run: Run, parts: list[str]) -> dict[str, Any]:
         process.start()
     try:
         results["machine"] = run.here.result(about_machine, limit_s=run.limit(90))
-        if {"ladder", "peers", "stops", "compile"} & set(parts):
+        if {"ladder", "cards", "peers", "stops", "compile"} & set(parts):
             run.cpu.result(write_encoded_rows, run.work, run.sizes, limit_s=run.limit(90))
     except CaseError as error:
         raise SystemExit(f"gpu: nothing can be measured here: {error}") from None
@@ -177,6 +177,14 @@ def ladder(run: Run) -> Rows:
     yield from run.ladder.climb()
 
 
+def cards(run: Run) -> Rows:
+    from infra.memory import CARDS
+    from tests.gpu.cards import measure_profile
+
+    for name in CARDS:
+        yield run.row(name, measure_profile, run.work, run.sizes, name, limit_s=120)
+
+
 def peers(run: Run) -> Rows:
     from tests.gpu.peers import LARGEST_MICRO_BATCH, in_turns
 
@@ -205,7 +213,7 @@ def encode(run: Run) -> Rows:
 def edit(run: Run) -> Rows:
     from tests.gpu.editing import measure_edits
 
-    yield from run.rows("edit", measure_edits, run.sizes, limit_s=60)
+    yield from run.rows("edit", measure_edits, run.sizes, limit_s=80)
 
 
 def parity(run: Run) -> Rows:
@@ -263,6 +271,7 @@ def compiled(run: Run) -> Rows:
 COMMANDS: dict[str, Callable[[Run], Rows]] = {
     "card": card,
     "ladder": ladder,
+    "cards": cards,
     "peers": peers,
     "stops": stops,
     "encode": encode,

@@ -1,4 +1,4 @@
-"""Edit: seconds for one or several edits at once, by precision, and for diffusers' pipeline on the same weights."""
+"""Edit: seconds for one or several edits at once, by dtype, and for diffusers' pipeline on the same weights."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from pbe.diffusion.sampling import Sampling
-from pbe.edit import UPSTREAM, Editor
+from pbe.edit import Editor
 from pbe.errors import one_line
-from pbe.model.precision import float32_products
-from pbe.model.settings import Precision
+from pbe.model.precision import TORCH_DTYPES, float32_products
+from pbe.model.settings import EditDtype
+from pbe.protocol import UPSTREAM
 from tests.gpu.networks import new_model
 from tests.gpu.sizes import Sizes
 from tests.gpu.stops import stops
@@ -22,34 +23,32 @@ SCALE, WARM_UP_STEPS = 5.0, 3
 
 
 def measure_edits(device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """float32 comes first, because bfloat16 casts the shared weights permanently."""
+    """float32 comes first, because the others cast the shared weights permanently, bfloat16 the last."""
     model, made = new_model(device, sizes), Inputs(sizes)
-    for precision in ("fp32", "tf32"):
-        editor = Editor(model, device, precision=precision)
-        yield from _rows(device, sizes, f"ours, {precision}", partial(made.ours, editor))
-        if precision == "fp32":
-            yield from _diffusers_rows(device, sizes, made, model, precision)
-    editor = Editor(model, device, precision="bf16")
-    yield from _rows(device, sizes, "ours, bf16", lambda n, steps: made.ours(editor, n, steps))
-    yield from _diffusers_rows(device, sizes, made, model, "bf16")
+    dtypes: tuple[EditDtype, ...] = ("float32", "tf32", "float16", "bfloat16")
+    for dtype in dtypes:
+        editor = Editor(model, device, dtype=dtype)
+        yield from _rows(device, sizes, f"ours, {dtype}", partial(made.ours, editor))
+        if dtype != "tf32":
+            yield from _diffusers_rows(device, sizes, made, model, dtype)
 
 
 def measure_compiled_edits(device: torch.device, sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """A separate process compiles for one number of edits."""
     if device.type != "cuda":
-        yield {"case": f"edit, ours, bf16, {count} at once", "skipped": "on a GPU alone"}
+        yield {"case": f"edit, ours, bfloat16, {count} at once", "skipped": "on a GPU alone"}
         return
     since = time.perf_counter()
-    editor, made = Editor(new_model(device, sizes), device, precision="bf16", compile_unet=True), Inputs(sizes)
+    editor, made = Editor(new_model(device, sizes), device, dtype="bfloat16", compile_unet=True), Inputs(sizes)
     made.ours(editor, count, WARM_UP_STEPS)
     started_s = time.perf_counter() - since
-    for row in _rows(device, sizes, "edit, ours, bf16", lambda n, steps: made.ours(editor, n, steps), (count,)):
+    for row in _rows(device, sizes, "edit, ours, bfloat16", lambda n, steps: made.ours(editor, n, steps), (count,)):
         yield row | {"start_s": started_s}
 
 
 def stops_of_edits(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     """The places where the CPU waits between two sampling steps of one edit."""
-    editor, made = Editor(new_model(device, sizes), device, precision="bf16"), Inputs(sizes)
+    editor, made = Editor(new_model(device, sizes), device, dtype="bfloat16"), Inputs(sizes)
     made.ours(editor, 1, WARM_UP_STEPS)
     seen_by_step: list[int] = []
     with stops(device) as seen:
@@ -92,27 +91,27 @@ class Inputs:
 
 
 def _diffusers_rows(
-    device: torch.device, sizes: Sizes, made: Inputs, model: Any, precision: Precision
+    device: torch.device, sizes: Sizes, made: Inputs, model: Any, dtype: EditDtype
 ) -> Iterator[dict[str, Any]]:
     try:
         from diffusers import PNDMScheduler
 
         from tests.diffusers_pipeline import pipeline_of
     except ImportError as error:
-        yield {"case": f"diffusers, {precision}", "skipped": f"this diffusers has no PaintByExamplePipeline ({error})"}
+        yield {"case": f"diffusers, {dtype}", "skipped": f"this diffusers has no PaintByExamplePipeline ({error})"}
         return
     try:
         pipeline = pipeline_of(model, PNDMScheduler.from_config(model.card.scheduler))
-        pipeline.image_encoder.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        pipeline.image_encoder.to(device, TORCH_DTYPES[dtype])
 
         def run(count: int, steps: int) -> None:
-            with float32_products(tf32=precision == "tf32"):
+            with float32_products(tf32=dtype == "tf32"):
                 made.diffusers(pipeline, count, steps)
 
-        yield from _rows(device, sizes, f"diffusers, {precision}", run)
+        yield from _rows(device, sizes, f"diffusers, {dtype}", run)
     except Exception as error:  # from diffusers; ours must still be measured
         said = one_line(error, 200)
-        yield {"case": f"diffusers, {precision}", "failed": f"{type(error).__name__}: {said}"}
+        yield {"case": f"diffusers, {dtype}", "failed": f"{type(error).__name__}: {said}"}
 
 
 def _rows(

@@ -27,7 +27,7 @@ def measure_encode(device: torch.device, sizes: Sizes, precision: Precision) -> 
     first result is the networks alone on arrays in memory, the second all: JPEG, augmentation, networks, Arrow."""
     codec, backbone = new_kl_codec(device, sizes), new_clip_backbone(device, sizes)
     if precision == "bf16":
-        codec, backbone = codec.bfloat16(), backbone.bfloat16()
+        codec, backbone = codec.compute_in(torch.bfloat16), backbone.compute_in(torch.bfloat16)
     batch_rows = min(BATCH_ROWS, sizes.encode_rows)
     triplets = made_triplets(sizes, backbone.input_px)
     rng = np.random.default_rng(0)

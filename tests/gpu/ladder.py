@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.cost import GIB, activation_bytes, states
+from infra.memory import GIB, peak_of
 from pbe.model.architecture import Architecture
 from pbe.model.unet import new_network
 from pbe.train.settings import TrainConfig
@@ -22,13 +21,13 @@ LIMIT_S, FIRST_LIMIT_S = 60.0, 120.0
 COMPILE_LIMIT_S = 240.0
 ZERO_STAGE = 1  # used by the ladder, which compares the other stages at its end
 
-NAIVE: dict[str, bool] = {
+NAIVE: dict[str, bool | int] = {
     "sdpa": False,
     "tf32": False,
     "channels_last": False,
     "compile": False,
     "fused_adamw": False,
-    "activation_checkpointing": True,
+    "checkpointed_levels": 4,
 }
 # Each is tried on top of what has helped so far. torch.compile comes at the end of the program: it takes longest to
 # start, and again for every other shape.
@@ -39,7 +38,8 @@ CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("sdpa", {"kernels": {"sdpa": True}}),
     ("channels_last", {"kernels": {"channels_last": True}}),
     ("fused AdamW", {"kernels": {"fused_adamw": True}}),
-    ("no activation checkpointing", {"kernels": {"activation_checkpointing": False}}),
+    ("only the finest level recomputed", {"kernels": {"checkpointed_levels": 1}}),
+    ("no activation recomputed", {"kernels": {"checkpointed_levels": 0}}),
 )
 
 
@@ -49,7 +49,7 @@ class Settings:
     zero_stage: int = ZERO_STAGE
     micro_batch: int = 0
     accumulation: int = 1
-    kernels: tuple[tuple[str, bool], ...] = tuple(NAIVE.items())
+    kernels: tuple[tuple[str, bool | int], ...] = tuple(NAIVE.items())
 
     def changed(self, change: Mapping[str, Any]) -> "Settings":
         values = {**vars(self), **change, "kernels": tuple((dict(self.kernels) | change.get("kernels", {})).items())}
@@ -113,7 +113,7 @@ class Ladder:
         before = self._rates.get(self.best) if self._rates else None
         row: dict[str, Any] = {"case": name, "micro_batch": settings.micro_batch}
         with ThreadPoolExecutor(1) as beside:
-            predicted = beside.submit(predicted_gib, self._sizes.arch, settings)
+            predicted = beside.submit(predicted_gib, self._sizes, settings)
             try:
                 sizes = self._sizes if settings.zero_stage == ZERO_STAGE and settings.accumulation == 1 else self._quick
                 cfg = settings.config(sizes)
@@ -148,20 +148,7 @@ def forward_flops(arch: Architecture) -> int:
     return counter.get_total_flops()
 
 
-def predicted_gib(arch: Architecture, settings: Settings) -> float | None:
-    """The estimate of infra/cost.py --memory for one rank; None if attention is written out: it does not count that."""
-    kernels = dict(settings.kernels)
-    if not kernels["sdpa"]:
-        return None
-    counted = _activations(arch, settings.precision, kernels["activation_checkpointing"])
-    growth = (counted[8] - counted[1]) / 7  # per row
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in new_network(arch).parameters())
-    held = states(settings.precision, settings.zero_stage, 1, count=parameters)
-    return held.peak(counted[1] + growth * (settings.micro_batch - 1)) / GIB
-
-
-@cache
-def _activations(arch: Architecture, precision: str, checkpointing: bool) -> dict[int, float]:
-    """Bytes by micro-batch, and the seconds that counting took."""
-    return activation_bytes(arch, precision, checkpointing=checkpointing)
+def predicted_gib(sizes: Sizes, settings: Settings) -> float | None:
+    """The estimate of infra/memory.py for one rank; None if attention is written out: it does not count that."""
+    cfg = settings.config(sizes)
+    return peak_of(cfg, sizes.arch) / GIB if cfg.kernels.sdpa else None

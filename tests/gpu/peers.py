@@ -121,7 +121,7 @@ def official_step(device: torch.device, sizes: Sizes, rows: int) -> Step:
     """One optimizer step from `rows` photos, masked photos and references, all (rows, 3, side, side) uint8 or float."""
     with device:
         network = new_network(sizes.arch)
-    network.use_kernels(sdpa=False, channels_last=False, activation_checkpointing=True)
+    network.use_kernels(sdpa=False, channels_last=False, checkpointed_levels=4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, foreach=False, fused=False)
     codec, backbone = new_kl_codec(device, sizes), new_clip_backbone(device, sizes)
     photos = torch.rand(rows, 3, sizes.image_px, sizes.image_px, device=device) * 2 - 1
@@ -164,7 +164,7 @@ def _network(device: torch.device, arch: Architecture, cfg: TrainConfig, dtype: 
     network.use_kernels(
         sdpa=kernels.sdpa,
         channels_last=kernels.channels_last,
-        activation_checkpointing=kernels.activation_checkpointing,
+        checkpointed_levels=kernels.checkpointed_levels,
     )
     if kernels.compile and device.type == "cuda":
         network.unet.compile()

@@ -8,6 +8,7 @@ from typing import Any
 HEADINGS = {
     "card": "The device",
     "ladder": "The ladder",
+    "cards": "Profiles for one card",
     "peers": "Compared with other training loops, in turns",
     "stops": "Where the CPU waits for the device",
     "encode": "Encode",
@@ -21,9 +22,11 @@ ABOUT = {
     "CPU, and the bound that was fixed beforehand.",
     "ladder": "Each setting is added to the fastest so far. `of_bf16_peak`: the operations of three forward passes as "
     "a fraction of the data sheet's dense bfloat16 rate, or, for a card not listed, of the matrix product's rate "
-    "above; recomputed activations do not count. `predicted_gib`: infra/cost.py --memory, which does not cover "
+    "above; recomputed activations do not count. `predicted_gib`: infra/memory.py, which does not cover "
     "attention without sdpa. `data_frac`: fraction of a step in which the device waits for rows; target: below 0.01 "
     "for the fastest setting.",
+    "cards": "`predicted_gib`: infra/memory.py --cards. `peak_gib`: of the GPU's allocator; target: at most 95 % of "
+    "the profile's card.",
     "peers": "`bare`: the same network and optimizer in a plain torch loop on tensors already on the device; target: "
     "ours_over_theirs >= 0.98. `official`: a loop like upstream's, with the encoders in every step.",
     "stops": "Synchronization points of one optimizer step with four micro-batches, and of one sampling step.",
@@ -124,6 +127,11 @@ def missed(results: Mapping[str, Any]) -> list[str]:
         for part in ("peers", "compile")
         for row in parts.get(part, [])
         if row["case"] == "bare" and row.get("ours_over_theirs", 1) < 0.98
+    ]
+    out += [
+        f"cards, {row['case']}: {row['peak_gib']:.1f} GiB, target below {row['card_gb']}"
+        for row in parts.get("cards", [])
+        if row.get("peak_gib") and row["peak_gib"] > 0.95 * row["card_gb"]
     ]
     rungs = [row for part in ("ladder", "compile") for row in parts.get(part, []) if "settings" in row]
     if rungs:

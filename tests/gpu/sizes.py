@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from infra.cost import PAPER
+from infra.memory import PAPER
 from pbe.model.architecture import Architecture
 from pbe.model.settings import ExemplarConfig, UNetConfig
 

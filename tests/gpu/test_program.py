@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from infra.memory import CARDS
 from pbe.places import repo_root
 from tests.gpu.process import CaseError, DeviceProcess
 from tests.gpu.report import failures, missed, page
@@ -69,11 +70,12 @@ def test_a_page_says_what_failed_and_what_was_missed() -> None:
             {"case": "b", "failed": "stopped after 90 s"},
         ],
         "peers": [{"case": "bare", "ours_over_theirs": 0.9}],
+        "cards": [{"case": "of-8gb", "peak_gib": 7.7, "card_gb": 8}, {"case": "of-9gb", "peak_gib": 7.7, "card_gb": 9}],
         "ladder": [{"case": "naive", "rows_per_s": 2.0, "data_frac": 0.02, "settings": SETTINGS}],
     }
     results = {"machine": {"device": "cuda", "card": "Some|Card"}, "seconds": 1.0, "parts": rows}
     assert failures(results) == ["parity, a: outside its bound", "parity, b: stopped after 90 s"]
-    assert len(missed(results)) == 2
+    assert len(missed(results)) == 3
     text = page(results)
     assert "| a | 2.0e-03 | 1.0e-03 | yes |" in text and "- card: Some\\|Card" in text
     assert "- parity, b: stopped after 90 s" in text
@@ -84,7 +86,7 @@ def test_a_page_says_what_failed_and_what_was_missed() -> None:
 @pytest.mark.slow
 def test_the_program_is_rehearsed(tmp_path: Path) -> None:
     """All parts but doctor and parity, which take minutes here: `make gpu DEVICE=cpu` runs them too."""
-    parts = ["card", "ladder", "peers", "stops", "encode", "edit", "compile"]
+    parts = ["card", "ladder", "cards", "peers", "stops", "encode", "edit", "compile"]
     command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(tmp_path), "--only", *parts]
     done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr
@@ -95,6 +97,7 @@ def test_the_program_is_rehearsed(tmp_path: Path) -> None:
     assert rows["ladder"]["naive float32"]["rows_per_s"] > 0
     # both losses are of the same kind: noise predicted by an untrained network
     assert 0.8 < rows["ladder"]["+ TF32"]["loss"] < 1.3
+    assert list(rows["cards"]) == list(CARDS) and all(0.8 < row["loss"] < 1.3 for row in rows["cards"].values())
     finite = [place for place in rows["stops"]["training"]["places"] if place.startswith("pbe/train/finite.py")]
     assert finite, "the guards' reads are among what is counted"
     assert (tmp_path / "GPU.md").read_text().startswith("# Rehearsal")

@@ -4,49 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torch._subclasses import FakeTensorMode
 
-from infra.cost import LiveBytes, bytes_sent, live_bytes_of_a_step, main, states
+from infra.cost import bytes_sent, main
 from tests.benchmarks.link_bytes import TINY_BUCKET, Case, measured
-from tests.gpu.sizes import TINY_SIZES
-
-
-def test_a_storage_counts_once_and_while_it_lives() -> None:
-    with LiveBytes(nn.Identity()) as live:
-        numbers = torch.zeros(1000)
-        row = numbers.view(10, 100)[3]
-        assert live.peak == 4000
-        del numbers
-        torch.zeros(500).add_(1)
-        assert live.peak == 6000  # the row keeps the whole storage
-        del row
-        torch.zeros(1200)
-        assert live.peak == 6000
-
-
-def test_weights_and_their_gradients_do_not_count() -> None:
-    model, rows = nn.Linear(1000, 10, bias=False), torch.ones(2, 1000)
-    with LiveBytes(model) as live:
-        for _ in range(2):  # the second gradient is added to the first
-            model(rows).sum().backward()
-    assert 40_000 <= live.peak < 41_000  # a gradient is a live tensor until it has been accumulated
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fake_tensors_live_as_long_as_real_ones(precision: str, checkpointing: bool) -> None:
-    real = live_bytes_of_a_step(TINY_SIZES.arch, batch=2, precision=precision, checkpointing=checkpointing)
-    with FakeTensorMode():
-        fake = live_bytes_of_a_step(TINY_SIZES.arch, batch=2, precision=precision, checkpointing=checkpointing)
-    assert fake == pytest.approx(real, rel=0.01)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
-def test_more_ranks_need_less_memory(precision: str) -> None:
-    assert all(states(precision, stage, 64).peak(0) < states(precision, stage, 8).peak(0) for stage in (1, 2, 3))
 
 
 def test_one_rank_sends_nothing_and_many_what_deepspeed_reduces() -> None:

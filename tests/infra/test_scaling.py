@@ -1,4 +1,4 @@
-"""infra/SCALING.md contains what infra/scaling.py and infra/cost.py print."""
+"""infra/SCALING.md contains what the programs of infra print."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["scaling.py", "cost.py", "cost.py --memory"])
+@pytest.mark.parametrize("program", ["scaling.py", "cost.py", "memory.py", "memory.py --cards"])
 def test_the_guide_holds_every_line_that_the_program_prints(program: str) -> None:
     name, *options = program.split()
     command = [sys.executable, str(ROOT / "infra" / name), *options]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     guide = (ROOT / "infra" / "SCALING.md").read_text().splitlines()
     missing = [line for line in printed.splitlines() if line not in guide]
-    assert printed.count("|") > 50 and not missing
+    assert printed.count("|") > 30 and not missing

@@ -16,6 +16,7 @@ import pytest
 
 from pbe.model.hub import is_on_hub, part_folder, weights_folder
 from pbe.model.tensors import WeightsError
+from tests.tiny_weights import write_inpainting
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -94,11 +95,12 @@ def _etag(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
 
 
-def _fetch(hub: Hub, cache: Path, name: str, parts: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """Run in a separate process, because huggingface_hub reads its settings at import."""
+def _fetch(hub: Hub, cache: Path, name: str, parts: list[str] | None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run in a separate process, because huggingface_hub reads its settings at import. parts: None for all."""
+    call = f"whole_model({name!r})" if parts is None else f"weights_folder({name!r}, parts={parts!r})"
     code = (
-        "import sys\nfrom pbe.model.hub import weights_folder\nfrom pbe.errors import UserError\n"
-        f"try: print(weights_folder({name!r}, parts={parts!r}))\n"
+        "import sys\nfrom pbe.model.hub import weights_folder, whole_model\nfrom pbe.errors import UserError\n"
+        f"try: print({call})\n"
         "except UserError as error: sys.exit(f'user error: {error}')"
     )
     settings = {
@@ -132,6 +134,29 @@ def test_only_the_parts_that_are_needed_come_and_pickles_only_without_safetensor
     asked = len(hub.fetched)
     again = _fetch(hub, tmp_path, f"org/model@{COMMIT}", ["unet", "image_encoder"], HF_HUB_OFFLINE="1")
     assert again.stdout == first.stdout and len(hub.fetched) == asked  # from the cache, without a network
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_whole_model_comes_with_all_that_its_pipeline_loads(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers too; no second copy of weights, no code."""
+    model = write_inpainting(tmp_path / "model")
+    names = {file.relative_to(model).as_posix() for file in model.rglob("*") if file.is_file()}
+    files = {name: (model / name).read_bytes() for name in names}
+    unused = ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5.safetensors")
+    monkeypatch.setattr(hub, "files", files | dict.fromkeys((*unused, "unet/evil.py"), b"x"))
+    hub.fetched.clear()
+    found = _fetch(hub, tmp_path / "cache", f"org/model@{COMMIT}", None)
+    assert found.returncode == 0, found.stderr
+    folder = Path(found.stdout.splitlines()[-1])
+    assert all((folder / name).read_bytes() == data for name, data in files.items())
+    assert not set(hub.fetched) & {*unused, "unet/evil.py"}
+    again = _fetch(hub, tmp_path / "cache", f"org/model@{COMMIT}", None, HF_HUB_OFFLINE="1")
+    assert again.stdout == found.stdout
+    gone = _fetch(hub, tmp_path / "other", f"org/model@{COMMIT}", None, HF_ENDPOINT="http://127.0.0.1:9")
+    assert gone.returncode == 1 and "user error: org/model@" in gone.stderr and "or name a folder" in gone.stderr
 
 
 @pytest.mark.timeout(120)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe.model.architecture import Architecture
+from pbe.model.exemplar import ExemplarMapper
 from pbe.model.unet import ConditionedUNet, Float32GroupNorm, new_network, use_float32_group_norm
 
 
@@ -87,6 +88,7 @@ def test_a_dropped_row_is_computed_from_the_unconditional_vector(arch: Architect
     model, inputs = _build(arch), _inputs(arch)
     drop = torch.tensor([True, False, True])
     out = model(**{**inputs, "drop_condition": drop})
+    assert isinstance(model.exemplar, ExemplarMapper)
     vector = model.exemplar.uncond_vector.expand(3, 1, -1)
     channels = torch.cat([inputs[name] for name in ("noisy_latent", "masked_latent", "keep_mask_latent")], dim=1)
     expected = model.unet(channels, inputs["timestep"], encoder_hidden_states=vector, class_labels=vector[:, 0]).sample

@@ -10,7 +10,7 @@ from pbe.model.clip import ClipBackbone
 from pbe.model.codec import PatchCodec, codec_bytes
 from pbe.model.tensors import WeightsError
 from pbe.model.vae import STEM
-from pbe.model.weight_store import open_backbone, open_codec, store_weights, stored_folder
+from pbe.model.weight_store import open_backbone, open_codec, store_weights, store_whole_model, stored_folder
 from pbe.store import Store
 from tests.tiny_weights import REFERENCE_PX, tiny_clip, tiny_vae, write_clip, write_stable_diffusion
 
@@ -82,3 +82,32 @@ def test_shards_come_with_their_index(store: Store, tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=f"no {STEM}"):
         store_weights(store, tmp_path, "vae", STEM)
+
+
+def test_a_whole_model_is_stored_as_a_pipeline_loads_it(store: Store, stable_diffusion: Path, tmp_path: Path) -> None:
+    """No code, no second copy of the weights, nothing hidden; shards and tokenizers; one path for equal contents."""
+    kept = {
+        "model_index.json", "unet/config.json", f"unet/{STEM}.safetensors", "vae/config.json",
+        f"vae/{STEM}.safetensors", "tokenizer/merges.txt", "text_encoder/pytorch_model.bin",
+    }  # fmt: skip
+    left = {
+        "evil.py", "unet/evil.py", f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors",
+        f"vae/{STEM}.non_ema.safetensors", "v1-4.ckpt", "v1-4.safetensors", ".cache/x.json", "unet/sub/x.json",
+    }  # fmt: skip
+    path = store_whole_model(store, stable_diffusion)
+    for name in kept | left:
+        if not (file := stable_diffusion / name).exists():
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"{}")
+    more = store_whole_model(store, stable_diffusion)
+    assert set(store.list_files(more)) == kept | {"record.json"} and more != path
+    shutil.copytree(stable_diffusion, tmp_path / "copy")
+    assert store_whole_model(store, tmp_path / "copy") == more
+    (tmp_path / "copy/tokenizer/merges.txt").write_text("other words")
+    assert store_whole_model(store, tmp_path / "copy") != more
+
+
+def test_a_folder_without_parts_is_no_whole_model(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match="no weights in subfolders"):
+        store_whole_model(store, tmp_path)

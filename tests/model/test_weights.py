@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pbe.errors import UserError
 from pbe.model.weights import ModelError, load_model, save_model
 from tests.memory import in_memory_of
-from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, clip_of, paper_model, state_of
+from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, clip_of, mapper_of, paper_model, state_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ENCODER = "image_encoder/model.safetensors"
@@ -84,9 +84,7 @@ def test_a_published_folder_has_no_card_of_ours_and_opens_with_what_its_parts_sa
     model = load_model(paper_folder)
     card = model.card
     assert (card.image_px, card.reference_px, card.reference_pad_px) == (IMAGE_PX, REFERENCE_PX, 10)
-    assert (
-        len(model.network.exemplar.mapper.blocks) == 2 and model.network.exemplar.proj_out.out_features == CONTEXT_WIDTH
-    )
+    assert len(mapper_of(model).mapper.blocks) == 2 and mapper_of(model).proj_out.out_features == CONTEXT_WIDTH
 
 
 @pytest.mark.parametrize("names", ["transformers 4", "transformers 5", "with position_ids"])

@@ -1,4 +1,4 @@
-"""The tiny profile run to its end by `dvc repro`, once; and copies of it for tests that change something."""
+"""The tiny profile run to its end by `pipelines repro`, once; and copies of it for tests that change something."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Shared: no test may change its settings, code or data."""
     pytest.importorskip("skimage", reason="needs the sample extra")
     project = make_project(tmp_path_factory.mktemp("chain") / "my project")
-    done = project.run_to_the_end("dvc", "repro")
+    done = project.run_to_the_end("pipelines", "repro")
     project.terminal_log.write_text(done.stdout + done.stderr)
     return project
 

@@ -34,7 +34,7 @@ class Project:
 
     @property
     def terminal_log(self) -> Path:
-        """Where what the first `dvc repro` has printed is kept."""
+        """Where what the first `pipelines repro` has printed is kept."""
         return self.folder / "logs" / "terminal.txt"
 
     def environment(self, **more: str) -> dict[str, str]:

@@ -52,6 +52,9 @@ def test_repro_leaves_every_promised_output(repro: Project) -> None:
 
 DVC_SAYS = [r"Running stage '[\w@]+':", r"> python -m pipelines .*", r"(Generating|Updating) lock file 'dvc\.lock'", ""]
 DVC_SAYS += [r"Use `dvc push` to send your updates to remote storage\.", r"Stage .* didn.t change, skipping"]
+DVC_SAYS += [
+    r"WARNING: Process '.*' with \(Pid \d+\), in RWLock-file '.*' had been killed\. .*"
+]  # after such a timeout
 STAGE_SAYS = [
     r"\w+: \d+ of \d+ parts are already there, \d+ to do",
     r"[\w@]+: +\d+%\|.*\| \d+/\d+ \[.*\]",  # bars
@@ -63,13 +66,19 @@ STAGE_SAYS = [
     r"train@\w+: (registered in MLflow as pbe-\w+ version \d+|model in models/\w+)",
     r"evaluate: \w+: \d+ numbers",
     r"evaluate: features \d+ s, metrics and intervals \d+ s",
+    r"(evaluate|sweep): side by side in MLflow: http://127\.0\.0\.1:5000/#/experiments/\d+/runs\?\S+",
+    r"study: \d+ raters, \d+ items( \(.*\))?, \d+ screens each, methods [\w, ]+; plan \w{16}",
+    r"study: .*/reports/study\.html \([\d.]+ MB\)",
     r"report: .*/reports/index\.html \([\d.]+ MB\)",
 ]
 
 
 def test_every_line_on_the_terminal_is_news_and_the_rest_is_in_the_logs(repro: Project) -> None:
     shapes = [re.compile(shape) for shape in DVC_SAYS + STAGE_SAYS]
-    lines = repro.terminal_log.read_text().split("\n")
+    summary = repro.run("pipelines", "summary").stdout
+    said = repro.terminal_log.read_text()
+    assert summary in said and "exemplar gain" in summary
+    lines = said.replace(summary, "").split("\n")
     assert [line for line in lines if not any(shape.fullmatch(line) for shape in shapes)] == []
     assert len(lines) < 120
     logs = "".join(path.read_text() for path in (repro.folder / "logs" / "train-full").glob("*.log"))
@@ -78,8 +87,14 @@ def test_every_line_on_the_terminal_is_news_and_the_rest_is_in_the_logs(repro: P
 
 def test_repro_again_does_nothing(repro: Project) -> None:
     before = {stage: repro.part_times(stage) for stage in ("ingest", "materialize", "encode")}
-    assert "up to date" in repro.run("dvc", "repro").stdout
+    said = repro.run("pipelines", "repro").stdout
+    assert "up to date" in said and f"Report: {repro.folder / 'reports' / 'index.html'}" in said
     assert before == {stage: repro.part_times(stage) for stage in before}
+
+
+def test_a_repro_that_fails_ends_with_dvcs_status_and_without_a_summary(repro: Project) -> None:
+    done = repro.run("pipelines", "repro", "no_such_stage", check=False)
+    assert done.returncode == 255 and "no_such_stage" in done.stderr and "Report:" not in done.stdout
 
 
 def test_status_says_how_far_each_stage_is(repro: Project) -> None:
@@ -126,6 +141,7 @@ def test_every_number_has_its_card(repro: Project) -> None:
     assert card["data_digest"] == json.loads((repro.folder / "data/ingest/manifest.json").read_text())["digest"]
     assert set(card["extractors"]) == {"efficientnet_lite2", "efficientnet_lite0"}
     known = {"digest", "resize_rule", "papers_network", "reference_digest", "reference_n", "reference_statistics"}
+    known.add("exemplars_n")
     for name, extractor in card["extractors"].items():
         assert set(extractor) == known and extractor["reference_n"] == 12
         kept = (repro.folder / ".store" / extractor["reference_statistics"]).read_bytes()
@@ -160,7 +176,8 @@ def test_a_sweep_is_the_edits_and_metrics_of_every_scale(repro: Project) -> None
     # the tiny sweep is of all items: at full's own scale its numbers are full's, but for the last bits of another batch
     evaluated = metrics(repro)["full"]["box"]["exemplar"]
     for metric, number in found["scales"]["3"].items():
-        assert number["value"] == pytest.approx(evaluated[metric]["value"], rel=0.02, abs=2e-3), metric
+        close = 0.1 if metric.startswith("retrieval_") else 2e-3  # those bits may swap two exemplars of one item
+        assert number["value"] == pytest.approx(evaluated[metric]["value"], rel=0.02, abs=close), metric
     frechet = [found["scales"][scale]["frechet_efficientnet_lite2"]["value"] for scale in ("1", "3", "7.5")]
     assert len(set(frechet)) == 3
     spreads = found["diversity"]
@@ -201,7 +218,7 @@ def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(r
         artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert artifacts == {"edits.png", "images", *swept}
         grids = [image.path for image in client.list_artifacts(run.info.run_id, "images")]
-        steps = {int(step) for grid in grids for step in re.findall(r"[%+]step[%+](\d+)[%+]", grid)}
+        steps = {int(step) for grid in grids for step in re.findall(r"/edits[%+]step[%+](\d+)[%+]", grid)}
         assert steps == {6 * 8, 12 * 8}  # validate_every x batch: grids stand against samples seen
         validation = client.get_metric_history(run.info.run_id, "train/validation_loss")
         assert [point.step for point in validation] == sorted(steps)
@@ -210,7 +227,7 @@ def test_mlflow_has_all_variants_with_curves_images_dataset_and_system_metrics(r
         assert version.run_id == run.info.run_id
         assert Path(version.source, "unet", "diffusion_pytorch_model.safetensors").is_file()
         children = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == run.info.run_id]
-        evaluated = [child for child in children if "part_of" not in child.data.tags]
+        evaluated = [child for child in children if child.data.tags["part_of"] == "evaluate"]
         assert evaluated and all(f"box/own/{GAIN}.low" in child.data.metrics for child in evaluated)
         assert evaluated[0].data.params["card.bench.items"] == "12"
     scales = {run.data.params["guidance_scale"]: run for run in runs if run.data.tags.get("part_of") == "sweep"}

@@ -230,6 +230,9 @@ def _last_losses(project: Project) -> list[float]:
 
 
 def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable: Project) -> None:
+    """On another number of ranks too, and with scores, which neither begin another run nor change its loss."""
+    from mlflow import MlflowClient
+
     straight = _last_losses(changeable)
     run = next((changeable.folder / ".store" / "runs").glob("full-*"))
     for path in (run / "finished.json", run / "history.json"):
@@ -237,6 +240,8 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
     shutil.rmtree(run / "checkpoints" / "step-00000012")  # as if cut off between step 8's checkpoint and step 12's
     for workers in (2, 1):  # through Ray Train: first as it was, then on another number of ranks
         changeable.edit_params("workers: 2", f"workers: {workers}")
+        if workers == 1:
+            changeable.set_params(train__score_every=6, train__score_rows=4)
         result = changeable.run("pipelines", "train", "--variant", "full")
         changeable.edit_params(f"workers: {workers}", "workers: 2")
         said = result.stdout + result.stderr
@@ -245,6 +250,15 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
         assert resumed == pytest.approx(straight, rel=1e-5)
         (run / "finished.json").unlink()
         shutil.rmtree(run / "checkpoints" / "step-00000012")
+    names = {f"score/{name}_efficientnet_lite2" for name in ("kid", "exemplar_gain")} | {"score/rows", "score/seconds"}
+    with (changeable.folder / "data/train/full/loss.csv").open(newline="") as stream:
+        scored = [row for row in csv.DictReader(stream) if row["score/rows"]]
+    assert [row["step"] for row in scored] == ["12"]
+    client = MlflowClient(f"sqlite:///{changeable.folder / 'mlflow.db'}")
+    run_id = json.loads((changeable.folder / "data/train/full/manifest.json").read_text())["mlflow_run_id"]
+    for name in names:
+        [point] = client.get_metric_history(run_id, name)
+        assert (point.step, point.value) == (12 * 8, pytest.approx(float(scored[0][name])))
 
 
 def test_a_model_that_is_gone_from_the_storage_is_exported_again(changeable: Project) -> None:
@@ -351,5 +365,7 @@ def test_experiments_land_in_the_main_mlflow_database(changeable: Project) -> No
     client = MlflowClient(f"sqlite:///{changeable.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("paint-by-example")
     assert experiment is not None
-    rates = {run.data.params.get("train.lr") for run in client.search_runs([experiment.experiment_id])}
-    assert {"0.001", "0.003"} <= rates
+    runs = client.search_runs([experiment.experiment_id], "tags.dvc_experiment LIKE '%'")
+    for rate in ("0.001", "0.003"):
+        [run] = [run for run in runs if run.data.params.get("train.lr") == rate]
+        assert run.data.params["diff"] == f"train.lr={rate}"

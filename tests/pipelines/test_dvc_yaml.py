@@ -18,9 +18,24 @@ ROOT = repo_root()
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("${sweep.variant}", "${key}"))
 ENTRIES: dict[str, dict[str, Any]] = {name: entry.get("do", entry) for name, entry in DVC_YAML["stages"].items()}
 # the files of the report's page, beside its own: it makes no parts, and is soon made again
-PAGE = {f"pipelines/reporting/{name}" for name in ("charts.py", "page.html.j2", "summary.py")} | {
-    f"pipelines/reporting/{name}{suffix}" for name in ("deviations", "metric_glossary") for suffix in (".py", ".yaml")
+PAGE = {
+    f"pipelines/reporting/{name}"
+    for name in (
+        "baselines.yaml",
+        "charts.py",
+        "page.html.j2",
+        "summary.py",
+        "table_1.html.j2",
+        "user_study.html.j2",
+        "user_study.py",
+    )
+} | {
+    f"pipelines/reporting/{name}{suffix}"
+    for name in ("deviations", "metric_glossary", "published")
+    for suffix in (".py", ".yaml")
 }
+
+STUDY_PAGE = {"pbe/study/page.py"} | {f"pbe/study/study.{suffix}" for suffix in ("css", "html", "js")}
 
 
 @cache
@@ -72,10 +87,11 @@ def test_the_stages_are_those_of_the_code_and_each_calls_itself() -> None:
 def test_code_dependencies_are_the_files_whose_versions_name_what_the_stage_makes(stage: str) -> None:
     """A raised VERSION runs every stage again whose parts it names; other code is no dependency."""
     expected = {"pipelines/report.py", *PAGE} if stage == "report" else _versioned(stage)
+    expected |= STUDY_PAGE if stage == "study" else set()
     assert _code_deps(stage) == expected and f"pipelines/{stage}.py" in expected
     assert all((ROOT / dep).is_file() for dep in expected)
     own, *others = (f"pipelines/{module}.py" for module in (stage, *MAKES_PARTS_OF.get(stage, ())))
-    assert set(others) == expected - {own} - PAGE
+    assert set(others) == expected - {own} - PAGE - STUDY_PAGE
 
 
 def test_the_page_is_all_that_the_report_imports_for_itself_and_its_template() -> None:

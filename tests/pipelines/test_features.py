@@ -7,12 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pbe.config import load_params
 from pbe.data import images
-from pbe.store import Manifest
+from pbe.data.masks import pack_mask
+from pbe.data.schema import BENCH, EDITS, REAL_IMAGES
+from pbe.evaluate.features.weights import Entry, store_extractor
+from pbe.evaluate.settings import EfficientNetExtractorConfig
+from pbe.store import Manifest, Store
 from pipelines import evaluate, features
+from pipelines.runtime.parts import Unit
 from pipelines.runtime.stage import StageError
 
 
@@ -35,6 +41,57 @@ def test_an_entry_that_is_no_photo_is_named_and_not_waited_for(tmp_path: Path) -
     cfg = load_params().evaluate.model_copy(update={"real_images": str(tmp_path), "real_images_px": 8})
     with pytest.raises(StageError, match=r"evaluate\.real_images: .*/c\.png: pipes, devices or broken links"):
         features._extractions_of_real_images(cfg, "extractor", None)  # type: ignore[arg-type]
+
+
+def test_extractions_of_one_file_share_its_pictures_and_write_what_each_writes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the sample extra")
+    rng = np.random.default_rng(0)
+
+    def picture(side_px: int) -> bytes:
+        return images.encode_png(rng.integers(0, 256, (side_px, side_px, 3)).astype(np.uint8))
+
+    hole_mask = np.zeros((24, 24), np.uint8)
+    hole_mask[4:16, 6:20] = 1
+    words = {"label_name": "cat", "exemplar_image_id": "p", "exemplar_same_class": True}
+    masks = {"box_hole_mask": pack_mask(hole_mask), "bezier_hole_mask": None}
+    items = [
+        {"bench_id": f"b{i}", "image_id": f"p{i}", "source": picture(24), **words, **masks}
+        | {kind: picture(32) for kind in ("exemplar", "own", "foreign")}
+        for i in range(3)
+    ]
+    keys = {"hole_kind": "box", "reference_kind": "exemplar", "seed": 1}
+    rows = [{"bench_id": item["bench_id"], **keys, "edit": picture(24)} for item in items]
+    real = [{"real_id": f"r{i}", "picture": picture(24)} for i in range(2)]
+    store = Store(str(tmp_path))
+    tables = {"bench": (items, BENCH), "edits": (rows, EDITS), "real_images": (real, REAL_IMAGES)}
+    files = {
+        name: store.write_unit("in", name, {name: pa.Table.from_pylist(made, schema=schema)}, counts={}).files[0]
+        for name, (made, schema) in tables.items()
+    }
+    known = load_params().evaluate
+    networks = [EfficientNetExtractorConfig(kind=kind) for kind in ("efficientnet_lite0", "efficientnet_lite2")]
+    cfg = known.model_copy(update={"extractors": networks, "batch_rows": 2})
+    entries: dict[str, Entry] = {network.kind: store_extractor(store, network) for network in networks}
+    work = features._worker(store, cfg, entries, None, files["bench"], [("box", "exemplar"), ("box", "own")])
+    decoded: list[bytes] = []
+    decode = images.decode
+
+    def noted(data: bytes) -> np.ndarray:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", noted)
+    for what, file in files.items():
+        names = [*entries, features.PIXEL_COUNTS] if what == "edits" else [*entries]
+        ats = [features.Extraction(name, what, file) for name in names]
+        decoded.clear()
+        together = work([Unit(f"{at.extractor}-{what}", "together", at) for at in ats])
+        assert len(decoded) == len(set(decoded))
+        for at, record in zip(ats, together, strict=True):
+            [alone] = work([Unit(f"{at.extractor}-{what}", "alone", at)])
+            assert record.files[0].sha256 == alone.files[0].sha256 and record.counts == alone.counts
 
 
 def edits(**config: object) -> Manifest:
@@ -61,6 +118,13 @@ def test_a_bench_in_too_few_photos_is_refused_before_anything_is_trained(tmp_pat
     boxes = pa.table({"image_id": ["a", "a", "b", "c"], "box_index": [0, 1, 0, 0], "label_name": ["cat"] * 4})
     with pytest.raises(StageError, match=r"4 items in 3 photos; an interval needs at least 4 photos\. Raise bench"):
         bench._refuse_too_few(choose(boxes, crops_per_box=1, max_items=10))
+
+
+def test_actors_that_extract_features_do_not_import_what_only_fits_mixtures() -> None:
+    """scikit-learn and scipy.stats take as long to import as torch."""
+    program = "import sys, pipelines.features\nprint({'sklearn', 'scipy.stats'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 def test_stages_without_a_diffusion_network_import_neither_diffusers_nor_transformers() -> None:

@@ -36,11 +36,11 @@ with ended_with():
 """
 
 
-def run(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """RUN with a home of its own, and with Ray's folders in tmp, unless its path is too long."""
+def run(tmp: Path, *arguments: str, program: str = RUN) -> subprocess.CompletedProcess[str]:
+    """The program with a home of its own, and with Ray's folders in tmp, unless its path is too long."""
     env = {key: value for key, value in os.environ.items() if key not in FOREIGN and not key.startswith("RAY_")}
     env |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp), "RAY_TMPDIR": str(tmp)}
-    command = [sys.executable, "-c", RUN, *arguments]
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd=tmp, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -65,6 +65,39 @@ def test_no_other_machine_and_no_other_user_reaches_it_and_nothing_stays(short: 
     assert list(short.glob(f"{local_ray.PREFIX}*")) == []
     token = short / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
+
+
+# As `python -m pipelines repro` does it, with two stages; each prints its session.
+SHARED = """
+import subprocess, sys
+from pipelines.runtime.environment import prepare_driver
+from pipelines.runtime.local_ray import shared
+prepare_driver()
+with shared():
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+"""
+JOIN = """
+from pipelines.runtime.environment import prepare_driver
+from pipelines.runtime.local_ray import ended_with
+prepare_driver()
+with ended_with():
+    from pipelines.runtime.parts import start_ray
+    start_ray()
+    import ray
+    assert ray.data.range(2).map(lambda row: row).count() == 2
+    print(ray.get_runtime_context().get_session_name())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(330)
+def test_two_stages_share_one_and_nothing_stays(short: Path) -> None:
+    done = run(short, JOIN, program=SHARED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sessions = done.stdout.split()
+    assert len(sessions) == 2 and len(set(sessions)) == 1
+    assert list(short.glob(f"{local_ray.PREFIX}*")) == []
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pbe.data import images
-from pbe.data.masks import unpack_mask
-from pbe.data.schema import BOXES, require
+from pbe.data.masks import hole_of, unpack_mask
+from pbe.data.schema import BENCH, BOXES, require
+from pbe.evaluate.bench.baselines import colour_transfer
+from pbe.evaluate.bench.scopes import object_mask_of
 from pbe.store import Manifest, Store, load_manifest
+from pipelines.baseline import _fill
 from pipelines.runtime.stage import Stage
 from pipelines.sweep import _requests
 from tests.pipelines.golden import in_this_process
@@ -127,6 +130,33 @@ def test_masks_become_holes_and_the_rows_without_stay(write: Any, reasons: dict[
         if "segmentation_masked_mean" in table.schema.names
     )
     assert having == 4
+
+
+def test_references_of_the_bench_have_the_masks_of_their_objects(tmp_path: Path) -> None:
+    """And colour transfer pastes the object alone."""
+    _photos(tmp_path)
+    (tmp_path / "boxes").mkdir()
+    _coco(tmp_path / "boxes")
+    store, made = _run(tmp_path, "read", "ingest", "filter", "bench")
+    table = store.read_table(made["bench"].files("bench")[0])
+    rows = require(table, BENCH, "bench").to_pylist()
+    assert {row["image_id"] for row in rows if row["own_object_mask"] is not None} == set("abcf")
+    of_photo = {row["image_id"]: row["own_object_mask"] for row in rows}
+    for row in rows:
+        assert row["exemplar_object_mask"] == of_photo[row["exemplar_image_id"]]
+        mask = object_mask_of(row, "own", images.decode(row["own"]))
+        if mask is None:
+            continue
+        # half of a box of 48 x 32 px, padded to 68 x 52
+        assert mask.mean() == pytest.approx(0.5 * 48 * 32 / (68 * 52), rel=0.05) and mask[112, 112]
+        source = images.decode(row["source"])
+        given = source, hole_of(row, "box", source), images.decode(row["own"])
+        edit = _fill("colour_transfer", *given, mask)
+        np.testing.assert_array_equal(edit, colour_transfer(*given, mask))
+        assert (edit != colour_transfer(*given)).any()
+    store, made = _run(tmp_path, "ignore", "ingest", "filter", "bench")
+    names = store.read_table(made["bench"].files("bench")[0]).schema.names
+    assert "own" in names and not any(name.endswith("object_mask") for name in names)
 
 
 def test_masks_that_are_not_asked_for_change_nothing(tmp_path: Path) -> None:

@@ -14,19 +14,16 @@ import yaml
 
 from pbe.data import images
 from pbe.data.masks import unpack_mask
+from pbe.data.rng import row_rng
+from pbe.diffusion.sampling import Sampling
+from pbe.edit import Editor
 from pbe.evaluate.features.clip import load_clip_extractor
 from pbe.evaluate.metrics.mixture import load_mixture, mixture_digest
+from pbe.model.adapter import load_adapted, read_adapter
 from pbe.model.weights import Model, load_model
+from pbe.protocol import UPSTREAM
 from tests.pipelines.project import Project, make_project
-from tests.tiny_weights import (
-    tiny_unet,
-    tiny_vae,
-    vae_of,
-    write_clip,
-    write_clip_extractor,
-    write_mixture,
-    write_stable_diffusion,
-)
+from tests.tiny_weights import tiny_unet, tiny_vae, vae_of, write_all
 
 pytestmark = pytest.mark.slow
 
@@ -39,11 +36,9 @@ FIRST_CONV = "conv_in.weight"
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> Project:
     weights = tmp_path_factory.mktemp("weights")
-    write_stable_diffusion(weights / "sd")
-    write_clip(weights / "clip")
-    write_mixture(weights / "mixture.npz", write_clip_extractor(weights / "clip-extractor"))
+    write_all(weights)
     project = make_project(tmp_path_factory.mktemp("chain") / "paper path", "paper-tiny", str(weights))
-    project.run("dvc", "repro")
+    project.run_to_the_end("pipelines", "repro")
     (weights / "mixture.npz").rename(project.folder / "mixture.npz")
     shutil.copytree(weights / "clip-extractor", project.folder / "clip-extractor")
     shutil.rmtree(weights)  # the storage keeps what was read
@@ -54,7 +49,13 @@ def _model(project: Project, variant: str) -> Model:
     return load_model(project.folder / "models" / variant)
 
 
-@pytest.mark.timeout(400)
+def _rows(project: Project, manifest: str, dataset: str) -> list[dict[str, Any]]:
+    units = json.loads((project.folder / manifest).read_text())["units"]
+    files = [file for unit in units for file in unit["files"] if file["dataset"] == dataset]
+    return [row for f in files for row in pq.read_table(project.folder / ".store" / f["path"]).to_pylist()]
+
+
+@pytest.mark.timeout(1500)  # the first test runs the chain, with four rows by other models
 def test_every_part_is_the_papers(paper: Project) -> None:
     config = json.loads((paper.folder / "data/encode/manifest.json").read_text())["config"]
     assert (config["codec"]["kind"], config["codec"]["patch_px"], config["codec"]["channels"]) == ("kl", 8, 4)
@@ -81,19 +82,21 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
     assert {"clip_fid", "qs", "clip_score", "copy_paste", "background_psnr_db"} <= set(numbers)
     assert (protocol["protocol"], protocol["guidance_scale"]) == ("upstream", 5.0)
     assert numbers["background_psnr_db"]["value"] < 60  # nothing is pasted back
+    assert numbers["background_max_error"]["value"] > 1 > numbers["background_ssim"]["value"]
+    assert numbers["background_lpips_alex"]["value"] > 0.001 and "hole_lpips_alex" in numbers
+    assert {"frechet_dino", "similarity_dino", "exemplar_gain_dino"} <= set(numbers)
+    lpips, html = found["card"]["lpips"], (paper.folder / "reports/index.html").read_text()
+    assert f"<dt>LPIPS</dt><dd>0.1, alex <code>{lpips['digest']}</code>" in html and "Background LPIPS" in html
     clip, mixture = load_clip_extractor(paper.folder / "clip-extractor"), load_mixture(paper.folder / "mixture.npz")
 
-    def rows(manifest: str, dataset: str) -> list[dict[str, Any]]:
-        units = json.loads((paper.folder / manifest).read_text())["units"]
-        files = [file for unit in units for file in unit["files"] if file["dataset"] == dataset]
-        return [row for f in files for row in pq.read_table(paper.folder / ".store" / f["path"]).to_pylist()]
-
-    bench = {row["bench_id"]: row for row in rows("data/bench/manifest.json", "bench")}
-    edits = [row for row in rows("data/edit/full/manifest.json", "edits") if row["reference_kind"] == "exemplar"]
+    bench = {row["bench_id"]: row for row in _rows(paper, "data/bench/manifest.json", "bench")}
+    edits = [
+        row for row in _rows(paper, "data/edit/full/manifest.json", "edits") if row["reference_kind"] == "exemplar"
+    ]
     pictures = [images.decode(row["edit"]) for row in edits]
     features = clip(pictures, batch_rows=4)
     real_images = clip(
-        [images.decode(row["picture"]) for row in rows("data/bench/manifest.json", "real")], batch_rows=4
+        [images.decode(row["picture"]) for row in _rows(paper, "data/bench/manifest.json", "real")], batch_rows=4
     )
     cov_a, cov_b = np.cov(features, rowvar=False), np.cov(real_images, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
@@ -127,11 +130,31 @@ def test_the_papers_three_numbers_by_its_protocol(paper: Project) -> None:
     assert numbers["clip_score"]["value"] == pytest.approx(100 * np.mean(cosines), rel=1e-5)
 
 
+def test_other_peoples_models_are_rows_of_the_table(paper: Project) -> None:
+    """Each filled every item with weights of the storage; theirs are gone. Each is in MLflow and in the report."""
+    from mlflow import MlflowClient
+
+    found = json.loads((paper.folder / "data/evaluate/metrics.json").read_text())
+    html = (paper.folder / "reports/index.html").read_text()
+    items = found["full"]["box"]["exemplar"]["clip_score"]["n"]
+    client = MlflowClient(f"sqlite:///{paper.folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = {run.info.run_name for run in client.search_runs(experiments)}
+    for name in ("inpaint", "blended_text", "blended_image", "klein"):
+        assert found[name]["box"]["exemplar"]["clip_score"]["n"] == items and "withheld" not in found[name]["protocol"]
+        config = json.loads((paper.folder / f"data/edit/{name}/manifest.json").read_text())["config"]
+        assert all((paper.folder / ".store" / path / "record.json").is_file() for path in config["weights"].values())
+        assert f"baseline-{name}" in runs and f">{name}</strong></span>: no training (" in html
+    # a text says nothing of the reference, a gradient does
+    assert found["inpaint"]["box"]["exemplar"]["exemplar_gain_clip"]["value"] == 0
+    assert found["blended_image"]["box"]["exemplar"]["exemplar_gain_clip"]["value"] != 0
+
+
 def test_training_started_from_stable_diffusion_or_from_nothing(paper: Project) -> None:
     """AdamW moves a parameter by about lr at most in a step."""
     start = tiny_unet().state_dict()
     moved = {}
-    for variant in ("full", "no_prior"):
+    for variant in ("full", "no_prior", "text"):
         now = _model(paper, variant).network.unet.state_dict()
         moved[variant] = float((now[FIRST_CONV][:, :4] - start[FIRST_CONV]).abs().max())
         moved[f"{variant} elsewhere"] = float(
@@ -141,7 +164,39 @@ def test_training_started_from_stable_diffusion_or_from_nothing(paper: Project) 
     bound = 2 * STEPS * LR
     assert 0 < moved["full"] < bound and 0 < moved["full elsewhere"] < bound
     assert 0 < moved["full new channels"] < bound
+    assert 0 < moved["text"] < bound and 0 < moved["text elsewhere"] < bound
     assert moved["no_prior"] > 0.01 and moved["no_prior new channels"] > 0.01
+
+
+def test_words_are_scored_on_the_pictures_items_against_the_exemplar_that_they_describe(paper: Project) -> None:
+    """The paper's Fig. 8. The CLIP score of one form, computed here again from pixels."""
+    editor = Editor.load(paper.folder / "models/text", device="cpu")
+    assert editor.card.condition == "text" and not (paper.folder / "models/text/image_encoder").exists()
+    found = json.loads((paper.folder / "data/evaluate/metrics.json").read_text())
+    assert set(found["text"]["box"]) == {"label", "label_colour"} and set(found["full"]["box"]) == {"exemplar"}
+    numbers = {form: scores["clip_score"] for form, scores in found["text"]["box"].items()}
+    assert {scores["n"] for scores in numbers.values()} == {found["full"]["box"]["exemplar"]["clip_score"]["n"]}
+    paired = json.loads((paper.folder / "data/evaluate/paired.json").read_text())["methods"]["text"]["box"]
+    exemplar = found["full"]["box"]["exemplar"]["clip_score"]["value"]
+    difference = numbers["label"]["value"] - exemplar
+    assert paired["label"]["clip_score"]["difference"]["value"] == pytest.approx(difference, rel=1e-6)
+    bench = {row["bench_id"]: row for row in _rows(paper, "data/bench/manifest.json", "bench")}
+    edits = [row for row in _rows(paper, "data/edit/text/manifest.json", "edits") if row["reference_kind"] == "label"]
+    item = bench[edits[0]["bench_id"]]
+    source = images.decode(item["source"])
+    hole_mask = unpack_mask(item["box_hole_mask"], width_px=source.shape[1], height_px=source.shape[0])
+    again = editor.edit_crops(
+        source[None],
+        hole_mask[None],
+        [f"a photo of a {item['label_name'].lower()}"],
+        seeds=[int(row_rng(edits[0]["seed"], item["bench_id"], "edit").integers(2**62))],
+        sampling=Sampling(5.0, 4),
+        protocol=UPSTREAM,
+    )
+    assert np.abs(again[0].astype(int) - images.decode(edits[0]["edit"])).max() <= 1
+    html = (paper.folder / "reports/index.html").read_text()
+    assert "Words or a picture" in html and "text: label and colour" in html and "full: exemplar" in html
+    assert f"a photo of a {item['label_name'].lower()}" in html
 
 
 def test_the_report_names_no_deviation_where_there_is_none(paper: Project) -> None:
@@ -161,8 +216,28 @@ def test_an_export_is_fine_tuned_when_train_init_names_it(paper: Project) -> Non
     moved = max(float((new - old).abs().max().detach()) for old, new in pairs)
     assert 0 < moved < 2 * STEPS * LR  # the mapper too: a random one would be far off
     run = json.loads((paper.folder / "data/train/full/manifest.json").read_text())["run"]
-    assert len(list((paper.folder / ".store/runs").iterdir())) == 3
+    assert len(list((paper.folder / ".store/runs").iterdir())) == 4
     assert (paper.folder / ".store/runs" / run).is_dir()
+
+
+@pytest.mark.timeout(400)
+def test_an_adapter_is_trained_and_then_goes_on(paper: Project) -> None:
+    """After the test above: init is an export. What continues is the adapter, on the base that it names."""
+    all_of_it, lora = "full: {}", "full: {train: {trainable: {lora: {rank: 2}}}}"
+    paper.edit_params(all_of_it, lora)
+    paper.run("pipelines", "train", "--variant", "full")
+    first = paper.folder / "models/full"
+    assert load_adapted(first / "adapter", paper.folder / "published").card == load_model(first).card
+    first.rename(paper.folder / "tuned")
+    paper.edit_params("init: published", "init: tuned/adapter")
+    paper.run("pipelines", "train", "--variant", "full")
+    adapter = read_adapter(paper.folder / "models/full/adapter")
+    assert adapter.base == read_adapter(paper.folder / "tuned/adapter").base
+    assert adapter.base.name == "published"
+    named = json.loads((paper.folder / "data/train/full/manifest.json").read_text())["initial"]
+    assert [path.split("/")[2].split("-")[0] for path in named] == ["unet", "image_encoder", "adapter"]
+    paper.edit_params("init: tuned/adapter", "init: published")
+    paper.edit_params(lora, all_of_it)
 
 
 @pytest.mark.parametrize(

@@ -46,17 +46,57 @@ records = run_units(stage, "meet", units, worker=partial(worker, store), each=ea
 print([record.unit for record in records])
 """
 
+# Two actors, three groups; one part, of two of them, is there.
+GROUPS = """
+import sys
+from functools import partial
+from pathlib import Path
+from pipelines.runtime.environment import prepare_driver
+prepare_driver()
+from pbe.config import load_params
+from pbe.settings import ActorResources
+from pbe.store import Store
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.parts import Unit, run_groups
+
+def worker(store):
+    def work(units):
+        return [store.write_unit("made", unit.name, {}, counts={"of": len(units)}) for unit in units]
+    return work
+
+store = Store(sys.argv[1])
+stage = Stage("made", None, load_params(), store, Path())
+a, b, c, d, e, f = (Unit(label, "1", None) for label in "abcdef")
+store.write_unit("made", b.name, {}, counts={"of": 0})
+each = ActorResources(cpus=0.5, memory_gib=0, gpus=0)
+groups = [[a, b, c], [b], [d, e, f]]
+records = run_groups(stage, "made", groups, worker=partial(worker, store), each=each, key="evaluate", actors=2)
+print([(record.unit, record.counts["of"]) for record in records])
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_tasks_that_fit_run_side_by_side_from_the_start(tmp_path: Path) -> None:
     """Ray Data holds a task back until it knows what the first one's output weighs; ours weigh nothing."""
-    (tmp_path / "store").mkdir()
+    assert "['a-1', 'b-1']" in _run(MEET, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_group_runs_what_is_missing_of_it_at_once_and_records_keep_their_order(tmp_path: Path) -> None:
+    printed = _run(GROUPS, tmp_path)
+    assert "[('a-1', 2), ('b-1', 0), ('c-1', 2), ('b-1', 0), ('d-1', 3), ('e-1', 3), ('f-1', 3)]" in printed
+    assert "made: 2 of 7 parts are already there, 5 to do" in printed
+
+
+def _run(program: str, folder: Path) -> str:
+    (folder / "store").mkdir()
     env = {key: value for key, value in os.environ.items() if key not in FOREIGN} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", MEET, str(tmp_path / "store")]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-c", program, str(folder / "store")]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "['a-1', 'b-1']" in done.stdout
+    return done.stdout
 
 
 def test_ctrl_c_while_ray_starts_counts_when_it_has_started() -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from infra.cost import PAPER, architecture
+from infra.memory import PAPER, architecture
 from pbe.config import load_params
 from pbe.data.index import Selection, Selector
 from pbe.data.schema import SPLITS

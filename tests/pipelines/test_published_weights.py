@@ -13,11 +13,12 @@ import torch
 from pbe.data import images
 from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Sampling
-from pbe.edit import UPSTREAM, Editor
+from pbe.edit import Editor
 from pbe.evaluate.bench.cocoee import ITEMS
 from pbe.model.weights import load_model
+from pbe.protocol import UPSTREAM
 from tests.evaluate.test_cocoee import write_cocoee
-from tests.ldm_layout import ldm_model, paint_by_example
+from tests.ldm_layout import ldm_model, paint_by_example, sizes_of
 from tests.pipelines.project import Project, make_project, metrics
 from tests.tiny_weights import state_of, write_clip_extractor, write_mixture
 
@@ -39,26 +40,23 @@ def _write_whole_archive(folder: Path) -> None:
 
 
 def _make_tiny(project: Project) -> None:
-    model = ldm_model()
-    unet, mapper = model.network.unet.config, model.network.exemplar
     here = {"cpus": 1, "gpus": 0, "memory_gib": 1}
     project.set_params(
-        materialize__reference_px=model.card.reference_px,
         encode__per_actor=here,
         train__per_worker=here,
-        train__unet__block_channels=list(unet.block_out_channels),
-        train__unet__attention=["CrossAttn" in block for block in unet.down_block_types],
-        train__unet__layers_per_block=unet.layers_per_block,
-        train__unet__attention_heads=unet.attention_head_dim,
-        train__unet__context_width=unet.cross_attention_dim,
-        train__exemplar__mapper_width=mapper.final_layer_norm.weight.shape[0],
-        train__exemplar__mapper_blocks=len(mapper.mapper.blocks),
+        **sizes_of(ldm_model()),
         bench__max_items=TAKEN,
         edit__steps=2,
         edit__items_per_unit=3,
         edit__per_actor=here,
         evaluate__per_actor=here,
         evaluate__statistics={"resamples": 100, "subsets": 20},
+        sweep={
+            "variant": "full",
+            "guidance_scales": [1.0, 5.0],
+            "items": 4,
+            "diversity": {"items": 4, "seeds": [1, 2]},
+        },
         baselines={},
     )
 
@@ -107,3 +105,16 @@ def test_the_edits_are_the_scripts_and_all_three_numbers_are_there(scored: tuple
         photo, mask[..., 0], reference, seed=seed, sampling=Sampling(5.0, 2), protocol=UPSTREAM
     )
     assert np.abs(images.decode(rows[0]["edit"]).astype(int) - edit).max() <= 1  # the batch's size decides last bits
+
+
+@pytest.mark.drill  # three minutes more
+def test_the_report_has_the_papers_table_and_no_published_number_beside_another_metric(
+    scored: tuple[Project, Path],
+) -> None:
+    """30 photos are not COCO test2017, and this CLIP is not the paper's."""
+    project, _ = scored
+    project.run_to_the_end("dvc", "repro", "report")
+    html = (project.folder / "reports" / "index.html").read_text()
+    _, table = html.split("The paper's Table 1: COCOEE")
+    assert "clip_fid is not the paper" in table and f"rows are of {TAKEN} items." in table
+    assert "published</span>" not in table

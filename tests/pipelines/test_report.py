@@ -3,9 +3,10 @@
 import copy
 import json
 import shlex
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,9 +25,10 @@ from pbe.data.reference import augment_reference, make_augmenter
 from pbe.data.rng import row_rng
 from pbe.data.schema import REJECTS, TRIPLETS
 from pbe.evaluate.metrics.intervals import Estimate
+from pbe.evaluate.settings import BaselineConfig
 from pbe.store import Manifest, Store, make_manifest
 from pipelines import report
-from pipelines.reporting import deviations, summary
+from pipelines.reporting import deviations, published, summary
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg
 from pipelines.reporting.metric_glossary import bars, how_to_read, verdict
 from pipelines.runtime.stage import Stage, StageError
@@ -153,11 +155,28 @@ def test_a_metric_is_split_into_what_and_by_whom() -> None:
     assert how_to_read("colour_gain")[:2] == ("Colour gain", "")
     assert how_to_read("clip_fid")[:2] == how_to_read("fid")[:2] == ("Frechet distance", "")
     assert how_to_read("frechet_efficientnet_lite2")[:2] == ("Frechet distance", "efficientnet_lite2")
+    assert how_to_read("frechet_fg_clip")[:2] == ("Frechet distance, hole crops", "clip")
+    assert how_to_read("kid_masked_inception")[:2] == ("KID, through the mask", "inception")
+    assert how_to_read("similarity_masked_clip")[:2] == ("Similarity, through the mask", "clip")
     for extractor in ("efficientnet_lite2", "clip", "inception"):
         for metric in summary.headline_metrics(extractor):
             assert how_to_read(metric)[3]
     with pytest.raises(KeyError, match="no sentence"):
         how_to_read("new_metric")
+
+
+def test_a_number_with_a_chance_value_shows_it_beside_n(tmp_path: Path) -> None:
+    numbers = {"retrieval_r1_x": asdict(estimate(0.5, 0.4, 0.6)) | {"extractor": "x", "chance": 1 / 12}}
+    numbers["similarity_x"] = asdict(estimate(0.5, 0.4, 0.6)) | {"extractor": "x"}
+    methods = {
+        name: {"protocol": {}, "box": {"exemplar": numbers}} for name in (*params().variants, *params().baselines)
+    }
+    (tmp_path / "data" / "evaluate").mkdir(parents=True)
+    (tmp_path / "data" / "evaluate" / "metrics.json").write_text(json.dumps({**methods, "card": {}}))
+    results, _ = summary.load_results(tmp_path, params())
+    similarity, first = report.metric_groups(results, ["x"])
+    assert (similarity["label"], first["label"]) == ("Similarity", "Retrieval, first")
+    assert similarity["lines"][0]["n"] == "12 in 4 photos" and first["lines"][0]["n"] == "12 in 4 photos; chance 0.0833"
 
 
 def test_verdict_follows_the_interval_not_the_value() -> None:
@@ -200,6 +219,25 @@ def test_the_table_has_the_papers_order_and_a_p_value_against_the_first() -> Non
     assert baseline["cells"][1]["p"] == "p 0.001"
 
 
+def test_words_stand_above_the_picture_that_they_describe_with_p_values_of_their_own() -> None:
+    results = {"full": _result("full", similarity_x=3.0, copy_paste=0.5)}
+    assert report.caption_table(results, {"against": "full", "methods": {}}, "box", "x") is None
+    scopes = {
+        ("box", form): {"similarity_x": estimate(at, 0, 3)} for form, at in (("label_colour", 2.0), ("label", 1.0))
+    }
+    results["text"] = summary.Result("text", {}, scopes)
+    tests = {form: {"similarity_x": {"p_value": p}} for form, p in (("label", 0.25), ("label_colour", 0.5))}
+    paired = {"against": "full", "methods": {"full": {"box": {"exemplar": tests["label"]}}, "text": {"box": tests}}}
+    table = report.caption_table(results, paired, "box", "x")
+    assert table is not None and table["columns"] == ["similarity"]  # what no caption has is left out
+    assert [(row["label"], row["cells"][0]["text"][:4], row["cells"][0]["p"]) for row in table["rows"]] == [
+        ("text: label", "1.00", "p 0.250"),
+        ("text: label and colour", "2.00", "p 0.500"),
+        ("full: exemplar", "3.00", ""),
+    ]
+    assert [row["name"] for row in report.result_table(results, paired, "box", "x")["rows"]] == ["full"]
+
+
 def test_a_plus_stands_only_below_the_row_to_which_it_adds() -> None:
     assert report.row_label("full", ["full", "baseline"]) == "full"
     assert report.row_label("augmentation", ["full", "baseline", "augmentation"]) == "+ augmentation"
@@ -238,6 +276,83 @@ def test_the_filter_table_has_the_rules_that_are_on_and_those_that_removed_somet
         found = [name for name, _ in report.filter_table(counts, off.model_copy(update=settings))]
         assert set(found) == {"area below min", "area above max", reason}
         assert found == [name for name in (rule.reason.replace("_", " ") for rule in RULES) if name in found]
+
+
+# -- Table 1 -------------------------------------------------------------------------------------------------------
+
+
+COCOEE = params(("bench.source", "cocoee"), ("bench.cocoee", "test_bench"))
+
+
+def _card(extractor: str = "clip", *, network: bool = True, photos: int = 40_670, items: int = 3500) -> dict[str, Any]:
+    return {
+        "bench": {"items": items},
+        "extractors": {"efficientnet_lite2": {}, extractor: {"papers_network": network, "reference_n": photos}},
+    }
+
+
+def test_published_numbers_stand_beside_the_papers_own_metrics() -> None:
+    results = {"full": _result("full", clip_fid=3.2, qs=77.0, clip_score=85.0, similarity_efficientnet_lite2=0.5)}
+    table = published.table_1(COCOEE, _card(), results)
+    assert table is not None and table["columns"] == ["FID", "QS", "CLIP score"] and table["why_not"] == []
+    assert table["ours"] == [("full", ["3.20 [2.20, 4.20]", "77.0 [76.0, 78.0]", "85.0 [84.0, 86.0]"])]
+    rows = {method: values for method, _, values in table["published"]}
+    assert rows["Paint by Example"] == ["3.18", "77.80", "84.97"]
+    assert all(source for _, source, _ in table["published"])
+    assert published.table_1(params(), _card(), results) is None
+    page = report.page_environment().get_template("table_1.html.j2")
+    html = page.render(table_1=table, colours={"full": 0})
+    assert html.count("published</span>") == len(rows) and "not the paper" not in html
+    assert page.render(table_1=None, colours={}) == ""
+
+
+@pytest.mark.parametrize(
+    ("card", "metrics", "columns", "kept", "reason"),
+    [
+        (_card(photos=30), {}, ["clip_fid", "QS", "CLIP score"], ["", "77.80", "84.97"], "compares with 30 photos"),
+        (_card(items=6), {}, ["clip_fid", "QS", "CLIP score"], ["", "77.80", "84.97"], "is of 6 items"),
+        (_card(), {"qs": "qs_rank_clip"}, ["FID", "QS rank, clip", "CLIP score"], ["3.18", "", "84.97"], "a rank"),
+        (
+            _card(),
+            {"clip_score": "clip_score_whole"},
+            ["FID", "QS", "clip_score_whole"],
+            ["3.18", "77.80", ""],
+            "region",
+        ),
+        (_card(network=False), {}, ["clip_fid", "qs", "clip_score"], None, "not by CLIP ViT-B/32"),
+    ],
+)
+def test_no_published_number_stands_beside_another_metric(
+    card: dict[str, Any], metrics: dict[str, str], columns: list[str], kept: list[str] | None, reason: str
+) -> None:
+    names = [metrics.get(name, name) for name in ("clip_fid", "qs", "clip_score")]
+    table = published.table_1(COCOEE, card, {"full": _result("full", **dict.fromkeys(names, 1.0))})
+    assert table is not None and table["columns"] == columns
+    assert [values for method, _, values in table["published"] if method == "Paint by Example"] == (
+        [kept] if kept else []
+    )
+    assert reason in " ".join(table["why_not"])
+    assert all("" in values or kept for _, _, values in table["published"])
+
+
+def test_other_extractors_names_stay_with_their_columns() -> None:
+    names = [f"{metric}_efficientnet_lite2" for metric in ("frechet", "qs_rank", "similarity")]
+    card = {"bench": {"items": 3500}, "extractors": {"efficientnet_lite2": {"papers_network": False, "reference_n": 9}}}
+    table = published.table_1(COCOEE, card, {"full": _result("full", **dict.fromkeys(names, 1.0))})
+    assert table is not None and table["published"] == []
+    assert table["columns"] == [
+        f"{label}, efficientnet_lite2" for label in ("Frechet distance", "QS rank", "Similarity")
+    ]
+
+
+def test_every_kind_of_baseline_has_its_note_for_the_page() -> None:
+    union = get_args(BaselineConfig)[0]
+    kinds = {kind for model in get_args(union) for kind in get_args(model.model_fields["kind"].annotation)}
+    notes = report.baseline_notes()
+    assert notes.keys() == kinds
+    for note in notes.values():
+        assert note.keys() == {"what", "original", "differs"} and note["what"]
+        assert bool(note["original"]) == bool(note["differs"])
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -413,6 +528,18 @@ def test_summary_is_short_and_its_command_survives_spaces(evaluated: Path, capsy
         "--backend-store-uri",
         f"sqlite:///{evaluated}/a folder/mlflow.db",
     ]
+
+
+def test_summary_has_a_line_for_each_form_of_caption(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text variant has no exemplars."""
+    path = evaluated / "data" / "evaluate" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    numbers = metrics["untrained"]["box"].pop("exemplar")
+    metrics["untrained"]["box"] = {"label": numbers, "label_colour": numbers}
+    path.write_text(json.dumps(metrics))
+    summary.main()
+    said = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  untrained")]
+    assert said == ["untrained: label", "untrained: label and colour"]
 
 
 def test_summary_names_what_is_missing(evaluated: Path) -> None:

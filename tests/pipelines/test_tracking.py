@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ def _experiment(uri: str) -> str:
 
 def _runs(uri: str, prefix: str = "") -> list[Any]:
     return [run for run in _client(uri).search_runs([_experiment(uri)]) if run.info.run_name.startswith(prefix)]
+
+
+def _pictures(uri: str, run_id: str) -> dict[str, int]:
+    """How often a series has a step."""
+    return Counter(file.path.partition("+timestamp+")[0] for file in _client(uri).list_artifacts(run_id, "images"))
 
 
 def _stage(root: Path, name: str, variant: str | None = None) -> Stage:
@@ -142,7 +148,12 @@ def test_the_same_results_are_the_same_runs_also_after_some_were_deleted(
     parents = {"full", "baseline-copy_paste", "baseline-poisson"}
     assert first.keys() == parents | {f"evaluate-{name}" for name in METHODS} | scales
     assert "MLflow has no run" in capsys.readouterr().out  # its training is none of MLflow's
+    pictures = {name: _pictures(uri, first[name]) for name in parents}
+    edits = [{step for step in found if "eval-" in step} for found in pictures.values()]
+    assert len(edits[0]) == 8 and edits[0] == edits[1] == edits[2]  # the bench's items, under the same key and steps
+    assert len(pictures["full"]) == 8 * (1 + len(scales))
     assert run_both() == first and len(_runs(uri)) == len(first)
+    assert pictures == {name: _pictures(uri, first[name]) for name in pictures}
     assert {run.info.status for run in _runs(uri)} == {"FINISHED"}
 
     for name in ("full", "evaluate-poisson"):

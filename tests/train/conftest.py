@@ -1,5 +1,6 @@
 """Encoded rows to train on, and the loss curve that every training on them must reproduce."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +19,25 @@ def ranks_of_the_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A folder whose storage has the run `golden`: stage 0 on one rank, no sharding, no communication."""
+    folder = tmp_path_factory.mktemp("golden")
+    store = Store(str(folder / "store"))
+    return folder, straight_curve(folder, store, tiny_encoded(store))
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store, Manifest]:
-    """A folder for the ranks, and a storage with encoded rows; tests share it, so each needs its own run names."""
+    """A folder for the ranks, and a storage with encoded rows. The tests of a file share it, those of two files do not:
+    each run of a file needs its own name."""
     folder = tmp_path_factory.mktemp("train")
     store = Store(str(folder / "store"))
     return folder, store, tiny_encoded(store)
 
 
-@pytest.fixture(scope="session")
-def golden(place: tuple[Path, Store, Manifest]) -> list[float]:
-    """Stage 0 on one rank: no sharding, no communication."""
-    return straight_curve(*place)
+@pytest.fixture(scope="module")
+def golden(place: tuple[Path, Store, Manifest], trained: tuple[Path, list[float]]) -> list[float]:
+    """The losses of the run `golden`, which is then in the storage of `place` too."""
+    folder, losses = trained
+    shutil.copytree(folder / "store" / "runs" / "golden", place[0] / "store" / "runs" / "golden")
+    return losses

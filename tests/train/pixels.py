@@ -1,6 +1,8 @@
 """Triplets that pbe.data cuts from painted photos, and the same triplets encoded as the encode stage does."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +44,9 @@ def triplets_of(
     image_px: int = 16,
     reference_px: int = 224,
     photos_of_shard: tuple[int, ...] = PHOTOS_OF_SHARD,
+    captions: Mapping[int, str] = MappingProxyType({}),
 ) -> Manifest:
-    """Two triplets of each photo, one per slot."""
+    """Two triplets of each photo, one per slot. captions: by the photo's number."""
     units, number = [], 0
     for shard, count in enumerate(photos_of_shard):
         photos, boxes = [], []
@@ -55,6 +58,7 @@ def triplets_of(
             box = {"xmin": left, "xmax": left + 0.4, "ymin": top, "ymax": top + 0.5}
             flags = dict.fromkeys(("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"), 0)
             boxes.append({**identity, **box, **flags, "box_index": 0, "label": "/m/0", "label_name": "Cat"})
+            boxes[-1]["caption"] = captions.get(number)
             number += 1
         tables, counts = triplet_tables(
             pa.Table.from_pylist(photos, IMAGES),

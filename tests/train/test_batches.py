@@ -18,7 +18,7 @@ from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schem
 from pbe.data.slots import group_rows, slot_files, slot_name
 from pbe.store import Manifest, Store, make_manifest
 from pbe.train.data.batch import Batch, joined
-from pbe.train.data.draws import draw
+from pbe.train.data.draws import RowForm, draw
 from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.input import micro_batches, validation_batches
 from pbe.train.data.order import Share
@@ -116,7 +116,7 @@ def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -
     """One row's examples in `count` epochs, stacked by name."""
     source = EncodedRows(_no_units(), tokens=cfg.exemplar.tokens, device=CPU)
     draws = [partial(draw, "a", 0, epoch=epoch, cfg=cfg, seed=SEED) for epoch in range(count)]
-    stored = StoredRow(Group(_row() if row is None else row), 0)
+    stored = StoredRow(Group(_row() if row is None else row), 0, (0, 0, 0))
     batch = source.prepare([(stored, drawn) for drawn in draws])
     return {field.name: np.asarray(getattr(batch, field.name)) for field in fields(Batch)}
 
@@ -206,17 +206,8 @@ def test_row_group_sizes_follow_from_the_rows(store: Store, encoded: Manifest) -
 
 def test_a_draw_is_a_function_of_seed_image_slot_and_epoch() -> None:
     def noise(image_id: str = "a", slot: int = 0, epoch: int = 0, seed: int = SEED) -> bytes:
-        made = draw(
-            image_id,
-            slot,
-            epoch=epoch,
-            hole_kinds=("box", "bezier"),
-            latent_shape=LATENT,
-            stored_references=3,
-            posterior_has_spread=True,
-            cfg=CFG,
-            seed=seed,
-        )
+        form = RowForm(("box", "bezier"), LATENT, stored_references=3, posterior_has_spread=True)
+        made = draw(image_id, slot, form, epoch=epoch, cfg=CFG, seed=seed)
         return made.noise.tobytes()
 
     assert noise() == noise()

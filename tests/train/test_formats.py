@@ -96,7 +96,7 @@ def test_kernels_change_rounding_alone(place: tuple[Path, Store, Manifest], gold
         "channels_last": True,
         "compile": True,
         "fused_adamw": False,
-        "activation_checkpointing": True,
+        "checkpointed_levels": 2,
     }
     cfg = tiny_config(zero_stage=2, workers=2, kernels=kernels)
     run_ranks(train, tiny_spec(store, encoded, cfg, "kernels"), world=2, tmp=folder)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from pbe.data.boxfiles.coordinates import ALLOWED, clip, inside, pixel_slack
 from pbe.data.boxfiles.findings import Findings, SizePx
 from pbe.data.boxfiles.photo_names import PhotoNames, invalid_ids
+from pbe.data.captions import written_caption
 from pbe.data.files import FileTree, SourceError
 from pbe.data.object_masks import POLYGON_POINTS_MIN, run_lengths
 from pbe.data.schema import ANNOTATIONS, FLAGS
@@ -44,6 +45,7 @@ class _Row:
     size: SizePx | None = None
     ends_px: EndsPx = (math.nan,) * 4
     mask: str | None = None  # JSON of the segmentation
+    caption: str | None = None
     reason: str | None = None
     detail: str | None = None
 
@@ -62,9 +64,7 @@ def coco_tables(
     """
     where = tree.path_of(name)
     coco = load_coco(tree, name)
-    for key in ("images", "categories", "annotations"):
-        if not isinstance(coco.get(key), list):
-            raise SourceError(f"{where}: not a COCO instances JSON: it has no list of {key}")
+    _require_lists(coco, where, "images", "categories", "annotations")
     images = _ById(coco["images"], "images", "file_name", where)
     classes = _ById(coco["categories"], "categories", "name", where)
     photos = _photos(images, name, names, findings)
@@ -75,6 +75,35 @@ def coco_tables(
     if rows:
         _refuse_fractions(rows, where)
         yield _table(rows, name, split, findings)
+
+
+def labels_by_id(tree: FileTree, name: str, ids: Collection[int]) -> dict[int, str]:
+    """Class names of the annotations that have these ids; those that the file lacks are left out.
+
+    Raises SourceError for a file that is no COCO instances JSON, and where one of them has no class, or two.
+    """
+    where = tree.path_of(name)
+    coco = load_coco(tree, name)
+    _require_lists(coco, where, "categories", "annotations")
+    classes, wanted = _ById(coco["categories"], "categories", "name", where), set(ids)
+    labels: dict[int, str] = {}
+    for entry in coco["annotations"]:
+        own = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(own, int) or own not in wanted:
+            continue
+        try:
+            label = _label(entry.get("category_id"), classes)
+        except _OddEntryError as error:
+            raise SourceError(f"{where}: annotation {own}: {error}") from None
+        if labels.setdefault(own, label) != label:
+            raise SourceError(f"{where}: annotation {own} is both {labels[own]!r} and {label!r}")
+    return labels
+
+
+def _require_lists(coco: Mapping[str, Any], where: str, *keys: str) -> None:
+    for key in keys:
+        if not isinstance(coco.get(key), list):
+            raise SourceError(f"{where}: not a COCO instances JSON: it has no list of {key}")
 
 
 def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
@@ -201,7 +230,8 @@ def _row(
         label = _label(entry.get("category_id"), classes)
         crowd = entry.get("iscrowd") not in (None, 0, "", "0", False)
         mask = json.dumps(entry["segmentation"]) if with_masks and entry.get("segmentation") else None
-        return _Row(number, photo.image_id, label, int(crowd), photo.size, _ends_px(entry), mask)
+        ends_px, caption = _ends_px(entry), _caption(entry.get("caption"))
+        return _Row(number, photo.image_id, label, int(crowd), photo.size, ends_px, mask, caption)
     except _OddEntryError as error:
         return _Row(number, photo.image_id, reason="box_unparsable", detail=f"annotation {number}: {error}")
 
@@ -218,6 +248,17 @@ def _label(own: object, classes: _ById) -> str:
     if not _is_text(text):
         raise _OddEntryError(f"the name of category {key[1]} is not in UTF-8: {_shown(text)}")
     return text
+
+
+def _caption(said: object) -> str | None:
+    if said is None:
+        return None
+    if not isinstance(said, str):
+        raise _OddEntryError(f"caption {_shown(said)} is no text")
+    try:
+        return written_caption(said)
+    except ValueError as error:
+        raise _OddEntryError(str(error)) from None
 
 
 def _ends_px(entry: Mapping[str, Any]) -> EndsPx:
@@ -325,6 +366,7 @@ def _table(rows: Sequence[_Row], file: str, split: int, findings: Findings) -> p
         "is_group_of": [row.is_group_of for row in rows],
         "mask": [row.mask for row in rows],
         "pair": [None] * count,
+        "caption": [row.caption for row in rows],
         "reason": reasons,
         "detail": details,
     }

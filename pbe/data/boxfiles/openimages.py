@@ -11,8 +11,9 @@ from pbe.data.boxfiles.coordinates import ALLOWED, FRACTION_SLACK, clip, inside
 from pbe.data.boxfiles.csv_rows import Dialect, OddRow, Rows, read_dialect, read_rows
 from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.photo_names import PhotoNames, clean_ids, invalid_ids
+from pbe.data.captions import written_caption
 from pbe.data.files import FileTree, SourceError
-from pbe.data.schema import ANNOTATIONS, with_optional, without_optional
+from pbe.data.schema import ANNOTATIONS, with_optional
 
 FLAG_COLUMNS = {
     "is_occluded": "IsOccluded",
@@ -25,15 +26,16 @@ COORDINATES = {"xmin": "XMin", "xmax": "XMax", "ymin": "YMin", "ymax": "YMax"}
 BOX_COLUMNS = ("ImageID", "LabelName", *COORDINATES.values())
 # not OpenImages': the size in pixels of the photo that was labelled. infra/labels/from_voc.py writes them
 SIZE_COLUMNS = ("ImageWidth", "ImageHeight")
+CAPTION_COLUMN = "Caption"  # likewise: the object in words
 NUMBER = r"^[ \t]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$"
-_SCHEMA = without_optional(ANNOTATIONS.empty_table()).schema
+_MAY_LACK = (*FLAG_COLUMNS.values(), *SIZE_COLUMNS, CAPTION_COLUMN)
 _FLAGS = {"1": 1, "0": 0, "-1": -1, "": -1}
 _FLAGS_ELSEWHERE = {"1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}  # spreadsheets, pandas
 
 
 def box_dialect(tree: FileTree, name: str) -> Dialect:
     """Dialect of a box CSV. Raises SourceError if its first lines are no text, or name a column twice."""
-    return read_dialect(tree, name, (*BOX_COLUMNS, *FLAG_COLUMNS.values(), *SIZE_COLUMNS))
+    return read_dialect(tree, name, (*BOX_COLUMNS, *_MAY_LACK))
 
 
 def has_boxes(dialect: Dialect) -> bool:
@@ -54,7 +56,7 @@ def csv_tables(
         )
     if dialect.remark:
         findings.remarks.append(f"{name}: read with {dialect.remark}")
-    optional = [column for column in (*FLAG_COLUMNS.values(), *SIZE_COLUMNS) if column in dialect.header]
+    optional = [column for column in _MAY_LACK if column in dialect.header]
     odd: list[OddRow] = []
     for rows in read_rows(tree, name, dialect, [*BOX_COLUMNS, *optional], odd, block_bytes=block_bytes):
         if rows.cells.num_rows:
@@ -100,6 +102,9 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
         problem(outside, "box_outside_image", _outside_detail(columns))
     if set(SIZE_COLUMNS) <= set(cells.schema.names):
         _state_sizes(image_id, cells, file, findings)
+    if CAPTION_COLUMN in cells.schema.names:
+        columns["caption"], unusable = _captions(cells.column(CAPTION_COLUMN))
+        problem(pc.is_valid(unusable), "box_unparsable", unusable)
 
     reason, detail = first_problem(problems, count)
     return _annotations(
@@ -117,8 +122,8 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
 
 
 def _annotations(**columns: pa.Array) -> pa.Table:
-    table = pa.table([columns[field.name] for field in _SCHEMA], schema=_SCHEMA)
-    return with_optional(table, ANNOTATIONS)
+    schema = pa.schema([field for field in ANNOTATIONS if field.name in columns])
+    return with_optional(pa.table([columns[field.name] for field in schema], schema=schema), ANNOTATIONS)
 
 
 def numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
@@ -146,6 +151,21 @@ def _flags(text: pa.Array) -> tuple[pa.Array, pa.Array]:
         other = pc.index_in(pc.utf8_lower(text), pa.array(list(_FLAGS_ELSEWHERE)))
         values = pc.coalesce(values, pa.array(list(_FLAGS_ELSEWHERE.values()), pa.int8()).take(other))
     return pc.fill_null(values, pa.scalar(-1, pa.int8())), values.is_null()
+
+
+def _captions(text: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Captions, null where there is none; and of the unusable ones what is wrong."""
+    captions: list[str | None] = []
+    wrong: list[str | None] = []
+    for cell in text.to_pylist():
+        caption, problem = None, None
+        try:
+            caption = written_caption(cell)
+        except ValueError as error:
+            problem = str(error)
+        captions.append(caption)
+        wrong.append(problem)
+    return pa.array(captions, pa.string()), pa.array(wrong, pa.string())
 
 
 def _clip(columns: dict[str, pa.Array], findings: Findings) -> np.ndarray:

@@ -6,8 +6,9 @@
       Ref_3500/000000000042_ref.png          the exemplar, of any size
       id_list.npy                            the ids, int64, unsorted; in upstream's repository
 
-Source: upstream README and ldm/data/test_bench_dataset.py. The ids are COCO annotation ids, not image ids. The photo of
-an annotation is not in the archive, so each item counts as a separate photo.
+Source: upstream README and ldm/data/test_bench_dataset.py. The ids are COCO annotation ids, not image ids: COCO's
+instances JSON, if given, says what each item shows. The photo of an annotation is not in the archive, so each item
+counts as a separate photo.
 """
 
 from pathlib import Path
@@ -16,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from pbe.data import images
+from pbe.data.boxfiles.coco import labels_by_id
+from pbe.data.files import FileTree, SourceError, named
 from pbe.data.masks import MaskError, pack_mask, read_hole_mask
 from pbe.data.rng import row_rng, shard_of
 from pbe.data.schema import BENCH
-from pbe.errors import UserError
+from pbe.errors import UserError, one_line
+from pbe.evaluate.bench.scopes import WITH_OBJECT_MASKS
 
 ITEMS = 3500
 SIDE_PX = 512
@@ -29,7 +33,6 @@ HOW_TO_GET = (
     "folder in bench.cocoee"
 )
 _PARTS = {"source": ("GT_3500", "GT"), "mask": ("Mask_bbox_3500", "mask"), "exemplar": ("Ref_3500", "ref")}
-_NAMED = 5  # files that an error names one by one
 
 
 class CocoeeError(UserError, ValueError):
@@ -37,9 +40,17 @@ class CocoeeError(UserError, ValueError):
 
 
 def read_cocoee(
-    folder: Path, *, image_px: int, seed: int, max_items: int = ITEMS, expected_items: int = ITEMS
+    folder: Path,
+    *,
+    image_px: int,
+    seed: int,
+    max_items: int = ITEMS,
+    expected_items: int = ITEMS,
+    annotations: FileTree | None = None,
 ) -> pa.Table:
     """Return a BENCH table in the order of id_list.npy, with box holes and exemplars.
+
+    annotations: the COCO instances JSON of the photos, which gives label_name; "" without.
 
     The archive must be whole; of its items at most `max_items` are taken, chosen by hash of their ids. Foreign
     references are exemplars of other items, drawn at random with `seed`. image_px must be SIDE_PX: nothing is resized.
@@ -54,6 +65,7 @@ def read_cocoee(
     if len(ids) > max_items:
         taken = sorted(range(len(ids)), key=lambda at: shard_of(str(ids[at]), 2**61))[:max_items]
         ids = ids[sorted(taken)]
+    labels = _labels(annotations, ids) if annotations is not None else {}
     exemplars = [_exemplar(folder / _file("exemplar", number)) for number in ids]
     rows = []
     for position, number in enumerate(ids):
@@ -64,7 +76,7 @@ def read_cocoee(
             {
                 "bench_id": f"{number:012d}",
                 "image_id": f"{number:012d}",
-                "label_name": "",
+                "label_name": labels.get(int(number), ""),
                 "source": images.encode_png(source),
                 "box_hole_mask": pack_mask(_hole(mask_file)),
                 "bezier_hole_mask": None,
@@ -75,7 +87,9 @@ def read_cocoee(
                 "foreign": exemplars[other + (other >= position)],
             }
         )
-    return pa.Table.from_pylist(rows, schema=BENCH)
+    # without the columns that came later: the same bench keeps its bytes
+    later = ["exemplar_caption", *(f"{kind}_object_mask" for kind in WITH_OBJECT_MASKS)]
+    return pa.Table.from_pylist(rows, schema=BENCH).drop_columns(later)
 
 
 def _ids(folder: Path, expected_items: int) -> np.ndarray:
@@ -100,10 +114,23 @@ def _ids(folder: Path, expected_items: int) -> np.ndarray:
 def _refuse_missing(folder: Path, ids: np.ndarray) -> None:
     missing = [file for part in _PARTS for number in ids if not (folder / (file := _file(part, int(number)))).is_file()]
     if missing:
-        listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
+        total = len(_PARTS) * len(ids)
+        raise CocoeeError(f"{folder}: {len(missing)} of its {total} files are missing: {named(missing)}; {HOW_TO_GET}")
+
+
+def _labels(annotations: FileTree, ids: np.ndarray) -> dict[int, str]:
+    """Class name of every id. Raises CocoeeError."""
+    numbers = [int(number) for number in ids]
+    try:
+        labels = labels_by_id(annotations, annotations.only_name, numbers)
+    except (SourceError, OSError) as error:
+        raise CocoeeError(f"{annotations.key}: {one_line(error)}") from None
+    if missing := [str(number) for number in numbers if number not in labels]:
         raise CocoeeError(
-            f"{folder}: {len(missing)} of its {len(_PARTS) * len(ids)} files are missing: {listed}; {HOW_TO_GET}"
+            f"{annotations.key}: {annotations.where} has no annotation of {len(missing)} of {len(numbers)} ids: "
+            f"{named(missing)}; name the instances JSON of COCOEE's photos, instances_val2017.json"
         )
+    return labels
 
 
 def _file(part: str, number: int) -> str:

@@ -38,6 +38,7 @@ from pbe.data.schema import (
     BENCH_CANDIDATES,
     BENCH_ITEMS,
     REAL_IMAGES,
+    CaptionForm,
     is_optional,
     table_from_rows,
     with_optional,
@@ -142,6 +143,7 @@ def cut_shard(
         rows_of.setdefault(row["image_id"], []).append(number)
     order: list[int] = []
     jpegs: dict[int, bytes] = {}
+    object_masks: dict[int, bytes] = {}
     items: dict[int, list[dict[str, Any]]] = {}
 
     def references() -> Iterator[np.ndarray]:
@@ -153,7 +155,10 @@ def cut_shard(
                 counts = masks.get((image_id, row["box_index"]))
                 mask = ObjectMask.unpacked(counts) if counts is not None else None
                 items[number] = [_item(photo, box, mask, row, crop, cfg=cfg, seed=seed) for crop in crops]
-                reference = reference_of(photo, reference_area(box, **_size(photo), cfg=cfg), mask, cfg)
+                area = reference_area(box, **_size(photo), cfg=cfg)
+                reference = reference_of(photo, area, mask, cfg)
+                if mask is not None:
+                    object_masks[number] = pack_mask(mask.cut(area, cfg.reference_px))
                 jpegs[number] = image_codec.encode_jpeg(reference, cfg.jpeg_quality)
                 order.append(number)
                 yield reference
@@ -161,7 +166,15 @@ def cut_shard(
     other_views = pair_references(pairs, rows_of, cfg=cfg) if pairs is not None else {}
     vectors = dict(zip(order, features(references()).astype("<f4"), strict=True))
     numbers = range(len(rows))
-    candidates = [{"reference": jpegs[number], "vector": vectors[number].tobytes()} for number in numbers]
+    candidates = [
+        {
+            "reference": jpegs[number],
+            "vector": vectors[number].tobytes(),
+            "object_mask": object_masks.get(number),
+            "caption": row.get("caption"),
+        }
+        for number, row in enumerate(rows)
+    ]
     views = [other_views.get((row["image_id"], row["box_index"])) for row in rows]
     found = [item | {"pair": views[number]} for number in numbers for item in items[number]]
     real = [{"real_id": item["bench_id"], "picture": item["real"]} for item in found]
@@ -260,30 +273,40 @@ def bench_table(
     *,
     exemplars: np.ndarray,
     foreign: np.ndarray,
-    references: Callable[[np.ndarray], pa.ChunkedArray],
+    references: Callable[[np.ndarray], pa.Table],
 ) -> pa.Table:
     """Return a BENCH table. items: rows of BENCH_ITEMS, one for each item, in the order of `choice`.
 
-    exemplars, foreign: (M,) rows of candidates. references: the JPEGs of candidates, by ascending rows without repeats.
+    exemplars, foreign: (M,) rows of candidates. references: reference, object_mask and caption of candidates, by
+    ascending rows without repeats.
     """
     if items.column("bench_id").to_pylist() != choice.names:
         raise ValueError("the shards' items are not those that were chosen")
     rows_of = {"exemplar": exemplars, "own": choice.rows, "foreign": foreign}
     needed = np.unique(np.concatenate([*rows_of.values()]))
-    jpegs = references(needed)
+    found = references(needed)
     items = with_optional(items, BENCH_ITEMS)
     columns = {name: items.column(name) for name in BENCH_ITEMS.names}
     for name, rows in rows_of.items():
-        columns[name] = jpegs.take(pa.array(np.searchsorted(needed, rows)))
+        places = pa.array(np.searchsorted(needed, rows))
+        columns[name] = found.column("reference").take(places)
+        columns[f"{name}_object_mask"] = found.column("object_mask").take(places)
+        if name == "exemplar":
+            columns["exemplar_caption"] = found.column("caption").take(places)
     columns["exemplar_image_id"] = choice.boxes.column("image_id").take(pa.array(exemplars))
     columns["exemplar_same_class"] = pa.array(choice.labels[exemplars] == choice.labels[choice.rows])
     return without_empty(pa.Table.from_arrays([columns[name] for name in BENCH.names], schema=BENCH))
 
 
-def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: Sequence[str]) -> None:
-    """Raise BenchError if the bench lacks a requested hole or reference. Of optional ones a few items must have it."""
+def refuse_what_it_lacks(
+    bench: pa.Table, *, holes: Sequence[str], references: Sequence[str], captions: Sequence[CaptionForm] = ()
+) -> None:
+    """Raise BenchError if the bench lacks a requested hole, reference or caption. Of optional ones a few items must
+    have it."""
     columns = {f"{hole}_hole_mask": f"edit.holes: {hole}" for hole in holes}
     columns |= {kind: f"edit.references: {kind}" for kind in references}
+    if "caption" in captions:
+        columns["exemplar_caption"] = "edit.captions: caption"
     for column, setting in columns.items():
         if not is_optional(BENCH.field(column)):
             if bench.column(column).null_count:
@@ -293,7 +316,7 @@ def refuse_what_it_lacks(bench: pa.Table, *, holes: Sequence[str], references: S
         if photos < MIN_GROUPS:
             raise BenchError(
                 f"{setting}: {photos} photos of this bench have one, an interval needs {MIN_GROUPS}; leave it out, or "
-                "let more photos have it (ingest.masks, ingest.source: pairs)"
+                "let more photos have it (ingest.masks, ingest.source: pairs, captions in the box files)"
             )
 
 

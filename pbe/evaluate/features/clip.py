@@ -17,12 +17,13 @@ from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_fold
 PROJECTION = "visual_projection.weight"
 CLIP_RULE = "whole: PIL bicubic to the shorter side, centre crop; region: bilinear squash without antialias"
 VIT_B_32 = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224}
+VIT_L_14_336 = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 336}
 
 
 class ClipExtractor:
     """CLIP's projected class token: upstream's encode_image, in float32 (upstream: float16 on CUDA).
 
-    `paper` is True if the sizes are those of ViT-B/32.
+    `paper` is True if the sizes are those of ViT-B/32, `cmmds_network` if they are those of ViT-L/14 at 336 px.
     """
 
     name = "clip"
@@ -33,7 +34,10 @@ class ClipExtractor:
         self.digest = digest
         self._network = network.float().eval().requires_grad_(False)
         self._side = int(network.config.image_size)
-        self.paper = all(getattr(network.config, key) == value for key, value in VIT_B_32.items())
+        self.paper, self.cmmds_network = (
+            all(getattr(network.config, key) == value for key, value in sizes.items())
+            for sizes in (VIT_B_32, VIT_L_14_336)
+        )
 
     def __call__(
         self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
@@ -48,6 +52,15 @@ class ClipExtractor:
 
         width = int(self._network.config.projection_dim)
         return in_batches(images, features, width=width, batch_rows=batch_rows)
+
+    @property
+    def input_px(self) -> int:
+        return self._side
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, side, side) float32 in [0, 1] to (B, width) float32, with a gradient."""
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        return self._network(pixel_values=(pixels - mean) / std).image_embeds
 
     def _pixels(self, image: np.ndarray, preprocessing: Preprocessing) -> Tensor:
         """(3, side, side) in [0, 1]. Sources: OpenAI's CLIP preprocess (whole), upstream region_clip_score (the

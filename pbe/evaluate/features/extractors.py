@@ -2,14 +2,14 @@
 
     efficientnet_lite0, _lite2   ImageNet weights from pip packages: the sample's extractors
     clip                         CLIP ViT-B/32 `encode_image`, as upstream: clip_fid, qs, clip_score (clip.py)
+    dino                         class token of DINOv2 or DINO (dino.py)
     inception                    TF's Inception pool3 from its TorchScript file: fid
 
 Preprocessing depends on the picture: `whole` (Frechet, KID, quality), `region` (the box of a hole) or `reference` (what
-the region is compared with). Upstream resizes each differently, as does `clip` here. The others have one rule, the
-squash: a hole's region is rarely square, and a centre crop would drop its ends.
+the region is compared with). Upstream resizes each differently, as does `clip` here; `dino` crops what is whole. The
+others have one rule, the squash: a hole's region is rarely square, and a centre crop would drop its ends.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pbe.data.images import resize
 from pbe.model.backbone import EfficientNetLite
-from pbe.model.tensors import WeightsError, refuse_non_finite
+from pbe.model.network_file import open_torchscript, read_network
+from pbe.model.tensors import WeightsError
 
 CPU = torch.device("cpu")
 Preprocessing = Literal["whole", "region", "reference"]
@@ -36,6 +37,7 @@ class Extractor(Protocol):
     resize_rule: str
     matches_resolution: bool
     paper: bool  # the network whose numbers are published
+    cmmds_network: bool  # CLIP ViT-L/14 at 336 px, whose CMMD is published
 
     def __call__(
         self, images: Sequence[np.ndarray], *, preprocessing: Preprocessing = "whole", batch_rows: int
@@ -51,7 +53,7 @@ class Extractor(Protocol):
 class EfficientNetExtractor:
     resize_rule = SQUASH_RULE
     matches_resolution = True
-    paper = False
+    paper = cmmds_network = False
 
     def __init__(self, backbone: EfficientNetLite) -> None:
         self.name, self.digest, self._backbone = backbone.name, backbone.digest, backbone
@@ -77,6 +79,7 @@ class InceptionExtractor:
     resize_rule = INCEPTION_RULE
     matches_resolution = True
     paper = True
+    cmmds_network = False
 
     def __init__(self, network: Any, *, digest: str, device: torch.device = CPU) -> None:
         self.digest, self._network, self._device = digest, network, device
@@ -94,18 +97,7 @@ class InceptionExtractor:
 
 def load_inception_extractor(file: Path, *, sha256: str, device: torch.device = CPU) -> InceptionExtractor:
     """Load a TorchScript file. It is code, so its SHA-256 must be the expected one. Raises WeightsError."""
-    try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot be read ({error.strerror})") from None
-    if found != sha256:
-        raise WeightsError(f"{file}: its SHA-256 is {found}, params.yaml expects {sha256}: it is another file")
-    try:
-        network = torch.jit.load(file, map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{file}: not a TorchScript file ({' '.join(str(error).split())[:150]})") from None
-    refuse_non_finite(network.state_dict(), str(file))
+    network = open_torchscript(read_network(file), where=str(file), sha256=sha256, device=device)
     return InceptionExtractor(network, digest=sha256[:16], device=device)
 
 

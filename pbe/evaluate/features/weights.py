@@ -18,10 +18,17 @@ from pbe.evaluate.features.extractors import (
     Extractor,
     load_inception_extractor,
 )
-from pbe.evaluate.settings import ClipExtractorConfig, EfficientNetExtractorConfig, InceptionExtractorConfig
+from pbe.evaluate.features.lpips import Lpips, load_lpips, lpips_bytes, lpips_from_bytes
+from pbe.evaluate.settings import (
+    ClipExtractorConfig,
+    DinoExtractorConfig,
+    ExtractorConfig,
+    InceptionExtractorConfig,
+    LpipsConfig,
+)
 from pbe.model.backbone import load_backbone, weights_digest
-from pbe.model.hub import weights_folder
-from pbe.model.tensors import WeightsError
+from pbe.model.hub import is_on_hub, weights_folder
+from pbe.model.tensors import WeightsError, weight_files
 from pbe.model.weight_store import store_weights, stored_folder
 from pbe.places import local_path
 from pbe.store import Store
@@ -34,18 +41,16 @@ class ExtractorError(UserError, ValueError):
     """An extractor's file is missing or differs from what params.yaml states."""
 
 
-def store_extractor(
-    store: Store, cfg: EfficientNetExtractorConfig | ClipExtractorConfig | InceptionExtractorConfig
-) -> Entry:
+def store_extractor(store: Store, cfg: ExtractorConfig) -> Entry:
     """Copy the weights that params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
-    if isinstance(cfg, ClipExtractorConfig):
+    if isinstance(cfg, ClipExtractorConfig | DinoExtractorConfig):
         from pbe.model.clip import STEMS
 
         try:
             folder = weights_folder(cfg.weights, parts=[""])
         except WeightsError as error:
             raise ExtractorError(f"evaluate.extractors: {error}") from None
-        return {"kind": "clip", "path": store_weights(store, folder, "clip", *STEMS)}
+        return {"kind": cfg.kind, "path": store_weights(store, folder, cfg.kind, *STEMS)}
     if isinstance(cfg, InceptionExtractorConfig):
         return {"kind": "inception", "path": _store_inception(store, cfg), "sha256": cfg.sha256}
     return {"kind": cfg.kind, "digest": weights_digest(cfg.kind)}
@@ -58,6 +63,11 @@ def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) ->
 
         with stored_folder(store, str(entry["path"])) as folder:
             return load_clip_extractor(folder, device=device)
+    if entry["kind"] == "dino":
+        from pbe.evaluate.features.dino import load_dino_extractor
+
+        with stored_folder(store, str(entry["path"])) as folder:
+            return load_dino_extractor(folder, device=device)
     if entry["kind"] == "inception":
         with tempfile.TemporaryDirectory(prefix="pbe-inception-") as local:
             file = Path(local) / "inception.pt"
@@ -70,6 +80,39 @@ def open_extractor(store: Store, entry: Entry, *, device: torch.device = CPU) ->
             f"{entry['digest']}; install the same packages on all nodes (requirements.lock)"
         )
     return EfficientNetExtractor(backbone.to(device))
+
+
+def store_lpips(store: Store, cfg: LpipsConfig) -> Entry:
+    """Write the weights of LPIPS to the storage once: one file of the two. Raises WeightsError, ExtractorError."""
+    backbone, heads = (_weight_file(name, key) for key, name in (("backbone", cfg.backbone), ("heads", cfg.heads)))
+    try:
+        lpips = load_lpips(cfg.net, backbone, heads)
+    except WeightsError as error:
+        raise ExtractorError(f"evaluate.lpips: {error}") from None
+    folder = f"parts/weights/lpips-{cfg.net}-{lpips.digest}"
+    if not store.exists(f"{folder}/record.json"):
+        store.write_bytes(f"{folder}/lpips.safetensors", lpips_bytes(lpips))
+        store.write_bytes(f"{folder}/record.json", b'{"files": ["lpips.safetensors"]}')
+    return {"kind": "lpips", "net": cfg.net, "digest": lpips.digest, "path": f"{folder}/lpips.safetensors"}
+
+
+def open_lpips(store: Store, entry: Entry, *, device: torch.device = CPU) -> Lpips:
+    """Load what `store_lpips` wrote onto `device`. Raises StoreError or WeightsError."""
+    path = str(entry["path"])
+    return lpips_from_bytes(store.read_bytes(path), entry["net"], store.full_uri(path)).to(device)
+
+
+def _weight_file(name: str, key: str) -> Path:
+    """The file that a setting names, or the one weight file of a folder or a model on the hub."""
+    if not is_on_hub(name) and not local_path(name).is_dir():
+        return local_path(name)  # reading it says what is wrong with it
+    try:
+        files = weight_files(weights_folder(name, parts=[""]), "model", "pytorch_model").files
+    except WeightsError as error:
+        raise ExtractorError(f"evaluate.lpips.{key}: {error}") from None
+    if len(files) > 1:
+        raise ExtractorError(f"evaluate.lpips.{key}: {name}: its weights are {len(files)} files; name one file")
+    return files[0]
 
 
 def _store_inception(store: Store, cfg: InceptionExtractorConfig) -> str:

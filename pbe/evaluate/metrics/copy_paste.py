@@ -28,7 +28,8 @@ Report this metric for foreign references.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import cv2
 import numpy as np
@@ -76,10 +77,11 @@ def copy_paste_score(edit: np.ndarray, hole_mask: np.ndarray, reference: np.ndar
     starts = []
     for fit in _fits(hole.shape, reference.shape):
         coarse, fine = _level(fill, hole, reference, fit, COARSE_PX), _level(fill, hole, reference, fit, FINE_PX)
-        starts += [(coarse.score(warp), _rescaled(warp, coarse, fine), fine) for warp in _starts(coarse)]
+        starts += [(coarse.score(warp), warp, coarse, fine) for warp in _starts(coarse)]
     starts.sort(key=lambda start: start[0], reverse=True)
     best = 0.0
-    for _, warp, fine in starts[:_REFINED_STARTS]:
+    for _, coarse_warp, coarse, fine in starts[:_REFINED_STARTS]:
+        warp = _rescaled(coarse_warp, coarse, fine)
         best = max(best, fine.score(warp), fine.score(fine.refined(warp)))
     return min(best, 1.0)
 
@@ -94,27 +96,52 @@ class _Level:
     fill: np.ndarray
     hole: np.ndarray
     reference: np.ndarray
+    _overlaps: dict[bytes, "_Overlap"] = field(default_factory=dict)
 
     def score(self, warp: np.ndarray) -> float:
         """Return the score of one warp, by the formula of `copy_paste_score`."""
         height, width = self.hole.shape
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        copy = cv2.warpAffine(self.reference, warp, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-        inside = np.ones(self.reference.shape[:2], np.float32)
-        covered = cv2.warpAffine(inside, warp, (width, height), flags=flags) > 0.5
+        covered = cv2.warpAffine(self._inside, warp, (width, height), flags=flags) > 0.5
         both = covered & self.hole
-        part = both.sum() / self.hole.sum()
-        if part < _MIN_OVERLAP or both.sum() < _MIN_PIXELS:
+        pixels = np.count_nonzero(both)
+        part = pixels / self._hole_pixels
+        if part < _MIN_OVERLAP or pixels < _MIN_PIXELS:
             return 0.0
-        f, c = _detail(self.fill, both)[both], _detail(copy, both)[both]
+        copy = cv2.warpAffine(self.reference, warp, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+        over = self._overlap(both)
+        f, c = over.fill, over.average.detail(copy).reshape(-1, 3).take(over.at, 0)
         noise = _NOISE_LEVELS**2
-        explained = max(np.mean(f * c), 0.0) ** 2 / ((np.mean(f * f) + noise) * (np.mean(c * c) + noise))
+        explained = np.maximum(_mean(f * c), 0.0) ** 2 / ((over.power + noise) * (_mean(c * c) + noise))
         return float(explained * np.sqrt(part))
+
+    def _overlap(self, both: np.ndarray) -> "_Overlap":
+        """Return what is the same for all warps that cover the same pixels, as half of the starts do."""
+        key = both.tobytes()
+        if key not in self._overlaps:
+            average = _Average(both)
+            at = np.flatnonzero(both)
+            fill = average.detail(self.fill).reshape(-1, 3).take(at, 0)
+            self._overlaps[key] = _Overlap(average, at, fill, _mean(fill * fill))
+        return self._overlaps[key]
+
+    @cached_property
+    def _hole_pixels(self) -> int:
+        return int(np.count_nonzero(self.hole))
+
+    @cached_property
+    def _inside(self) -> np.ndarray:
+        return np.ones(self.reference.shape[:2], np.float32)
+
+    @cached_property
+    def _details(self) -> tuple[np.ndarray, np.ndarray]:
+        """The grey details of fill and reference, which ECC aligns."""
+        reference = _Average(np.ones(self.reference.shape[:2], bool)).detail(self.reference)
+        return _Average(self.hole).detail(self.fill).mean(2), reference.mean(2)
 
     def refined(self, warp: np.ndarray) -> np.ndarray:
         """Return the warp after ECC, or unchanged if ECC raises or leaves the range of plausible copies."""
-        fill = _detail(self.fill, self.hole).mean(2)
-        reference = _detail(self.reference, np.ones(self.reference.shape[:2], bool)).mean(2)
+        fill, reference = self._details
         stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ECC_STEPS, _ECC_GAIN)
         try:
             found = cv2.findTransformECC(
@@ -159,24 +186,55 @@ def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _detail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return image (h, w, 3) minus its Gaussian average over the mask (h, w) bool; 0 outside the mask."""
-    weights = mask.astype(np.float32)
-    sigma = max(_DETAIL_SIGMA * float(np.sqrt(mask.size)), 1.0)
-    total = cv2.GaussianBlur(image * weights[..., None], (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
-    weight = cv2.GaussianBlur(weights, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
-    return (image - total / np.maximum(weight, 1e-6)[..., None]) * weights[..., None]
+class _Average:
+    """Gaussian averages over a mask (h, w) bool."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        weights = mask.astype(np.float32)
+        self._sigma = max(_DETAIL_SIGMA * float(np.sqrt(mask.size)), 1.0)
+        self._weights = weights[..., None]
+        self._total = np.maximum(self._blurred(weights), 1e-6)[..., None]
+
+    def detail(self, image: np.ndarray) -> np.ndarray:
+        """Return image (h, w, 3) minus its average; 0 outside the mask."""
+        return (image - self._blurred(image * self._weights) / self._total) * self._weights
+
+    def _blurred(self, image: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(image, (0, 0), self._sigma, borderType=cv2.BORDER_CONSTANT)
+
+
+@dataclass(frozen=True, eq=False)
+class _Overlap:
+    """Pixels that lie in the hole and are covered. at: (P,) their places; fill: (P, 3) its detail, of mean square
+    `power`."""
+
+    average: _Average
+    at: np.ndarray
+    fill: np.ndarray
+    power: np.floating
+
+
+def _mean(values: np.ndarray) -> np.floating:
+    return values.sum() / values.size  # np.mean takes three times as long for so few
 
 
 def _starts(level: _Level) -> Iterator[np.ndarray]:
     """Yield warps that map centre to centre: flips, scales and rotations."""
     centre, reference_centre = ((np.array(x.shape[1::-1]) - 1) / 2 for x in (level.fill, level.reference))
-    for flip in (1.0, -1.0):
-        for scale in _SCALES:
-            for turn in np.deg2rad(_TURNS_DEG):
-                rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-                matrix = np.diag([flip, 1.0]) @ rotation / scale
-                yield np.column_stack([matrix, reference_centre - matrix @ centre]).astype(np.float32)
+    for matrix in _matrices():
+        warp = np.empty((2, 3), np.float32)
+        warp[:, :2], warp[:, 2] = matrix, reference_centre - matrix @ centre
+        yield warp
+
+
+@cache
+def _matrices() -> tuple[np.ndarray, ...]:
+    return tuple(
+        np.diag([flip, 1.0]) @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / scale
+        for flip in (1.0, -1.0)
+        for scale in _SCALES
+        for turn in np.deg2rad(_TURNS_DEG)
+    )
 
 
 def _rescaled(warp: np.ndarray, level: _Level, to: _Level) -> np.ndarray:

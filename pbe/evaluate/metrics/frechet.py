@@ -83,23 +83,60 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return _distance(mean_a, root_a, mean_b, root_b.T)
 
 
-def frechet_to_reference(reference: FeatureStatistics) -> Callable[[np.ndarray], float]:
-    """`frechet_distance` to a set of which only statistics are stored; the root of its covariance is taken once.
+class FrechetToReference:
+    """`frechet_distance` to one set, and raising as it. mean (d,); root (d, r), with root root^T the covariance."""
 
-    The function that comes back takes (N, d) and raises as frechet_distance. Raises ValueError for a reference of one
-    row.
+    def __init__(self, mean: np.ndarray, root: np.ndarray) -> None:
+        self._mean, self._root = mean, root
+
+    def __call__(self, features: np.ndarray) -> float:
+        self._refuse_other_width(features)
+        mean, mine = _mean_and_root(features)
+        return _distance(mean, mine, self._mean, self._root)
+
+    def of_rows(self, features: np.ndarray) -> Callable[[np.ndarray], float]:
+        """See SetStatistic.
+
+        Of the centred rows A the distance needs the norms of A and of A L (above), which rotations keep: so both are
+        taken from the rows around the reference's mean, and from these times L, turned into the axes that they span.
+        """
+        self._refuse_other_width(features)
+        around_reference = _finite(features) - self._mean
+        placed, projected = _in_own_axes(around_reference), _in_own_axes(around_reference @ self._root)
+        spread_of_reference = np.sum(self._root**2)
+
+        def distance(rows: np.ndarray) -> float:
+            _refuse_one_row(rows)
+            some, images = placed[rows], projected[rows]
+            shift = some.mean(0)
+            spread = np.sum((some - shift) ** 2) / (len(rows) - 1)
+            overlap = _nuclear_norm((images - images.mean(0)) / np.sqrt(len(rows) - 1))
+            return max(float(np.sum(shift**2) + spread + spread_of_reference - 2 * overlap), 0.0)
+
+        return distance
+
+    def _refuse_other_width(self, features: np.ndarray) -> None:
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"features: {features.shape}, the reference has {len(self._mean)} dimensions")
+
+
+def frechet_to_reference(reference: FeatureStatistics) -> FrechetToReference:
+    """Of a set of which only statistics are stored; the root of its covariance is taken once.
+
+    Raises ValueError for a reference of one row.
     """
     if reference.n < 2:
         raise ValueError(f"{reference.n} feature row: a covariance needs at least 2")
-    root = _root_of(reference.covariance)
+    return FrechetToReference(reference.mean, _root_of(reference.covariance))
 
-    def distance(features: np.ndarray) -> float:
-        if features.ndim != 2 or features.shape[1] != len(reference.mean):
-            raise ValueError(f"features: {features.shape}, the reference has {len(reference.mean)} dimensions")
-        mean, mine = _mean_and_root(features)
-        return _distance(mean, mine, reference.mean, root)
 
-    return distance
+def frechet_to_features(reference: np.ndarray) -> FrechetToReference:
+    """Of a set (M, d), whose root is taken once: of few rows it is small, unlike a covariance's.
+
+    Raises as frechet_distance.
+    """
+    mean, root = _mean_and_root(reference)
+    return FrechetToReference(mean, root.T)
 
 
 def frechet_from_statistics(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -195,15 +232,26 @@ def _root_of(covariance: np.ndarray) -> np.ndarray:
         return vectors[:, kept] * np.sqrt(values[kept])
 
 
+def _in_own_axes(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, d) in orthonormal axes of the space that they span: (N, at most N), of the same inner products."""
+    if len(rows) >= rows.shape[1]:
+        return rows
+    return np.asarray(np.linalg.qr(rows.T, mode="r")).T
+
+
 def _mean_and_root(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, d) to the mean (d,) and a matrix R (at most d, d) with R^T R the covariance, float64."""
-    if len(x) < 2:
-        raise ValueError(f"{len(x)} feature rows: a covariance needs at least 2")
+    _refuse_one_row(x)
     x = _finite(x)
     mean = x.mean(0)
     root = (x - mean) / np.sqrt(len(x) - 1)
     # never more than d rows, however many images there are
     return mean, _root_of(root.T @ root).T if len(root) > root.shape[1] else root
+
+
+def _refuse_one_row(x: np.ndarray) -> None:
+    if len(x) < 2:
+        raise ValueError(f"{len(x)} feature rows: a covariance needs at least 2")
 
 
 def _finite(x: np.ndarray) -> np.ndarray:

@@ -11,11 +11,28 @@ their spread around their own mean is free of the bias of fewer rows.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Protocol
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 MIN_GROUPS = 4  # photos or items; with fewer a delete-half jackknife is meaningless
+DRAWS_AT_ONCE = 1 << 20  # of a bootstrap, which bounds memory
+
+
+class SetStatistic(Protocol):
+    """A number of a set of features, such as its Frechet distance to a reference."""
+
+    def __call__(self, features: np.ndarray) -> float:
+        """Return the number of features (N, d)."""
+        ...
+
+    def of_rows(self, features: np.ndarray) -> Callable[[np.ndarray], float]:
+        """Prepare features (N, d) once; return a function that maps row indices (n,) to the number of those rows.
+
+        To rounding as a call with `features[rows]`, and many times as fast: for resampling.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,10 +77,11 @@ def bootstrap_mean(
     if clusters < 2:
         raise ValueError(f"{clusters} cluster: an interval needs at least 2")
     rng = np.random.default_rng(seed)
+    at_once = max(1, DRAWS_AT_ONCE // clusters)
     means = np.empty(resamples)
-    for i in range(resamples):
-        drawn = rng.integers(clusters, size=clusters)
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    for start in range(0, resamples, at_once):
+        drawn = rng.integers(clusters, size=(min(at_once, resamples - start), clusters))
+        means[start : start + at_once] = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     unit = "items" if groups is None else "photos"
     return Estimate(
@@ -150,7 +168,7 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
     of_seeds = float(values.var(ddof=1)) / len(values)
     total = of_items + of_seeds
     freedom = (len(values) - 1) * (total / of_seeds) ** 2 if of_seeds > 0 else np.inf
-    half_width = float(student.ppf((1 + level) / 2, freedom)) * float(np.sqrt(total))
+    half_width = float(stdtrit(freedom, (1 + level) / 2)) * float(np.sqrt(total))
     return Estimate(
         value=float(values.mean()),
         low=float(values.mean()) - half_width,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 BLOCK_ROWS = 1024  # of a kernel matrix that are held at once
+MATRIX_ROWS = 8192  # up to so many rows, a matrix of half a GiB, resampling keeps all of it
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> float:
@@ -17,23 +18,47 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
     Raises ValueError for wrong shapes, fewer than two rows or values that are not finite.
     """
-    return kid_to_reference(b)(a)
+    return KidToReference(b)(a)
 
 
-def kid_to_reference(reference: np.ndarray) -> Callable[[np.ndarray], float]:
-    """Return a function that computes `kid` to one set (M, d), whose own terms are computed once."""
-    reference = _checked(reference)
-    among_reference = _mean_of_pairs(reference)
+class KidToReference:
+    """`kid` to one set (M, d), whose own terms are computed once. Raises as kid."""
 
-    def distance(features: np.ndarray) -> float:
+    def __init__(self, reference: np.ndarray) -> None:
+        self._reference = _checked(reference)
+        self._among_reference = _mean_of_pairs(self._reference)
+
+    def __call__(self, features: np.ndarray) -> float:
+        features = self._of_same_width(features)
+        between = float(self._with_reference(features).mean())
+        return _mean_of_pairs(features) + self._among_reference - 2 * between
+
+    def of_rows(self, features: np.ndarray) -> Callable[[np.ndarray], float]:
+        """See SetStatistic. The kernels of all rows are computed once; a number of some rows is made of their sums."""
+        features = self._of_same_width(features)
+        if len(features) > MATRIX_ROWS:
+            return lambda rows: self(features[rows])
+        with_reference = self._with_reference(features)
+        among = np.concatenate(list(_kernel(features, features)))
+        np.fill_diagonal(among, 0)
+
+        def distance(rows: np.ndarray) -> float:
+            if len(rows) < 2:
+                raise ValueError(f"{len(rows)} feature rows, expected at least 2")
+            pairs = float(among[np.ix_(rows, rows)].sum()) / (len(rows) * (len(rows) - 1))
+            return pairs + self._among_reference - 2 * float(with_reference[rows].mean())
+
+        return distance
+
+    def _with_reference(self, features: np.ndarray) -> np.ndarray:
+        """(N,): the mean kernel of each row with the reference's."""
+        return np.concatenate([block.mean(1) for block in _kernel(features, self._reference)])
+
+    def _of_same_width(self, features: np.ndarray) -> np.ndarray:
         features = _checked(features)
-        if features.shape[1] != reference.shape[1]:
-            raise ValueError(f"features: {features.shape}, the reference has {reference.shape[1]} dimensions")
-        between = sum(float(block.sum()) for block in _kernel(features, reference))
-        mean_between = between / (len(features) * len(reference))
-        return _mean_of_pairs(features) + among_reference - 2 * mean_between
-
-    return distance
+        if features.shape[1] != self._reference.shape[1]:
+            raise ValueError(f"features: {features.shape}, the reference has {self._reference.shape[1]} dimensions")
+        return features
 
 
 def _mean_of_pairs(x: np.ndarray) -> float:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import numpy as np
-from sklearn.mixture import GaussianMixture
 
 from pbe.errors import UserError
 
@@ -65,6 +64,8 @@ def log_likelihood(mixture: Mixture, features: np.ndarray) -> np.ndarray:
 
     Raises MixtureError for features of another width, ValueError for values that are not finite.
     """
+    from sklearn.mixture import GaussianMixture  # here, as in quality.py
+
     count, d = mixture.means.shape
     if features.ndim != 2 or features.shape[1] != d:
         raise MixtureError(

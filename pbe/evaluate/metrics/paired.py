@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pbe.evaluate.metrics.intervals import Estimate, bootstrap_mean, jackknife
+from pbe.evaluate.metrics.intervals import Estimate, SetStatistic, bootstrap_mean, jackknife
 
 ROUNDING = 1e-6  # of what is compared: float32 features of one picture differ by so much between batches
 
@@ -50,7 +50,7 @@ def paired_means(
 
 
 def paired_sets(
-    statistic: Callable[[np.ndarray], float],
+    statistic: SetStatistic,
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
     *,
@@ -63,29 +63,29 @@ def paired_sets(
     Both runs have the same order of items; the run with fewer seeds cycles through them.
     Interval: jackknife of the difference, both on the same subsets. p-value: swaps whole photos between the runs.
     """
+    ours, theirs = ([statistic.of_rows(features) for features in of] for of in (first, second))
+
+    def difference(rows: np.ndarray) -> float:
+        return _mean_of(ours, rows) - _mean_of(theirs, rows)
+
+    n = len(first[0])
+    estimate = jackknife(difference, n, groups=image_ids, resamples=resamples, seed=seed)
+    # of a pair, one below the other, item i is row i of the first run and row n + i of the second
     seeds = range(max(len(first), len(second)))
-    pairs = [(first[i % len(first)], second[i % len(second)]) for i in seeds]
-
-    def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-        return float(np.mean([statistic(features) for features in ours])) - float(
-            np.mean([statistic(features) for features in theirs])
-        )
-
-    estimate = jackknife(
-        lambda rows: difference([one[rows] for one in first], [one[rows] for one in second]),
-        len(first[0]),
-        groups=image_ids,
-        resamples=resamples,
-        seed=seed,
-    )
+    both = [statistic.of_rows(np.concatenate([first[i % len(first)], second[i % len(second)]])) for i in seeds]
     _, index = np.unique(np.asarray(image_ids), return_inverse=True)
     rng = np.random.default_rng(seed)
     swapped = np.empty(resamples)
     for i in range(resamples):
-        swap = (rng.random(index.max() + 1) < 0.5)[index][:, None]
-        swapped[i] = abs(difference([np.where(swap, b, a) for a, b in pairs], [np.where(swap, a, b) for a, b in pairs]))
-    close = ROUNDING * abs(float(np.mean([statistic(features) for features in first])))
+        swap = (rng.random(index.max() + 1) < 0.5)[index]
+        one = np.arange(n) + n * swap
+        swapped[i] = abs(_mean_of(both, one) - _mean_of(both, np.arange(n) + n * ~swap))
+    close = ROUNDING * abs(_mean_of(ours, np.arange(n)))
     return Paired(estimate, _p_value(abs(estimate.value), swapped, close), f"swaps of photos, {resamples}")
+
+
+def _mean_of(statistics: Sequence[Callable[[np.ndarray], float]], rows: np.ndarray) -> float:
+    return float(np.mean([statistic(rows) for statistic in statistics]))
 
 
 def _p_value(found: float, drawn: np.ndarray, close: float) -> float:

@@ -14,8 +14,6 @@ data sets.
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.mixture import GaussianMixture
 
 # Fraction of each whitened axis' variance (1.0) added to every component's covariance. sklearn's 1e-6 lets a
 # component collapse onto a few crops of one photo, and its likelihood grow without bound. Ours; no source.
@@ -50,6 +48,10 @@ def quality_scale(
     keep pca_dims small.
     Raises ValueError for wrong shapes, too few rows or values that are not finite; the scale does for its features.
     """
+    # imported here: Ray's actors, which extract features and fit nothing, import this module too
+    from sklearn.decomposition import PCA
+    from sklearn.mixture import GaussianMixture
+
     dims = _dims(fit_features=fit_features, real_features=real_features)
     if components < 1 or pca_dims < 1:
         raise ValueError(f"components {components} and pca_dims {pca_dims} must be at least 1")

@@ -14,6 +14,9 @@ import numpy as np
 
 from pbe.data.images import resize
 
+NEUTRAL = (124, 116, 104)  # ImageNet's mean colour in levels of 255: near 0 after every extractor's normalisation
+TIE = 1e-6  # in cosine: float32 features of one picture differ by so much between batches
+
 
 @dataclass(frozen=True, eq=False)
 class Gains:
@@ -50,6 +53,11 @@ def exemplar_gain(
         own=cosine(own_edit, own_reference) - cosine(foreign_edit, own_reference),
         swap=cosine(foreign_edit, foreign_reference) - cosine(own_edit, foreign_reference),
     )
+
+
+def wins(gains: np.ndarray) -> np.ndarray:
+    """Gains in cosine (N,) to (N,): 1 above 0, 0 below, 1/2 for a tie."""
+    return (1 + np.sign(gains) * (np.abs(gains) > TIE)) / 2
 
 
 def colour_gain(
@@ -110,6 +118,14 @@ def hole_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:
     hole = _hole(image, hole_mask)
     rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def neutral_outside(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 to a copy that is NEUTRAL where the mask (h, w) is 0, so that only the rest is compared.
+
+    Raises ValueError for an empty mask or one of another size.
+    """
+    return np.where(_hole(picture, mask)[..., None], picture, np.array(NEUTRAL, np.uint8))
 
 
 def upstream_region(image: np.ndarray, hole_mask: np.ndarray) -> np.ndarray:

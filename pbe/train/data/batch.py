@@ -19,7 +19,7 @@ class Batch:
     x0: Tensor  # (B, C, h, w) a sample of the source's posterior
     masked_latent: Tensor  # (B, C, h, w)
     keep_mask_latent: Tensor  # (B, 1, h, w) in [0, 1], 1 = known
-    exemplar_tokens: Tensor  # (B, T, width)
+    exemplar_tokens: Tensor  # (B, T, width); with train.condition: text, those of captions
     noise: Tensor  # (B, C, h, w)
     timestep: Tensor  # (B,) int64
     drop_condition: Tensor  # (B,) bool: use the unconditional vector

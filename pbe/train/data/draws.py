@@ -3,9 +3,8 @@
 So a step's loss does not depend on the number of workers, except for the order of float sums.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -33,41 +32,28 @@ class Draws:
     wants_pair: bool  # whether a row with a pair sees it as its reference
 
 
-class Draw(Protocol):
-    """`draw` or `validation_draw` bound to one row; the row's source supplies these last arguments."""
+@dataclass(frozen=True)
+class RowForm:
+    """What of a row its draws depend on; the row's source knows it."""
 
-    def __call__(
-        self,
-        *,
-        hole_kinds: Collection[HoleKind],
-        latent_shape: tuple[int, ...],
-        stored_references: int,
-        posterior_has_spread: bool,
-    ) -> Draws: ...
+    hole_kinds: Collection[HoleKind]  # those that the row has
+    latent_shape: tuple[int, ...]  # (C, h, w)
+    stored_references: int  # how many the encode stage drew, including the clean one
+    posterior_has_spread: bool  # False leaves out two thirds of the work: the codec's standard deviation is 0
 
 
-def draw(
-    image_id: str,
-    slot: int,
-    *,
-    epoch: int,
-    hole_kinds: Collection[HoleKind],
-    latent_shape: tuple[int, ...],
-    stored_references: int,
-    posterior_has_spread: bool,
-    cfg: TrainConfig,
-    seed: int,
-) -> Draws:
+# `draw`, `validation_draw` or `score_draw` bound to one row
+Draw = Callable[[RowForm], Draws]
+
+
+def draw(image_id: str, slot: int, form: RowForm, *, epoch: int, cfg: TrainConfig, seed: int) -> Draws:
     """The random choices for one training row in one epoch.
 
-    Everything is drawn every time, in one order, so that ablations share all other draws. hole_kinds: those that
-    the row has. latent_shape: (C, h, w).
-    stored_references: how many the encode stage drew, including the clean one. posterior_has_spread: False
-    leaves out the last two, two thirds of the work: the codec's standard deviation is 0.
+    Everything is drawn every time, in one order, so that ablations share all other draws.
     """
     rng = row_rng(seed, image_id, slot, "train", epoch)
-    hole_kind = pick_hole(rng.random(), hole_kinds, cfg.hole_probs)
-    augmented = int(rng.integers(1, stored_references)) if stored_references > 1 else 0
+    hole_kind = pick_hole(rng.random(), form.hole_kinds, cfg.hole_probs)
+    augmented = int(rng.integers(1, form.stored_references)) if form.stored_references > 1 else 0
     return Draws(
         row=f"{image_id} slot {slot} epoch {epoch}",
         epoch=epoch,
@@ -77,9 +63,9 @@ def draw(
         drop_condition=bool(rng.random() < cfg.condition_dropout_prob),
         drop_context=bool(rng.random() < cfg.context_dropout_prob),
         timestep=int(rng.integers(0, TRAIN_TIMESTEPS)),
-        noise=rng.standard_normal(latent_shape, dtype=np.float32),
-        source_normal=rng.standard_normal(latent_shape, dtype=np.float32) if posterior_has_spread else None,
-        masked_normal=rng.standard_normal(latent_shape, dtype=np.float32) if posterior_has_spread else None,
+        noise=rng.standard_normal(form.latent_shape, dtype=np.float32),
+        source_normal=rng.standard_normal(form.latent_shape, dtype=np.float32) if form.posterior_has_spread else None,
+        masked_normal=rng.standard_normal(form.latent_shape, dtype=np.float32) if form.posterior_has_spread else None,
         wants_pair=bool(rng.random() < cfg.pair_prob),  # last, so that it changes no other draw
     )
 
@@ -99,31 +85,11 @@ def pick_hole(u: float, hole_kinds: Collection[HoleKind], probs: HoleProbs) -> H
 
 
 def validation_draw(
-    image_id: str,
-    slot: int,
-    *,
-    number: int,
-    count: int,
-    hole_kinds: Collection[HoleKind],
-    latent_shape: tuple[int, ...],
-    stored_references: int,
-    posterior_has_spread: bool,
-    cfg: TrainConfig,
-    seed: int,
+    image_id: str, slot: int, form: RowForm, *, number: int, count: int, cfg: TrainConfig, seed: int
 ) -> Draws:
     """Choices for validation row `number` of `count`: timesteps are spread evenly over the rows, box and Bezier holes
     alternate whatever trains, the reference is the clean one and nothing is dropped."""
-    drawn = draw(
-        image_id,
-        slot,
-        epoch=0,
-        hole_kinds=hole_kinds,
-        latent_shape=latent_shape,
-        stored_references=stored_references,
-        posterior_has_spread=posterior_has_spread,
-        cfg=cfg,
-        seed=seed,
-    )
+    drawn = draw(image_id, slot, form, epoch=0, cfg=cfg, seed=seed)
     return replace(
         drawn,
         hole_kind="bezier" if number % 2 else "box",
@@ -133,3 +99,10 @@ def validation_draw(
         drop_context=False,
         timestep=int((number + 0.5) * TRAIN_TIMESTEPS / count),
     )
+
+
+def score_draw(image_id: str, slot: int, form: RowForm, *, cfg: TrainConfig, seed: int) -> Draws:
+    """Choices for a row that is scored: the box hole, the clean reference, and nothing is dropped. A row with a pair
+    sees it if rows of this training may."""
+    drawn = validation_draw(image_id, slot, form, number=0, count=1, cfg=cfg, seed=seed)
+    return replace(drawn, wants_pair=cfg.pair_prob > 0)

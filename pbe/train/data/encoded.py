@@ -10,7 +10,7 @@ from pbe.encode import Posterior
 from pbe.model.settings import Tokens
 from pbe.store import Manifest
 from pbe.train.data.batch import Batch, make_batch
-from pbe.train.data.draws import Draw
+from pbe.train.data.draws import Draw, RowForm
 from pbe.train.data.reader import StoredRow
 
 
@@ -32,10 +32,12 @@ class EncodedRows:
                 row.array(name) for name in ("source_mean", "source_std", "exemplar_tokens")
             )
             drawn = draw(
-                hole_kinds=row.hole_kinds,
-                latent_shape=source_mean.shape,
-                stored_references=len(tokens),
-                posterior_has_spread=bool(source_std.any()),
+                RowForm(
+                    hole_kinds=row.hole_kinds,
+                    latent_shape=source_mean.shape,
+                    stored_references=len(tokens),
+                    posterior_has_spread=bool(source_std.any()),
+                )
             )
             masked = (
                 row.array(f"{drawn.hole_kind}_{what}") for what in ("masked_mean", "masked_std", "hole_mask_latent")

@@ -1,7 +1,8 @@
-"""The input of training: micro-batches of one rank, and the validation rows.
+"""The input of training: micro-batches of one rank, the validation rows, and the rows that are scored.
 
 Two sources give the same rows in the same order with the same draws: `EncodedRows` reads what the encode stage stored,
-`PixelRows` encodes the triplets at every step.
+`PixelRows` encodes the triplets at every step. For a text-conditioned model, `CaptionedRows` puts captions in the
+exemplars' place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,17 +11,20 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from pbe.data.slots import InputError, group_rows
+from pbe.data.slots import TRIPLETS_PER_GROUP, InputError, group_rows
 from pbe.model.codec import Codec
+from pbe.model.text import TextEncoder
 from pbe.model.weight_store import open_backbone
 from pbe.store import File, Manifest, Store
 from pbe.train.data.batch import Batch, joined
-from pbe.train.data.draws import Draw, Draws, draw, validation_draw
+from pbe.train.data.captioned import CaptionedRows
+from pbe.train.data.draws import Draw, Draws, draw, score_draw, validation_draw
 from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.order import Share, rank_rows, rows_to_keep, validation_places
 from pbe.train.data.pixels import PixelRows
 from pbe.train.data.prefetch import Prefetched
-from pbe.train.data.reader import RowReader, StoredRow
+from pbe.train.data.reader import Place, RowReader, StoredRow
+from pbe.train.data.scored import ScoreRow, score_rows
 from pbe.train.settings import TrainConfig
 
 PREFETCHED_BATCHES = 4
@@ -53,8 +57,7 @@ def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed:
     per_group = source.rows_per_group
     group_rows_of_slot = [[group_rows(file, per_group) for file in slot] for slot in source.files]
     order = rank_rows(group_rows_of_slot, batch=cfg.batch, streams=cfg.streams, seed=seed, share=share)
-    largest_group = max(per_group, source.stored_per_group)
-    keep_rows = rows_to_keep(batch=cfg.batch, streams=cfg.streams, world=share.world, rows_per_group=largest_group)
+    keep_rows = _rows_to_keep(cfg, share, max(per_group, source.stored_per_group))
     cache_bytes = int(cfg.per_worker.memory_gib * CACHE_SHARE * 2**30)
     reader = RowReader(store, source.files, cache_bytes, keep_rows=keep_rows)
     for refs in order:
@@ -72,19 +75,41 @@ def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed:
 
 def validation_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int) -> Iterator[P]:
     """Prepared micro-batches of `train.validation_rows` rows of slot 0, the same for every call and rank."""
-    files = source.files[0]
-    places = validation_places(files, cfg.validation_rows, rows_per_group=source.rows_per_group)
-    reader = RowReader(store, [files], cache_bytes=0)  # rows are read in order, so one group at a time is enough
-    for start in range(0, len(places), cfg.micro_batch):
+    found = validation_places(source.files[0], cfg.validation_rows, rows_per_group=source.rows_per_group)
+    draws = [
+        partial(validation_draw, number=number, count=len(found), cfg=cfg, seed=seed) for number in range(len(found))
+    ]
+    return _fixed_batches(store, source, [(0, *place) for place in found], draws, size=cfg.micro_batch)
+
+
+def score_places(source: RowSource[P], cfg: TrainConfig) -> list[Place]:
+    """`train.score_rows` rows, or all if there are fewer: as many as possible of slot 0, then of slot 1, and so on."""
+    places: list[Place] = []
+    for slot, files in enumerate(source.files):
+        if len(places) == cfg.score_rows:
+            break
+        found = validation_places(files, cfg.score_rows - len(places), rows_per_group=source.rows_per_group)
+        places += [(slot, *place) for place in found]
+    return places
+
+
+def _fixed_batches(
+    store: Store, source: RowSource[P], places: Sequence[Place], draws: Sequence[Callable[..., Draws]], *, size: int
+) -> Iterator[P]:
+    """Prepared micro-batches of up to `size` of these rows, one draw each, in order."""
+    reader = RowReader(store, source.files, cache_bytes=0)  # rows are read in order, so one group at a time is enough
+    rows = list(zip(places, draws, strict=True))
+    for start in range(0, len(rows), size):
         yield source.prepare(
             [
-                _with_draw(
-                    reader.read(slot=0, file=file, row=row),
-                    partial(validation_draw, number=number, count=len(places), cfg=cfg, seed=seed),
-                )
-                for number, (file, row) in enumerate(places[start : start + cfg.micro_batch], start)
+                _with_draw(reader.read(slot=slot, file=file, row=row), draw)
+                for (slot, file, row), draw in rows[start : start + size]
             ]
         )
+
+
+def _rows_to_keep(cfg: TrainConfig, share: Share, rows_per_group: int) -> int:
+    return rows_to_keep(batch=cfg.batch, streams=cfg.streams, world=share.world, rows_per_group=rows_per_group)
 
 
 def _with_draw(row: StoredRow, draw_of: Callable[..., Draws]) -> tuple[StoredRow, Draw]:
@@ -95,17 +120,29 @@ class TrainInput(Generic[P]):
     """Micro-batches of one rank, float32 and on the training device; a thread prepares them ahead."""
 
     def __init__(self, store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> None:
-        self._source = source
+        self._store, self._source, self._cfg, self._seed = store, source, cfg, seed
         prepared = micro_batches(store, source, cfg=cfg, seed=seed, share=share)
         self._prepared = Prefetched(prepared, depth=PREFETCHED_BATCHES)
-        self._validation = partial(validation_batches, store, source, cfg=cfg, seed=seed)
 
     def next(self) -> Batch:
         return self._source.finish(self._prepared.next())
 
     def validation(self) -> Batch:
         """The validation rows in one batch, on the CPU."""
-        return joined([self._source.finish(prepared).to(torch.device("cpu")) for prepared in self._validation()])
+        return self._on_cpu(validation_batches(self._store, self._source, cfg=self._cfg, seed=self._seed))
+
+    def scored(self, triplets: Manifest) -> tuple[Batch, list[ScoreRow]]:
+        """The rows that are scored, in one batch on the CPU, and what their fills are compared with.
+
+        triplets: those that the rows were made from. Raises InputError if not, or if all rows are of one photo.
+        """
+        places, cfg = score_places(self._source, self._cfg), self._cfg
+        draws = [partial(score_draw, cfg=cfg, seed=self._seed)] * len(places)
+        batch = self._on_cpu(_fixed_batches(self._store, self._source, places, draws, size=cfg.micro_batch))
+        return batch, score_rows(self._store, triplets, places, pairs=cfg.pair_prob > 0)
+
+    def _on_cpu(self, batches: Iterator[P]) -> Batch:
+        return joined([self._source.finish(prepared).to(torch.device("cpu")) for prepared in batches])
 
     def close(self) -> None:
         self._prepared.close()
@@ -120,17 +157,28 @@ def open_input(
     seed: int,
     share: Share,
     codec: Codec,
+    text: TextEncoder | None = None,
     device: torch.device,
 ) -> TrainInput[Any]:
-    """The input that `train.input` names.
+    """The input that `train.input` and `train.condition` name.
 
-    triplets: None for encoded rows. codec: the one that encoded the rows; it is moved to `device`.
+    triplets: None for encoded rows of exemplars. codec: the one that encoded the rows. text: for captions. What runs at
+    every step is moved to `device`.
 
     Raises InputError, BackboneError, StoreError, WeightsError.
     """
     tokens = cfg.exemplar.tokens
     if cfg.input == "encoded":
-        source: RowSource[Any] = EncodedRows(encoded, tokens=tokens, device=device)
+        rows = EncodedRows(encoded, tokens=tokens, device=device)
+        source: RowSource[Any] = rows
+        if text is not None:
+            if triplets is None:
+                raise InputError("train.condition: text needs the triplets' manifest")
+            source = CaptionedRows(
+                rows, store, encoded, triplets,
+                encoder=text.to(device), forms=cfg.text.captions, seed=seed,
+                keep_rows=_rows_to_keep(cfg, share, max(rows.rows_per_group, TRIPLETS_PER_GROUP)),
+            )  # fmt: skip
     elif triplets is None:
         raise InputError("train.input: pixels needs the triplets' manifest")
     else:

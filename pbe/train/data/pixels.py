@@ -22,7 +22,7 @@ from pbe.model.codec import Codec
 from pbe.model.settings import Tokens
 from pbe.store import Manifest
 from pbe.train.data.batch import Batch, make_batch
-from pbe.train.data.draws import Draw, Draws
+from pbe.train.data.draws import Draw, Draws, RowForm
 from pbe.train.data.reader import StoredRow
 
 
@@ -80,10 +80,12 @@ class PixelRows:
         source = images.decode(row["source"])
         height, width = (side_px // self._codec.patch_px for side_px in source.shape[:2])
         drawn = draw(
-            hole_kinds=stored.hole_kinds,
-            latent_shape=(self._codec.channels, height, width),
-            stored_references=self._stored_references,
-            posterior_has_spread=True,
+            RowForm(
+                hole_kinds=stored.hole_kinds,
+                latent_shape=(self._codec.channels, height, width),
+                stored_references=self._stored_references,
+                posterior_has_spread=True,
+            )
         )
         pair = drawn.wants_pair and stored.has_pair
         reference = images.decode(row["pair_reference" if pair else "reference"])

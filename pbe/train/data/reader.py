@@ -16,6 +16,7 @@ from pbe.store import File, Store
 FOOTER_BYTES = 64 << 20  # of footers, 10 to 50 kB each
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+Place = tuple[int, int, int]  # slot, file and row: the same in encoded rows and in their triplets
 
 
 class Group:
@@ -46,6 +47,7 @@ class StoredRow:
 
     group: Group
     index: int
+    place: Place
 
     def array(self, column: str) -> np.ndarray:
         """A view in the stored type."""
@@ -79,10 +81,12 @@ class RowReader:
         *,
         keep_rows: int = 1,
         footer_bytes: int = FOOTER_BYTES,
+        columns: Sequence[str] | None = None,
     ) -> None:
-        """files: by slot, then by shard."""
+        """files: by slot, then by shard. columns: those to read, image_id and slot among them; None: all."""
         self._store = store
         self._files = files
+        self._columns = columns
         self.groups = Recent(
             self._read_group, lambda group: (group.table.nbytes, group.table.num_rows), cache_bytes, keep_rows
         )
@@ -91,11 +95,12 @@ class RowReader:
     def read(self, *, slot: int, file: int, row: int) -> StoredRow:
         """Row number `row` of a file. Raises StoreError if the file is missing or damaged."""
         group, inner = divmod(row, self.footers.get((slot, file)).rows_per_group)
-        return StoredRow(self.groups.get((slot, file, group)), inner)
+        return StoredRow(self.groups.get((slot, file, group)), inner, (slot, file, row))
 
     def _read_group(self, key: tuple[int, int, int]) -> Group:
         slot, file, group = key
-        return Group(self._store.read_row_group(self._files[slot][file], group, self.footers.get((slot, file)).data))
+        footer = self.footers.get((slot, file)).data
+        return Group(self._store.read_row_group(self._files[slot][file], group, footer, self._columns))
 
     def _read_footer(self, key: tuple[int, int]) -> "Footer":
         slot, file = key

@@ -1,0 +1,93 @@
+"""The folder of a table's edits: PNGs, and edits.jsonl with one line per edit or error."""
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pbe.errors import UserError
+
+LINES = "edits.jsonl"
+
+
+class ResultsError(UserError):
+    """The folder cannot be used now."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of edits.jsonl; png: the file, unless the line has an error."""
+
+    line: dict[str, Any]
+    png: bytes | None = None
+
+
+class ResultsFolder:
+    """PNGs and edits.jsonl. A line is appended once its PNG is there, so a killed run loses only what it was at."""
+
+    def __init__(self, out: Path) -> None:
+        """Makes the folder, and holds it until `close`. Raises ResultsError if another run holds it, OSError."""
+        out.mkdir(parents=True, exist_ok=True)
+        self._out, self._path = out, out / LINES
+        self._lock = os.open(out, os.O_RDONLY)  # of the folder itself: its files are replaced
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ResultsError(f"--out {out}: another run writes there; wait for it, or name another folder") from None
+        self._lines = self._read()
+        self._stream = self._path.open("ab")
+        if self._stream.tell() and not self._path.read_bytes().endswith(b"\n"):
+            self._stream.write(b"\n")  # after the half line of a killed run
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """The last line of each PNG; not errors, whose rows are tried again."""
+        lines: dict[str, dict[str, Any]] = {}
+        for text in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                line = json.loads(text)
+                if "error" not in line:
+                    lines[_key(line)] = line
+            except (ValueError, TypeError, KeyError):  # half a line: its edit is done again
+                continue
+        return lines
+
+    def has(self, pngs: Sequence[str], identity: str) -> bool:
+        """Whether all edits of a job are there, made of the same."""
+        return all(self._lines.get(png, {}).get("identity") == identity and (self._out / png).is_file() for png in pngs)
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Raises OSError, such as for a full disk."""
+        for result in results:
+            if result.png is not None:
+                path = self._out / result.line["png"]
+                beside = path.with_name(f".{path.name}.tmp")
+                beside.write_bytes(result.png)
+                os.replace(beside, path)
+            self._stream.write(json.dumps(result.line).encode() + b"\n")
+            self._stream.flush()
+            self._lines[_key(result.line)] = result.line
+
+    def refuse(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Add the lines of rows that name no job."""
+        self.add([Result(line) for line in lines])
+
+    def errors(self) -> list[dict[str, Any]]:
+        """The lines with an error, in the rows' order."""
+        return sorted((line for line in self._lines.values() if "error" in line), key=lambda line: line["row"])
+
+    def close(self) -> None:
+        """Write edits.jsonl anew, with one line per edit, in the rows' order."""
+        self._stream.close()
+        beside = self._path.with_name(f".{LINES}.tmp")
+        ordered = sorted(self._lines.values(), key=lambda line: line["row"])
+        beside.write_text("".join(json.dumps(line) + "\n" for line in ordered))
+        os.replace(beside, self._path)
+        os.close(self._lock)
+
+
+def _key(line: dict[str, Any]) -> str:
+    return str(line.get("png") or f"row {line['row']}")

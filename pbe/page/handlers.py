@@ -1,0 +1,348 @@
+"""What happens on a click. Every handler answers one visitor; its last output is the line that says what happened."""
+
+import functools
+import html
+import random
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from pbe.data import images
+from pbe.data.contact import with_hole
+from pbe.diffusion.sampling import Sampling
+from pbe.edit import BATCH_ROWS
+from pbe.errors import UserError, one_line, printable
+from pbe.page.samples import Samples
+from pbe.page.session import (
+    Models,
+    PageError,
+    StoppedError,
+    Upload,
+    Visitor,
+    Visitors,
+    boxed_hole,
+    brushed_hole,
+    hole_picture,
+    mask_of,
+    masked_hole,
+    open_upload,
+    shown,
+    stopping,
+)
+from pbe.recipe import PROTOCOLS, Picture, ProtocolName, png_with_recipe, recipes_of
+from pbe.retrieve.index import Index
+
+BRUSH, BOX, MASK = "Brush", "Box", "Mask file"
+OWN_SAMPLER = "the model's own"
+ANY_CLASS = "any class"
+REFERENCE_PX = 480
+EXEMPLARS = 12
+SEED_MAX = 2**31 - 1
+BUSY = "The page is busy: too many edits wait. Try again in a minute."
+
+
+def told(handler: Callable[..., Any], outputs: int, *, emptied: int = 0) -> Callable[..., Any]:
+    """The handler, whose errors become the last of its outputs, a line in the page.
+
+    Of the others the first `emptied` become empty, the rest stay as they are. What errors that are not the
+    visitor's say of this machine, they say to its terminal alone.
+    """
+
+    @functools.wraps(handler)
+    def run(*inputs: Any, **named: Any) -> Any:
+        wrong = True
+        try:
+            return handler(*inputs, **named)
+        except StoppedError:
+            said, wrong = "Cancelled.", False
+        except (UserError, ValueError) as error:
+            said = printable(one_line(error))
+        except Exception as error:
+            traceback.print_exception(error)
+            said = "Something failed on the server; the terminal that runs `pbe page` says what."
+        return [*[None] * emptied, *[gr.skip()] * (outputs - 1 - emptied), status(said, wrong=wrong)]
+
+    return run
+
+
+def status(text: str, *, wrong: bool = False, done: bool = False) -> str:
+    """wrong: what was asked was not done. done: an edit was made."""
+    kind = 'role="alert" class="wrong"' if wrong else 'role="status" class="done"' if done else 'role="status"'
+    return f"<p {kind}>{html.escape(text)}</p>"
+
+
+class Handlers:
+    """The page's actions. The queue runs one edit at a time, so that the models need no lock."""
+
+    def __init__(self, models: Models, visitors: Visitors, samples: Samples, index: Index | None) -> None:
+        self.models, self.samples, self.index = models, samples, index
+        self._visitors = visitors
+
+    # ---- photo and hole
+
+    def take_photo(self, path: Path | None, request: gr.Request) -> list[Any]:
+        """Outputs: photo, brush, mask, hole view, status."""
+        if path is None:
+            return [gr.skip()] * 5
+        visitor = self._visitor(request)
+        return _use_photo(visitor, open_upload(visitor.take(path), "photo"))
+
+    def take_sample_photo(self, chosen: gr.SelectData, request: gr.Request) -> list[Any]:
+        """Outputs as of take_photo."""
+        return _use_photo(self._visitor(request), _at(self.samples.photos, chosen.index))
+
+    def take_result(self, request: gr.Request) -> list[Any]:
+        """The chosen edit becomes the photo. Outputs as of take_photo."""
+        visitor = self._visitor(request)
+        pixels = _at(visitor.edits, visitor.chosen)
+        return _use_photo(visitor, Upload(images.encode_png(pixels), pixels))
+
+    def show_kind(self, kind: str) -> list[Any]:
+        """Outputs: brush, box, mask, hole view."""
+        seen = (kind == BRUSH, kind == BOX, kind == MASK, kind != BRUSH)
+        return [gr.update(visible=True if there else "hidden") for there in seen]
+
+    def show_box(self, text: str, request: gr.Request) -> str | None:
+        """Output: hole view. Says nothing about a box that is still being typed; the edit does."""
+        visitor = self._visitor(request)
+        if visitor.photo is None:
+            return None
+        try:
+            hole = boxed_hole(text, visitor.photo.pixels)
+        except PageError:
+            return None
+        return _hole_picture(visitor, visitor.photo.pixels, mask_of(hole, visitor.photo.pixels))
+
+    def take_mask(self, path: Path | None, request: gr.Request) -> list[Any]:
+        """Outputs: hole view, status."""
+        visitor = self._visitor(request)
+        visitor.mask = None
+        if path is None:
+            return [None, status("No mask.")]
+        data, pixels = visitor.take(path), _photo_of(visitor).pixels
+        hole_mask = masked_hole(data, pixels)
+        visitor.mask = data
+        said = f"The mask marks {100 * hole_mask.mean():.1f} % of the photo."
+        return [_hole_picture(visitor, pixels, hole_mask), status(said)]
+
+    # ---- reference
+
+    def take_reference(self, path: Path | None, request: gr.Request) -> list[Any]:
+        """Outputs: reference, status."""
+        visitor = self._visitor(request)
+        visitor.reference = None
+        if path is None:
+            return [None, status("No reference.")]
+        return _use_reference(visitor, open_upload(visitor.take(path), "reference"))
+
+    def take_sample_reference(self, chosen: gr.SelectData, request: gr.Request) -> list[Any]:
+        """Outputs: reference, status."""
+        return _use_reference(self._visitor(request), _at(self.samples.references, chosen.index))
+
+    def find_exemplars(self, label: str, alike: bool, request: gr.Request) -> list[Any]:
+        """Outputs: gallery of exemplars, status."""
+        assert self.index is not None, "without an index the page has no such button"
+        visitor = self._visitor(request)
+        if alike and visitor.reference is None:
+            raise PageError("Choose a reference first, to find others like it; or choose a class.")
+        like = visitor.reference.pixels if alike and visitor.reference is not None else None
+        if like is None and label == ANY_CLASS:
+            raise PageError("Choose a class, or tick that exemplars should be like the reference.")
+        hits = self.index.find(
+            like=like,
+            label=None if label == ANY_CLASS else label,
+            k=EXEMPLARS,
+            backbone=None if like is None else self.index.backbone(),
+        )
+        visitor.exemplars, thumbs = [], []
+        for hit in hits:
+            try:
+                crop = self.index.crop_of(hit)
+            except UserError:  # its photo is gone since
+                continue
+            visitor.exemplars.append(Upload(images.encode_png(crop), crop))
+            path = visitor.write("exemplar.jpg", images.encode_jpeg(shown(crop, REFERENCE_PX), 90))
+            thumbs.append((str(path), f"{hit.label_name}, {hit.distance:.2f}; {hit.license or 'licence unknown'}"))
+        gone = len(hits) - len(thumbs)
+        said = f"{len(thumbs)} exemplars, the nearest first" + (f"; the photos of {gone} are gone." if gone else ".")
+        return [gr.Gallery(value=thumbs, visible=True), status(said)]
+
+    def take_exemplar(self, chosen: gr.SelectData, request: gr.Request) -> list[Any]:
+        """Outputs: reference, status."""
+        visitor = self._visitor(request)
+        return _use_reference(visitor, _at(visitor.exemplars, chosen.index))
+
+    # ---- edit
+
+    def new_seed(self) -> int:
+        return random.SystemRandom().randrange(SEED_MAX)
+
+    def edit(
+        self,
+        kind: str,
+        layer: bytes,
+        box: str,
+        guidance_scale: float,
+        n: int,
+        seed: int | None,
+        steps: int,
+        sampler: str,
+        protocol: ProtocolName,
+        model: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008, Gradio's way to ask for one
+    ) -> list[Any]:
+        """Outputs: results, gallery, comparison, PNG, recipe, status."""
+        visitor = self._visitor(request)
+        stop = visitor.new_stop()
+        photo = _photo_of(visitor)
+        if visitor.reference is None:
+            raise PageError("Choose a reference: a picture of what should appear in the hole.")
+        if kind == MASK and visitor.mask is None:
+            raise PageError("Choose a mask file, or mark the hole by brush or box.")
+        if seed is None or not 0 <= seed <= SEED_MAX:
+            raise PageError(f"The seed is a whole number from 0 to {SEED_MAX}.")
+        hole: Any
+        if kind == BOX:
+            hole = boxed_hole(box, photo.pixels)
+        elif kind == MASK and visitor.mask is not None:
+            hole = masked_hole(visitor.mask, photo.pixels)
+        else:
+            hole = brushed_hole(layer, photo.pixels)
+        sampling = Sampling(
+            guidance_scale=float(guidance_scale),
+            steps=int(steps),
+            sampler=None if sampler == OWN_SAMPLER else sampler,  # type: ignore[arg-type]  # Gradio has checked it
+        )
+        progress((0, sampling.steps), desc="Preparing", unit="steps")  # until a model is loaded
+        loaded = self.models.load(model)
+        total, done = sampling.steps * -(-n // BATCH_ROWS), 0
+
+        def count() -> None:
+            nonlocal done
+            done = min(done + 1, total)  # PLMS does one more
+            progress((done, total), desc="Editing", unit="steps")
+
+        print(f"pbe page: begin {n} edits of {photo.size}, {total} steps", flush=True)
+        try:
+            edits = loaded.editor.edit(
+                photo.pixels,
+                mask_of(hole, photo.pixels),
+                visitor.reference.pixels,
+                seed=int(seed),
+                n=n,
+                sampling=sampling,
+                protocol=PROTOCOLS[protocol],
+                on_step=stopping(stop, count),
+            )
+        except StoppedError:
+            print(f"pbe page: an edit was stopped after {done} of {total} steps", flush=True)
+            raise
+        print(f"pbe page: made {n} edits", flush=True)
+        visitor.edits, visitor.edited = edits, photo
+        visitor.recipes = recipes_of(
+            edits,
+            editor=loaded.editor,
+            model=loaded.label,
+            weights_sha256=loaded.weights_sha256,
+            photo=Picture.embedded("photo", photo.data),
+            hole=hole_picture(hole),
+            reference=Picture.embedded("reference", visitor.reference.data),
+            reference_box=None,
+            seed=int(seed),
+            sampling=sampling,
+            size_px=None,
+            context_factor=None,
+            protocol=protocol,
+            reference_fit=None,
+        )
+        thumbs = [
+            (str(visitor.write("edit.jpg", images.encode_jpeg(shown(edit, REFERENCE_PX), 92))), f"seed {int(seed) + k}")
+            for k, edit in enumerate(edits)
+        ]
+        said = f"{len(edits)} edits are ready." if len(edits) > 1 else "The edit is ready."
+        return [
+            gr.update(visible=True),
+            gr.Gallery(value=thumbs, selected_index=0),
+            *_chosen(visitor, 0),
+            status(said, done=True),
+        ]
+
+    def stop(self, request: gr.Request) -> list[Any]:
+        """The edit ends after its step. Outputs: edit button, cancel button, status."""
+        self._visitor(request).stop.set()
+        return [*self.idle(), status("Cancelled.")]
+
+    def busy(self) -> list[Any]:
+        """Outputs: edit button, cancel button."""
+        return [gr.update(interactive=False), gr.update(interactive=True)]
+
+    def idle(self) -> list[Any]:
+        """Outputs: edit button, cancel button."""
+        return [gr.update(interactive=True), gr.update(interactive=False)]
+
+    def refuse_edit(self) -> list[Any]:
+        """The queue took no more. Outputs: edit button, cancel button, status."""
+        return [*self.idle(), status(BUSY, wrong=True)]
+
+    def refuse_picture(self) -> list[Any]:
+        """The same for an upload. Outputs: photo or reference, status."""
+        return [None, status(BUSY, wrong=True)]
+
+    def choose(self, chosen: gr.SelectData, request: gr.Request) -> list[Any]:
+        """Outputs: comparison, PNG, recipe, status."""
+        visitor = self._visitor(request)
+        _at(visitor.edits, chosen.index)
+        return [*_chosen(visitor, chosen.index), gr.skip()]
+
+    def leave(self, request: gr.Request) -> None:
+        self._visitors.leave(request.session_hash)
+
+    def _visitor(self, request: gr.Request) -> Visitor:
+        return self._visitors.of(request.session_hash)
+
+
+def _use_photo(visitor: Visitor, upload: Upload) -> list[Any]:
+    visitor.photo, visitor.mask = upload, None
+    said = f"Photo of {upload.size}. Now mark the hole, and choose a reference."
+    return [None, images.encode_jpeg(shown(upload.pixels), 92), None, None, status(said)]
+
+
+def _use_reference(visitor: Visitor, upload: Upload) -> list[Any]:
+    visitor.reference = upload
+    path = visitor.write("reference.jpg", images.encode_jpeg(shown(upload.pixels, REFERENCE_PX), 92))
+    return [str(path), status(f"Reference of {upload.size}.")]
+
+
+def _chosen(visitor: Visitor, index: int) -> list[Any]:
+    visitor.chosen = index
+    after = visitor.edits[index]
+    assert visitor.edited is not None, "set with the edits"
+    pair = tuple(
+        str(visitor.write(name, images.encode_jpeg(shown(pixels), 95)))
+        for name, pixels in (("before.jpg", visitor.edited.pixels), ("after.jpg", after))
+    )
+    recipe = visitor.recipes[index]
+    name = f"edit-seed-{recipe.seed}"
+    png = visitor.write(f"{name}.png", png_with_recipe(after, recipe))
+    return [pair, str(png), str(visitor.write(f"{name}.json", recipe.to_json().encode()))]
+
+
+def _hole_picture(visitor: Visitor, photo: np.ndarray, hole_mask: np.ndarray) -> str:
+    return str(visitor.write("hole.jpg", images.encode_jpeg(shown(with_hole(photo, hole_mask)), 92)))
+
+
+def _photo_of(visitor: Visitor) -> Upload:
+    if visitor.photo is None:
+        raise PageError("Choose a photo first. After a lost connection, choose it again.")
+    return visitor.photo
+
+
+def _at(items: Sequence[Any], index: object) -> Any:
+    if not isinstance(index, int) or not 0 <= index < len(items):
+        raise PageError("That picture is gone; load the page again.")
+    return items[index]

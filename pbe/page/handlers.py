@@ -42,6 +42,7 @@ ANY_CLASS = "any class"
 REFERENCE_PX = 480
 EXEMPLARS = 12
 SEED_MAX = 2**31 - 1
+CANCELLED = "Cancelled."
 BUSY = "The page is busy: too many edits wait. Try again in a minute."
 
 
@@ -58,7 +59,7 @@ def told(handler: Callable[..., Any], outputs: int, *, emptied: int = 0) -> Call
         try:
             return handler(*inputs, **named)
         except StoppedError:
-            said, wrong = "Cancelled.", False
+            said, wrong = CANCELLED, False
         except (UserError, ValueError) as error:
             said = printable(one_line(error))
         except Exception as error:
@@ -275,19 +276,21 @@ class Handlers:
     def stop(self, request: gr.Request) -> list[Any]:
         """The edit ends after its step. Outputs: edit button, cancel button, status."""
         self._visitor(request).stop.set()
-        return [*self.idle(), status("Cancelled.")]
+        return [*self.idle(), status(CANCELLED)]
 
-    def busy(self) -> list[Any]:
-        """Outputs: edit button, cancel button."""
+    def busy(self, request: gr.Request) -> list[Any]:
+        """The click, before the queue takes or refuses it. Outputs: edit button, cancel button."""
+        self._visitor(request).new_stop()
         return [gr.update(interactive=False), gr.update(interactive=True)]
 
     def idle(self) -> list[Any]:
         """Outputs: edit button, cancel button."""
         return [gr.update(interactive=True), gr.update(interactive=False)]
 
-    def refuse_edit(self) -> list[Any]:
-        """The queue took no more. Outputs: edit button, cancel button, status."""
-        return [*self.idle(), status(BUSY, wrong=True)]
+    def refuse_edit(self, request: gr.Request) -> list[Any]:
+        """The queue took no more; Gradio calls a cancelled edit a failure too. Outputs as of stop."""
+        cancelled = self._visitor(request).stop.is_set()
+        return [*self.idle(), status(CANCELLED) if cancelled else status(BUSY, wrong=True)]
 
     def refuse_picture(self) -> list[Any]:
         """The same for an upload. Outputs: photo or reference, status."""

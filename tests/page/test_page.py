@@ -90,6 +90,13 @@ class Visit:
     def edit(self) -> None:
         self.page.locator("#edit").click()
 
+    def cancel(self) -> None:
+        """The edit under way, until the page has been told how it ended."""
+        last = _handler(json.loads(request(self.server, "GET", "/config")[2]), "refuse_edit")
+        with self.page.expect_response(lambda answer: f'"fn_index":{last},' in (answer.request.post_data or "")):
+            self.page.locator("#cancel").click()
+        self.says("Cancelled")
+
     def begin_long(self) -> None:
         """An edit of LONG, until it is at work."""
         begun = self.server.said.count("200 steps\n")
@@ -299,8 +306,7 @@ def test_cancel_ends_the_computation_and_the_next_edit_runs(visit: Visit, server
     visit.ready(**LONG)
     stopped = server.said.count("was stopped after")
     visit.begin_long()
-    visit.page.locator("#cancel").click()
-    visit.says("Cancelled")
+    visit.cancel()
     server.wait_for(rf"(?s)(?:was stopped after \d+ of .*){{{stopped + 1}}}")
     visit.set(steps=2, count=1)
     visit.edit()
@@ -338,8 +344,7 @@ def test_twenty_edits_at_once_those_beyond_the_queue_are_told_so(visit: Visit, c
     late.says("The page is busy")
     assert late.page.locator("#status").inner_text().count("\n") == 0
     visit.page.bring_to_front()
-    visit.page.locator("#cancel").click()
-    visit.says("Cancelled")
+    visit.cancel()
     late.page.bring_to_front()
     late.edit()
     late.says("Choose a photo first")

@@ -18,7 +18,7 @@ from pbe.errors import UserError
 from pbe.settings import ActorResources
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.memory import wait_if_restarted
-from pipelines.runtime.parts import READ, start_ray, torch_device
+from pipelines.runtime.parts import place_rows, start_ray, torch_device
 from pipelines.runtime.stage import StageError
 
 TITLE = "pbe edit --table"
@@ -32,10 +32,9 @@ def edit_on_ray(groups: Sequence[tuple[Job, ...]], work: Work, *, actors: int) -
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     each = ActorResources(cpus=1, gpus=gpus, memory_gib=0)
     count = min(actors, len(groups))
-    refuse_unmet(TITLE, Demand(each, "an actor", count, "--actors"), beside=READ)
+    refuse_unmet(TITLE, Demand(each, "an actor", count, "--actors"))
     wanted = ray_resources(each)
-    rows = ray.data.range(len(groups), concurrency=1, override_num_blocks=len(groups))
-    results = rows.map(
+    results = place_rows(len(groups)).map(
         _actor_class(groups, work, each),
         compute=ActorPoolStrategy(size=count),
         num_cpus=wanted["CPU"],

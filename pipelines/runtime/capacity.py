@@ -37,41 +37,32 @@ def ray_resources(each: TaskResources) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
-def refuse_unmet(stage: str, demand: Demand, *, beside: Bundle | None = None) -> None:
+def refuse_unmet(stage: str, demand: Demand) -> None:
     """Raise StageError when the nodes cannot hold the demand at once and no autoscaler may add nodes.
 
-    beside: what must fit as well for the stage to progress (a task that reads while actors hold their share).
     With an autoscaler, print what is missing; Ray then waits and reports what it waits for.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [node["Resources"] for node in alive]
     each = ray_resources(demand.each)
-    if fits(each, demand.count, nodes, beside=beside):
+    if fits(each, demand.count, nodes):
         return
     asked = f"{demand.key}: {_described(each)}"
     if demand.count_key:
         asked = f"{demand.count_key}: {demand.count}, {asked}"
-    plus = f" plus {_described(beside)}" if beside else ""
     where = f"{len(nodes)} nodes with" if len(nodes) != 1 else "one node with"
     have = "; ".join(_described(node) for node in nodes)
     lower = f"{demand.count_key} or {demand.key}" if demand.count_key else demand.key
-    unmet = f"{stage}: {asked}{plus} does not fit on {where} {have}"
+    unmet = f"{stage}: {asked} does not fit on {where} {have}"
     if not any(NODE_GROUP in node["Labels"] for node in alive):
         raise StageError(f"{unmet}; lower {lower}, or add nodes")
     advice = f"if no pool is large enough, lower {lower}"
     print(f"{unmet}; waiting for the autoscaler to add nodes; {advice}", flush=True)
 
 
-def fits(each: Bundle, count: int, nodes: Sequence[Bundle], *, beside: Bundle | None = None) -> bool:
-    """Return whether `count` equal bundles and `beside` fit on the nodes together, each bundle on a single node."""
-    if beside is None:
-        return sum(_room(each, node, count) for node in nodes) >= count
-    for index, node in enumerate(nodes):
-        left = {name: amount - beside.get(name, 0) for name, amount in node.items()}
-        others = [*nodes[:index], *nodes[index + 1 :]]
-        if _room(beside, node, 1) and fits(each, count, [left, *others]):
-            return True
-    return False
+def fits(each: Bundle, count: int, nodes: Sequence[Bundle]) -> bool:
+    """Return whether `count` equal bundles fit on the nodes together, each bundle on a single node."""
+    return sum(_room(each, node, count) for node in nodes) >= count
 
 
 def _room(bundle: Bundle, node: Bundle, most: int) -> int:

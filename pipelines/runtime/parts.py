@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
@@ -24,7 +25,7 @@ from pbe.errors import UserError
 from pbe.settings import ActorResources, TaskResources
 from pbe.store import Record, record_from
 from pipelines.runtime import local_ray
-from pipelines.runtime.capacity import Bundle, Demand, ray_resources, refuse_unmet
+from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.environment import DRIVER_ENV, WORKER_ENV, is_local, set_unset
 from pipelines.runtime.memory import Patience, shortage, wait_if_restarted
@@ -54,7 +55,7 @@ Work = Callable[[Sequence[Unit]], list[Record]]  # runs units; their records in 
 def start_ray() -> None:
     """Start a local Ray, or connect to the cluster that a job runs on. Does nothing if this process has started Ray.
 
-    A local Ray gets at least four logical CPUs: with two, actors and read tasks deadlock (ray issue 44687).
+    A local Ray gets at least four logical CPUs, so that two cores can rehearse more workers than they are.
     """
     if ray.is_initialized():
         return
@@ -62,9 +63,10 @@ def start_ray() -> None:
     with _interrupts_wait():
         _init_ray()
     context = ray.data.DataContext.get_current()
-    # The reservation delays tasks whose outputs may be large; ours return one short line. Of two tasks that fit, Ray
-    # 2.60 ran 1.4 at a time, and always a single one first.
+    # Both delay tasks whose outputs may be large; ours return one short line. With the reservation Ray 2.60 ran 1.4 of
+    # two tasks that fit; without it, the ratio let one actor of two work as soon as rows had come back.
     context.op_resource_reservation_enabled = False
+    context.downstream_capacity_backpressure_ratio = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -118,7 +120,11 @@ def _refuse_no_cluster(address: str) -> None:
     raise StageError(f"RAY_ADDRESS={address} is a web server, perhaps the dashboard: use http://{address}; {advice}")
 
 
-READ: Bundle = {"CPU": 1}  # the Ray Data task that feeds actors
+def place_rows(count: int) -> ray.data.Dataset:
+    """Return a block for each place 0 to count - 1, with one row, `id`. No task reads them, which would need a process
+    and a CPU beside the actors'.
+    """
+    return ray.data.from_arrow([pa.table({"id": [place]}) for place in range(count)])
 
 
 def run_units(
@@ -205,8 +211,7 @@ def _results(
     actors: int | None,
 ) -> Iterator[tuple[int, list[Record]]]:
     """Run the groups; yield each one's place among them and its records. Raises StageError if one fails."""
-    # beside actors one process reads, which only names the groups; tasks read their own
-    rows = ray.data.range(len(groups), concurrency=1 if actors else None, override_num_blocks=len(groups))
+    rows = place_rows(len(groups))
     wanted = ray_resources(each)
     options = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": wanted.get("memory")}
     if actors is None:
@@ -214,7 +219,7 @@ def _results(
         results = rows.map(_task(groups, worker), **options)
     else:
         count = min(actors, len(groups))
-        refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"), beside=READ)
+        refuse_unmet(stage.title, Demand(each, f"{key}.per_actor", count, f"{key}.actors"))
         actor = _actor_class(groups, worker, stage.title, _fewer(key, actors))
         results = rows.map(actor, compute=ActorPoolStrategy(size=count), **options)
     for row in results.iter_rows():

@@ -16,7 +16,6 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
@@ -121,10 +120,12 @@ def _refuse_no_cluster(address: str) -> None:
 
 
 def place_rows(count: int) -> ray.data.Dataset:
-    """Return a block for each place 0 to count - 1, with one row, `id`. No task reads them, which would need a process
-    and a CPU beside the actors'.
+    """Return a block for each place 0 to count - 1, with one row, `id`.
+
+    This process makes them: range would read them in a task, which needs a process and a CPU beside the actors', and
+    from_arrow runs a task for each to ask for its size.
     """
-    return ray.data.from_arrow([pa.table({"id": [place]}) for place in range(count)])
+    return ray.data.from_items([{"id": place} for place in range(count)], override_num_blocks=count)
 
 
 def run_units(

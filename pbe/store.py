@@ -201,7 +201,7 @@ class Store:
         """Write a file atomically. Raises StoreError if that fails, e.g. on a full disk."""
         try:
             if self.is_local:
-                _write_beside_and_rename(Path(self.path(relative)), data)
+                write_whole(Path(self.path(relative)), data)
             else:
                 self._upload(self.path(relative), data)
         except OSError as error:
@@ -389,9 +389,8 @@ class Store:
         """
         with self._readable(file):
             if columns is None:
-                return pq.read_table(
-                    pa.BufferReader(self._whole(file))
-                )  # its sha256 says more than the pages' checksums
+                # its sha256 says more than the pages' checksums
+                return pq.read_table(pa.BufferReader(self._whole(file)))
             with self._opened(file, None, pre_buffer=True) as parquet:
                 missing = [name for name in columns if name not in parquet.schema_arrow.names]
                 if missing:
@@ -466,9 +465,10 @@ def _footer_bytes(end: bytes, size: int) -> int:
     return length
 
 
-def _write_beside_and_rename(target: Path, data: bytes | memoryview) -> None:
+def write_whole(target: Path, data: bytes | memoryview) -> None:
+    """Write a local file under another name and rename it; makes the folder. Raises OSError and leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with beside.open("wb") as stream:
             stream.write(data)
@@ -519,11 +519,8 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under another name and rename it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    beside.write_bytes(_json_bytes(value))
-    beside.replace(path)
+    """Write a JSON file by `write_whole`."""
+    write_whole(path, _json_bytes(value))
 
 
 def make_manifest(stage: str, *, config: Mapping[str, Any], version: int, units: Sequence[Record]) -> Manifest:

@@ -36,7 +36,7 @@ from pbe.data.slots import slot_files
 from pbe.errors import printable
 from pbe.evaluate.grid import fill_rows, sweep_fills
 from pbe.evaluate.metrics.intervals import Estimate
-from pbe.store import File, Manifest, Record, Store, load_manifest
+from pbe.store import File, Manifest, Record, Store, load_manifest, write_whole
 from pbe.train.settings import TrainConfig
 from pipelines.reporting.charts import areas_svg, classes_svg, loss_svg, sweep_svg
 from pipelines.reporting.deviations import deviations
@@ -140,11 +140,9 @@ def main(stage: Stage) -> None:
         timing={r.name: timing(r.history) for r in trained},
     )
     target = stage.root / "reports" / "index.html"
-    target.parent.mkdir(exist_ok=True)
-    beside = target.with_name(".index.html.tmp")
-    beside.write_text(html, encoding="utf-8")
-    beside.replace(target)
-    print(f"report: {target} ({len(html.encode()) / 1e6:.1f} MB)")
+    page = html.encode()
+    write_whole(target, page)
+    print(f"report: {target} ({len(page) / 1e6:.1f} MB)")
 
 
 def page_environment() -> Environment:

@@ -14,7 +14,7 @@ from pbe.data import images
 from pbe.data.masks import hole_of
 from pbe.data.schema import NO_SEED
 from pbe.evaluate.settings import FilledBaseline
-from pbe.store import File, Manifest, Store, load_manifest, write_json
+from pbe.store import File, Manifest, Store, load_manifest, write_json, write_whole
 from pbe.study.page import Item, absurd_picture, encode_item, render
 from pbe.study.plan import ABSURD, EXTRA_ITEMS, make_plan
 from pbe.study.settings import METHODS_MAX
@@ -55,18 +55,16 @@ def main(stage: Stage) -> None:
         )
     pictures = {} if without else _pictures(stage, bench_file, plan, found)
     html = render(plan, pictures, without=without)
-    size_mb = len(html.encode()) / 1e6
+    page = html.encode()
+    size_mb = len(page) / 1e6
     if size_mb > cfg.max_page_mb:
         raise StageError(
             f"study: the page has {size_mb:.1f} MB, more than study.max_page_mb = {cfg.max_page_mb:g}; lower "
             f"study.picture_px = {cfg.picture_px} or study.items = {cfg.items}, or raise study.max_page_mb"
         )
     target = stage.root / "reports" / "study.html"
-    target.parent.mkdir(exist_ok=True)
-    beside = target.with_name(".study.html.tmp")
-    beside.write_text(html, encoding="utf-8")
     write_json(stage.outputs / "plan.json", plan)
-    beside.replace(target)
+    write_whole(target, page)
     print(f"study: {without or _summary(plan, cfg.items)}")
     print(f"study: {target} ({size_mb:.1f} MB)")
 

@@ -267,7 +267,7 @@ NO_SEED = 0  # of edits by methods without noise
 EDITS = pa.schema(
     [
         pa.field("bench_id", pa.string(), nullable=False),
-        pa.field("hole_kind", pa.string(), nullable=False),  # box | bezier
+        pa.field("hole_kind", pa.string(), nullable=False),  # a HoleKind
         pa.field("reference_kind", pa.string(), nullable=False),  # of REFERENCE_KINDS; of captions, of CAPTION_FORMS
         pa.field("seed", pa.int64(), nullable=False),  # of the noise, or NO_SEED
         picture_field("edit"),  # PNG, S x S

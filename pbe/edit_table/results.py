@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.errors import UserError
+from pbe.store import write_whole
 
 LINES = "edits.jsonl"
 
@@ -63,10 +64,7 @@ class ResultsFolder:
         """Raises OSError, such as for a full disk."""
         for result in results:
             if result.png is not None:
-                path = self._out / result.line["png"]
-                beside = path.with_name(f".{path.name}.tmp")
-                beside.write_bytes(result.png)
-                os.replace(beside, path)
+                write_whole(self._out / result.line["png"], result.png)
             self._stream.write(json.dumps(result.line).encode() + b"\n")
             self._stream.flush()
             self._lines[_key(result.line)] = result.line
@@ -82,10 +80,8 @@ class ResultsFolder:
     def close(self) -> None:
         """Write edits.jsonl anew, with one line per edit, in the rows' order."""
         self._stream.close()
-        beside = self._path.with_name(f".{LINES}.tmp")
         ordered = sorted(self._lines.values(), key=lambda line: line["row"])
-        beside.write_text("".join(json.dumps(line) + "\n" for line in ordered))
-        os.replace(beside, self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in ordered).encode())
         os.close(self._lock)
 
 

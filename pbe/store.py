@@ -465,12 +465,15 @@ def _footer_bytes(end: bytes, size: int) -> int:
     return length
 
 
-def write_whole(target: Path, data: bytes | memoryview) -> None:
-    """Write a local file under another name and rename it; makes the folder. Raises OSError and leaves nothing."""
+def write_whole(target: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
+    """Write a local file under another name and rename it; makes the folder. Raises OSError and leaves nothing.
+
+    mode: who may read it, less the process's umask.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("wb") as stream:
+        with open(beside, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -3,11 +3,11 @@
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +217,12 @@ def test_a_dashboard_as_ray_address_is_refused(
     assert "with RAY_ADDRESS set to its head's host:port" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_the_run_with_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real failure: the kernel lets this process write only 100 bytes into a file."""
+def test_a_full_disk_ends_the_run_with_one_line(
+    folder: Path, full_disk: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     _write(folder / "edits.csv", [ROW])
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        assert _run() == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    full_disk(100)
+    assert _run() == 1
     err = capsys.readouterr().err
     assert "File too large" in err and err.count("\n") == 1
     assert [path.name for path in (folder / "out").iterdir()] == ["edits.jsonl"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pbe.errors import UserError
+from pbe.store import write_whole
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 30 ms per try: about 20 tries a second in all
 PASSWORD_CHARACTERS_MIN = 10
@@ -26,8 +27,7 @@ def add_user(path: Path, name: str, password: str) -> None:
     salt = secrets.token_bytes(16)
     users[name] = salt, _hash(password, salt)
     text = "".join(f"{user}:{own_salt.hex()}:{digest.hex()}\n" for user, (own_salt, digest) in users.items())
-    path.touch(mode=0o600)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path.resolve(), text.encode(), mode=0o600)
 
 
 def open_users(path: Path) -> Callable[[str, str], bool]:

@@ -1,5 +1,6 @@
 """The file of users: passwords are hashed, and what is wrong with the file is said by line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,12 @@ def test_unsuitable_users_are_refused(tmp_path: Path, name: str, password: str) 
     with pytest.raises(UsersError):
         add_user(tmp_path / "users", name, password)
     assert not (tmp_path / "users").exists()
+
+
+def test_a_full_disk_keeps_the_users_who_were_there(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    path = tmp_path / "users"
+    add_user(path, "ada", "correct horse")
+    full_disk(200)
+    with pytest.raises(OSError, match="File too large"):
+        add_user(path, "bela", "battery staple")
+    assert open_users(path)("ada", "correct horse") and [file.name for file in tmp_path.iterdir()] == ["users"]

@@ -1,7 +1,7 @@
 """Where does evaluation spend its time? Edits, their features, and everything computed from features.
 
     python tests/benchmarks/evaluation.py [--quick] [--items N] [--device cuda]
-    python tests/benchmarks/evaluation.py --stage FOLDER --against REVISION [--turns N]
+    python tests/benchmarks/evaluation.py --stage FOLDER --against REVISION [--turns N] [--shared-ray]
 
 One method on N items (48; --quick: 16), with box holes, exemplars and foreign references, at the sample's sizes: an
 untrained network of the sample's shape (weights do not change the time), 20 DDIM steps at guidance scale 3, both
@@ -12,8 +12,9 @@ moves the editor and the extractors to the first GPU; pixel counts, metrics and 
 --stage instead times `python -m pipelines evaluate`, Ray and MLflow included, on the edits of a project in which
 `make repro` has run: this code (HEAD) and a REVISION's in turns (3; --quick: 1), each in a copy of FOLDER without any
 features. Seconds are the stage's, then the processor's over all of its processes, which other work on the machine
-disturbs less. The last line has the ratios of the least of each, the largest relative difference of a number, and
-whether the parts of features are the same files.
+disturbs less. --shared-ray: this code connects to a Ray that runs already, as `make repro` has it, and the revision
+starts its own; the processor's seconds are then of the stage's own process alone. The last line has the ratios of the
+least of each, the largest relative difference of a number, and whether the parts of features are the same files.
 """
 
 import argparse
@@ -61,6 +62,8 @@ from pbe.model.codec import fit_patch_codec
 from pbe.model.settings import ExemplarConfig, UNetConfig
 from pbe.model.unet import new_network
 from pbe.model.weights import Model
+from pipelines.runtime.environment import prepare_driver
+from pipelines.runtime.local_ray import SHARED_RAY, shared
 from tests.benchmarks.device import add_device, now, one_thread, open_device
 from tests.pipelines.project import FOREIGN
 
@@ -162,11 +165,12 @@ class Turn:
     files: dict[str, bytes]
 
 
-def evaluate(folder: Path) -> Turn:
+def evaluate(folder: Path, *, own_ray: bool) -> Turn:
     parts = folder / ".store" / "parts"
     for made in (*(parts / name for name in MADE), folder / "data" / "evaluate"):
         shutil.rmtree(made, ignore_errors=True)
-    env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    foreign = (*FOREIGN, SHARED_RAY) if own_ray else FOREIGN
+    env = {name: value for name, value in os.environ.items() if name not in foreign}
     env |= {"PYTHONPATH": str(folder), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     command = [sys.executable, "-m", "pipelines", "evaluate"]
     started = time.perf_counter()
@@ -209,8 +213,9 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def in_turns(project: Path, against: str, turns: int) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+def in_turns(project: Path, against: str, turns: int, *, shared_ray: bool) -> None:
+    prepare_driver()
+    with shared() if shared_ray else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
         sides = {
             name: copy_with_code(project, revision, Path(scratch) / name)
             for name, revision in (("before", against), ("after", "HEAD"))
@@ -218,7 +223,7 @@ def in_turns(project: Path, against: str, turns: int) -> None:
         taken: dict[str, list[Turn]] = {name: [] for name in sides}
         for index in range(turns):
             for name, folder in sides.items():
-                taken[name].append(evaluate(folder))
+                taken[name].append(evaluate(folder, own_ray=name == "before"))
                 last = taken[name][-1]
                 print(f"turn {index + 1}, {name}: {last.seconds:.1f} s, processor {last.processor_s:.1f} s", flush=True)
     before, after = taken["before"], taken["after"]
@@ -239,10 +244,11 @@ def main() -> int:
     parser.add_argument("--stage", type=Path, metavar="FOLDER", help="a project with edits: time the stage instead")
     parser.add_argument("--against", default="HEAD~1", metavar="REVISION", help="with --stage: the code before")
     parser.add_argument("--turns", type=int, default=3, help="with --stage")
+    parser.add_argument("--shared-ray", action="store_true", help="with --stage: this code as make repro runs it")
     add_device(parser)
     args = parser.parse_args()
     if args.stage:
-        in_turns(args.stage.resolve(), args.against, 1 if args.quick else args.turns)
+        in_turns(args.stage.resolve(), args.against, 1 if args.quick else args.turns, shared_ray=args.shared_ray)
         return 0
     device = open_device(args.device)
     one_thread(device)

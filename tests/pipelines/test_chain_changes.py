@@ -229,6 +229,7 @@ def _last_losses(project: Project) -> list[float]:
     return [float(last["loss"]), float(last["validation_loss"])]
 
 
+@pytest.mark.drill
 def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable: Project) -> None:
     """On another number of ranks too, and with scores, which neither begin another run nor change its loss."""
     from mlflow import MlflowClient
@@ -274,6 +275,7 @@ def test_a_model_that_is_gone_from_the_storage_is_exported_again(changeable: Pro
     assert (run / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == model
 
 
+@pytest.mark.drill
 def test_an_mlflow_that_goes_away_costs_a_training_nothing(changeable: Project, tmp_path: Path) -> None:
     """And the whole curve is logged when it is back."""
     from mlflow import MlflowClient

@@ -283,20 +283,19 @@ def test_a_damaged_model_or_a_wrong_number_is_one_line_and_edit_is_usable_again(
 
 def test_a_photo_can_be_pasted(context: Any, server: Server) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
-    visit = Visit(context.new_page(), server)
-    visit.page.evaluate(
-        """async data => {
-          const blob = await (await fetch(data)).blob();
-          await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
-        }""",
-        "data:image/png;base64," + base64.b64encode(png(photo_pixels())).decode(),
-    )
     from playwright.sync_api import TimeoutError
 
-    for attempt in range(3):  # a click before the page listens does nothing
+    copy = """async data => {
+      const blob = await (await fetch(data)).blob();
+      await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+    }"""
+    for attempt in range(3):  # a click before the page listens, or while it is not in front, does nothing
+        visit = Visit(context.new_page(), server)
+        visit.page.bring_to_front()
+        visit.page.evaluate(copy, "data:image/png;base64," + base64.b64encode(png(photo_pixels())).decode())
         visit.page.locator("#photo").get_by_label("Paste from clipboard").click()
         try:
-            return visit.page.locator("#status", has_text="Photo of 400 x 300 px").wait_for(timeout=10_000)
+            return visit.page.locator("#status", has_text="Photo of 400 x 300 px").wait_for(timeout=15_000)
         except TimeoutError:
             if attempt == 2:
                 raise

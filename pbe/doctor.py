@@ -214,9 +214,9 @@ def _processors(params: Params) -> Iterator[Finding]:
     memory_gib = psutil.virtual_memory().available / 2**30
     yield Finding("ok" if memory_gib > 4 else "warn", "memory", f"{memory_gib:.1f} GiB free")
     for stage, wanted in wanted_cpus(params).items():
-        # local Ray gets at least four CPUs (pipelines/runtime/parts.py)
+        # local Ray gets at least four CPUs (pipelines/runtime/local_ray.py)
         level: Level = "ok" if wanted <= max(cores, 4) else "fail"
-        advice = "" if level == "ok" else f"it would wait forever: lower the {stage} settings in params.yaml"
+        advice = "" if level == "ok" else f"it would be refused: lower the {stage} settings in params.yaml"
         yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, this machine has {cores}", advice)
 
 
@@ -228,6 +228,7 @@ def wanted_cpus(params: Params) -> dict[str, float]:
         "materialize": params.materialize.per_shard.cpus,
         "encode": params.encode.actors * params.encode.per_actor.cpus,
         "train": max(train.workers * train.per_worker.cpus for train in trains),
+        "bench": params.bench.actors * params.bench.per_actor.cpus,
         "edit": params.edit.actors * params.edit.per_actor.cpus,
         "evaluate": params.evaluate.actors * params.evaluate.per_actor.cpus,
     }

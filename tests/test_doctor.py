@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pbe.cli.__main__ import main
-from pbe.doctor import Finding, examine, profiles_for, repository, tracking
+from pbe.config import Params, load_params
+from pbe.doctor import Finding, examine, profiles_for, repository, tracking, wanted_cpus
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
 from tests.profiles import FOLDER
@@ -296,7 +297,6 @@ def test_two_ranks_train_save_and_go_on_as_one(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_drill_whose_ranks_fail_says_why(root: Path) -> None:
-    from pbe.config import load_params
     from pbe.drill import DrillError, run_drill
 
     cfg = load_params(root / "params.yaml").train
@@ -315,3 +315,9 @@ def test_the_exit_code_and_the_last_line(root: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out.splitlines()
     assert any(line.startswith("fail GPU: ") for line in out)
     assert out[-1].endswith(" ok") and " fail, " in out[-1]
+
+
+def test_the_cpus_of_every_stage_that_reserves_some_are_compared() -> None:
+    params, keys = load_params(), ("per_shard", "per_actor", "per_worker")
+    reserving = {name for name in Params.model_fields if any(hasattr(getattr(params, name), key) for key in keys)}
+    assert {"ingest", "bench", "train"} <= reserving == wanted_cpus(params).keys()

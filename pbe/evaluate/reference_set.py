@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pbe.evaluate.metrics.cmmd import CmmdToReference
+from pbe.evaluate.metrics.cmmd import cmmd_to_reference
 from pbe.evaluate.metrics.frechet import FeatureStatistics, frechet_to_reference
-from pbe.evaluate.metrics.kid import KidToReference
+from pbe.evaluate.metrics.kid import kid_to_reference
 from pbe.evaluate.metrics.mixture import Mixture, log_likelihood, quality_scores
 from pbe.evaluate.metrics.quality import quality_scale
 from pbe.evaluate.metrics.retrieval import Candidates
@@ -43,8 +43,8 @@ def make_reference_set(
     return ReferenceSet(
         name=extractor,
         frechet=frechet_to_reference(statistics),
-        kid=KidToReference(real_images),
-        cmmd=CmmdToReference(real_images),
+        kid=kid_to_reference(real_images),
+        cmmd=cmmd_to_reference(real_images),
         quality=quality,
         has_mixture=mixture is not None,
         upstream_region=upstream_region,

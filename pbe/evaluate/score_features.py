@@ -11,7 +11,7 @@ import numpy as np
 
 from pbe.evaluate.metrics.frechet import frechet_to_features
 from pbe.evaluate.metrics.intervals import SetStatistic
-from pbe.evaluate.metrics.kid import KidToReference
+from pbe.evaluate.metrics.kid import kid_to_reference
 from pbe.evaluate.metrics.retrieval import Candidates, retrieval_ranks
 from pbe.evaluate.metrics.similarity import Gains, cosine, exemplar_gain, wins
 from pbe.evaluate.number import Score, mean_score, of_rows, set_estimate
@@ -105,7 +105,7 @@ def _realism(items: Items, given: Edited, reference_set: ReferenceSet, cfg: Stat
         if pictures is not None:
             photos = reference_set.photo_holes[f"{items.hole_kind}/{view}"]
             measured.append((f"frechet_{word}_{name}", frechet_to_features(photos).of_rows, pictures))
-            measured.append((f"kid_{word}_{name}", KidToReference(photos).of_rows, pictures))
+            measured.append((f"kid_{word}_{name}", kid_to_reference(photos).of_rows, pictures))
     out = [
         Score(metric, name, set_estimate(statistic, sets, items.image_ids, cfg), None)
         for metric, statistic, sets in measured

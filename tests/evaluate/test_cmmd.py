@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.metrics import cmmd as module
-from pbe.evaluate.metrics.cmmd import CmmdToReference, cmmd
+from pbe.evaluate.metrics import mmd as module
+from pbe.evaluate.metrics.cmmd import cmmd, cmmd_to_reference
 
 
 def _loops(a: np.ndarray, b: np.ndarray) -> float:
@@ -30,7 +30,7 @@ def test_equals_the_double_loop(n: int, m: int, d: int, block: int, monkeypatch:
 def test_a_subset_of_the_rows_is_a_set_of_its_own() -> None:
     rng = np.random.default_rng(0)
     a, b, rows = rng.standard_normal((12, 3)), rng.standard_normal((9, 3)), np.array([1, 4, 5, 11])
-    assert CmmdToReference(b).of_rows(a)(rows) == pytest.approx(cmmd(a[rows], b), rel=1e-9)
+    assert cmmd_to_reference(b).of_rows(a)(rows) == pytest.approx(cmmd(a[rows], b), rel=1e-9)
 
 
 def test_bad_input_is_refused() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pbe.evaluate.metrics import kid as module
+from pbe.evaluate.metrics import mmd as module
 from pbe.evaluate.metrics.kid import kid
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from pbe.evaluate.metrics import intervals, kid
-from pbe.evaluate.metrics.cmmd import CmmdToReference
+from pbe.evaluate.metrics import intervals, mmd
+from pbe.evaluate.metrics.cmmd import cmmd_to_reference
 from pbe.evaluate.metrics.frechet import SVD_SIDE, feature_statistics, frechet_to_features, frechet_to_reference
 from pbe.evaluate.metrics.intervals import SetStatistic, bootstrap_mean, jackknife
-from pbe.evaluate.metrics.kid import KidToReference
+from pbe.evaluate.metrics.kid import kid_to_reference
 from pbe.evaluate.metrics.paired import ROUNDING, paired_sets
 
 PHOTOS = [f"p{i // 3}" for i in range(40)]
@@ -54,8 +54,8 @@ def test_distances_of_rows_are_those_of_a_set_of_them(n: int, m: int, d: int) ->
     statistics: list[SetStatistic] = [
         frechet_to_reference(feature_statistics(real)),
         frechet_to_features(real),
-        KidToReference(real),
-        CmmdToReference(real),
+        kid_to_reference(real),
+        cmmd_to_reference(real),
     ]
     for statistic in statistics:
         of_rows = statistic.of_rows(features)
@@ -69,10 +69,13 @@ def test_distances_of_rows_are_those_of_a_set_of_them(n: int, m: int, d: int) ->
             statistic.of_rows(np.full((5, d), np.nan))
 
 
-def test_a_set_whose_kernel_matrix_would_be_too_large_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, distance, rows = _features(40, 8, 0), KidToReference(_features(30, 8, 1)), np.arange(0, 40, 3)
+@pytest.mark.parametrize("to_reference", [kid_to_reference, cmmd_to_reference])
+def test_a_set_whose_kernel_matrix_would_be_too_large_is_measured_anew(
+    to_reference: Callable[[np.ndarray], SetStatistic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, distance, rows = _features(40, 8, 0), to_reference(_features(30, 8, 1)), np.arange(0, 40, 3)
     whole = distance.of_rows(features)(rows)
-    monkeypatch.setattr(kid, "MATRIX_ROWS", 39)
+    monkeypatch.setattr(mmd, "MATRIX_ROWS", 39)
     assert distance.of_rows(features)(rows) == pytest.approx(whole, rel=1e-10)
 
 

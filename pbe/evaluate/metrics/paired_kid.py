@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pbe.evaluate.metrics.kid import cubic_kernel
+
 
 def paired_kid(a: np.ndarray, b: np.ndarray, *, groups: Sequence[str]) -> float:
     """MMD^2 of features a, b (N, d), whose rows i are a pair; float64 inside, in memory for N^2 numbers.
@@ -26,9 +28,5 @@ def paired_kid(a: np.ndarray, b: np.ndarray, *, groups: Sequence[str]) -> float:
     if not compared.any():
         raise ValueError("all pairs are of one photo: there is nothing to compare")
     a, b = a.astype(np.float64), b.astype(np.float64)
-    between = _kernel(a, b)
-    return float((_kernel(a, a) + _kernel(b, b) - between - between.T)[compared].mean())
-
-
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+    among_a, among_b, between = (cubic_kernel(x @ y.T, a.shape[1]) for x, y in ((a, a), (b, b), (a, b)))
+    return float((among_a + among_b - between - between.T)[compared].mean())

@@ -217,3 +217,13 @@ def full_disk() -> Iterator[Callable[[int], None]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def edit_pictures() -> dict[str, np.ndarray]:
+    """A photo, a mask with a hole in it, and a reference, (H, W, 3) uint8, for a model as small as `model_folder`."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((24, 40, 3), np.uint8)
+    mask[5:15, 8:25] = 255
+    photo, reference = (rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((24, 40), (50, 30)))
+    return {"photo": photo, "mask": mask, "reference": reference}

@@ -25,18 +25,11 @@ ROW = {"photo": "photo.png", "box": "8,5,25,15", "reference": "reference.png"}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(
+    tmp_path: Path, model_folder: Path, edit_pictures: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """photo.png, mask.png, reference.png and small.png, beside models/tiny."""
-    rng = np.random.default_rng(0)
-    mask = np.zeros((24, 40, 3), np.uint8)
-    mask[5:15, 8:25] = 255
-    pictures = {
-        "photo": rng.integers(0, 256, (24, 40, 3)).astype(np.uint8),
-        "mask": mask,
-        "reference": rng.integers(0, 256, (50, 30, 3)).astype(np.uint8),
-        "small": mask[:9, :9],
-    }
-    for name, image in pictures.items():
+    for name, image in (*edit_pictures.items(), ("small", edit_pictures["mask"][:9, :9])):
         (tmp_path / f"{name}.png").write_bytes(images.encode_png(image))
     monkeypatch.chdir(tmp_path)
     return tmp_path

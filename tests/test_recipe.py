@@ -29,18 +29,12 @@ from pbe.recipe import (
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(
+    tmp_path: Path, model_folder: Path, edit_pictures: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """photo.png, mask.png, reference.png in a folder beside models/tiny; the working folder is above."""
-    rng = np.random.default_rng(0)
-    mask = np.zeros((24, 40, 3), np.uint8)
-    mask[5:15, 8:25] = 255
-    pictures = {
-        "photo": rng.integers(0, 256, (24, 40, 3)).astype(np.uint8),
-        "mask": mask,
-        "reference": rng.integers(0, 256, (50, 30, 3)).astype(np.uint8),
-    }
     (tmp_path / "in").mkdir()
-    for name, image in pictures.items():
+    for name, image in edit_pictures.items():
         (tmp_path / "in" / f"{name}.png").write_bytes(images.encode_png(image))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from pbe.data import images
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.codec import PatchCodec
 from pbe.store import Store
+
+if TYPE_CHECKING:
+    from pbe.model.architecture import Architecture
 
 pytest.importorskip("gradio", reason="gradio is not installed; install pbe[page]")
 
@@ -76,32 +80,19 @@ def start(folder: Path, *arguments: str) -> Server:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, codec: PatchCodec, backbone: EfficientNetLite) -> Path:
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, arch: "Architecture", codec: PatchCodec, backbone: EfficientNetLite
+) -> Path:
     """models/tiny, with random weights; large enough that 200 steps of 8 edits last for seconds."""
     import torch
 
     from pbe.diffusion.scheduler_config import scheduler_config
-    from pbe.model.architecture import Architecture
     from pbe.model.card import ModelCard
-    from pbe.model.settings import ExemplarConfig, UNetConfig
     from pbe.model.unet import new_network
     from pbe.model.weights import Model, save_model
 
-    arch = Architecture(
-        latent_channels=codec.channels,
-        latent_px=8,
-        backbone_width=1280,
-        unet=UNetConfig(
-            block_channels=(32, 64),
-            attention=(False, True),
-            layers_per_block=2,
-            attention_heads=2,
-            norm_groups=4,
-            context_width=8,
-            class_embedding=True,
-        ),
-        exemplar=ExemplarConfig(mapper_width=16, mapper_blocks=1),
-    )
+    unet = arch.unet.model_copy(update={"block_channels": (32, 64), "layers_per_block": 2})
+    larger = replace(arch, latent_channels=codec.channels, latent_px=8, unet=unet)
     card = ModelCard(
         image_px=8 * codec.patch_px,
         reference_px=224,
@@ -112,7 +103,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, codec: PatchCodec, back
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        network = new_network(arch).eval()
+        network = new_network(larger).eval()
     folder = tmp_path_factory.mktemp("page") / "models" / "tiny"
     save_model(folder, Model(network, codec, backbone, card))
     return folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import gradio as gr
 import numpy as np
@@ -20,6 +20,10 @@ EDITS_MAX, STEPS_MAX, SCALE_MAX = 8, 200, 15.0
 THUMB_PX = 160
 UNUSED_S = (600, 3600)  # uploads that no click used: looked for every so often, removed at this age
 CLASSES_MAX = 1000
+# Every choice is answered, in order, so the last one counts. By default Gradio drops an event while the one before is
+# being answered; a click on "Paste from clipboard" is two events, of which the first empties the box. Gradio's
+# "always_last" repeats the first choice: it keeps that one's event data.
+EACH: Literal["multiple"] = "multiple"
 # to what a click made, if it made it
 SCROLL = "() => {{ if ({}) document.querySelector('{}').scrollIntoView({{behavior: 'smooth'}}); }}"
 # Gradio's slider gives its two pictures no text
@@ -124,22 +128,28 @@ def make_page(act: Handlers) -> gr.Blocks:
                         again = gr.Button("Use as photo", elem_id="again", min_width=140)
 
         of_photo = [photo, brush, mask, hole_view, line]
-        photo.input(told(act.take_photo, 5, emptied=1), photo, of_photo, show_progress_on=photo).failure(
-            act.refuse_picture, None, [photo, line], queue=False, show_progress="hidden"
-        )
-        sample_photos.select(told(act.take_sample_photo, 5), None, of_photo, show_progress="hidden")
+        photo.input(
+            told(act.take_photo, 5, emptied=1), photo, of_photo, show_progress_on=photo, trigger_mode=EACH
+        ).failure(act.refuse_picture, None, [photo, line], queue=False, show_progress="hidden")
+        sample_photos.select(told(act.take_sample_photo, 5), None, of_photo, show_progress="hidden", trigger_mode=EACH)
         kind.change(act.show_kind, kind, [brush, box, mask, hole_view], queue=False, show_progress="hidden")
         box.change(act.show_box, box, hole_view, show_progress="hidden", trigger_mode="always_last")
-        mask.upload(told(act.take_mask, 2), mask, [hole_view, line], show_progress_on=mask)
-        mask.clear(told(act.take_mask, 2), mask, [hole_view, line], show_progress="hidden")
+        mask.upload(told(act.take_mask, 2), mask, [hole_view, line], show_progress_on=mask, trigger_mode=EACH)
+        mask.clear(told(act.take_mask, 2), mask, [hole_view, line], show_progress="hidden", trigger_mode=EACH)
 
         of_reference = [reference, line]
         reference.input(
-            told(act.take_reference, 2, emptied=1), reference, of_reference, show_progress_on=reference
+            told(act.take_reference, 2, emptied=1),
+            reference,
+            of_reference,
+            show_progress_on=reference,
+            trigger_mode=EACH,
         ).failure(act.refuse_picture, None, of_reference, queue=False, show_progress="hidden")
-        sample_references.select(told(act.take_sample_reference, 2), None, of_reference, show_progress="hidden")
+        sample_references.select(
+            told(act.take_sample_reference, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH
+        )
         find.click(told(act.find_exemplars, 2), [label, alike], [exemplars, line], show_progress_on=exemplars)
-        exemplars.select(told(act.take_exemplar, 2), None, of_reference, show_progress="hidden")
+        exemplars.select(told(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
 
         new_seed.click(act.new_seed, None, seed, queue=False, show_progress="hidden")
         edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden")
@@ -155,7 +165,9 @@ def make_page(act: Handlers) -> gr.Blocks:
         )
         run.failure(act.refuse_edit, None, [edit, cancel, line], queue=False, show_progress="hidden")
         cancel.click(act.stop, None, [edit, cancel, line], queue=False, cancels=[run], show_progress="hidden")
-        gallery.select(told(act.choose, 4), None, [compare, png, recipe, line], show_progress="hidden")
+        gallery.select(
+            told(act.choose, 4), None, [compare, png, recipe, line], show_progress="hidden", trigger_mode=EACH
+        )
         again.click(told(act.take_result, 5), None, of_photo, show_progress="hidden").then(
             None, js=SCROLL.format("true", "#brush")
         )

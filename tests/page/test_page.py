@@ -283,22 +283,27 @@ def test_a_damaged_model_or_a_wrong_number_is_one_line_and_edit_is_usable_again(
 
 def test_a_photo_can_be_pasted(context: Any, server: Server) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
-    from playwright.sync_api import TimeoutError
 
     copy = """async data => {
       const blob = await (await fetch(data)).blob();
       await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
     }"""
-    for attempt in range(3):  # a click before the page listens, or while it is not in front, does nothing
-        visit = Visit(context.new_page(), server)
-        visit.page.bring_to_front()
-        visit.page.evaluate(copy, "data:image/png;base64," + base64.b64encode(png(photo_pixels())).decode())
-        visit.page.locator("#photo").get_by_label("Paste from clipboard").click()
-        try:
-            return visit.page.locator("#status", has_text="Photo of 400 x 300 px").wait_for(timeout=15_000)
-        except TimeoutError:
-            if attempt == 2:
-                raise
+    visit = Visit(context.new_page(), server)
+    visit.page.bring_to_front()
+    visit.page.evaluate(copy, "data:image/png;base64," + base64.b64encode(png(photo_pixels())).decode())
+    # The click first empties the box, which is an event of its own. Its answer comes after the photo.
+    visit.page.route("**/queue/data*", lambda route: (visit.page.wait_for_timeout(1000), route.continue_()), times=1)
+    visit.page.locator("#photo").get_by_label("Paste from clipboard").click()
+    visit.says("Photo of 400 x 300 px")
+
+
+def test_of_two_photos_chosen_quickly_the_last_one_counts(visit: Visit) -> None:
+    visit.page.bring_to_front()
+    visit.page.route("**/queue/data*", lambda route: (visit.page.wait_for_timeout(1000), route.continue_()), times=1)
+    photos = visit.page.locator("#sample-photos .grid-container button")
+    photos.nth(2).click()
+    photos.nth(3).click()
+    visit.says("Photo of 640 x 427 px")
 
 
 def test_cancel_ends_the_computation_and_the_next_edit_runs(visit: Visit, server: Server) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from pbe.data.schema import REJECTS, TRANSIENT_REASONS
 from pbe.errors import printable
-from pbe.store import Manifest, Store, load_manifest
+from pbe.store import Manifest, Store, load_manifest, whole_file
 
 STAGES = ("ingest", "filter", "materialize")
 FORMULA = r"^[\s'\x{FEFF}]*[=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}]|^[\t\r\n]"  # also in full width
@@ -79,7 +79,7 @@ def write_rejects(store: Store, manifests: Mapping[str, Manifest], target: Path)
     A cell that a spreadsheet would compute begins with an apostrophe, as OWASP advises (CSV injection); numbers stay.
     """
     rows = 0
-    with pacsv.CSVWriter(str(target), REJECTS) as writer:
+    with whole_file(target) as beside, pacsv.CSVWriter(str(beside), REJECTS) as writer:
         for stage, manifest in manifests.items():
             for unit in manifest.units:
                 if any(file.dataset == "rejects" for file in unit.files):

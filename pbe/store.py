@@ -471,16 +471,24 @@ def write_whole(target: Path, data: bytes | memoryview, *, mode: int = 0o666) ->
     mode: who may read it, less the process's umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        whole_file(target) as beside,
+        open(beside, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as stream,
+    ):
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path beside the target to write a local file to; it becomes the target, or after an error nothing is left."""
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(beside, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield beside
         os.replace(beside, target)
-    except OSError:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
 def _file_of(stage: str, unit: str, dataset: str, table: pa.Table, data: memoryview) -> File:

@@ -302,6 +302,17 @@ def test_n_edits_are_a_folder_of_seeds_or_one_grid(
     assert "3 edits need a folder, or --grid" in capsys.readouterr().err
 
 
+def test_a_full_disk_keeps_the_edit_that_was_there(
+    args: dict[str, str], full_disk: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(args) == 0
+    before = {path: path.read_bytes() for path in Path(args["out"]).parent.iterdir() if path.is_file()}
+    full_disk(100)
+    assert _run({**args, "seed": "1"}) == 1
+    assert "File too large" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path(args["out"]).parent.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize("box", ["0,0,41,10", "-1,0,3,3"])
 def test_a_box_outside_the_photo_is_one_line(
     box: str, args: dict[str, str], capsys: pytest.CaptureFixture[str]

@@ -123,7 +123,7 @@ def _show(args: argparse.Namespace) -> None:
     from pbe.data import images
     from pbe.places import repo_root, storage_uri
     from pbe.show import show_triplets
-    from pbe.store import Store, load_manifest
+    from pbe.store import Store, load_manifest, write_whole
 
     refuse_unwritable_png(args.out)
     path = repo_root() / "data" / "materialize" / "manifest.json"
@@ -131,7 +131,7 @@ def _show(args: argparse.Namespace) -> None:
         raise ValueError(f"{path}: not there; run `dvc repro materialize` first")
     manifest = load_manifest(path)
     sheet, names = show_triplets(Store(storage_uri()), manifest, image_ids=args.ids, rows=args.rows, seed=args.seed)
-    args.out.write_bytes(images.encode_png(sheet))
+    write_whole(args.out, images.encode_png(sheet))
     print("\n".join(map(printable, names)))
     print(f"wrote {args.out}")
 

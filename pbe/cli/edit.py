@@ -114,6 +114,7 @@ def _edit(args: argparse.Namespace) -> int:
     from pbe.edit import BATCH_ROWS, DEFAULT_SAMPLING, Editor, model_folder
     from pbe.model.weights import weights_sha256
     from pbe.recipe import Picture, png_with_recipe, protocol_of, recipes_of
+    from pbe.store import write_whole
 
     one_file = args.n == 1 or args.grid
     if one_file:
@@ -151,7 +152,7 @@ def _edit(args: argparse.Namespace) -> int:
         )
     if args.grid:
         shown = None if isinstance(reference, str) else reference
-        args.out.write_bytes(images.encode_png(edits_sheet(photo, hole_mask, shown, edits)))
+        write_whole(args.out, images.encode_png(edits_sheet(photo, hole_mask, shown, edits)))
         print(f"wrote {args.out}")
         return 0
     folder = args.out.parent if one_file else args.out
@@ -159,7 +160,7 @@ def _edit(args: argparse.Namespace) -> int:
     if isinstance(reference, str):  # recipes are of pictures
         for k, edit in enumerate(edits):
             path = args.out if one_file else folder / f"seed-{args.seed + k}.png"
-            path.write_bytes(images.encode_png(edit))
+            write_whole(path, images.encode_png(edit))
             print(f"wrote {path}, without a recipe")
         return 0
     recipes = recipes_of(
@@ -180,7 +181,7 @@ def _edit(args: argparse.Namespace) -> int:
     )
     for recipe, edit in zip(recipes, edits, strict=True):
         path = args.out if one_file else args.out / f"seed-{recipe.seed}.png"
-        path.write_bytes(png_with_recipe(edit, recipe))
+        write_whole(path, png_with_recipe(edit, recipe))
         print(f"wrote {path}")
     return 0
 
@@ -204,6 +205,7 @@ def _again(args: argparse.Namespace) -> int:
     from pbe.model.hub import is_on_hub
     from pbe.model.weights import weights_sha256
     from pbe.recipe import is_same, png_with_recipe, read_recipe, remake
+    from pbe.store import write_whole
 
     refuse_unwritable_png(args.out)
     recipe = read_recipe(args.recipe)
@@ -215,7 +217,7 @@ def _again(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.recipe}: made with other weights than those of {model}; name theirs by --model")
     editor = Editor.load(folder, dtype=recipe.dtype)
     edit = remake(recipe, editor, folder=args.recipe.parent)
-    args.out.write_bytes(png_with_recipe(edit, recipe))
+    write_whole(args.out, png_with_recipe(edit, recipe))
     same = is_same(recipe, edit)
     print(f"wrote {args.out}; {'the same, bit for bit' if same else 'not the same pixels'}")
     if not same:

@@ -105,6 +105,7 @@ def _write_sheet(plan: "Plan", work: "Work") -> None:
 
     from pbe.data import images
     from pbe.data.contact import edits_sheet
+    from pbe.store import write_whole
 
     jobs = [job for group in plan.groups for job in group]
     strips: list[np.ndarray] = []
@@ -120,6 +121,6 @@ def _write_sheet(plan: "Plan", work: "Work") -> None:
         return
     width_px = max(strip.shape[1] for strip in strips)
     wide = [np.pad(strip, ((0, 4), (0, width_px - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
-    (work.out / "sheet.png").write_bytes(images.encode_png(np.concatenate(wide)))
+    write_whole(work.out / "sheet.png", images.encode_png(np.concatenate(wide)))
     columns = ", ".join(f"{Path(job.model).name} at scale {job.scale:g}" for job in own)
     print(f"{work.out / 'sheet.png'}: photo, reference, then {columns}")

@@ -77,6 +77,7 @@ def run_find(args: argparse.Namespace) -> None:
     from pbe.data.contact import sheet
     from pbe.data.inputs import decode_picture, part_of
     from pbe.retrieve.index import Index
+    from pbe.store import write_whole
 
     if args.like is None and args.label is None and args.text is None:
         raise ValueError("say what to find: --like PICTURE, --label CLASS, both, or --text WORDS")
@@ -106,12 +107,12 @@ def run_find(args: argparse.Namespace) -> None:
     if args.out is not None and crops:
         args.out.mkdir(parents=True, exist_ok=True)
         for rank, crop in crops.items():
-            (args.out / _name(rank, hits[rank])).write_bytes(images.encode_png(crop))
+            write_whole(args.out / _name(rank, hits[rank]), images.encode_png(crop))
         print(f"wrote {len(crops)} crops to {args.out}", file=sys.stderr)
     if args.sheet is not None and crops:
         tiles = [_tile(crop) for crop in crops.values()]
         rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
-        args.sheet.write_bytes(images.encode_png(sheet([[_tile(like)], *rows] if like is not None else rows)))
+        write_whole(args.sheet, images.encode_png(sheet([[_tile(like)], *rows] if like is not None else rows)))
         print(f"wrote {args.sheet}", file=sys.stderr)
 
 

@@ -23,7 +23,6 @@ import hashlib
 import json
 import mmap
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ import pyarrow as pa
 from usearch.index import Index as Graph
 
 from pbe.errors import UserError, one_line
+from pbe.store import whole_file
 
 MAGIC = b"PBEFIND1"  # the last digit is the format's version
 ALIGN_BYTES = 64  # of Arrow's buffers
@@ -95,29 +95,26 @@ def new_graph(width: int) -> Graph:
 
 def write_index(path: Path, graph: Graph, photos: pa.Table, rows: pa.Table, meta: Mapping[str, Any]) -> None:
     """Write the file under another name and rename it. Raises IndexFileError if the disk refuses."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        graph.save(str(beside))
-        with beside.open("r+b") as stream:
-            length = stream.seek(0, os.SEEK_END)
-            sections = {"graph": (0, length, _sha256_of(stream, 0, length))}
-            for name, table in (("photos", photos), ("rows", rows)):
-                start = stream.seek(0, os.SEEK_END)
-                start += stream.write(b"\0" * (-start % ALIGN_BYTES))
-                with pa.ipc.new_file(pa.PythonFile(stream, "w"), table.schema) as writer:
-                    writer.write_table(table)
-                end = stream.seek(0, os.SEEK_END)
-                sections[name] = (start, end - start, _sha256_of(stream, start, end - start))
-            footer = json.dumps({"meta": meta, "sections": sections, "count": len(graph)}, sort_keys=True).encode()
-            stream.seek(0, os.SEEK_END)
-            stream.write(footer + hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little") + MAGIC)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
+        with whole_file(path) as beside:
+            graph.save(str(beside))
+            with beside.open("r+b") as stream:
+                length = stream.seek(0, os.SEEK_END)
+                sections = {"graph": (0, length, _sha256_of(stream, 0, length))}
+                for name, table in (("photos", photos), ("rows", rows)):
+                    start = stream.seek(0, os.SEEK_END)
+                    start += stream.write(b"\0" * (-start % ALIGN_BYTES))
+                    with pa.ipc.new_file(pa.PythonFile(stream, "w"), table.schema) as writer:
+                        writer.write_table(table)
+                    end = stream.seek(0, os.SEEK_END)
+                    sections[name] = (start, end - start, _sha256_of(stream, start, end - start))
+                footer = json.dumps({"meta": meta, "sections": sections, "count": len(graph)}, sort_keys=True).encode()
+                stream.seek(0, os.SEEK_END)
+                stream.write(footer + hashlib.sha256(footer).digest() + len(footer).to_bytes(8, "little") + MAGIC)
+                stream.flush()
+                os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:
         raise IndexFileError(f"{path}: cannot be written: {one_line(error, 300)}; its parts are kept") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def open_index(path: Path, *, verify: bool = False) -> Contents:

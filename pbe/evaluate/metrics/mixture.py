@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from pbe.errors import UserError
+from pbe.store import whole_file
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 UPSTREAM_CEILING = 300.0  # log-likelihood that is 100 points; upstream's own constant for its mixture
@@ -98,7 +99,7 @@ def save_mixture(path: Path, mixture: Mixture, *, source_sha256: str) -> None:
         "source_sha256": np.frombuffer(source_sha256.encode(), np.uint8),
         "sha256": np.frombuffer(mixture_digest(mixture).encode(), np.uint8),
     }
-    with path.open("wb") as stream:
+    with whole_file(path) as beside, beside.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 

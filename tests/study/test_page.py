@@ -159,8 +159,9 @@ def test_a_rater_ranks_by_keys_and_drag_goes_away_comes_back_and_saves_both_file
     assert [{key: one[key] for key in asked[0]} for one in told["answers"]] == asked
     for one, letters in zip(told["answers"], expected[2:], strict=True):
         assert one["ranking"] == [one["shown"]["ABCDE".index(letter)] for letter in letters]
-        assert 0 < one["seconds"] < 120 and one.keys() == {*asked[0], "ranking", "seconds"}
+        assert 0 <= one["seconds"] < 120 and one.keys() == {*asked[0], "ranking", "seconds"}
     ranks = [f"rank_{place}" for place in range(1, 6)]
+    assert sum(one["seconds"] for one in told["answers"]) > 0  # one alone may be typed in less than 0.05 s
     columns = ["plan", "rater", "judge", "screen", "item", "role", "question", *ranks, "shown", "seconds"]
     assert list(lines[0]) == columns
     for line, one in zip(lines, told["answers"], strict=True):

@@ -226,7 +226,7 @@ def _selected(
         raise SourceError(f"ingest.classes: no box in {tree.where} is of class {', '.join(unknown)}; there are {known}")
     if rows == selector.left_out:
         raise SourceError(
-            f"ingest.boxes: none of the {rows} boxes in {tree.where} is of ingest.splits, classes and image_ids"
+            f"ingest.boxes: none of the {rows} boxes in {tree.where} matches ingest.splits, classes and image_ids"
         )
 
 
@@ -375,7 +375,7 @@ def _refuse_too_many_rejects(
         listed = ", ".join(f"{reason} {count}" for reason, count in found.items())
         cause = next(iter(found))
         advice = (
-            f"First {_example(store, manifest, cause)}. To cure it, {cure_of_reject(cause)}; `pbe rejects` shows all"
+            f"First {_example(store, manifest, cause)}. To fix it, {cure_of_reject(cause)}; `pbe rejects` shows all"
         )
         if none_kept:
             raise StageError(f"ingest: none of {total} {kind} could be used ({listed}). {advice}")

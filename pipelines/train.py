@@ -187,9 +187,9 @@ def origin_of(stage: Stage, cfg: TrainConfig, run: Run) -> tuple[str, int] | Non
         )
     if found.zero_stage != cfg.zero_stage and {found.zero_stage, cfg.zero_stage} != {1, 2}:
         raise StageError(
-            f"train.resume_from = {cfg.resume_from}: of train.zero_stage {found.zero_stage}, which DeepSpeed does "
-            f"not convert to {cfg.zero_stage} (only 1 and 2 to each other); train.init can begin from that run's "
-            "export instead, without the optimizer's state"
+            f"train.resume_from = {cfg.resume_from}: saved with train.zero_stage {found.zero_stage}, which "
+            f"DeepSpeed cannot convert to {cfg.zero_stage} (only between 1 and 2); train.init can start from that "
+            "run's export instead, without the optimizer's state"
         )
     run.write_json("origin.json", {"run": name, "step": found.step})
     return name, found.step
@@ -270,7 +270,7 @@ def _initial_weights(
     stage: Stage, cfg: TrainConfig, encoded: Manifest
 ) -> tuple[tuple[str, str | None] | None, StoredAdapter | None]:
     """Storage paths of the UNet and of the image encoder that training starts from, None for random weights, and the
-    adapter of them that it goes on with, if `train.init` is one."""
+    adapter of them that it starts from, if `train.init` is one."""
     if cfg.init == "random":
         return None, None
     from pbe.model.adapter import is_adapter
@@ -287,7 +287,7 @@ def _initial_weights(
     codec = encoded.config["codec"]
     if (folder / CODEC_FILE).is_file() and (folder / CODEC_FILE).read_bytes() != stage.store.read_bytes(codec["path"]):
         raise StageError(
-            f"train.init = {cfg.init}: its latents are those of another codec than these rows were encoded with; set "
+            f"train.init = {cfg.init}: its codec is not the one that encoded these rows; set "
             f"encode.codec: {{kind: pretrained, weights: {cfg.init}}}"
         )
     unet = store_weights(stage.store, folder / "unet", "unet", STEM)
@@ -299,7 +299,7 @@ def _initial_weights(
         )
     if cfg.trainable != "all" and not has_encoder:
         raise StageError(
-            f"train.init = {cfg.init}: no Paint by Example model: the UNet's new input channels begin at zero, and "
+            f"train.init = {cfg.init}: not a Paint by Example model: the UNet's new input channels start at zero, and "
             f"train.trainable = {_what_trains(cfg)} would leave them there; set train.trainable: all"
         )
     encoder = store_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
@@ -324,13 +324,13 @@ def adapter_weights(
     adapter = read_adapter(folder)
     if not isinstance(cfg.trainable, LoraTrainable) or cfg.trainable.lora != adapter.lora:
         raise StageError(
-            f"train.init = {cfg.init}: an adapter; to go on with it, set train.trainable: {describe(adapter.lora)}, or "
-            "name the merged model, whose folder has the adapter in it"
+            f"train.init = {cfg.init}: an adapter; to train it further, set train.trainable: {describe(adapter.lora)}, "
+            "or name the merged model, whose folder contains the adapter"
         )
     base = adapter.base
     if base.codec_sha256 != stored_codec_sha256(stage.store, encoded.config["codec"]):
         raise StageError(
-            f"train.init = {cfg.init}: its latents are those of another codec than these rows were encoded with; set "
+            f"train.init = {cfg.init}: its codec is not the one that encoded these rows; set "
             f"encode.codec: {{kind: pretrained, weights: {base.name}}}"
         )
     if not all(stage.store.exists(f"{path}/record.json") for path in (base.unet, base.image_encoder)):
@@ -343,7 +343,7 @@ def adapter_weights(
                 "or train a new adapter"
             )
     stored = StoredAdapter(store_adapter(stage.store, folder), base.name)
-    print(f"train@{stage.variant}: goes on with {stored.path}, an adapter of {base.name}: {base.unet}")
+    print(f"train@{stage.variant}: starts from {stored.path}, an adapter of {base.name}: {base.unet}")
     return (base.unet, base.image_encoder), stored
 
 

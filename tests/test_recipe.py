@@ -116,16 +116,16 @@ def test_a_changed_picture_other_weights_and_other_pixels_are_said(
     scheduler = folder / "models" / "tiny" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text() + "\n")
     assert main(["edit", "--recipe", "edited.png", "--out", "again.png"]) == 1
-    assert "edited.png: made with other weights than those of models/tiny" in capsys.readouterr().err
+    assert "edited.png: the weights of models/tiny differ from the recipe's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["in/photo.png"], "a photo and --recipe"),
-        (["--seed", "3"], "--seed and --recipe"),
-        (["--reference-box", "1,1,2,2"], "--reference-box and --recipe"),
-        (["--n", "2"], "--n and --recipe"),
+        (["in/photo.png"], "a photo cannot be combined with --recipe"),
+        (["--seed", "3"], "--seed cannot be combined with --recipe"),
+        (["--reference-box", "1,1,2,2"], "--reference-box cannot be combined with --recipe"),
+        (["--n", "2"], "--n cannot be combined with --recipe"),
     ],
 )
 def test_what_a_recipe_says_is_not_said_twice(
@@ -198,4 +198,4 @@ def test_a_strangers_recipe_opens_no_other_file_and_unpacks_no_bomb(
         recipe_from(plain, "plain.png")
     (folder / "hub.json").write_text(json.dumps(raw | {"model": "some/model@main"}))
     assert main(["edit", "--recipe", "hub.json", "--out", "again.png"]) == 1
-    assert "to download it, add --model some/model@main" in capsys.readouterr().err
+    assert "to allow the download, add --model some/model@main" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def _refuse_beside(mode: str, args: argparse.Namespace, allowed: Collection[str]
     for name, default in args.defaults.items():
         if name not in allowed and getattr(args, name, default) != default:
             option = "a photo" if name == "photo" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} and --{mode}: the {mode} says this; leave {option} out")
+            raise ValueError(f"{option} cannot be combined with --{mode}; leave {option} out")
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -192,7 +192,7 @@ def _reference(args: argparse.Namespace) -> tuple[np.ndarray | str, bytes]:
 
     if args.caption is not None:
         if args.reference_box is not None:
-            raise ValueError("--reference-box: is of --reference, not of --caption")
+            raise ValueError("--reference-box needs --reference; it cannot be used with --caption")
         return args.caption, b""
     data = read_file(args.reference)
     reference = decode_picture(data, str(args.reference))
@@ -211,10 +211,12 @@ def _again(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe)
     model = args.model[0] if args.model else recipe.model
     if args.model is None and is_on_hub(model):
-        raise ValueError(f"{args.recipe}: made with {model} of the hub; to download it, add --model {model}")
+        raise ValueError(f"{args.recipe}: made with {model} from the hub; to allow the download, add --model {model}")
     folder = model_folder(model)
     if weights_sha256(folder) != recipe.weights_sha256:
-        raise ValueError(f"{args.recipe}: made with other weights than those of {model}; name theirs by --model")
+        raise ValueError(
+            f"{args.recipe}: the weights of {model} differ from the recipe's; name the original model with --model"
+        )
     editor = Editor.load(folder, dtype=recipe.dtype)
     edit = remake(recipe, editor, folder=args.recipe.parent)
     write_whole(args.out, png_with_recipe(edit, recipe))

@@ -3,13 +3,13 @@
 import functools
 import html
 import random
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from pbe.data import images
 from pbe.data.contact import with_hole
@@ -18,8 +18,10 @@ from pbe.edit import BATCH_ROWS
 from pbe.errors import UserError, one_line, printable
 from pbe.page.samples import Samples
 from pbe.page.session import (
+    Files,
     Models,
     PageError,
+    Result,
     StoppedError,
     Upload,
     Visitor,
@@ -30,6 +32,7 @@ from pbe.page.session import (
     mask_of,
     masked_hole,
     open_upload,
+    refuse_if_set,
     shown,
     stopping,
 )
@@ -43,6 +46,7 @@ REFERENCE_PX = 480
 EXEMPLARS = 12
 SEED_MAX = 2**31 - 1
 CANCELLED = "Cancelled."
+GONE = "That picture is gone; load the page again."
 BUSY = "The page is busy: too many edits wait. Try again in a minute."
 
 
@@ -77,18 +81,20 @@ def status(text: str, *, wrong: bool = False, done: bool = False) -> str:
 
 
 class Handlers:
-    """The page's actions. The queue runs one edit at a time, so that the models need no lock."""
+    """The page's actions."""
 
     def __init__(self, models: Models, visitors: Visitors, samples: Samples, index: Index | None) -> None:
         self.models, self.samples, self.index = models, samples, index
         self._visitors = visitors
+        # one edit at a time: the queue begins the next while a cancelled one still ends its step, or loads its model
+        self._editing = threading.Lock()
 
     # ---- photo and hole
 
     def take_photo(self, path: Path | None, request: gr.Request) -> list[Any]:
-        """Outputs: photo, brush, mask, hole view, status."""
+        """Outputs: photo, brush, mask, status."""
         if path is None:
-            return [gr.skip()] * 5
+            return [gr.skip()] * 4
         visitor = self._visitor(request)
         return _use_photo(visitor, open_upload(visitor.take(path), "photo"))
 
@@ -99,7 +105,7 @@ class Handlers:
     def take_result(self, request: gr.Request) -> list[Any]:
         """The chosen edit becomes the photo. Outputs as of take_photo."""
         visitor = self._visitor(request)
-        pixels = _at(visitor.edits, visitor.chosen)
+        pixels = _at(visitor.result.edits if visitor.result else (), visitor.chosen)
         return _use_photo(visitor, Upload(images.encode_png(pixels), pixels))
 
     def show_kind(self, kind: str) -> list[Any]:
@@ -107,28 +113,29 @@ class Handlers:
         seen = (kind == BRUSH, kind == BOX, kind == MASK, kind != BRUSH)
         return [gr.update(visible=True if there else "hidden") for there in seen]
 
-    def show_box(self, text: str, request: gr.Request) -> str | None:
+    def show_hole(self, kind: str, box: str, request: gr.Request) -> str | None:
         """Output: hole view. Says nothing about a box that is still being typed; the edit does."""
         visitor = self._visitor(request)
-        if visitor.photo is None:
+        if visitor.photo is None or kind == BRUSH:
             return None
-        try:
-            hole = boxed_hole(text, visitor.photo.pixels)
-        except PageError:
+        pixels, hole_mask = visitor.photo.pixels, visitor.hole_mask
+        if kind == BOX:
+            try:
+                hole_mask = mask_of(boxed_hole(box, pixels), pixels)
+            except PageError:
+                return None
+        if hole_mask is None or hole_mask.shape != pixels.shape[:2]:  # another photo has just been chosen
             return None
-        return _hole_picture(visitor, visitor.photo.pixels, mask_of(hole, visitor.photo.pixels))
+        return str(visitor.write("hole.jpg", images.encode_jpeg(shown(with_hole(pixels, hole_mask)), 92)))
 
     def take_mask(self, path: Path | None, request: gr.Request) -> list[Any]:
-        """Outputs: hole view, status."""
+        """Outputs: mask, status."""
         visitor = self._visitor(request)
-        visitor.mask = None
+        visitor.hole_mask = None
         if path is None:
-            return [None, status("No mask.")]
-        data, pixels = visitor.take(path), _photo_of(visitor).pixels
-        hole_mask = masked_hole(data, pixels)
-        visitor.mask = data
-        said = f"The mask marks {100 * hole_mask.mean():.1f} % of the photo."
-        return [_hole_picture(visitor, pixels, hole_mask), status(said)]
+            return [gr.skip(), status("No mask.")]
+        visitor.hole_mask = masked_hole(visitor.take(path), _photo_of(visitor.photo).pixels)
+        return [gr.skip(), status(f"The mask marks {100 * visitor.hole_mask.mean():.1f} % of the photo.")]
 
     # ---- reference
 
@@ -152,23 +159,23 @@ class Handlers:
             raise PageError("Choose a reference first, to find others like it; or choose a class.")
         like = visitor.reference.pixels if alike and visitor.reference is not None else None
         if like is None and label == ANY_CLASS:
-            raise PageError("Choose a class, or tick that exemplars should be like the reference.")
+            raise PageError('Choose a class, or tick "Like the reference above".')
         hits = self.index.find(
             like=like,
             label=None if label == ANY_CLASS else label,
             k=EXEMPLARS,
             backbone=None if like is None else self.index.backbone(),
         )
-        visitor.exemplars, thumbs = [], []
+        found, thumbs = [], []
         for hit in hits:
             try:
                 crop = self.index.crop_of(hit)
             except UserError:  # its photo is gone since
                 continue
-            visitor.exemplars.append(Upload(images.encode_png(crop), crop))
+            found.append(Upload(images.encode_png(crop), crop))
             path = visitor.write("exemplar.jpg", images.encode_jpeg(shown(crop, REFERENCE_PX), 90))
             thumbs.append((str(path), f"{hit.label_name}, {hit.distance:.2f}; {hit.license or 'licence unknown'}"))
-        gone = len(hits) - len(thumbs)
+        visitor.exemplars, gone = found, len(hits) - len(thumbs)
         said = f"{len(thumbs)} exemplars, the nearest first" + (f"; the photos of {gone} are gone." if gone else ".")
         return [gr.Gallery(value=thumbs, visible=True), status(said)]
 
@@ -199,19 +206,19 @@ class Handlers:
     ) -> list[Any]:
         """Outputs: results, gallery, comparison, PNG, recipe, status."""
         visitor = self._visitor(request)
-        stop = visitor.new_stop()
-        photo = _photo_of(visitor)
-        if visitor.reference is None:
+        asked = visitor.begin()
+        photo, reference = _photo_of(asked.photo), asked.reference
+        if reference is None:
             raise PageError("Choose a reference: a picture of what should appear in the hole.")
-        if kind == MASK and visitor.mask is None:
+        if kind == MASK and asked.hole_mask is None:
             raise PageError("Choose a mask file, or mark the hole by brush or box.")
         if seed is None or not 0 <= seed <= SEED_MAX:
             raise PageError(f"The seed is a whole number from 0 to {SEED_MAX}.")
         hole: Any
         if kind == BOX:
             hole = boxed_hole(box, photo.pixels)
-        elif kind == MASK and visitor.mask is not None:
-            hole = masked_hole(visitor.mask, photo.pixels)
+        elif kind == MASK:
+            hole = asked.hole_mask
         else:
             hole = brushed_hole(layer, photo.pixels)
         sampling = Sampling(
@@ -219,8 +226,6 @@ class Handlers:
             steps=int(steps),
             sampler=None if sampler == OWN_SAMPLER else sampler,  # type: ignore[arg-type]  # Gradio has checked it
         )
-        progress((0, sampling.steps), desc="Preparing", unit="steps")  # until a model is loaded
-        loaded = self.models.load(model)
         total, done = sampling.steps * -(-n // BATCH_ROWS), 0
 
         def count() -> None:
@@ -228,31 +233,34 @@ class Handlers:
             done = min(done + 1, total)  # PLMS does one more
             progress((done, total), desc="Editing", unit="steps")
 
-        print(f"pbe page: begin {n} edits of {photo.size}, {total} steps", flush=True)
-        try:
-            edits = loaded.editor.edit(
-                photo.pixels,
-                mask_of(hole, photo.pixels),
-                visitor.reference.pixels,
-                seed=int(seed),
-                n=n,
-                sampling=sampling,
-                protocol=PROTOCOLS[protocol],
-                on_step=stopping(stop, count),
-            )
-        except StoppedError:
-            print(f"pbe page: an edit was stopped after {done} of {total} steps", flush=True)
-            raise
+        progress((0, sampling.steps), desc="Preparing", unit="steps")  # until a model is loaded
+        with self._editing:
+            refuse_if_set(asked.stop)
+            loaded = self.models.load(model)
+            print(f"pbe page: begin {n} edits of {photo.size}, {total} steps", flush=True)
+            try:
+                edits = loaded.editor.edit(
+                    photo.pixels,
+                    mask_of(hole, photo.pixels),
+                    reference.pixels,
+                    seed=int(seed),
+                    n=n,
+                    sampling=sampling,
+                    protocol=PROTOCOLS[protocol],
+                    on_step=stopping(asked.stop, count),
+                )
+            except StoppedError:
+                print(f"pbe page: an edit was stopped after {done} of {total} steps", flush=True)
+                raise
         print(f"pbe page: made {n} edits", flush=True)
-        visitor.edits, visitor.edited = edits, photo
-        visitor.recipes = recipes_of(
+        recipes = recipes_of(
             edits,
             editor=loaded.editor,
             model=loaded.label,
             weights_sha256=loaded.weights_sha256,
             photo=Picture.embedded("photo", photo.data),
             hole=hole_picture(hole),
-            reference=Picture.embedded("reference", visitor.reference.data),
+            reference=Picture.embedded("reference", reference.data),
             reference_box=None,
             seed=int(seed),
             sampling=sampling,
@@ -265,6 +273,8 @@ class Handlers:
             (str(visitor.write("edit.jpg", images.encode_jpeg(shown(edit, REFERENCE_PX), 92))), f"seed {int(seed) + k}")
             for k, edit in enumerate(edits)
         ]
+        refuse_if_set(asked.stop)  # the page has said that it was cancelled, and shows the edits before
+        visitor.finish(Result(photo, edits, recipes))
         said = f"{len(edits)} edits are ready." if len(edits) > 1 else "The edit is ready."
         return [
             gr.update(visible=True),
@@ -275,12 +285,12 @@ class Handlers:
 
     def stop(self, request: gr.Request) -> list[Any]:
         """The edit ends after its step. Outputs: edit button, cancel button, status."""
-        self._visitor(request).stop.set()
+        self._visitor(request).stop()
         return [*self.idle(), status(CANCELLED)]
 
     def busy(self, request: gr.Request) -> list[Any]:
         """The click, before the queue takes or refuses it. Outputs: edit button, cancel button."""
-        self._visitor(request).new_stop()
+        self._visitor(request).ask()
         return [gr.update(interactive=False), gr.update(interactive=True)]
 
     def idle(self) -> list[Any]:
@@ -289,8 +299,8 @@ class Handlers:
 
     def refuse_edit(self, request: gr.Request) -> list[Any]:
         """The queue took no more; Gradio calls a cancelled edit a failure too. Outputs as of stop."""
-        cancelled = self._visitor(request).stop.is_set()
-        return [*self.idle(), status(CANCELLED) if cancelled else status(BUSY, wrong=True)]
+        asked = self._visitor(request).asked
+        return [*self.idle(), status(CANCELLED) if asked and asked.stop.is_set() else status(BUSY, wrong=True)]
 
     def refuse_picture(self) -> list[Any]:
         """The same for an upload. Outputs: photo or reference, status."""
@@ -298,9 +308,7 @@ class Handlers:
 
     def choose(self, chosen: gr.SelectData, request: gr.Request) -> list[Any]:
         """Outputs: comparison, PNG, recipe, status."""
-        visitor = self._visitor(request)
-        _at(visitor.edits, chosen.index)
-        return [*_chosen(visitor, chosen.index), gr.skip()]
+        return [*_chosen(self._visitor(request), chosen.index), gr.skip()]
 
     def leave(self, request: gr.Request) -> None:
         self._visitors.leave(request.session_hash)
@@ -310,9 +318,9 @@ class Handlers:
 
 
 def _use_photo(visitor: Visitor, upload: Upload) -> list[Any]:
-    visitor.photo, visitor.mask = upload, None
+    visitor.photo, visitor.hole_mask = upload, None
     said = f"Photo of {upload.size}. Now mark the hole, and choose a reference."
-    return [None, images.encode_jpeg(shown(upload.pixels), 92), None, None, status(said)]
+    return [None, images.encode_jpeg(shown(upload.pixels), 92), None, status(said)]
 
 
 def _use_reference(visitor: Visitor, upload: Upload) -> list[Any]:
@@ -321,31 +329,31 @@ def _use_reference(visitor: Visitor, upload: Upload) -> list[Any]:
     return [str(path), status(f"Reference of {upload.size}.")]
 
 
-def _chosen(visitor: Visitor, index: int) -> list[Any]:
-    visitor.chosen = index
-    after = visitor.edits[index]
-    assert visitor.edited is not None, "set with the edits"
-    pair = tuple(
-        str(visitor.write(name, images.encode_jpeg(shown(pixels), 95)))
-        for name, pixels in (("before.jpg", visitor.edited.pixels), ("after.jpg", after))
-    )
-    recipe = visitor.recipes[index]
-    name = f"edit-seed-{recipe.seed}"
-    png = visitor.write(f"{name}.png", png_with_recipe(after, recipe))
-    return [pair, str(png), str(visitor.write(f"{name}.json", recipe.to_json().encode()))]
+def _chosen(visitor: Visitor, index: object) -> list[Any]:
+    """Comparison, PNG and recipe of one of the result's edits."""
+    result = visitor.result
+    if result is None or not isinstance(index, int) or not 0 <= index < len(result.edits):
+        raise PageError(GONE)
+    if index not in result.files:
+        recipe, edit = result.recipes[index], result.edits[index]
+        name = f"edit-seed-{recipe.seed}"
+        result.files[index] = Files(
+            before=visitor.write("before.jpg", images.encode_jpeg(shown(result.photo.pixels), 95)),
+            after=visitor.write("after.jpg", images.encode_jpeg(shown(edit), 95)),
+            png=visitor.write(f"{name}.png", png_with_recipe(edit, recipe)),
+            recipe=visitor.write(f"{name}.json", recipe.to_json().encode()),
+        )
+    visitor.chosen, files = index, result.files[index]
+    return [(str(files.before), str(files.after)), str(files.png), str(files.recipe)]
 
 
-def _hole_picture(visitor: Visitor, photo: np.ndarray, hole_mask: np.ndarray) -> str:
-    return str(visitor.write("hole.jpg", images.encode_jpeg(shown(with_hole(photo, hole_mask)), 92)))
-
-
-def _photo_of(visitor: Visitor) -> Upload:
-    if visitor.photo is None:
+def _photo_of(photo: Upload | None) -> Upload:
+    if photo is None:
         raise PageError("Choose a photo first. After a lost connection, choose it again.")
-    return visitor.photo
+    return photo
 
 
 def _at(items: Sequence[Any], index: object) -> Any:
     if not isinstance(index, int) or not 0 <= index < len(items):
-        raise PageError("That picture is gone; load the page again.")
+        raise PageError(GONE)
     return items[index]

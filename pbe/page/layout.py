@@ -127,15 +127,25 @@ def make_page(act: Handlers) -> gr.Blocks:
                         recipe = gr.DownloadButton("Download recipe", elem_id="recipe", min_width=140)
                         again = gr.Button("Use as photo", elem_id="again", min_width=140)
 
-        of_photo = [photo, brush, mask, hole_view, line]
-        photo.input(
-            told(act.take_photo, 5, emptied=1), photo, of_photo, show_progress_on=photo, trigger_mode=EACH
-        ).failure(act.refuse_picture, None, [photo, line], queue=False, show_progress="hidden")
-        sample_photos.select(told(act.take_sample_photo, 5), None, of_photo, show_progress="hidden", trigger_mode=EACH)
-        kind.change(act.show_kind, kind, [brush, box, mask, hole_view], queue=False, show_progress="hidden")
-        box.change(act.show_box, box, hole_view, show_progress="hidden", trigger_mode="always_last")
-        mask.upload(told(act.take_mask, 2), mask, [hole_view, line], show_progress_on=mask, trigger_mode=EACH)
-        mask.clear(told(act.take_mask, 2), mask, [hole_view, line], show_progress="hidden", trigger_mode=EACH)
+        of_photo = [photo, brush, mask, line]
+        taken = photo.input(
+            told(act.take_photo, 4, emptied=1), photo, of_photo, show_progress_on=photo, trigger_mode=EACH
+        )
+        taken.failure(act.refuse_picture, None, [photo, line], queue=False, show_progress="hidden")
+        sample_taken = sample_photos.select(
+            told(act.take_sample_photo, 4), None, of_photo, show_progress="hidden", trigger_mode=EACH
+        )
+        result_taken = again.click(told(act.take_result, 4), None, of_photo, show_progress="hidden")
+        result_taken.then(None, js=SCROLL.format("true", "#brush"))
+        kind_shown = kind.change(
+            act.show_kind, kind, [brush, box, mask, hole_view], queue=False, show_progress="hidden"
+        )
+        read_mask = told(act.take_mask, 2, emptied=1)
+        mask_taken = mask.upload(read_mask, mask, [mask, line], show_progress_on=mask, trigger_mode=EACH)
+        mask_cleared = mask.clear(read_mask, mask, [mask, line], show_progress="hidden", trigger_mode=EACH)
+        for done in (taken, sample_taken, result_taken, kind_shown, mask_taken, mask_cleared):
+            done.then(act.show_hole, [kind, box], hole_view, show_progress="hidden")
+        box.change(act.show_hole, [kind, box], hole_view, show_progress="hidden", trigger_mode="always_last")
 
         of_reference = [reference, line]
         reference.input(
@@ -152,8 +162,8 @@ def make_page(act: Handlers) -> gr.Blocks:
         exemplars.select(told(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
 
         new_seed.click(act.new_seed, None, seed, queue=False, show_progress="hidden")
-        edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden")
-        run = edit.click(
+        # first the click, which says what the edit is of, however long it waits
+        run = edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden").then(
             told(act.edit, 6),
             [kind, brush, box, scale, count, seed, steps, sampler, protocol, model],
             [results, gallery, compare, png, recipe, line],
@@ -168,11 +178,10 @@ def make_page(act: Handlers) -> gr.Blocks:
         gallery.select(
             told(act.choose, 4), None, [compare, png, recipe, line], show_progress="hidden", trigger_mode=EACH
         )
-        again.click(told(act.take_result, 5), None, of_photo, show_progress="hidden").then(
-            None, js=SCROLL.format("true", "#brush")
-        )
         blocks.load(None, js=NAME_COMPARED)
         blocks.unload(act.leave)
+    # Only uploads go by age. Gradio would remove what it shows too, also a result whose page is still open
+    blocks.temp_file_sets = [blocks.upload_file_set]
     return blocks
 
 

@@ -145,27 +145,73 @@ def mask_of(hole: np.ndarray | Box, photo: np.ndarray) -> np.ndarray:
     return hole
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the visitor had chosen when they clicked on Edit, however long the edit then waits. stop: set, it ends.
+
+    hole_mask: (H, W) bool, of the mask file.
+    """
+
+    photo: Upload | None
+    hole_mask: np.ndarray | None
+    reference: Upload | None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The edits of one photo, each with its recipe. files: what the page shows of an edit that was chosen."""
+
+    photo: Upload
+    edits: Sequence[np.ndarray]
+    recipes: Sequence[Recipe]
+    files: dict[int, "Files"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Of one edit: the photo before and after, as shown; what can be downloaded."""
+
+    before: Path
+    after: Path
+    png: Path
+    recipe: Path
+
+
 @dataclass
 class Visitor:
     """What the server keeps of one open page. folder: private, for the files that this page shows."""
 
     folder: Path
     photo: Upload | None = None
-    mask: bytes | None = None
+    hole_mask: np.ndarray | None = None  # (H, W) bool, of the mask file
     reference: Upload | None = None
     exemplars: list[Upload] = field(default_factory=list)  # found last
-    edits: list[np.ndarray] = field(default_factory=list)
-    recipes: list[Recipe] = field(default_factory=list)  # of these edits
-    edited: Upload | None = None  # the photo of these edits
-    chosen: int = 0  # of the edits
+    result: Result | None = None
+    chosen: int = 0  # of the result's edits
     files: int = 0
     uploads: list[Path] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
+    asked: Asked | None = None  # last
+    _new: bool = False  # whether no edit has begun yet that was asked for last
+    _gone: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def new_stop(self) -> threading.Event:
-        """What ends the edit that begins now."""
-        self.stop = threading.Event()
-        return self.stop
+    def ask(self) -> None:
+        """The click on Edit."""
+        self.asked, self._new = Asked(self.photo, self.hole_mask, self.reference), True
+
+    def begin(self) -> Asked:
+        """What was asked for; an edit that no click came before takes what is chosen now."""
+        if self.asked is None or not self._new:
+            self.ask()
+        assert self.asked is not None, "asked for above"
+        self._new = False
+        return self.asked
+
+    def stop(self) -> None:
+        """End the edit that was asked for last."""
+        if self.asked is not None:
+            self.asked.stop.set()
 
     def take(self, path: Path) -> bytes:
         """The bytes of an uploaded file, which goes with the visitor: the browser still shows it for a moment.
@@ -180,13 +226,35 @@ class Visitor:
             raise PageError("The uploaded file is gone; choose it again.") from None
 
     def write(self, name: str, data: bytes) -> Path:
-        """A file for the browser. Each write has its own folder, so that no name is used twice."""
-        self.files += 1
-        folder = self.folder / str(self.files)
-        folder.mkdir(parents=True, mode=0o700)
-        path = folder / name
-        path.write_bytes(data)
-        return path
+        """A file for the browser. Each write has its own folder, so that no name is used twice.
+
+        Raises StoppedError if the page has been closed: nothing would remove the file.
+        """
+        with self._lock:
+            if self._gone:
+                raise StoppedError
+            self.files += 1
+            folder = self.folder / str(self.files)
+            folder.mkdir(parents=True, mode=0o700)
+            path = folder / name
+            path.write_bytes(data)
+            return path
+
+    def finish(self, result: Result) -> None:
+        """Keep this result in place of the one before, whose files go."""
+        before, self.result = self.result, result
+        for files in before.files.values() if before else ():
+            for path in (files.before, files.after, files.png, files.recipe):
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+    def forget(self) -> None:
+        """The page was closed: its edit stops, its files and pictures go."""
+        self.stop()
+        with self._lock:
+            self._gone = True
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.uploads:
+            path.unlink(missing_ok=True)
 
 
 class Visitors:
@@ -206,22 +274,15 @@ class Visitors:
             visitor = self._open[name]
             gone = self._open.popitem(last=False)[1] if len(self._open) > VISITORS_MAX else None
         if gone is not None:
-            _forget(gone)
+            gone.forget()
         return visitor
 
     def leave(self, name: str | None) -> None:
-        """The page was closed: its edit stops, its files and pictures go."""
+        """The page was closed."""
         with self._lock:
             gone = self._open.pop(name or "", None)
         if gone is not None:
-            _forget(gone)
-
-
-def _forget(visitor: Visitor) -> None:
-    visitor.stop.set()
-    shutil.rmtree(visitor.folder, ignore_errors=True)
-    for path in visitor.uploads:
-        path.unlink(missing_ok=True)
+            gone.forget()
 
 
 @dataclass(frozen=True)
@@ -275,8 +336,13 @@ def stopping(stop: threading.Event, on_step: Callable[[], object]) -> Callable[[
     """An `on_step` that ends the edit by StoppedError once `stop` is set."""
 
     def step() -> None:
-        if stop.is_set():
-            raise StoppedError
+        refuse_if_set(stop)
         on_step()
 
     return step
+
+
+def refuse_if_set(stop: threading.Event) -> None:
+    """Raises StoppedError."""
+    if stop.is_set():
+        raise StoppedError

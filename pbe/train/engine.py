@@ -210,13 +210,13 @@ def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
     said = ours | {key: value for key, value in client_state.items() if key in ours}  # older checkpoints do not say
     if said["moments"] != ours["moments"]:
         raise EngineError(
-            f"{folder}: this checkpoint has the moments of {said['moments']}, and train.optimizer makes "
-            f"{ours['moments']}: set it as its run had it, or let train.init begin from that run's export"
+            f"{folder}: this checkpoint holds moments of {said['moments']}, but train.optimizer uses "
+            f"{ours['moments']}: set train.optimizer to that run's value, or start from its export with train.init"
         )
     if said["trained"] != ours["trained"]:
         raise EngineError(
-            f"{folder}: this checkpoint has trained other parameters; set train.trainable to that of its run, or let "
-            "train.init begin from that run's export"
+            f"{folder}: this checkpoint was trained on other parameters; set train.trainable to that run's value, or "
+            "start from its export with train.init"
         )
     return client_state
 

@@ -42,11 +42,11 @@ class Patience:
             total_s = sum(WAITS_S)
             raise StageError(
                 f"{self.title}: {problem}, and again after waits of {total_s:g} s; close other programs, or "
-                f"{self.advice}; what was done is kept, and the same command goes on"
+                f"{self.advice}; finished work is kept: run the same command again to resume"
             )
         wait_s = WAITS_S[self._waited]
         self._waited += 1
-        print(f"{self.title}: {problem}; going on in {wait_s:g} s. If it repeats: {self.advice}", flush=True)
+        print(f"{self.title}: {problem}; retrying in {wait_s:g} s. If it repeats: {self.advice}", flush=True)
         time.sleep(wait_s)
 
 

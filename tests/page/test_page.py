@@ -239,15 +239,21 @@ def test_a_turned_photo_a_box_and_a_mask_file(visit: Visit, tmp_path: Path) -> N
     assert recipe.model_dump(mode="json")["hole"] == [20, 30, 120, 90]
     assert recipe.photo.data == turned.getvalue()
 
+    boxed = visit.page.locator("#hole img")
+    shown = boxed.get_attribute("src")
     visit.page.get_by_role("radio", name="Mask file").check()
+    boxed.wait_for(state="hidden")  # no mask yet
     visit.choose("mask", "mask.png", png(np.zeros((300, 201, 3), np.uint8)))
     visit.says("they must be the same")
+    visit.page.get_by_role("radio", name="Box").check()
+    boxed.wait_for()
+    assert boxed.get_attribute("src") != shown, "not drawn again"
 
 
 def test_an_exemplar_of_the_index_becomes_the_reference(visit: Visit, index_file: Path, tmp_path: Path) -> None:
     visit.ready(steps=2, count=1)
     visit.page.locator("#find").click()
-    visit.says("Choose a class, or tick")
+    visit.says('Choose a class, or tick "Like the reference above"')
     visit.page.get_by_label("Class").click()
     visit.page.get_by_role("option", name="Dog").click()
     visit.page.locator("#find").click()

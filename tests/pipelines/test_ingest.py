@@ -387,7 +387,7 @@ def test_val_frac_moves_no_photo_on_the_server(project: Project) -> None:
     [
         ({"classes": ["Flying cat"]}, r"ingest\.classes: 'Flying cat' is neither a label nor a name"),
         ({"image_ids": "/nowhere/ids.txt"}, r"ingest\.image_ids: /nowhere/ids.txt cannot be read"),
-        ({"splits": ["test"]}, r"ingest\.boxes: none of the 48 boxes .* is of ingest\.splits, classes and image_ids"),
+        ({"splits": ["test"]}, r"ingest\.boxes: none of the 48 boxes .* matches ingest\.splits, classes and image_ids"),
         ({"boxes": "/nowhere/boxes"}, r"ingest\.boxes: /nowhere/boxes does not exist"),
         ({"images": "/nowhere/info.csv"}, r"ingest\.images: /nowhere/info.csv does not exist"),
     ],
@@ -661,10 +661,10 @@ def test_clipped_boxes_are_counted_over_files_and_photos(folder: Folder) -> None
     [
         (
             "p{n},cup,12,48,30,90",
-            r"box_outside_image 8, .* First boxes\.csv:\d: x 12.* cure it, .* fractions of the photo",
+            r"box_outside_image 8, .* First boxes\.csv:\d: x 12.* fix it, .* fractions of the photo",
         ),
-        ("p{n},cup,a,0.5,0.2,0.6", r"box_unparsable 8, .* First boxes\.csv:\d: XMin a is not a number\. To cure it"),
-        ("q{n},cup,0.1,0.5,0.2,0.6", r"image_missing 8, .* First .* 'q\d'\. To cure it, .*ingest\.images"),
+        ("p{n},cup,a,0.5,0.2,0.6", r"box_unparsable 8, .* First boxes\.csv:\d: XMin a is not a number\. To fix it"),
+        ("q{n},cup,0.1,0.5,0.2,0.6", r"image_missing 8, .* First .* 'q\d'\. To fix it, .*ingest\.images"),
         ("p{n},cup,0.1,0.5,0.2", r"box_unparsable 8, .* 5 cells where the header has 6"),
     ],
 )

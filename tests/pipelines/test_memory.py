@@ -131,7 +131,7 @@ def test_waits_grow_and_end_and_start_over_after_progress(
     patience = Patience("train@full", "lower train.micro_batch")
     for done in (0, 0, 5, 5):
         patience.wait(NODE, done=done)
-    waits = [line.partition("going on in ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
+    waits = [line.partition("retrying in ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert waits == ["0.01", "0.02", "0.01", "0.02"]
     with pytest.raises(StageError, match=r"train@full: node .* low on memory .*lower train.micro_batch; what was done"):
         patience.wait(NODE, done=5)
@@ -150,7 +150,7 @@ def test_a_node_that_stays_full_is_waited_for_and_given_up(monkeypatch: pytest.M
 @pytest.mark.timeout(330)
 def test_a_shortage_that_passes_is_told_and_the_parts_are_made(tmp_path: Path) -> None:
     printed = run(tmp_path, "short once")
-    assert f"ingest: {NODE}; going on in 0.1 s. If it repeats: raise ingest.per_shard.memory_gib" in printed
+    assert f"ingest: {NODE}; retrying in 0.1 s. If it repeats: raise ingest.per_shard.memory_gib" in printed
     assert "['a-1', 'b-1']" in printed
 
 
@@ -177,6 +177,6 @@ def test_an_actor_that_is_killed_says_so_when_it_is_back(tmp_path: Path) -> None
 def test_a_training_whose_only_rank_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     printed = run(tmp_path, program=TRAIN)
     assert "train@full: a process of this work was killed, by the kernel if memory was short" in printed
-    assert "going on in 0.1 s. If it repeats: lower train.micro_batch or train.workers" in printed
+    assert "retrying in 0.1 s. If it repeats: lower train.micro_batch or train.workers" in printed
     assert "resuming from step" in printed
     assert "12 steps" in printed

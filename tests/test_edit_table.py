@@ -18,6 +18,7 @@ import pytest
 
 from pbe.cli.__main__ import main
 from pbe.data import images
+from pbe.edit import Editor
 from pbe.places import repo_root
 from pbe.recipe import is_same, read_recipe
 
@@ -153,6 +154,82 @@ def test_run_again_it_does_only_what_is_missing_or_changed(folder: Path, capsys:
     assert is_same(recipe, images.decode(Path("again.png").read_bytes()))
 
 
+def test_gaps_and_numbers_as_pandas_and_json_write_them(folder: Path) -> None:
+    nan = float("nan")
+    rows = [
+        {**ROW, "mask": nan, "name": nan, "seed": 42.0, "n": nan, "scale": nan},
+        {**ROW, "box": [8.0, 5, 25, 15.0], "seed": "43.0"},
+    ]
+    (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert _run(table="edits.jsonl") == 0
+    assert [(line["seed"], line["box"]) for line in _lines(folder)] == [(42, [8, 5, 25, 15]), (43, [8, 5, 25, 15])]
+    bad = [
+        {**ROW, "seed": float("inf")},
+        {**ROW, "n": 1.5},
+        {**ROW, "seed": True},
+        {**ROW, "box": [0.3, 0.4, 1.0, 1.0]},  # fractions would be a hole of one pixel
+    ]
+    (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, bad)))
+    assert _run(table="edits.jsonl") == 1
+    errors = [line["error"].split(" = ")[0] for line in _lines(folder) if "error" in line]
+    assert errors == ["seed", "n", "seed", "box"]
+
+
+def test_no_edit_replaces_a_picture_that_it_is_made_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    _write(folder / "edits.csv", [{**ROW, "name": "other"}, {**ROW, "name": "reference"}])
+    assert _run("--out", ".") == 1
+    assert "edits.csv: row 2: its edit reference.png would replace reference.png" in capsys.readouterr().err
+    options = ["--box", "8,5,25,15", "--reference", "reference.png", "--model", "models/tiny", "--steps", "2"]
+    assert main(["edit", "photo.png", *options, "--out", "./photo.png"]) == 1
+    assert "--out photo.png: the edit would replace its own photo" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+
+
+def test_lines_follow_their_rows_when_the_table_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.png").write_bytes((folder / "photo.png").read_bytes())
+    cat, dog = {**ROW, "name": "cat", "photo": "mine.png", "n": 2}, {**ROW, "name": "dog"}
+    _write(folder / "edits.csv", [cat, dog])
+    assert _run("--context", "inf") == 0
+    (folder / "mine.png").unlink()
+    _write(folder / "edits.csv", [{**ROW, "name": "ant"}, dog | {"photo": "../" + folder.name + "/photo.png"}])
+    capsys.readouterr()
+    assert _run("--context", "inf") == 0
+    assert "1 edits written, 1 were there" in capsys.readouterr().out
+    lines = _lines(folder)
+    assert [(line["row"], line["png"]) for line in lines] == [
+        (1, "ant.png"), (2, "dog.png"), (None, "cat-seed-42.png"), (None, "cat-seed-43.png")
+    ]  # fmt: skip
+    assert lines[1]["photo"].endswith("/photo.png") and {line["context_factor"] for line in lines} == {"inf"}
+    _write(folder / "edits.csv", [cat, dog])
+    assert _run("--context", "inf", "--scale", "2", "--scale", "3") == 1  # a sheet of what can be read
+    out, err = capsys.readouterr()
+    assert "2 edits written, 0 were there, 4 failed" in out and err.count("row 1: mine.png") == 1
+    assert _run("--context", "inf") == 1
+    assert [line["png"] for line in _lines(folder) if "error" in line] == ["cat-seed-42.png", "cat-seed-43.png"]
+
+
+def test_many_edits_of_a_row_are_written_eight_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(folder / "edits.csv", [{**ROW, "n": 20, "seed": 5}])
+    at_once = []
+    edit_batch = Editor.edit_batch
+
+    def counted(editor: Editor, tasks: Any, **named: Any) -> Any:
+        at_once.append(len(tasks))
+        if len(at_once) == 3:
+            raise KeyboardInterrupt
+        return edit_batch(editor, tasks, **named)
+
+    monkeypatch.setattr(Editor, "edit_batch", counted)
+    assert _run() == 130
+    assert at_once == [8, 8, 4] and len(_pngs(folder)) == 16
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert _run() == 0
+    assert sorted(line["seed"] for line in _lines(folder)) == list(range(5, 25))
+    assert main(["edit", "--recipe", "out/row-0001-seed-14.png", "--out", "again.png"]) == 0
+
+
 @pytest.mark.timeout(200)
 def test_a_killed_run_goes_on_and_keeps_what_it_had(folder: Path) -> None:
     _write(folder / "edits.csv", [{**ROW, "seed": seed} for seed in range(64)])
@@ -185,9 +262,9 @@ def test_several_scales_make_every_combination_and_a_sheet(folder: Path) -> None
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--box", "1,2,3,4"], "--box and --table"),
-        (["--recipe", "a.png"], "--table and --recipe"),
-        (["--grid"], "--grid and --table"),
+        (["--box", "1,2,3,4"], "--box cannot be combined with --table"),
+        (["--recipe", "a.png"], "--table cannot be combined with --recipe"),
+        (["--grid"], "--grid cannot be combined with --table"),
         (["--actors", "2"], "--actors 2: only the command `pbe` starts Ray"),
         (["--scale", "3", "--scale", "3"], "--scale 3.0: twice"),
         (["--out", "edits.csv"], "edits.csv"),

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def _edit(args: argparse.Namespace) -> int:
         refuse_unwritable_png(args.out)
     elif args.out.suffix or args.out.is_file():
         raise ValueError(f"--out {args.out}: {args.n} edits need a folder, or --grid for one picture")
+    _refuse_replaced(args, [args.out] if one_file else [args.out / f"seed-{args.seed + k}.png" for k in range(args.n)])
     photo_bytes, mask_bytes = read_file(args.photo), read_file(args.mask) if args.mask else b""
     photo = decode_picture(photo_bytes, str(args.photo))
     reference, reference_bytes = _reference(args)
@@ -184,6 +185,14 @@ def _edit(args: argparse.Namespace) -> int:
         write_whole(path, png_with_recipe(edit, recipe))
         print(f"wrote {path}")
     return 0
+
+
+def _refuse_replaced(args: argparse.Namespace, pngs: Sequence[Path]) -> None:
+    """Raise ValueError if an edit would be written over its own photo, mask or reference."""
+    for name in ("photo", "mask", "reference"):
+        given = getattr(args, name)
+        if given is not None and Path(given).resolve() in {png.resolve() for png in pngs}:
+            raise ValueError(f"--out {args.out}: the edit would replace its own {name}, {given}; choose another --out")
 
 
 def _reference(args: argparse.Namespace) -> tuple[np.ndarray | str, bytes]:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +49,10 @@ def run_table(args: argparse.Namespace, on_ray: "OnRay | None") -> int:
     folders = {model: model_folder(model).resolve() for model in args.model}
     weights = {model: weights_sha256(folder) for model, folder in folders.items()}
     work = Work(args.table.parent.resolve(), args.out.resolve(), settings, folders, weights)
-    total = sum(len(job.pngs) for group in plan.groups for job in group)
+    total = sum(len(job.pngs) for job in _jobs(plan))
     there = failed = written = 0
-    done = ResultsFolder(args.out)
+    _refuse_replaced(args, plan, work)
+    done = ResultsFolder(args.out, {png for job in _jobs(plan) for png in job.pngs})
     try:
         done.refuse(plan.refused)
         with tqdm(total=total, unit="edit", disable=not sys.stderr.isatty()) as bar:
@@ -76,10 +77,10 @@ def run_table(args: argparse.Namespace, on_ray: "OnRay | None") -> int:
         done.close()
     failed += len(plan.refused)
     if len(args.model) * len(scales) > 1:
-        _write_sheet(plan, work)
+        _write_sheet(plan, work, failed={line["row"] for line in done.errors()})
     print(f"{args.out}: {written} edits written, {there} were there, {failed} failed; each has a line in edits.jsonl")
-    for line in done.errors()[:3]:
-        print(f"pbe: error: {args.table}: row {line['row']}: {line['error']}", file=sys.stderr)
+    for said in list(dict.fromkeys(f"row {line['row']}: {line['error']}" for line in done.errors()))[:3]:
+        print(f"pbe: error: {args.table}: {said}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -99,17 +100,45 @@ def _actors(args: argparse.Namespace, on_ray: "OnRay | None") -> int:
     return args.actors or 1
 
 
-def _write_sheet(plan: "Plan", work: "Work") -> None:
-    """DIR/sheet.png: of the first rows photo with hole, reference, and the first edit of each model and scale."""
+def _jobs(plan: "Plan") -> "list[Job]":
+    return [job for group in plan.groups for job in group]
+
+
+def _refuse_replaced(args: argparse.Namespace, plan: "Plan", work: "Work") -> None:
+    """Raise ValueError if an edit would be written over a picture that the table names."""
+    jobs = _jobs(plan)
+    named = {
+        (work.folder / name).resolve(): name
+        for job in jobs
+        for name in (job.row.photo, job.row.mask, job.row.reference)
+        if name is not None
+    }
+    for job in jobs:
+        for png in job.pngs:
+            if (work.out / png).resolve() in named:
+                raise ValueError(
+                    f"{args.table}: row {job.row.number}: its edit {png} would replace "
+                    f"{named[(work.out / png).resolve()]}, which the table names; choose another --out or name"
+                )
+
+
+def _write_sheet(plan: "Plan", work: "Work", *, failed: Collection[int]) -> None:
+    """DIR/sheet.png: of the first rows photo with hole, reference, and the first edit of each model and scale.
+
+    failed: rows left out.
+    """
     import numpy as np
 
     from pbe.data import images
     from pbe.data.contact import edits_sheet
     from pbe.store import write_whole
 
-    jobs = [job for group in plan.groups for job in group]
+    firsts: dict[tuple[int, str, float], Job] = {}
+    for job in _jobs(plan):
+        firsts.setdefault((job.row.number, job.model, job.scale), job)
+    jobs = list(firsts.values())
     strips: list[np.ndarray] = []
-    for number in sorted({job.row.number for job in jobs}):
+    for number in sorted({job.row.number for job in jobs} - set(failed)):
         own = [job for job in jobs if job.row.number == number]
         paths = [work.out / job.pngs[0] for job in own]
         if len(strips) == SHEET_ROWS or not all(path.is_file() for path in paths):

@@ -104,6 +104,8 @@ def run_find(args: argparse.Namespace) -> None:
     if args.sheet is None and args.out is None:
         return
     crops = _crops(index, hits)
+    if hits and not crops:
+        raise ValueError(f"none of the {len(hits)} crops can be cut, so no picture was written; see the lines above")
     if args.out is not None and crops:
         args.out.mkdir(parents=True, exist_ok=True)
         for rank, crop in crops.items():
@@ -146,7 +148,7 @@ def _tile(crop: np.ndarray) -> np.ndarray:
 
 
 def _json_lines(hits: Sequence["Hit"]) -> list[str]:
-    return [json.dumps(asdict(hit), ensure_ascii=False) for hit in hits]
+    return [json.dumps(asdict(hit)) for hit in hits]
 
 
 def _table(hits: Sequence["Hit"]) -> list[str]:

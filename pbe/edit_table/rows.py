@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Job:
-    """The edits of one row by one model at one scale; edit k has seed + k and is written to pngs[k]."""
+    """Up to BATCH_ROWS edits of one row by one model at one scale; edit k has seed + k and is written to pngs[k]."""
 
     row: Row
     model: str
@@ -101,7 +102,7 @@ def read_table(path: Path, defaults: Defaults, *, models: Sequence[str]) -> Plan
             refused += [line] if line not in refused else []
             continue
         taken |= dict.fromkeys(map(str.lower, job.pngs), job.row.number)
-        unique.append(job)
+        unique += _parts(job)
     return Plan(list(_groups(unique)), refused)
 
 
@@ -170,7 +171,9 @@ def _row(number: int, raw: Any) -> Row:
     if isinstance(raw, str):
         raise ValueError(raw)
     given = {key: value.strip() if isinstance(value, str) else value for key, value in raw.items()}
-    given = {key: value for key, value in given.items() if value is not None and value != ""}
+    missing = (None, "")
+    # NaN, which no number equals, is how pandas writes a missing cell
+    given = {key: value for key, value in given.items() if value not in missing and value == value}
     for column in ("photo", "reference"):
         if column not in given:
             raise ValueError(f"{column}: is missing")
@@ -204,12 +207,26 @@ def _whole(given: dict[str, Any], column: str, least: int, most: int) -> int | N
     if column not in given:
         return None
     try:
-        value = float(given[column]) if not isinstance(given[column], (str, int)) else int(given[column])
+        value = _integer(given[column])
     except (TypeError, ValueError):
         value = -1
-    if isinstance(given[column], bool) or value != int(value) or not least <= value <= most:
+    if not least <= value <= most:
         raise ValueError(f"{column} = {given[column]!r}: must be a whole number from {least} to {most}")
-    return int(value)
+    return value
+
+
+def _integer(cell: object) -> int:
+    """An int, also of 42.0, which pandas writes in a column with gaps. Raises TypeError, ValueError."""
+    if isinstance(cell, str):
+        try:
+            return int(cell)
+        except ValueError:
+            cell = float(cell)
+    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
+        return int(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return cell
+    raise TypeError
 
 
 def _scale(given: dict[str, Any]) -> float | None:
@@ -226,7 +243,7 @@ def _box(given: dict[str, Any], column: str) -> Box | None:
         return None
     value = given[column]
     try:
-        x0, y0, x1, y1 = (int(end) for end in (value.split(",") if isinstance(value, str) else value))
+        x0, y0, x1, y1 = (_integer(end) for end in (value.split(",") if isinstance(value, str) else value))
         return Box(x0, y0, x1, y1)
     except (TypeError, ValueError):
         raise ValueError(f"{column} = {value!r}: must be x0,y0,x1,y1 in pixels, x0 < x1 and y0 < y1") from None
@@ -241,6 +258,14 @@ def _job(row: Row, model: str, scale: float, defaults: Defaults, *, several_mode
         name += f"-scale-{scale:g}"
     pngs = (f"{name}.png",) if n == 1 else tuple(f"{name}-seed-{seed + k}.png" for k in range(n))
     return Job(row, model, scale if row.scale is None else row.scale, seed, pngs)
+
+
+def _parts(job: Job) -> list[Job]:
+    """The job in pieces that go through the network at once, each of which is written before the next begins."""
+    return [
+        replace(job, seed=job.seed + start, pngs=job.pngs[start : start + BATCH_ROWS])
+        for start in range(0, len(job.pngs), BATCH_ROWS)
+    ]
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[tuple[Job, ...]]:

@@ -151,7 +151,7 @@ class Work:
             )
         except (UserError, ValueError) as error:
             if len(group) == 1:
-                return [self.failed(job, error)]
+                return self.failed(job, error)
             return [result for ready in group for result in self.edit([ready], editor)]
         seconds = (time.monotonic() - started) / len(edits)
         results, start = [], 0
@@ -184,7 +184,8 @@ class Work:
         )
         if len(edits) < rows:  # other jobs' edits were in the same forward
             recipes = [recipe.model_copy(update={"batch_rows": rows}) for recipe in recipes]
-        about = self.about(job) | asdict(settings) | {"identity": opened.identity, "seconds": round(seconds, 4)}
+        settings_said = asdict(settings) | {"context_factor": recipes[0].model_dump(mode="json")["context_factor"]}
+        about = self.about(job) | settings_said | {"identity": opened.identity, "seconds": round(seconds, 4)}
         return [
             Result({"png": png, "seed": job.seed + k, **about}, png_with_recipe(edit, recipe))
             for k, (png, edit, recipe) in enumerate(zip(job.pngs, edits, recipes, strict=True))
@@ -197,8 +198,10 @@ class Work:
         named = {"row": row.number, "photo": row.photo, "mask": row.mask, "reference": row.reference}
         return named | ends | {"model": job.model, "scale": job.scale}
 
-    def failed(self, job: Job, error: Exception) -> Result:
-        return Result({"png": job.pngs[0], "seed": job.seed, **self.about(job), "error": one_line(error)})
+    def failed(self, job: Job, error: Exception) -> list[Result]:
+        """A line for each of the job's edits."""
+        said = self.about(job) | {"error": one_line(error)}
+        return [Result({"png": png, "seed": job.seed + k, **said}) for k, png in enumerate(job.pngs)]
 
 
 def edit_here(groups: Sequence[tuple[Job, ...]], work: Work, done: ResultsFolder) -> Iterator[tuple[int, list[Result]]]:
@@ -208,13 +211,13 @@ def edit_here(groups: Sequence[tuple[Job, ...]], work: Work, done: ResultsFolder
     """
     editor, loaded = None, ""
     with ThreadPoolExecutor(READERS) as pool:
-        ahead: list[list[Future[Ready | Result | None]]] = []
+        ahead: list[list[Future[Ready | list[Result] | None]]] = []
         for index in range(len(groups)):
             while len(ahead) < 2 and index + len(ahead) < len(groups):
                 ahead.append([pool.submit(_ready, work, job, done) for job in groups[index + len(ahead)]])
             outcomes = [future.result() for future in ahead.pop(0)]
             ready = [outcome for outcome in outcomes if isinstance(outcome, Ready)]
-            results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+            results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
             there = [job for job, outcome in zip(groups[index], outcomes, strict=True) if outcome is None]
             model = groups[index][0].model
             if ready and (editor is None or model != loaded):
@@ -225,11 +228,11 @@ def edit_here(groups: Sequence[tuple[Job, ...]], work: Work, done: ResultsFolder
             yield sum(len(job.pngs) for job in there), results
 
 
-def _ready(work: Work, job: Job, done: ResultsFolder) -> Ready | Result | None:
+def _ready(work: Work, job: Job, done: ResultsFolder) -> Ready | list[Result] | None:
     """None: the job's edits are there."""
     try:
         opened = work.open(job)
-        return None if done.has(job.pngs, opened.identity) else work.decode(opened)
+        return None if done.has(job.pngs, opened.identity, work.about(job)) else work.decode(opened)
     except UserError as error:
         return work.failed(job, error)
 
@@ -242,16 +245,16 @@ def pending_of(
         for group in groups:
             there, failed, todo = 0, [], []
             for job, outcome in zip(group, pool.map(lambda job: _opened(work, job), group), strict=True):
-                if isinstance(outcome, Result):
-                    failed.append(outcome)
-                elif done.has(job.pngs, outcome.identity):
+                if isinstance(outcome, list):
+                    failed += outcome
+                elif done.has(job.pngs, outcome.identity, work.about(job)):
                     there += len(job.pngs)
                 else:
                     todo.append(job)
             yield tuple(todo), there, failed
 
 
-def _opened(work: Work, job: Job) -> Opened | Result:
+def _opened(work: Work, job: Job) -> Opened | list[Result]:
     try:
         opened = work.open(job)
         bare = {name: getattr(opened, name).model_copy(update={"data": None}) for name in ("photo", "reference")}
@@ -267,5 +270,5 @@ def edit_group(group: Sequence[Job], work: Work, editor: Editor) -> list[Result]
         try:
             ready.append(work.decode(work.open(job)))
         except UserError as error:
-            results.append(work.failed(job, error))
+            results += work.failed(job, error)
     return results + work.edit(ready, editor)

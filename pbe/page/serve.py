@@ -118,5 +118,6 @@ def _refuse_taken(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ServeError(f"--host {host} --port {port}: {error.strerror or error}; choose another --port") from None
+        except (OSError, OverflowError) as error:  # of a port beyond 65535
+            why = getattr(error, "strerror", None) or error
+            raise ServeError(f"--host {host} --port {port}: {why}; choose another --port") from None

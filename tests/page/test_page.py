@@ -646,6 +646,12 @@ def test_others_need_users(tiny_model: Path, option: str, capsys: pytest.Capture
     assert f"{option}: others could reach the page; name its users by --auth-file FILE" in capsys.readouterr().err
 
 
+def test_a_port_that_no_machine_has_is_one_line(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["page", "--model", str(tiny_model), "--port", "78600"]) == 1
+    said = capsys.readouterr().err
+    assert "--port 78600: " in said and "choose another --port" in said and said.count("\n") == 1
+
+
 def test_without_gradio_one_line_says_what_installs_it(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

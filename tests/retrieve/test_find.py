@@ -1,6 +1,7 @@
 """Finding exemplars: against brute force and CLIP itself, and what is said of damage and of wrong questions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel
 
 from pbe.cli.__main__ import main
+from pbe.cli.find import _json_lines
 from pbe.data import images
+from pbe.errors import printable
 from pbe.model.clip import MEAN, STD
 from pbe.retrieve import index as index_module
 from pbe.retrieve.build import Embedder, build_from_folder
@@ -179,5 +182,15 @@ def test_the_command_lists_writes_and_says_what_is_gone(
     assert [path.name[:3] for path in sorted((data / "crops").iterdir())] == [f"{rank:03d}" for rank in range(3, 13)]
     assert images.open_picture(data / "sheet.png").header.width_px > 500
 
+    (data / "photos").rename(data / "moved")
+    assert main([*find, "--sheet", "none.png"]) == 1
+    assert "none of the 12 crops can be cut, so no picture was written" in capsys.readouterr().err
     assert main(["find", "--index", "a.index"]) == 1
     assert "say what to find" in capsys.readouterr().err
+
+
+def test_json_is_json_whatever_an_author_is_called(index: Index) -> None:
+    """A soft hyphen and the tag letters of a flag: a terminal gets them escaped, in JSON's own way."""
+    hit = replace(index.find(label=next(iter(index.labels)), k=1)[0], author="Jos\u00ad\U000e0067")
+    [line] = _json_lines([hit])
+    assert json.loads(printable(line))["author"] == hit.author

@@ -1,4 +1,4 @@
-"""Gradio's components, changed so that what a browser sends is opened by pbe/page/session.py alone.
+"""Gradio's components, changed so that what a browser sends is opened by pbe/page/uploads.py alone.
 
 Gradio's own would decode a picture by Pillow, without our limits, before any handler sees it, and would fetch an
 address that a request names in place of an uploaded file.

@@ -16,26 +16,20 @@ from pbe.data.contact import with_hole
 from pbe.diffusion.sampling import Sampling
 from pbe.edit import BATCH_ROWS
 from pbe.errors import UserError, one_line, printable
+from pbe.page.models import Models
 from pbe.page.samples import Samples
-from pbe.page.session import (
-    Files,
-    Models,
+from pbe.page.uploads import (
     PageError,
-    Result,
-    StoppedError,
     Upload,
-    Visitor,
-    Visitors,
     boxed_hole,
     brushed_hole,
     hole_picture,
     mask_of,
     masked_hole,
     open_upload,
-    refuse_if_set,
     shown,
-    stopping,
 )
+from pbe.page.visitors import Files, Result, StoppedError, Visitor, Visitors, refuse_if_set, stopping
 from pbe.recipe import PROTOCOLS, Picture, ProtocolName, png_with_recipe, recipes_of
 from pbe.retrieve.index import Index
 

@@ -11,7 +11,7 @@ from pbe.diffusion.settings import SamplerName
 from pbe.edit import DEFAULT_SAMPLING
 from pbe.page.components import FileInput, PictureInput, hole_brush
 from pbe.page.handlers import ANY_CLASS, BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, status, told
-from pbe.page.session import limits_text, shown
+from pbe.page.uploads import limits_text, shown
 from pbe.recipe import PROTOCOLS
 
 TITLE = "Paint by Example"

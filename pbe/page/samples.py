@@ -10,7 +10,7 @@ from pbe.data.boxes import pixel_box
 from pbe.data.files import SourceError
 from pbe.data.settings import MAX_IMAGE_BYTES
 from pbe.data.sources import SampleSource
-from pbe.page.session import Upload, open_upload
+from pbe.page.uploads import Upload, open_upload
 from pbe.places import repo_root
 
 PHOTOS_MAX, REFERENCES_MAX = 7, 10

@@ -13,8 +13,10 @@ from types import FrameType
 
 from pbe.errors import UserError
 from pbe.page.guard import LOOPBACK, Guard
-from pbe.page.session import UPLOAD_BYTES_MAX, Models, Visitors
+from pbe.page.models import Models
+from pbe.page.uploads import UPLOAD_BYTES_MAX
 from pbe.page.users import open_users
+from pbe.page.visitors import Visitors
 from pbe.retrieve.index import Index
 
 WAITING_MAX = 16  # clicks that wait for others; the next is told so

@@ -15,8 +15,10 @@ from pbe.data import images
 from pbe.page import handlers
 from pbe.page.handlers import BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, told
 from pbe.page.layout import make_page
+from pbe.page.models import Models
 from pbe.page.samples import open_samples
-from pbe.page.session import Models, Upload, Visitor, Visitors
+from pbe.page.uploads import Upload
+from pbe.page.visitors import Visitor, Visitors
 from pbe.recipe import recipes_of
 
 if TYPE_CHECKING:

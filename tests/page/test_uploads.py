@@ -9,7 +9,8 @@ import pytest
 from pbe.data import images
 from pbe.diffusion.sampling import Sampling
 from pbe.edit import Editor
-from pbe.page.session import PageError, StoppedError, brushed_hole, open_upload, shown, stopping
+from pbe.page.uploads import PageError, brushed_hole, open_upload, shown
+from pbe.page.visitors import StoppedError, stopping
 
 
 def _layer(alpha: np.ndarray) -> bytes:
@@ -52,7 +53,7 @@ def test_an_unsuitable_layer_is_refused(layer: bytes, said: str) -> None:
 
 
 def test_a_photo_beyond_the_limits_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pbe.page.session.PHOTO_PIXELS_MAX", 99)
+    monkeypatch.setattr("pbe.page.uploads.PHOTO_PIXELS_MAX", 99)
     with pytest.raises(PageError, match="too large"):
         open_upload(images.encode_png(np.zeros((10, 10, 3), np.uint8)), "photo")
 

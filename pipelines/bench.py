@@ -33,6 +33,7 @@ from pbe.evaluate.features.tables import FeatureTable, extract
 from pbe.evaluate.features.weights import Entry, open_extractor, store_extractor
 from pbe.evaluate.metrics.intervals import MIN_GROUPS
 from pbe.evaluate.settings import BenchConfig
+from pbe.model.precision import float32_products
 from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.extras import Extras, extras_of, read_extras
@@ -143,6 +144,7 @@ def _worker(
         crops = (Crop(str(number), "whole", "whole", picture) for number, picture in enumerate(pictures))
         return FeatureTable([extract(crops, extractor, batch_rows=BATCH_ROWS)]).all_of("whole")
 
+    @float32_products(tf32=False)  # a part's name says nothing of the device
     def work(unit: Unit) -> Record:
         shard: Shard = unit.payload
         boxes = require(store.read_table(shard.boxes), BOXES, shard.boxes.path)

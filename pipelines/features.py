@@ -37,6 +37,7 @@ from pbe.evaluate.reference_set import make_reference_set
 from pbe.evaluate.score import Method
 from pbe.evaluate.score_features import ReferenceSet
 from pbe.evaluate.settings import ClipExtractorConfig, EvaluateConfig, Region
+from pbe.model.precision import float32_products
 from pbe.places import local_path
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest
 from pipelines.runtime.parts import Unit, Work, run_groups, torch_device
@@ -384,6 +385,7 @@ def _worker(
                 return real_crops(some, decode=decode)
         return edited_crops(some, bench, region=region, decode=decode)
 
+    @float32_products(tf32=False)  # a part's name says nothing of the device
     def work(units: Sequence[Unit]) -> list[Record]:
         """Run extractions of the same pictures, which are decoded once for all."""
         extractions: list[Extraction] = [unit.payload for unit in units]

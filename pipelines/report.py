@@ -34,6 +34,7 @@ from pbe.data.rng import row_rng
 from pbe.data.schema import CAPTION_FORMS, IMAGE_REASONS, CaptionForm, HoleKind
 from pbe.data.slots import slot_files
 from pbe.errors import printable
+from pbe.evaluate.bench.scopes import has_scope
 from pbe.evaluate.grid import fill_rows, sweep_fills
 from pbe.evaluate.metrics.intervals import Estimate
 from pbe.store import File, Manifest, Record, Store, load_manifest, write_whole
@@ -334,16 +335,23 @@ def picture_uri(picture: np.ndarray) -> str:
 def _grids(stage: Stage, results: Mapping[str, Result]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A title and rows of pictures per scope: the same inputs, and what each method makes of them."""
     file = load_manifest(stage.input("bench")).files("bench")[0]
-    items = stage.store.read_table(file).to_pylist()
-    items = [items[index] for index in evenly(COLUMNS, len(items))]
+    bench = stage.store.read_table(file).to_pylist()
     scopes = dict.fromkeys(
         scope for result in results.values() for scope in result.scopes if scope[1] not in CAPTION_FORMS
     )
-    edits = {name: _edits_of(stage, name, {item["bench_id"] for item in items}) for name in results}
-    for hole, reference in scopes:
+    shown = {scope: _evenly_of(bench, scope) for scope in scopes}
+    ids = {item["bench_id"] for items in shown.values() for item in items}
+    edits = {name: _edits_of(stage, name, ids) for name in results}
+    for (hole, reference), items in shown.items():
         names = table_order([name for name in results if (hole, reference) in results[name].scopes])
-        fills = {name: edits[name][hole, reference] for name in names}
+        fills = {name: edits[name].get((hole, reference), {}) for name in names}
         yield f"{reference} reference, {hole} hole", picture_rows(items, fills, hole=hole, reference=reference)
+
+
+def _evenly_of(bench: Sequence[Mapping[str, Any]], scope: Scope) -> list[Mapping[str, Any]]:
+    """At most COLUMNS rows of BENCH that have this hole and this reference, evenly spaced."""
+    having = [item for item in bench if has_scope(item, *scope)]
+    return [having[index] for index in evenly(COLUMNS, len(having))]
 
 
 def _captioned(
@@ -355,8 +363,7 @@ def _captioned(
     if table is None:
         return None
     file = load_manifest(stage.input("bench")).files("bench")[0]
-    items = stage.store.read_table(file).to_pylist()
-    items = [items[index] for index in evenly(COLUMNS, len(items))]
+    items = _evenly_of(stage.store.read_table(file).to_pylist(), (hole, "exemplar"))
     ids, against = {item["bench_id"] for item in items}, paired["against"]
     fills: dict[str, Mapping[str, bytes]] = {}
     forms: dict[str, CaptionForm] = {}

@@ -221,6 +221,16 @@ def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
     return client_state
 
 
+def use_settings(engine: Any, cfg: TrainConfig) -> None:
+    """Give the optimizer the settings of this run: a checkpoint that is loaded brings those of the run that wrote it,
+    which `train.resume_from` may continue under others. The loop sets the learning rate.
+    """
+    for group in engine.optimizer.param_groups:
+        group.update(betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    if hasattr(engine.optimizer, "clip_grad"):  # ZeRO 1 and 2 keep it in their checkpoints
+        engine.optimizer.clip_grad = cfg.grad_clip or 0.0
+
+
 def _of_the_run(engine: Any) -> dict[str, Any]:
     """What a checkpoint's moments belong to."""
     return {"trained": list(_trained(engine)), "moments": type(engine.basic_optimizer).__name__}

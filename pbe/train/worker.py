@@ -40,12 +40,20 @@ from pbe.model.weight_store import (
 )
 from pbe.model.weights import ADAPTER_FOLDER, Model, save_model
 from pbe.store import Manifest, Store
-from pbe.train.checkpoints import RAW, UNLOGGED, Run, Saver, newest_whole
+from pbe.train.checkpoints import RAW, UNLOGGED, CheckpointError, Run, Saver, newest_whole
 from pbe.train.data.batch import Batch
 from pbe.train.data.input import open_input
 from pbe.train.data.order import Share
 from pbe.train.ema import Ema
-from pbe.train.engine import full_parameters, load_engine, make_engine, save_engine, step_engine, to_universal
+from pbe.train.engine import (
+    full_parameters,
+    load_engine,
+    make_engine,
+    save_engine,
+    step_engine,
+    to_universal,
+    use_settings,
+)
 from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.ranks import Ranks
@@ -79,7 +87,8 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
     model = new_network(spec.arch)
     text = open_text_encoder(store, spec.text) if spec.text is not None else None
     if isinstance(model.exemplar, ExemplarMapper):
-        model.exemplar.set_statistics(_reference_features(store, spec.encoded))
+        if model.exemplar.projection is not None:
+            model.exemplar.set_statistics(_reference_features(store, spec.encoded))
     elif text is not None:
         model.exemplar.set_empty(text([""]))
     if spec.initial is not None:
@@ -102,11 +111,20 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         found = newest_whole(store, _candidates(run, spec.origin), ranks, Path(scratch))
         universal = found is not None and _needs_rewriting(found[0].world, found[0].zero_stage, ranks.world, cfg)
         engine = make_engine(model, cfg, device=device, universal=universal)
+        if found is None and spec.origin is not None:
+            raise CheckpointError(
+                f"train.resume_from = {spec.origin[0]}@{spec.origin[1]}: that run no longer has a checkpoint of this "
+                "step or an earlier one; name another run, or leave resume_from out to train from the beginning"
+            )
         if found is not None:
             checkpoint, folder = found
             history = json.loads((folder / "history.json").read_text())
             state = load_engine(engine, _rewritten(folder, Path(scratch), ranks) if universal else folder)
             start, window = state["step"], state["window"]
+            use_settings(engine, cfg)
+            # the statistics of this run's data, which its export has; on another number of ranks none are loaded
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
             if ranks.rank == 0:
                 resized = checkpoint.world != ranks.world
                 written_by = f" (checkpoint written by {checkpoint.world} ranks)" if resized else ""
@@ -397,7 +415,8 @@ def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
         for file in files:
             table = store.read_table(file, columns=["exemplar_tokens"])
             field = table.schema.field("exemplar_tokens")
-            rows += [array_value(field, value)[0, 0] for value in table.column(0).to_pylist()]
+            # copies, because a view would keep all tokens of its row
+            rows += [array_value(field, value.as_py())[0, 0].copy() for value in table.column(0)]
         if len(rows) >= STATISTICS_ROWS:
             break
     return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]))

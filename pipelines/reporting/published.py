@@ -37,8 +37,13 @@ def table_1(params: Params, card: Mapping[str, Any], results: Mapping[str, Resul
     if params.bench.source != "cocoee" or not shown:
         return None
     columns = _columns(card, {metric for numbers in shown.values() for metric in numbers})
+    items = card["bench"]["items"]
     ours = [
-        (name, [estimate_text(numbers[c.metric]) if c.metric in numbers else "" for c in columns])
+        (
+            name,
+            _fewer({numbers[c.metric].n for c in columns if c.metric in numbers} - {items}, items),
+            [estimate_text(numbers[c.metric]) if c.metric in numbers else "" for c in columns],
+        )
         for name, numbers in shown.items()
     ]
     published = [row for row in yaml.safe_load(TABLE.read_text()) if any(_is_shown(row, c) for c in columns)]
@@ -49,9 +54,14 @@ def table_1(params: Params, card: Mapping[str, Any], results: Mapping[str, Resul
             (row["method"], row["source"], [f"{row[c.key]:.2f}" if _is_shown(row, c) else "" for c in columns])
             for row in published
         ],
-        "items": card["bench"]["items"],
+        "items": items,
         "why_not": [f"{column.label} is not the paper's: {column.why_not}" for column in columns if column.why_not],
     }
+
+
+def _fewer(counts: set[int], items: int) -> str:
+    """What is said of a method that has not filled all items."""
+    return f"N = {min(counts)} of {items}; fewer items make FID larger" if counts else ""
 
 
 def _is_shown(row: Mapping[str, Any], column: Column) -> bool:

@@ -295,7 +295,13 @@ def test_published_numbers_stand_beside_the_papers_own_metrics() -> None:
     results = {"full": _result("full", clip_fid=3.2, qs=77.0, clip_score=85.0, similarity_efficientnet_lite2=0.5)}
     table = published.table_1(COCOEE, _card(), results)
     assert table is not None and table["columns"] == ["FID", "QS", "CLIP score"] and table["why_not"] == []
-    assert table["ours"] == [("full", ["3.20 [2.20, 4.20]", "77.0 [76.0, 78.0]", "85.0 [84.0, 86.0]"])]
+    assert table["ours"] == [
+        (
+            "full",
+            "N = 12 of 3500; fewer items make FID larger",
+            ["3.20 [2.20, 4.20]", "77.0 [76.0, 78.0]", "85.0 [84.0, 86.0]"],
+        )
+    ]
     rows = {method: values for method, _, values in table["published"]}
     assert rows["Paint by Example"] == ["3.18", "77.80", "84.97"]
     assert all(source for _, source, _ in table["published"])
@@ -304,6 +310,23 @@ def test_published_numbers_stand_beside_the_papers_own_metrics() -> None:
     html = page.render(table_1=table, colours={"full": 0})
     assert html.count("published</span>") == len(rows) and "not the paper" not in html
     assert page.render(table_1=None, colours={}) == ""
+
+
+def test_a_row_of_fewer_items_says_so() -> None:
+    table = published.table_1(COCOEE, _card(items=13), {"full": _result("full", clip_fid=3.2)})
+    assert table is not None and [fewer for _, fewer, _ in table["ours"]] == [
+        "N = 12 of 13; fewer items make FID larger"
+    ]
+    page = report.page_environment().get_template("table_1.html.j2")
+    assert "N = 12 of 13" in page.render(table_1=table, colours={"full": 0})
+
+
+def test_pictures_of_a_scope_are_of_items_that_have_it() -> None:
+    bench = [{"bench_id": str(n), "box_hole_mask": b"", "exemplar": b""} for n in range(40)]
+    bench[7] |= {"segmentation_hole_mask": b"", "pair": b""}
+    assert [item["bench_id"] for item in report._evenly_of(bench, ("segmentation", "exemplar"))] == ["7"]
+    assert report._evenly_of(bench, ("bezier", "exemplar")) == []
+    assert [item["bench_id"] for item in report._evenly_of(bench, ("box", "exemplar"))][::11] == ["0", "39"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from pbe.model.vae import KlCodec
 from pbe.store import File, Manifest, Store
 from pbe.train.checkpoints import Run
 from pbe.train.data.batch import Batch
+from pbe.train.data.draws import Draws, draw
 from pbe.train.data.input import TrainInput, open_input
 from pbe.train.data.order import Share
 from pbe.train.data.pixels import PixelRows
@@ -147,6 +148,27 @@ def test_pixels_give_the_rows_and_draws_of_the_encoded_rows(place: Place) -> Non
         for name in ("noise", "timestep", "drop_condition", "drop_context"):
             assert torch.equal(tensors(cached)[name], tensors(online)[name])
     assert len(seen) == 32
+
+
+def test_both_wish_for_the_same_pairs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That draw is the last, after the posterior's, which a codec without spread does not need."""
+    made: list[Draws] = []
+
+    def recorded(*given: Any, **named: Any) -> Draws:
+        made.append(draw(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr("pbe.train.data.input.draw", recorded)
+    wishes: dict[str, dict[str, bool]] = {}
+    for source in ("encoded", "pixels"):
+        made.clear()
+        with opened(place, config(input=source, pair_prob=0.5)) as batches:
+            for _ in range(8):
+                batches.next()
+        wishes[source] = {drawn.row: drawn.wants_pair for drawn in made}
+    common = wishes["encoded"].keys() & wishes["pixels"].keys()
+    assert len(common) >= 32 and all(wishes["encoded"][row] == wishes["pixels"][row] for row in common)
+    assert len(set(wishes["pixels"].values())) == 2
 
 
 def test_another_training_seed_draws_anew_but_for_what_encode_has_drawn(place: Place) -> None:

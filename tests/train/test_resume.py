@@ -189,6 +189,29 @@ def test_resume_from_goes_on_under_other_settings(place: tuple[Path, Store, Mani
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"weight_decay": 20.0}, {"adam_betas": (0.0, 0.5)}, {"grad_clip": 1e-6}], ids=str)
+def test_resume_from_takes_the_optimizers_settings_too(
+    place: tuple[Path, Store, Manifest], finished: str, changes: dict[str, object]
+) -> None:
+    """DeepSpeed's checkpoint has those of the run before. The first step shows no difference yet."""
+    folder, store, encoded = place
+    curves = []
+    for name, cfg in (("plain", tiny_config(steps=33)), ("changed", tiny_config(steps=33, **changes))):
+        spec = tiny_spec(store, encoded, cfg, f"{name}-{next(iter(changes))}", origin=(finished, 30))
+        run_ranks(train, spec, world=1, tmp=folder)
+        curves.append(loss_curve(store, spec.run_name)[30:33])
+    assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-6)
+    assert abs(curves[0][2] - curves[1][2]) > 1e-4
+
+
+def test_resume_from_checkpoints_that_are_gone_trains_nothing(place: tuple[Path, Store, Manifest]) -> None:
+    folder, store, encoded = place
+    spec = tiny_spec(store, encoded, tiny_config(steps=40), "orphan", origin=("pruned", 30))
+    with pytest.raises(RankDiedError, match=r"CheckpointError: train.resume_from = pruned@30: that run no longer has"):
+        run_ranks(train, spec, world=1, tmp=folder)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(place: tuple[Path, Store, Manifest], finished: str) -> None:
     folder, store, encoded = place
     spec = tiny_spec(store, encoded, tiny_config(steps=40), "wide", origin=(finished, 30))

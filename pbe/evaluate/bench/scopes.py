@@ -16,13 +16,13 @@ def scopes_of(
     row: Mapping[str, Any], holes: Sequence[HoleKind], references: Sequence[ReferenceKind | CaptionForm]
 ) -> list[Scope]:
     """The pairs of a hole and a reference that a row of BENCH has, of those that are asked for."""
-    having = [hole for hole in holes if row.get(f"{hole}_hole_mask") is not None]
-    return [
-        (hole, reference)
-        for hole in having
-        for reference in references
-        if row.get("exemplar_caption" if reference == "caption" else picture_column(reference)) is not None
-    ]
+    return [(hole, reference) for hole in holes for reference in references if has_scope(row, hole, reference)]
+
+
+def has_scope(row: Mapping[str, Any], hole_kind: str, reference_kind: str) -> bool:
+    """Whether a row of BENCH has this hole, and what fills it."""
+    column = "exemplar_caption" if reference_kind == "caption" else picture_column(reference_kind)
+    return row.get(f"{hole_kind}_hole_mask") is not None and row.get(column) is not None
 
 
 def picture_column(reference_kind: str) -> str:

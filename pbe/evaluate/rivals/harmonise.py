@@ -17,6 +17,7 @@ from pbe.errors import one_line
 from pbe.evaluate.bench.baselines import composite
 from pbe.evaluate.rivals.fill import FillTask, RivalError, pasted
 from pbe.model.network_file import Network
+from pbe.model.precision import float32_products
 
 _OVERSHOOT = 0.5  # beyond 0..1, where a network may overshoot a little: -1..1 or 0..255 lie further
 
@@ -39,7 +40,7 @@ class Harmonise:
         mask = torch.from_numpy(lies)[None, None].float()
         given = f"a composite {tuple(image.shape)} and a mask {tuple(mask.shape)}"
         try:
-            with torch.no_grad():
+            with torch.no_grad(), float32_products(tf32=False):
                 found = self._network(image.to(self._device), mask.to(self._device))
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # AssertionError: torch.export's guards
             raise RivalError(f"{self._name}: it fails on {given}: {one_line(error, 300)}") from error

@@ -18,7 +18,7 @@ from pbe.data.rng import row_rng
 from pbe.data.slots import TRIPLETS_PER_GROUP, require_same_rows, slot_files
 from pbe.encode import encode_masked, encode_references, encode_source
 from pbe.model.backbone import Backbone
-from pbe.model.codec import Codec
+from pbe.model.codec import Codec, PatchCodec
 from pbe.model.settings import Tokens
 from pbe.store import Manifest
 from pbe.train.data.batch import Batch, make_batch
@@ -84,7 +84,7 @@ class PixelRows:
                 hole_kinds=stored.hole_kinds,
                 latent_shape=(self._codec.channels, height, width),
                 stored_references=self._stored_references,
-                posterior_has_spread=True,
+                posterior_has_spread=not isinstance(self._codec, PatchCodec),  # as encode stores it
             )
         )
         pair = drawn.wants_pair and stored.has_pair

@@ -277,6 +277,7 @@ def _initial_weights(
     from pbe.model.clip import STEMS
     from pbe.model.codec import CODEC_FILE
     from pbe.model.hub import STABLE_DIFFUSION, weights_folder
+    from pbe.model.tensors import read_json
     from pbe.model.vae import STEM
     from pbe.model.weight_store import store_weights
 
@@ -302,10 +303,30 @@ def _initial_weights(
             f"train.init = {cfg.init}: not a Paint by Example model: the UNet's new input channels start at zero, and "
             f"train.trainable = {_what_trains(cfg)} would leave them there; set train.trainable: all"
         )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if has_encoder and scheduler.is_file():
+        refuse_other_objective(cfg, read_json(scheduler))
     encoder = store_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
     mapper = f", {encoder}" if encoder else "; the mapper is random" if cfg.condition == "exemplar" else ""
     print(f"train@{stage.variant}: starts from {name}: {unet}{mapper}")
     return (unet, encoder), None
+
+
+def refuse_other_objective(cfg: TrainConfig, scheduler: Mapping[str, Any]) -> None:
+    """Raise StageError where weights that stay as they are would be used as if they predicted something else.
+
+    scheduler: the config of the model that `train.init` names. A whole network may be trained to another objective.
+    """
+    if cfg.steps and cfg.trainable == "all":
+        return
+    from pbe.diffusion.schedule import objective_of
+
+    objective, beta_schedule = objective_of(scheduler), scheduler.get("beta_schedule", cfg.beta_schedule)
+    if (objective, beta_schedule) != (cfg.objective, cfg.beta_schedule):
+        raise StageError(
+            f"train.init = {cfg.init}: it predicts {objective} under the noise schedule {beta_schedule}; set "
+            f"train.objective: {objective} and train.beta_schedule: {beta_schedule}"
+        )
 
 
 def adapter_weights(
@@ -327,6 +348,7 @@ def adapter_weights(
             f"train.init = {cfg.init}: an adapter; to train it further, set train.trainable: {describe(adapter.lora)}, "
             "or name the merged model, whose folder contains the adapter"
         )
+    refuse_other_objective(cfg, adapter.card.scheduler)
     base = adapter.base
     if base.codec_sha256 != stored_codec_sha256(stage.store, encoded.config["codec"]):
         raise StageError(

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pbe.diffusion.scheduler_config import scheduler_config
+from pbe.diffusion.settings import BetaSchedule, Objective
 from pbe.model.adapter import ADAPTER_FILE, FILES, LORA_FILE
 from pbe.model.tensors import WeightsError
 from pbe.model.unet import new_network, use_float32_group_norm
@@ -25,7 +27,7 @@ from pbe.train.settings import TrainConfig
 from pbe.train.spec import TrainSpec
 from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train import adapter_weights
+from pipelines.train import adapter_weights, refuse_other_objective
 from tests.profiles import profile
 from tests.train.golden import LORA, PART_STEPS, PARTS, part_curve, part_spec, store_base, verdict
 from tests.train.ranks import (
@@ -245,6 +247,20 @@ def stage(place: Place) -> Stage:
 
 def _stage_config(trainable: Any) -> TrainConfig:
     return tiny_config(trainable=trainable, init="models/mine/adapter")
+
+
+@pytest.mark.parametrize("theirs", [("v", "squaredcos_cap_v2"), ("x0", "scaled_linear")])
+def test_weights_that_stay_as_they_are_keep_their_objective(theirs: tuple[Objective, BetaSchedule]) -> None:
+    """Sampled by another, they would be scored as if the model were bad."""
+    objective, beta_schedule = theirs
+    scheduler = scheduler_config(beta_schedule, objective)
+    ours = {"objective": "x0", "beta_schedule": "squaredcos_cap_v2", "init": "models/theirs"}
+    wanted = rf"predicts {objective} under the noise schedule {beta_schedule}; set train\.objective: {objective} and"
+    for changes in ({"steps": 0}, {"trainable": "cross_attention"}, {"trainable": LORA}):
+        with pytest.raises(StageError, match=wanted):
+            refuse_other_objective(tiny_config(**ours | changes), scheduler)
+        refuse_other_objective(tiny_config(**ours | changes), scheduler_config("squaredcos_cap_v2", "x0"))
+    refuse_other_objective(tiny_config(**ours), scheduler)  # the whole network learns it
 
 
 def test_an_adapter_needs_its_own_settings_codec_and_base(

@@ -79,7 +79,8 @@ speedrun: $(STAMP) ## a model from scratch on one GPU: make speedrun ROOT=/data;
 	@$(IN_VENV) infra/speedrun.sh "$(ROOT)" $(P)
 
 ui: $(STAMP) ## compare runs in MLflow at http://127.0.0.1:5000
-	@$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	@case "$${MLFLOW_TRACKING_URI:-}" in http*) echo "your MLflow server: $$MLFLOW_TRACKING_URI"; exit;; esac; \
+		$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 		$(PY) -m mlflow ui --host 127.0.0.1 --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 

@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     rayjob_parser = commands.add_parser("rayjob", help="a stage as a KubeRay manifest: ... | kubectl apply -f -")
     rayjob_parser.add_argument("stage", choices=CLUSTER_STAGES)
     rayjob_parser.add_argument("--variant")
-    repro_parser = commands.add_parser("repro", help="check, `dvc repro` with one Ray for all stages, summary")
+    repro_parser = commands.add_parser(
+        "repro",
+        help="check, `dvc repro` with one Ray for all stages, summary",
+        prefix_chars="\0",  # all that follows is DVC's, options too
+        add_help=False,
+    )
     repro_parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro, such as a stage")
     commands.add_parser("check", help="check the settings and that the photos exist; `repro` runs this first")
     commands.add_parser("status", help="how far each stage is: parts, rejects, checkpoints, jobs, MLflow")

@@ -192,8 +192,14 @@ def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_
     # OpenImages' CSVs name their masks, which write_index joins shard by shard
     pictures = mask_files(tree) if with_masks and not segmentation_files(tree) else MaskFiles()
     for file in box_files(tree, findings, required=not pictures):
-        for table in read_annotations(tree, file, names, findings, with_masks=with_masks):
-            table = with_optional(table, ANNOTATIONS)
+        tables: Iterable[pa.Table] = (
+            with_optional(table, ANNOTATIONS)
+            for table in read_annotations(tree, file, names, findings, with_masks=with_masks)
+        )
+        if pictures and not file.name.lower().endswith(".json"):
+            # masks count a photo's boxes in the file's order; rows with quoted commas, and odd ones, come last
+            tables = [pa.concat_tables(tables).sort_by("line")]
+        for table in tables:
             yield pictures.added_to(table) if pictures else table
     if pictures:
         yield pictures.left(SPLITS.index("train"))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from label_csv import Boxes, Rejects, image_ids
+from label_csv import Boxes, Rejects, files_below, image_ids
 from label_masks import bounds_px, write_mask, write_png
 
 from pbe.data.images import ImageError, open_picture
@@ -24,7 +24,7 @@ WITHOUT_FOLDER = "object"
 
 
 def main(folder: Path, out: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".png")
+    files = [path for path in files_below(folder, "*") if path.suffix.lower() == ".png"]
     if not files:
         sys.exit(f"{folder}: contains no .png cut-out")
     if out.resolve().is_relative_to(folder.resolve()):

@@ -12,14 +12,14 @@ train.csv, validation.csv, test.csv.
 import sys
 from pathlib import Path
 
-from label_csv import Boxes, from_pixels
+from label_csv import Boxes, files_below, from_pixels
 from label_photos import Photos, upright_size
 
 SIDES = 4
 
 
 def main(folder: str) -> None:
-    files = sorted(path for path in Path(folder).rglob("*.txt") if path.parent.name == "Label")
+    files = [path for path in files_below(Path(folder), "*.txt") if path.parent.name == "Label"]
     if not files:
         sys.exit(f"{folder}: contains no folder Label with .txt files")
     boxes, photos = Boxes(), Photos()

@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from label_csv import Boxes, Ends, Rejects, from_pixels, image_ids
+from label_csv import Boxes, Ends, Rejects, files_below, from_pixels, image_ids
 from label_masks import write_mask
 from voc_objects import match_regions, read_regions, region_numbers
 
@@ -29,7 +29,7 @@ SEGMENTATION = "SegmentationObject"
 
 
 def main(folder: Path, masks: Path | None) -> None:
-    files = sorted(path for path in folder.rglob("*.xml") if path.is_file())
+    files = files_below(folder, "*.xml")
     if not files:
         sys.exit(f"{folder}: contains no .xml annotation")
     ids = image_ids(files, folder, PHOTOS_IN)

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 from coco_json import Instances
-from label_csv import Boxes, Ends, Rejects, image_ids, is_fraction, photo_folder
+from label_csv import Boxes, Ends, Rejects, files_below, image_ids, is_fraction, photo_folder
 from label_photos import Photos, upright_size
 
 from pbe.data.boxfiles.photo_names import IMAGE_SUFFIX
@@ -127,7 +127,7 @@ def write_instances(
 
 def label_files(folder: Path) -> list[Path]:
     """All .txt files, in folders `labels` if there are any, without lists of classes or photos and READMEs."""
-    found = [path for path in sorted(folder.rglob("*.txt")) if path.name not in NOT_LABELS]
+    found = [path for path in files_below(folder, "*.txt") if path.name not in NOT_LABELS]
     found = [path for path in found if not path.name.lower().startswith("readme")]
     inside = [path for path in found if "labels" in path.relative_to(folder).parts[:-1]]
     return [path for path in inside or found if not is_list_of_photos(path)]

@@ -10,9 +10,15 @@ from pathlib import Path
 
 from pbe.data.boxfiles.coordinates import FRACTION_SLACK, PIXEL_SLACK
 from pbe.data.boxfiles.openimages import BOX_COLUMNS
-from pbe.data.files import named
+from pbe.data.files import is_hidden, named
 
 Ends = tuple[float, float, float, float]  # xmin, xmax, ymin, ymax
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """Sorted, in all subfolders; not hidden ones, nor what macOS writes beside a file."""
+    found = (path for path in folder.rglob(pattern) if path.is_file())
+    return sorted(path for path in found if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def image_ids(files: Sequence[Path], folder: Path, photos_in: Mapping[str, str]) -> dict[Path, str]:

@@ -218,6 +218,12 @@ class FileTree:
         return str(PurePosixPath(self._folder) / name)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a path lies in a hidden folder (.thumbnails/), or is what macOS writes beside a file (._photo.jpg)."""
+    *folders, last = name.split("/")
+    return last.startswith("._") or any(folder.startswith(".") for folder in folders)
+
+
 def named(entries: Sequence[str]) -> str:
     """The first of a list, for a message, and how many more there are."""
     more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""

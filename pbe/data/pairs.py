@@ -114,9 +114,14 @@ class PairsSource:
         names = [name for name in names if name.lower().endswith((".parquet", ".csv"))]
         if not names:
             raise SourceError(f"ingest.boxes: no .parquet or .csv of pairs at {self.tables.where}")
+        versions: dict[str, str] = {}  # of the first target of each id
         for name in names:
             found = self._of_parquet(name) if name.lower().endswith(".parquet") else self._of_csv(name)
             for line, row in found:
+                version = row.get("tar_image_version", "")
+                if row["image_id"] and versions.setdefault(row["image_id"], version) != version:
+                    # another picture under the same file name, such as pair_002/tar.png
+                    row["image_id"] += "-" + hashlib.sha256(version.encode()).hexdigest()[:8]
                 yield name, line, row
 
     def _of_csv(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pbe.data.boxfiles.csv_rows import csv_batches, csv_header
 from pbe.data.boxfiles.photo_names import clean_ids
 from pbe.data.download import Downloader, PhotoError
-from pbe.data.files import FileInfo, FileTree, SourceError
+from pbe.data.files import FileInfo, FileTree, SourceError, is_hidden
 from pbe.data.schema import PHOTOS, SPLITS
 
 # the last three and HEIC may be unreadable here; they are listed so that such photos are rejected, not skipped
@@ -104,7 +104,9 @@ class FolderSource:
         """Yield tables of the folder's images. Raises SourceError if the folder is missing or contains no image."""
         if not self.tree.is_folder:
             raise SourceError(f"{self.tree.key}: {self.tree.where} is not a folder")
-        files = [info for info in self.tree.walk() if info.name.lower().endswith(IMAGE_SUFFIXES)]
+        files = [
+            info for info in self.tree.walk() if info.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(info.name)
+        ]
         if not files:
             raise SourceError(f"{self.tree.key}: no image ({', '.join(IMAGE_SUFFIXES)}) below {self.tree.where}")
         names = [info.name for info in files]

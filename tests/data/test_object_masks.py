@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.boxfiles.mask_files import mask_files
-from pbe.data.files import FileTree
+from pbe.data.files import FileTree, SourceError
 from pbe.data.frames import Frame
 from pbe.data.ingest import PhotoLimits, read_shard
 from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, read_mask
@@ -244,3 +244,15 @@ def test_pictures_are_found_by_photo_and_number_and_what_is_left_says_so(tmp_pat
     )
     assert (left["b_2"]["label"], left["b_2"]["xmin"]) == ("dog", None) and json.loads(left["b_2"]["mask"])
     assert set(left) == {"a", "b_2"}
+
+
+def test_two_folders_may_count_a_photos_masks_from_0_unless_boxes_are_meant(tmp_path: Path) -> None:
+    for name in ("masks/cat/a_0.png", "masks/dog/a_0.png", "masks/dog/._a_0.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png(OBJECT * 255))
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    assert [row["label"] for row in mask_files(tree).left(0).to_pylist()] == ["cat", "dog"]
+    boxes = with_optional(table_from_rows([_box(None)], ANNOTATIONS), ANNOTATIONS)
+    with pytest.raises(SourceError, match=r"masks/cat/a_0\.png and masks/dog/a_0\.png are both mask 0 of a; number"):
+        mask_files(tree).added_to(boxes)

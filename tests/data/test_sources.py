@@ -114,6 +114,8 @@ def test_a_folder_is_read_with_its_subfolders_and_any_case_of_suffix(tmp_path: P
     for name in ("b.JPG", "phone.HEIC", "x/a.png", "x/y/c.d.jpeg", "ünï code.webp", "x/notes.txt", "x/d.csv", "x/jpg"):
         _write(tmp_path / name, name.encode())
     (tmp_path / "e.png").mkdir()
+    for hidden in ("._b.JPG", "x/._a.png", ".thumbnails/b.jpg", "x/.ipynb_checkpoints/a-checkpoint.png"):
+        _write(tmp_path / hidden)
     photos = _photos(_folder(tmp_path))
     addresses = {image_id: photo["address"] for image_id, photo in photos.items()}
     assert addresses == {

@@ -230,4 +230,20 @@ def test_the_speedrun_runs_every_stage_of_the_pipeline_in_an_order_that_works(tm
         wanted += [command.replace("${key}", key) for key in keys]
         assert name in command
     assert calls[2:-1] == wanted  # dvc.yaml lists stages after what they need
-    assert len((tmp_path / "reports" / "speedrun.txt").read_text().splitlines()) == len(wanted)
+    times = (tmp_path / "reports" / "speedrun.txt").read_text().splitlines()
+    assert len(times) == len(wanted) + 1 and times[-1].split()[0] == "total"
+
+
+def test_a_speedrun_that_was_cut_adds_to_its_times(tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    program, env = tmp_path / "python", os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    program.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\n[ "$3" != profile ] || echo "$4" > params.yaml\n')
+    program.chmod(0o755)
+    sums = []
+    for before in ("speedrun", "speedrun-128"):  # cut under these settings
+        (tmp_path / "params.yaml").write_text(f"{before}\n")
+        (tmp_path / "reports" / "speedrun.txt").write_text("ingest 500 s\ntrain@full 7000 s\ntrain@full 30 s\n")
+        subprocess.run([INFRA / "speedrun.sh", "root"], cwd=tmp_path, env=env, check=True, capture_output=True)
+        times = dict(line.split()[:2] for line in (tmp_path / "reports" / "speedrun.txt").read_text().splitlines())
+        sums.append((int(times["train@full"]) // 10, int(times["total"]) // 10))
+    assert sums == [(703, 753), (0, 0)]

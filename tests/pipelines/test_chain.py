@@ -93,7 +93,7 @@ def test_repro_again_does_nothing(repro: Project) -> None:
 
 
 def test_a_repro_that_fails_ends_with_dvcs_status_and_without_a_summary(repro: Project) -> None:
-    done = repro.run("pipelines", "repro", "no_such_stage", check=False)
+    done = repro.run("pipelines", "repro", "--single-item", "no_such_stage", check=False)
     assert done.returncode == 255 and "no_such_stage" in done.stderr and "Report:" not in done.stdout
 
 

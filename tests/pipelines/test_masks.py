@@ -132,6 +132,32 @@ def test_masks_become_holes_and_the_rows_without_stay(write: Any, reasons: dict[
     assert having == 4
 
 
+def test_masks_count_boxes_in_the_files_order_whatever_a_caption_has(tmp_path: Path) -> None:
+    """Rows with a comma in quotes, and rows that cannot be read, are read last."""
+    root = tmp_path / "root"
+    (root / "boxes" / "masks").mkdir(parents=True)
+    _photos(root)
+    whole, left, right = ",".join(map(str, BOX)), "0.25,0.5,0.25,0.75", "0.5,0.75,0.25,0.75"
+    lines = [
+        "ImageID,LabelName,XMin,XMax,YMin,YMax,Caption",
+        f'a,kite,{whole},"a kite, red"',
+        "a,kite,odd,1,0,1,its mask is number 1",
+        f"a,half,{left},the left half",
+        f'a,other,{right},"the right, too"',
+        *(f"{name},kite,{whole},a kite" for name in "bcdef"),
+    ]
+    (root / "boxes" / "train.csv").write_text("\n".join([*lines, ""]))
+    halves = _diamond() * (np.arange(WIDTH) < WIDTH // 2), _diamond() * (np.arange(WIDTH) >= WIDTH // 2)
+    for number, mask in ((0, _diamond()), (2, halves[0]), (3, halves[1])):
+        picture = images.encode_png(mask[..., None].repeat(3, 2).astype(np.uint8) * 255)
+        (root / "boxes" / "masks" / f"a_{number}.png").write_bytes(picture)
+    store, made = _run(root, "read", "ingest", max_reject_frac=1.0)
+    rows = [row for file in made["ingest"].files("boxes") for row in store.read_table(file).to_pylist()]
+    masked = {row["label"]: row["mask"] is not None for row in rows if row["image_id"] == "a"}
+    assert masked == {"kite": True, "half": True, "other": True}
+    assert "rejected_mask_outside_box" not in made["ingest"].counts
+
+
 def test_references_of_the_bench_have_the_masks_of_their_objects(tmp_path: Path) -> None:
     """And colour transfer pastes the object alone."""
     _photos(tmp_path)

@@ -14,6 +14,8 @@ import pytest
 
 from pbe.config import Params
 from pbe.data import images
+from pbe.data.files import FileTree
+from pbe.data.pairs import PairsSource
 from pbe.data.schema import BENCH, REFERENCE_KINDS, TRIPLETS, array_value, require
 from pbe.store import Manifest, Store, load_manifest
 from pipelines.runtime.stage import Stage
@@ -132,6 +134,29 @@ def test_every_good_row_is_kept_and_every_bad_one_has_its_reason(project: tuple[
     assert {row["image_id"] for row in _rows(store, made["ingest"], "images") if row["split"] == "validation"} == {
         f"val{number}" for number in range(15, 20)
     }
+
+
+def test_targets_of_one_file_name_are_told_apart(tmp_path: Path) -> None:
+    """As pair_001/tar.png and pair_002/tar.png; the same picture twice stays one photo of two pairs."""
+    lines = [["ref_image", "ref_mask", "tar_image", "tar_mask"]]
+    for number in range(3):
+        folder = tmp_path / f"pair_{number}"
+        folder.mkdir()
+        for at, view in enumerate(("tar", "ref")):
+            picture, mask = _picture(number + 10 * at, hue=40 * number)
+            (folder / f"{view}.png").write_bytes(picture)
+            (folder / f"{view}_mask.png").write_bytes(mask)
+        lines.append([f"pair_{number}/{name}.png" for name in ("ref", "ref_mask", "tar", "tar_mask")])
+    lines.append(["pair_0/ref.png", "", "pair_1/tar.png", "pair_1/tar_mask.png"])
+    with (tmp_path / "pairs.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(lines)
+    source = PairsSource(
+        FileTree(str(tmp_path), "ingest.images"), FileTree(str(tmp_path / "pairs.csv"), "ingest.boxes")
+    )
+    photos = {row["address"]: row["image_id"] for table in source.photos() for row in table.to_pylist()}
+    assert list(photos) == [f"pair_{number}/tar.png" for number in range(3)] and len(set(photos.values())) == 3
+    boxes = [row["image_id"] for table in source.annotations() for row in table.to_pylist()]
+    assert boxes == [*photos.values(), photos["pair_1/tar.png"]]
 
 
 def test_the_reference_is_the_other_picture_without_its_background(project: tuple[Store, dict[str, Manifest]]) -> None:

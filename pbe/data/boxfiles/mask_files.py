@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.data.boxfiles.openimages_masks import places_of_boxes
-from pbe.data.files import FileInfo, FileTree
+from pbe.data.files import FileInfo, FileTree, SourceError, is_hidden
 from pbe.data.schema import ANNOTATIONS, FLAGS, table_from_rows, with_optional
 
 FOLDER = "masks/"
@@ -24,20 +24,28 @@ _NAME = re.compile(r"(?P<photo>.+)_(?P<number>[0-9]+)\.png", re.IGNORECASE)
 class MaskFiles:
     """The pictures by photo and number of the box, and how many boxes of each photo went by."""
 
-    files: dict[str, dict[int, FileInfo]] = field(default_factory=lambda: defaultdict(dict))
+    files: dict[str, dict[int, list[FileInfo]]] = field(default_factory=lambda: defaultdict(dict))
     seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def __bool__(self) -> bool:
         return bool(self.files)
 
     def added_to(self, boxes: pa.Table) -> pa.Table:
-        """ANNOTATIONS with the masks of its boxes, which come in their files' order, each once."""
+        """ANNOTATIONS with the masks of its boxes, which come in their files' order, each once.
+
+        Raises SourceError where two pictures have the number of one box.
+        """
         ids, masks = boxes.column("image_id").to_pylist(), boxes.column("mask").to_pylist()
         for place, image_id in enumerate(ids):
             if image_id in self.files:
-                file = self.files[image_id].pop(self.seen[image_id], None)
+                files = self.files[image_id].pop(self.seen[image_id], [])
+                if len(files) > 1:
+                    raise SourceError(
+                        f"ingest.boxes: {files[0].name} and {files[1].name} are both mask {self.seen[image_id]} of "
+                        f"{image_id}; number a photo's masks through all folders, in the box file's order"
+                    )
                 self.seen[image_id] += 1
-                masks[place] = masks[place] if file is None else _said(file)
+                masks[place] = _said(files[0]) if files else masks[place]
         index = boxes.schema.get_field_index("mask")
         return boxes.set_column(index, ANNOTATIONS.field("mask"), pa.array(masks, pa.string()))
 
@@ -47,7 +55,8 @@ class MaskFiles:
 
     def _left(self, split: int) -> Iterator[dict[str, object]]:
         for image_id, files in sorted(self.files.items()):
-            for number, file in sorted(files.items()):
+            numbered = ((number, file) for number, found in sorted(files.items()) for file in found)
+            for number, file in numbered:
                 label = file.name.removeprefix(FOLDER).rpartition("/")[0].rpartition("/")[2] or WITHOUT_LABEL
                 row: dict[str, object] = {
                     "image_id": image_id,
@@ -118,12 +127,16 @@ def _reject(image_id: str, mask: Mapping[str, object], reason: str, detail: str)
 
 
 def mask_files(tree: FileTree) -> MaskFiles:
-    """The pictures in the folder `masks` of ingest.boxes and below it; none if that is a file. Raises SourceError."""
+    """The pictures in the folder `masks` of ingest.boxes and below it; none if that is a file. Raises SourceError.
+
+    Without box files every picture is an object, so two folders may count a photo's from 0 each.
+    """
     found = MaskFiles()
     for file in tree.walk() if tree.is_folder else ():
         match = _NAME.fullmatch(file.name.rpartition("/")[2])
-        if file.name.startswith(FOLDER) and match:
-            found.files[match["photo"]][int(match["number"])] = _by_content(tree, file)
+        if file.name.startswith(FOLDER) and match and not is_hidden(file.name):
+            numbered = found.files[match["photo"]]
+            numbered.setdefault(int(match["number"]), []).append(_by_content(tree, file))
     return found
 
 

@@ -1,12 +1,14 @@
 """`pbe show triplets`: a contact sheet of given photos, or of random rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pbe.data.contact import triplet_sheet
 from pbe.data.files import SourceError
+from pbe.data.rng import shard_of
 from pbe.data.slots import slot_files
 from pbe.store import Manifest, Store
 
@@ -29,7 +31,9 @@ def show_triplets(
 def _of_photos(store: Store, manifest: Manifest, image_ids: Sequence[str], rows: int) -> list[dict[str, Any]]:
     per_photo = max(1, rows // len(image_ids))
     out: dict[str, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
-    for files in slot_files(manifest)[:per_photo]:
+    labels = {f"s{shard_of(image_id, len(manifest.units)):04d}" for image_id in image_ids}  # a unit is a shard
+    units = tuple(unit for unit in manifest.units if unit.unit.split("-")[0] in labels)
+    for files in slot_files(replace(manifest, units=units))[:per_photo]:
         for file in files:
             for index, image_id in enumerate(store.read_table(file, columns=["image_id"]).column(0).to_pylist()):
                 if image_id in out:

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from pbe.errors import UserError, one_line
 
 COPY_BYTES = 8 << 20
+UNITS_AT_ONCE = 16  # that are looked for
 
 
 class StoreError(UserError):
@@ -329,6 +330,11 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError, StoreError):
             return None
         return record if self._complete(record) else None
+
+    def find_units(self, units: Sequence[tuple[str, str]]) -> list[Record | None]:
+        """`find_unit` of many (stage, unit) at a time: on S3 each takes as many requests as the unit has files."""
+        with ThreadPoolExecutor(UNITS_AT_ONCE) as pool:
+            return list(pool.map(lambda named: self.find_unit(*named), units))
 
     def _complete(self, record: Record) -> bool:
         infos = self._fs.get_file_info([self.path(file.path) for file in record.files])

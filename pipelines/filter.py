@@ -24,13 +24,16 @@ def main(stage: Stage) -> None:
     cfg = stage.params.filter
     ingested = load_manifest(stage.input("ingest"))
     held_out = HeldOut(_descriptors(stage.store, ingested.units, held_out=True) if cfg.max_heldout_similarity else [])
+    names = []
+    for unit in ingested.units:
+        inputs = [unit.file("boxes").sha256, unit.file("images").sha256, held_out.digest]
+        names.append(f"{unit.unit.split('-')[0]}-{digest(['filter', VERSION, cfg.identity(), *inputs])}")
+    found_units = stage.store.find_units([("filter", name) for name in names])
     records = []
-    for unit in with_progress(ingested.units, "filter", total=len(ingested.units), unit="part"):
-        source, photos = unit.file("boxes"), unit.file("images")
-        identity = digest(["filter", VERSION, cfg.identity(), source.sha256, photos.sha256, held_out.digest])
-        name = f"{unit.unit.split('-')[0]}-{identity}"
-        record = stage.store.find_unit("filter", name)
+    work = zip(ingested.units, names, found_units, strict=True)
+    for unit, name, record in with_progress(work, "filter", total=len(names), unit="part"):
         if record is None:
+            source, photos = unit.file("boxes"), unit.file("images")
             # without their masks, which are stored once: in ingest's boxes
             boxes = require(stage.store.read_table(source), BOXES, source.path).drop_columns(["mask"])
             sizes = stage.store.read_table(photos, columns=["image_id", "width_px", "height_px"])

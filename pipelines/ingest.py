@@ -5,6 +5,7 @@ driver. Then each shard is a unit: check its boxes, read or download its photos,
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,7 +44,7 @@ from pbe.data.sources import FolderSource, OpenImagesSource, SampleSource, Sourc
 from pbe.errors import one_line, printable
 from pbe.places import local_path
 from pbe.rejects import count_rejects
-from pbe.store import Manifest, Record, Store, digest, make_manifest, save_manifest
+from pbe.store import UNITS_AT_ONCE, Manifest, Record, Store, digest, make_manifest, save_manifest
 from pipelines.runtime.cures import cure_of_reject
 from pipelines.runtime.parts import Unit, run_units
 from pipelines.runtime.progress import progress_bar, with_progress
@@ -67,7 +68,8 @@ def main(stage: Stage) -> None:
     done, index = write_index(stage.store, source, cfg)
     everything = _takes_all(source, cfg)
     units = [Unit(record.unit.split("-")[0], _identity(cfg, record, everything), record) for record in index]
-    units = [_latest(stage.store, unit, retry=cfg.retry_rejected) for unit in units]
+    with ThreadPoolExecutor(UNITS_AT_ONCE) as pool:
+        units = list(pool.map(lambda unit: _latest(stage.store, unit, retry=cfg.retry_rejected), units))
 
     worker = partial(_worker, stage.store, source, cfg)
     records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_shard, key="ingest")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pbe.store import StoreError
 from pipelines.cluster.job_entry import files_below, sha256_of
+from pipelines.cluster.working_dir import reads_outside
 from pipelines.runtime.stage import Stage
 
 
@@ -20,8 +21,8 @@ def take_over_finished(stage: Stage, name: str) -> str | None:
 
     Returns None if there is no such job, or if its results are missing or may be outdated.
     """
-    if stage.name == "ingest":
-        return None  # its inputs are outside the package: new photos do not change the job's name
+    if stage.name == "ingest" or reads_outside(stage):
+        return None  # new photos or other weights there do not change the job's name
     for attempt in sorted(attempts_in_storage(stage, name), reverse=True):
         job_id = f"{name}-{attempt}"
         manifest = _sent_manifest(stage, job_id)
@@ -61,9 +62,8 @@ def attempts_in_storage(stage: Stage, name: str) -> list[int]:
 def _has_results(stage: Stage, manifest: dict[str, Any]) -> bool:
     """Return whether the storage has everything that a manifest names: units, single parts, a model's export."""
     parts = [*_part_paths(manifest.get("config")), *_export_paths(manifest)]
-    return all(stage.store.exists(path) for path in parts) and all(
-        stage.store.find_unit(_made_by(unit, stage.name), unit["unit"]) for unit in manifest.get("units", ())
-    )
+    units = [(_made_by(unit, stage.name), unit["unit"]) for unit in manifest.get("units", ())]
+    return all(stage.store.exists(path) for path in parts) and all(stage.store.find_units(units))
 
 
 def _made_by(unit: dict[str, Any], stage: str) -> str:

@@ -194,17 +194,27 @@ def refuse_what_cannot_travel(stage: Stage, to: str) -> None:
         )
 
 
+def reads_outside(stage: Stage) -> bool:
+    """Return whether a setting of the stage names files outside the package: they may change while it does not."""
+    return any(path.startswith(("s3://", "/", "~")) for _, path in _paths_of(stage))
+
+
 def _refuse_what_stays_here(stage: Stage) -> None:
     """Raises StageError for a file or folder inside the project that the stage would look for on the cluster."""
+    for key, path in _paths_of(stage):
+        if not _is_seen_there(path):
+            raise _does_not_travel(stage, key, path)
+
+
+def _paths_of(stage: Stage) -> list[tuple[str, str]]:
+    """Key and value of the stage's settings that name files."""
     section = "evaluate" if stage.name == "sweep" else stage.name
     settings = getattr(stage.params, section, None)
     if stage.name == "train" and stage.variant is not None:
         settings = stage.params.train_variant(stage.variant)
     if stage.name == "baseline" and stage.variant is not None:
         section, settings = f"baselines.{stage.variant}", stage.params.baselines[stage.variant]
-    for key, path in paths_in(settings, f"{section}.") if settings is not None else ():
-        if not _is_seen_there(path):
-            raise _does_not_travel(stage, key, path)
+    return list(paths_in(settings, f"{section}.")) if settings is not None else []
 
 
 def _is_seen_there(path: str) -> bool:

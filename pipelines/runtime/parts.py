@@ -167,7 +167,7 @@ def run_groups(
     """
     units = [unit for group in groups for unit in group]
     group_of = [place for place, group in enumerate(groups) for _ in group]
-    records = {index: stage.store.find_unit(kind, unit.name) for index, unit in enumerate(units)}
+    records = dict(enumerate(stage.store.find_units([(kind, unit.name) for unit in units])))
     pending = [index for index, record in records.items() if record is None]
     print(f"{kind}: {len(units) - len(pending)} of {len(units)} parts are already there, {len(pending)} to do")
     write_plan(stage.store, stage.title, kind, [unit.name for unit in units], total=len(units))

@@ -16,7 +16,7 @@ import threading
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,7 @@ from pbe.store import Store, StoreError
 from pipelines import edit, features, materialize
 from pipelines.cluster import submit, working_dir
 from pipelines.cluster.job_entry import files_below, send_outputs
-from pipelines.cluster.job_results import fetch
+from pipelines.cluster.job_results import fetch, take_over_finished
 from pipelines.runtime.stage import Stage, StageError
 from tests.profiles import profile
 
@@ -797,3 +797,16 @@ def test_outputs_that_differ_from_the_marker_are_refused_whole(stage: Stage, clu
 def test_a_job_that_wrote_nothing_does_not_send_it(project: Path) -> None:
     with pytest.raises(StageError, match="wrote nothing"):
         send_outputs(open_fake(project, "encode"), "job-1")
+
+
+@pytest.mark.parametrize("path", ["/shared/photos", "s3://bucket/photos"])
+def test_what_reads_files_outside_the_package_is_not_taken_over(stage: Stage, path: str) -> None:
+    """`dvc repro -f -s evaluate` after photos were added: the job's name is the same."""
+    scores = replace(stage, name="evaluate", variant=None)
+    scores.store.write_bytes("jobs/pbe-evaluate-0-1/outputs/manifest.json", b"{}")
+    listed = {"files": {"manifest.json": hashlib.sha256(b"{}").hexdigest()}}
+    scores.store.write_bytes("jobs/pbe-evaluate-0-1/outputs.json", json.dumps(listed).encode())
+    assert take_over_finished(scores, "pbe-evaluate-0") == "pbe-evaluate-0-1"
+    evaluate = scores.params.evaluate.model_copy(update={"real_images": path})
+    outside = replace(scores, params=scores.params.model_copy(update={"evaluate": evaluate}))
+    assert take_over_finished(outside, "pbe-evaluate-0") is None

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ COLUMNS = (*PICTURES, *BOX.values(), "label", "split")
 WITHOUT_LABEL = "object"
 ROWS_AT_ONCE = 256
 _BYTES = "#"  # in an address: table#row#column
+_READING = threading.Lock()  # the threads of a task would each hold a row group
 
 
 class PairRejected(Exception):  # noqa: N818  it is no error of ours
@@ -103,7 +105,8 @@ class PairsSource:
         ends = _group_ends(self.tables, name)
         group = bisect.bisect_right(ends, int(number))
         row = int(number) - (ends[group - 1] if group else 0)
-        data = _picture(_group(self.tables, name, group).column(column)[row].as_py())[1] or b""
+        with _READING:
+            data = _picture(_group(self.tables, name, group, column)[row].as_py())[1] or b""
         if len(data) > max_bytes:
             raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", address)
         return data
@@ -209,12 +212,11 @@ def _group_ends(tables: FileTree, name: str) -> list[int]:
         return list(itertools.accumulate(parquet.metadata.row_group(group).num_rows for group in groups))
 
 
-@functools.lru_cache(maxsize=2)
-def _group(tables: FileTree, name: str, group: int) -> pa.Table:
+@functools.lru_cache(maxsize=4)
+def _group(tables: FileTree, name: str, group: int, column: str) -> pa.ChunkedArray:
+    """The pictures of one column of a row group: the least that can be read of a Parquet file."""
     with tables.open_seekable(name) as stream, pq.ParquetFile(stream) as parquet:
-        return parquet.read_row_group(
-            group, columns=[column for column in PICTURES if column in parquet.schema_arrow.names]
-        )
+        return parquet.read_row_group(group, columns=[column]).column(column)
 
 
 def _annotation(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:

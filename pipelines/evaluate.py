@@ -23,7 +23,7 @@ from pipelines.features import Extracted, extract_features
 from pipelines.model_fills import training_of
 from pipelines.reporting.summary import headline_metrics
 from pipelines.runtime.provenance import provenance_tags
-from pipelines.runtime.stage import Stage, StageError, output_folder
+from pipelines.runtime.stage import Stage, StageError, load_train_manifest, output_folder, training_named
 from pipelines.runtime.tracking import after_results, training_run
 
 # raise it when a number changes for the same edits and settings; features have their own (features.py)
@@ -69,6 +69,8 @@ def _methods(stage: Stage) -> dict[str, Manifest]:
             if differ := _differences(stage, out[name], name if folder == "edit" else None):
                 raise StageError(f"{path}: edits of other settings ({differ}); run `dvc repro {folder}@{name}` first")
             _refuse_earlier_training(stage, name, out[name], path)
+            if folder == "edit":
+                _refuse_earlier_init(stage, name)
     return out
 
 
@@ -82,6 +84,16 @@ def _refuse_earlier_training(stage: Stage, name: str, edits: Manifest, path: Pat
                     f"{path}: edits by an earlier training of {baseline.model}; run `dvc repro --force --single-item "
                     f"baseline@{name}` first"
                 )
+
+
+def _refuse_earlier_init(stage: Stage, variant: str) -> None:
+    """Raise StageError for a variant that began from another one, which was trained again since."""
+    init = stage.params.train_variant(variant).init
+    if load_train_manifest(stage, variant).get("init", {}) != training_named(stage, init):
+        raise StageError(
+            f"train@{variant}: began from an earlier training of {init}; run `dvc repro --force --single-item "
+            f"train@{variant}`, then `dvc repro`"
+        )
 
 
 def _differences(stage: Stage, edits: Manifest, variant: str | None) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from pbe.evaluate.bench.scopes import object_mask_of, scopes_of
 from pbe.evaluate.settings import ByModel, EditConfig, HarmoniseBaseline, ModelBaseline
 from pbe.store import File, Record, Store, digest
 from pipelines.runtime.parts import Unit, run_units, torch_device
-from pipelines.runtime.stage import Stage, StageError, load_train_manifest
+from pipelines.runtime.stage import Stage, StageError, training_named
 
 # How the work is split and scheduled, not what an edit is. batch_rows is not included: it changes the last bits.
 SPREAD = {"actors", "per_actor", "items_per_unit"}
@@ -42,16 +41,8 @@ def stored_weights(stage: Stage, baseline: ByModel, bench: pa.Table) -> dict[str
 
 
 def training_of(stage: Stage, baseline: ByModel) -> dict[str, str]:
-    """Return what names the training that a baseline's model came from, if it is a variant's: models/<variant>.
-
-    dvc.yaml cannot have this dependency, which few baselines have; evaluate compares it. Raises StageError.
-    """
-    if not isinstance(baseline, ModelBaseline):
-        return {}
-    folder = PurePosixPath(baseline.model)
-    if folder.parent != PurePosixPath("models") or folder.name not in stage.params.variants:
-        return {}
-    return {"variant": folder.name, "export": digest(load_train_manifest(stage, folder.name)["export"])}
+    """Return what names the training that a baseline's model came from, if it is a variant's. Raises StageError."""
+    return training_named(stage, baseline.model) if isinstance(baseline, ModelBaseline) else {}
 
 
 def fill_by_model(

@@ -41,7 +41,7 @@ from pipelines.runtime.parts import start_ray
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.progress_records import write_plan
 from pipelines.runtime.provenance import provenance_tags
-from pipelines.runtime.stage import Stage, StageError, load_train_manifest
+from pipelines.runtime.stage import Stage, StageError, load_train_manifest, training_named
 from pipelines.runtime.tracking import after_results
 from pipelines.train_preflight import refuse_what_cannot_train
 
@@ -141,7 +141,8 @@ def main(stage: Stage) -> None:
     history = (run.read_json("history.json") or {"history": []})["history"]
     named = (*(initial or ()), adapter.path if adapter else None, text.path if text else None)
     read = [path for path in named if path is not None]
-    _write_outputs(stage, run, run_id, identity, read, origin, finished, history)
+    began = training_named(stage, cfg.init)
+    _write_outputs(stage, run, run_id, identity, read, origin, began, finished, history)
     with after_results(stage):
         _log_result(stage, run, run_id, history, origin)
 
@@ -616,6 +617,7 @@ def _write_outputs(
     identity: str,
     weights: Sequence[str],
     origin: tuple[str, int] | None,
+    began: dict[str, str],
     finished: dict[str, Any],
     history: Sequence[Mapping[str, float]],
 ) -> None:
@@ -637,6 +639,7 @@ def _write_outputs(
             "mlflow_run_id": run_id,
             "initial": list(weights),
             "resumed_from": {"run": origin[0], "step": origin[1]} if origin else None,
+            **({"init": began} if began else {}),  # the variant whose model train.init names
             "steps": finished["steps"],
             "loss": finished["loss"],
             "export": {

@@ -3,14 +3,14 @@
 import importlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pbe.config import Params, load_params
 from pbe.errors import ParamsError, UserError
 from pbe.evaluate.settings import RivalBaseline
 from pbe.places import repo_root, storage_uri
-from pbe.store import Store, write_json
+from pbe.store import Store, digest, write_json
 
 DATA_STAGES = ("ingest", "filter", "materialize", "encode")
 VARIANT_STAGES = ("train", "edit")  # once per variant
@@ -72,6 +72,17 @@ def load_train_manifest(stage: Stage, variant: str) -> dict[str, Any]:
     if not path.is_file():
         raise StageError(f"{path}: not there; run `dvc repro train@{variant}` first")
     return json.loads(path.read_text())
+
+
+def training_named(stage: Stage, model: str) -> dict[str, str]:
+    """Return what names the training that a model came from, if it is a variant's: models/<variant>.
+
+    dvc.yaml cannot have this dependency, which few settings have; evaluate compares it. Raises StageError.
+    """
+    folder = PurePosixPath(model)
+    if folder.parent != PurePosixPath("models") or folder.name not in stage.params.variants:
+        return {}
+    return {"variant": folder.name, "export": digest(load_train_manifest(stage, folder.name)["export"])}
 
 
 def open_stage(name: str, variant: str | None = None) -> Stage:

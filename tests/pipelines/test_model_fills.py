@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pbe.config import Params, parse_params
+from pbe.config import Params, VariantConfig, parse_params
 from pbe.data import images
 from pbe.data.masks import pack_mask
 from pbe.data.schema import BENCH
@@ -21,7 +22,7 @@ from pipelines import baseline, evaluate
 from pipelines.cluster.working_dir import entrypoint, refuse_what_cannot_travel
 from pipelines.commands.profile import full_text
 from pipelines.model_fills import training_of
-from pipelines.runtime.stage import Stage, StageError, output_folder
+from pipelines.runtime.stage import Stage, StageError, output_folder, training_named
 from tests.pipelines import golden
 from tests.profiles import FOLDER, profile
 from tests.tiny_weights import IMAGE_PX, write_harmoniser, write_inpainting
@@ -187,6 +188,17 @@ def test_edits_by_an_earlier_training_of_a_variant_are_refused(tmp_path: Path) -
     write_json(trained, {"export": {"unet": "b"}})
     with pytest.raises(StageError, match=r"of models/full; run `dvc repro --force --single-item baseline@sd` first"):
         evaluate._refuse_earlier_training(stage, "sd", edits, tmp_path)
+    tuned = VariantConfig.model_validate({"train": {"init": "models/full"}})
+    variants = {"full": VariantConfig(), "tuned": tuned}
+    stage = replace(stage, params=stage.params.model_copy(update={"variants": variants}))
+    write_json(
+        output_folder(tmp_path, "train", "tuned") / "manifest.json", {"init": training_named(stage, "models/full")}
+    )
+    evaluate._refuse_earlier_init(stage, "tuned")
+    evaluate._refuse_earlier_init(stage, "full")
+    write_json(trained, {"export": {"unet": "c"}})
+    with pytest.raises(StageError, match=r"train@tuned: began from an earlier training of models/full; run `dvc repro"):
+        evaluate._refuse_earlier_init(stage, "tuned")
     assert (
         training_of(make_stage(tmp_path, "weights/full"), baseline.model_copy(update={"model": "weights/full"})) == {}
     )

@@ -133,7 +133,7 @@ def test_waits_grow_and_end_and_start_over_after_progress(
         patience.wait(NODE, done=done)
     waits = [line.partition("retrying in ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert waits == ["0.01", "0.02", "0.01", "0.02"]
-    with pytest.raises(StageError, match=r"train@full: node .* low on memory .*lower train.micro_batch; what was done"):
+    with pytest.raises(StageError, match=r"train@full: node .* low on memory .*lower train.micro_batch; finished work"):
         patience.wait(NODE, done=5)
 
 

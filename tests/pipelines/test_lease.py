@@ -36,6 +36,7 @@ def test_a_lease_is_there_while_it_is_held(run: Run) -> None:
 
 def test_who_comes_second_is_refused_with_the_first_ones_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PBE_JOB", "pbe-train-full-0123-1")
+    monkeypatch.setattr(lease, "WATCH_S", 60.0)
     with lease.hold(run):
         with (
             pytest.raises(StageError, match=r"run full-0123 is being trained right now by pbe-train-full-0123-1"),

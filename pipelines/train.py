@@ -115,6 +115,7 @@ def main(stage: Stage) -> None:
     identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *more])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
+    began = training_named(stage, cfg.init)  # before training: it may be missing, or change meanwhile
     with ExitStack() as stack:
         if run.finished(with_raw=cfg.ema_keep_raw) is None:
             stack.enter_context(hold(run))
@@ -141,7 +142,6 @@ def main(stage: Stage) -> None:
     history = (run.read_json("history.json") or {"history": []})["history"]
     named = (*(initial or ()), adapter.path if adapter else None, text.path if text else None)
     read = [path for path in named if path is not None]
-    began = training_named(stage, cfg.init)
     _write_outputs(stage, run, run_id, identity, read, origin, began, finished, history)
     with after_results(stage):
         _log_result(stage, run, run_id, history, origin)

@@ -1,6 +1,7 @@
 """`pbe export`: writes a trained model as a folder to publish, in the hub's layout, with a model card.
 
-Weights go through `load_model` and `save_model`, so the result is complete and in safetensors. The card states what is
+Weights go through `load_model` and `save_model`, so the result is complete and in safetensors. With `half` the UNet is
+rounded to float16, which takes half the space; it is read back as float32. The card states what is
 known: data digest, settings from dvc.lock, metrics of exactly these weights. It omits what is not known.
 """
 
@@ -12,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pbe.errors import UserError
@@ -37,7 +39,7 @@ class ExportError(UserError):
     """There is no such model to export, or the output folder is taken; the message says which."""
 
 
-def export_model(root: Path, name: str, out: Path) -> Model:
+def export_model(root: Path, name: str, out: Path, *, half: bool = False) -> Model:
     """Write the model of variant `name` (models/<name> below root) or of folder `name` to `out`, which is new or empty.
 
     An error leaves nothing behind. Raises ExportError, ModelError, WeightsError.
@@ -50,12 +52,12 @@ def export_model(root: Path, name: str, out: Path) -> Model:
         raise ExportError(f"{out}: already exists and is not an empty folder; name a new one")
     model = load_model(source)
     with new_folder(out) as folder:
-        save_model(folder, model)
+        save_model(folder, model, unet_dtype=torch.float16 if half else torch.float32)
         if opens_in_diffusers(model):
             _add_pipeline(folder, model)
         if is_adapter(source / ADAPTER_FOLDER):
             shutil.copytree(source / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
-        lines = _card(root, source, model, _file_hashes(folder))
+        lines = _card(root, source, model, _file_hashes(folder), half=half)
         (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return model
 
@@ -84,7 +86,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return out
 
 
-def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> Iterator[str]:
+def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str], *, half: bool) -> Iterator[str]:
     run, network = model.card.run, model.network
     in_diffusers = opens_in_diffusers(model)
     front = {"tags": ["paint-by-example", "image-editing"], "library_name": "diffusers" if in_diffusers else "pbe"}
@@ -109,6 +111,8 @@ def _card(root: Path, source: Path, model: Model, hashes: Mapping[str, str]) -> 
     yield from ("", "## What it is", "")
     trained = sum(value.numel() for value in network.parameters())
     yield f"- {model.card.image_px} px; {'UNet has' if of_text else 'UNet and mapper have'} {trained:,} parameters"
+    if half:
+        yield "- the UNet's weights are rounded to float16; settings and metrics are of the weights before that"
     all_tokens = of_text or model.card.tokens == "all"
     yield f"- reads {'all tokens' if all_tokens else 'the class token'} of {model.backbone.name}"
     yield from (f"- {key.replace('_', ' ')}: {value}" for key, value in run.items() if key != "variant")

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from pbe.cli.__main__ import main
 from pbe.export import ExportError, export_model
+from pbe.model.tensors import WeightsError
 from pbe.model.weights import load_model
 from pbe.places import repo_root
 from tests.tiny_weights import write_paint_by_example
@@ -59,6 +62,26 @@ def test_every_tensor_is_the_same_and_the_card_says_how_it_was_made(project: Pat
     for path in out.rglob("*.safetensors"):
         assert f"`{path.relative_to(out)}` sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in card
     assert not list(tmp_path.glob(".*"))
+
+
+def test_half_rounds_the_unet_alone_and_opens_as_float32(project: Path, tmp_path: Path) -> None:
+    export_model(project, "tiny", tmp_path / "out", half=True)
+    before, after = (load_model(folder).network.state_dict() for folder in (project / "models/tiny", tmp_path / "out"))
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    rounded = {name: value.half().float() if name.startswith("unet.") else value for name, value in before.items()}
+    assert all(torch.equal(after[name], value) for name, value in rounded.items())
+    assert any(not torch.equal(before[name], value) for name, value in rounded.items())
+    assert "rounded to float16" in (tmp_path / "out/README.md").read_text()
+
+
+def test_half_refuses_weights_beyond_float16(project: Path, tmp_path: Path) -> None:
+    path = project / "models/tiny/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.weight"][0, 0, 0, 0] = 70_000.0
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=r"not written: 1 of .* conv_in\.weight"):
+        export_model(project, "tiny", tmp_path / "out", half=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_the_papers_parts_says_how_diffusers_opens_it(project: Path, tmp_path: Path) -> None:

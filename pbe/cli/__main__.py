@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None, *, on_ray: "OnRay | None" = None) -> int
     export = commands.add_parser("export", help="write a trained model as a folder of the hub's layout, with a card")
     export.add_argument("model", help="variant, e.g. full, or a model folder")
     export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument("--half", action="store_true", help="store the UNet in float16: half the size")
     export.set_defaults(run=_export)
     rejects = commands.add_parser("rejects", help="list what the data stages dropped, by reason, with examples")
     rejects.add_argument("--examples", type=at_least(0, int), default=3, help="rows shown per reason")
@@ -100,7 +101,7 @@ def _export(args: argparse.Namespace) -> None:
     from pbe.model.weights import opens_in_diffusers
     from pbe.places import repo_root
 
-    model = export_model(repo_root(), args.model, args.out)
+    model = export_model(repo_root(), args.model, args.out, half=args.half)
     where = "diffusers and pbe open it" if opens_in_diffusers(model) else "pbe opens it, diffusers has no class for it"
     print(f"wrote {args.out}; {where}")
 

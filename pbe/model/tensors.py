@@ -61,13 +61,21 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] = PYTORCH) -> None:
-    """Write a safetensors file of contiguous float32 copies, and its folder. Raises WeightsError for NaN.
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] = PYTORCH,
+) -> None:
+    """Write a safetensors file of contiguous copies in `dtype`, and its folder.
+
+    Raises WeightsError for NaN, and for values beyond the range of `dtype`.
 
     metadata: of the file; with two keys or more its bytes vary, because safetensors writes them in any order.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = {name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in tensors.items()}
     refuse_non_finite(plain, f"{path}: not written")
     save_file(plain, path, metadata=dict(metadata))
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
@@ -90,11 +91,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model(folder: Path, model: Model) -> None:
-    """Write a model folder. Tensors are copied to contiguous float32 on the CPU. Raises WeightsError for NaN."""
+def save_model(folder: Path, model: Model, *, unet_dtype: torch.dtype = torch.float32) -> None:
+    """Write a model folder: the UNet in `unet_dtype`, all else in float32. Raises WeightsError for NaN."""
     unet = model.network.unet
     _write_json(folder / "unet" / "config.json", _plain(unet.config) | {"_class_name": "UNet2DConditionModel"})
-    save_tensors(folder / "unet" / f"{STEM}.safetensors", unet.state_dict())
+    save_tensors(folder / "unet" / f"{STEM}.safetensors", unet.state_dict(), dtype=unet_dtype)
 
     if isinstance(model.backbone, TextEncoder):
         save_text_encoder(folder, model.backbone)

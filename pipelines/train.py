@@ -58,6 +58,7 @@ VERSION = 1
 EXECUTION_ONLY = {
     "workers",
     "per_worker",
+    "input_processes",
     "micro_batch",
     "checkpoint_every",
     "keep_checkpoints",

@@ -131,6 +131,13 @@ class TrainConfig(Settings):
         description="what says what fills the hole. exemplar: a picture (paper) | text: a caption in its place, as the "
         "paper's Fig. 8 compares",
     )
+    input_processes: Int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="processes of each worker that prepare its encoded batches, and share its memory for cached rows; "
+        "0: a thread, enough for some thousand rows a second. Ours",
+    )
     init: Weights  # or: random, sd; an adapter's folder, with trainable: {lora: ...}
     trainable: Trainable = Field(
         "all",
@@ -250,6 +257,15 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"trainable {kind} freezes the rest of the UNet, and init random would freeze noise: set init to a "
                 "Paint by Example model (a folder, or org/name@revision on the hub), or trainable: all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_prepare_encoded_rows(self) -> "TrainConfig":
+        if self.input_processes and (self.input, self.condition) != ("encoded", "exemplar"):
+            raise ValueError(
+                f"input_processes {self.input_processes} needs input: encoded and condition: exemplar; for others the "
+                "networks that finish a batch stay in the training process: set input_processes: 0"
             )
         return self
 

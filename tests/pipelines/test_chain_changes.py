@@ -231,7 +231,8 @@ def _last_losses(project: Project) -> list[float]:
 
 @pytest.mark.drill
 def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable: Project) -> None:
-    """On another number of ranks too, and with scores, which neither begin another run nor change its loss."""
+    """On another number of ranks too, with scores and with batches from another process, none of which begins another
+    run or changes its loss."""
     from mlflow import MlflowClient
 
     straight = _last_losses(changeable)
@@ -242,7 +243,7 @@ def test_killed_in_train_goes_on_from_its_checkpoint_to_the_same_loss(changeable
     for workers in (2, 1):  # through Ray Train: first as it was, then on another number of ranks
         changeable.edit_params("workers: 2", f"workers: {workers}")
         if workers == 1:
-            changeable.set_params(train__score_every=6, train__score_rows=4)
+            changeable.set_params(train__score_every=6, train__score_rows=4, train__input_processes=1)
         result = changeable.run("pipelines", "train", "--variant", "full")
         changeable.edit_params(f"workers: {workers}", "workers: 2")
         said = result.stdout + result.stderr
@@ -318,6 +319,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_without_another_try(changeable
     tensors["conv_out.bias"][0] = 1e30  # finite, its square is not; infinite weights are refused before
     save_file(tensors, weights)
     changeable.edit_params("init: random", f"init: {json.dumps(str(broken))}")
+    changeable.set_params(train__input_processes=1)  # of a Ray worker; its end must not hang
     result = changeable.run("pipelines", "train", "--variant", "full", check=False)
     assert result.returncode == 1
     assert (

@@ -1,11 +1,14 @@
 """Batches: same rows and draws for any number of ranks and any restart; draws have the right distributions."""
 
 import io
+import multiprocessing
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +19,11 @@ import torch
 
 from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schema, holds_array, is_optional
 from pbe.data.slots import group_rows, slot_files, slot_name
-from pbe.store import Manifest, Store, make_manifest
+from pbe.store import Manifest, Store, StoreError, make_manifest
 from pbe.train.data.batch import Batch, joined
 from pbe.train.data.draws import RowForm, draw
 from pbe.train.data.encoded import EncodedRows
-from pbe.train.data.input import micro_batches, validation_batches
+from pbe.train.data.input import TrainInput, micro_batches, validation_batches
 from pbe.train.data.order import Share
 from pbe.train.data.prefetch import Prefetched
 from pbe.train.data.reader import Group, RowReader, StoredRow
@@ -30,6 +33,7 @@ from tests.train.ranks import tiny_config
 LATENT, TOKENS = (2, 3, 3), (3, 1, 4)
 ROWS_OF_SHARD, SLOTS, ROWS_PER_GROUP = (5, 0, 4, 1), 2, 2
 SEED, CPU = 23, torch.device("cpu")
+CONFIG = {"rows_per_group": ROWS_PER_GROUP, "codec": {"kind": "kl"}}
 
 
 def config(**changes: object) -> TrainConfig:
@@ -73,7 +77,7 @@ def encoded(store: Store) -> Manifest:
         )
         for shard, count in enumerate(ROWS_OF_SHARD)
     ]
-    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=units)
+    return make_manifest("encode", config=CONFIG, version=1, units=units)
 
 
 def _steps(
@@ -122,7 +126,7 @@ def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -
 
 
 def _no_units() -> Manifest:
-    return make_manifest("encode", config={"rows_per_group": ROWS_PER_GROUP}, version=1, units=[])
+    return make_manifest("encode", config=CONFIG, version=1, units=[])
 
 
 # -- order and resume ---------------------------------------------------------------------------------------------
@@ -332,6 +336,17 @@ def test_prefetching_keeps_the_order_and_stays_within_its_depth() -> None:
     prefetched.close()
 
 
+def test_prefetching_computes_in_one_thread_and_leaves_the_others_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        prefetched = Prefetched(iter(torch.get_num_threads, None), depth=1)
+        assert prefetched.next() == 1 and torch.get_num_threads() == 2
+        prefetched.close()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("bad row"), KeyboardInterrupt()])
 def test_an_error_surfaces_in_the_consumer_after_the_items_before_it(error: BaseException) -> None:
     def items() -> Iterator[int]:
@@ -374,6 +389,38 @@ def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
     prefetched.next()
     prefetched.close()
     assert not thread.is_alive()
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_prepare_the_same_batches_in_the_same_order(
+    store: Store, encoded: Manifest, processes: int
+) -> None:
+    before = multiprocessing.active_children()
+    batches = {count: _inputs(store, encoded, processes=count, start=1, count=9) for count in (0, processes)}
+    assert len(batches[0]) == 9 and _row_bytes(batches[processes]) == _row_bytes(batches[0])
+    assert multiprocessing.active_children() == before
+
+
+def test_an_error_in_a_process_is_the_one_of_the_thread(store: Store, encoded: Manifest, tmp_path: Path) -> None:
+    damaged = next(path for path in sorted((tmp_path).rglob("*.parquet")) if path.stat().st_size > 1000)
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    said = []
+    for processes in (0, 2):
+        with pytest.raises(StoreError) as caught:
+            _inputs(store, encoded, processes=processes, start=0, count=40)
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "Traceback" not in said[1]
+
+
+def _inputs(store: Store, encoded: Manifest, *, processes: int, start: int, count: int) -> list[Batch]:
+    """The first micro-batches of one rank's TrainInput, which is closed."""
+    cfg = config(micro_batch=4, input_processes=processes)
+    source = EncodedRows(encoded, tokens="class", device=CPU)
+    with closing(TrainInput(store, source, cfg=cfg, seed=SEED, share=Share(0, 1, start))) as opened:
+        return [opened.next() for _ in range(count)]
 
 
 # -- what an epoch costs ------------------------------------------------------------------------------------------
@@ -437,7 +484,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
         )
         for shard in range(4)
     ]
-    return store, make_manifest("encode", config={"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units)
+    return store, make_manifest("encode", config=CONFIG | {"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units)
 
 
 def _epoch(
@@ -445,7 +492,7 @@ def _epoch(
 ) -> tuple[int, list[set[str]]]:
     """Bytes that all ranks together read for slot 0, and the names of each global batch's rows. Batch 16, 8 streams."""
     counting = _CountingFiles(store._fs)
-    reader = lambda store, files, _, keep_rows: RowReader(store, files, cache_bytes, keep_rows=keep_rows)  # noqa: E731
+    reader = lambda store, files, _, **rest: RowReader(store, files, cache_bytes, **rest)  # noqa: E731
     monkeypatch.setattr(store, "_fs", counting)
     monkeypatch.setattr("pbe.train.data.input.RowReader", reader)
     batches: list[set[str]] = [set() for _ in range(4)]

@@ -45,6 +45,7 @@ class CaptionedRows:
         self.files, self.rows_per_group, self.stored_per_group = (
             source.files, source.rows_per_group, source.stored_per_group
         )  # fmt: skip
+        self.columns: Sequence[str] | None = source.columns
         self._source, self._encoder, self._forms, self._seed = source, encoder, forms, seed
         # a part in which no row has a written caption lacks the column, and is read without it
         columns = ["image_id", "slot", "label_name", "caption"]
@@ -56,6 +57,10 @@ class CaptionedRows:
 
     def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> tuple[Batch, list[str]]:
         return self._source.prepare(rows), [self._caption_of(row) for row, _ in rows]
+
+    def pin(self, prepared: tuple[Batch, list[str]]) -> tuple[Batch, list[str]]:
+        batch, captions = prepared
+        return self._source.pin(batch), captions
 
     def finish(self, prepared: tuple[Batch, list[str]]) -> Batch:
         batch, captions = prepared

@@ -7,6 +7,7 @@ exemplars' place.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -23,12 +24,14 @@ from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.order import Share, rank_rows, rows_to_keep, validation_places
 from pbe.train.data.pixels import PixelRows
 from pbe.train.data.prefetch import Prefetched
+from pbe.train.data.processes import Turn, in_processes
 from pbe.train.data.reader import Place, RowReader, StoredRow
 from pbe.train.data.scored import ScoreRow, score_rows
 from pbe.train.settings import TrainConfig
 
 PREFETCHED_BATCHES = 4
 CACHE_SHARE = 0.25  # of train.per_worker.memory_gib, for row groups; what fits is read once, not in every epoch
+ALL = Turn()
 P = TypeVar("P")
 
 
@@ -38,9 +41,14 @@ class RowSource(Protocol[P]):
     files: list[list[File]]  # by slot, then by shard
     rows_per_group: int  # of the encode stage; streams are made of these groups
     stored_per_group: int  # rows per Parquet row group of these files
+    columns: Sequence[str] | None  # of these files, to read; None: all
 
     def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> P:
-        """Runs in the prefetch thread."""
+        """Runs in the prefetch thread, or in an input process."""
+        ...
+
+    def pin(self, prepared: P) -> P:
+        """Runs in the prefetch thread, after `prepare`."""
         ...
 
     def finish(self, prepared: P) -> Batch:
@@ -48,8 +56,10 @@ class RowSource(Protocol[P]):
         ...
 
 
-def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> Iterator[P]:
-    """Prepared micro-batches of one rank, without end, from optimizer step `share.start_step` on.
+def micro_batches(
+    store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share, turn: Turn = ALL
+) -> Iterator[P]:
+    """Prepared micro-batches of one rank, without end, from optimizer step `share.start_step` on; those of this turn.
 
     Each step takes batch / streams rows of every stream; this rank reads its streams one after another. Raises
     ValueError if a stream has no rows, and StoreError.
@@ -58,19 +68,19 @@ def micro_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed:
     group_rows_of_slot = [[group_rows(file, per_group) for file in slot] for slot in source.files]
     order = rank_rows(group_rows_of_slot, batch=cfg.batch, streams=cfg.streams, seed=seed, share=share)
     keep_rows = _rows_to_keep(cfg, share, max(per_group, source.stored_per_group))
-    cache_bytes = int(cfg.per_worker.memory_gib * CACHE_SHARE * 2**30)
-    reader = RowReader(store, source.files, cache_bytes, keep_rows=keep_rows)
-    for refs in order:
-        for start in range(0, len(refs), cfg.micro_batch):
-            yield source.prepare(
-                [
-                    _with_draw(
-                        reader.read(slot=ref.slot, file=ref.file, row=ref.group * per_group + ref.row),
-                        partial(draw, epoch=ref.epoch, cfg=cfg, seed=seed),
-                    )
-                    for ref in refs[start : start + cfg.micro_batch]
-                ]
-            )
+    cache_bytes = int(cfg.per_worker.memory_gib * CACHE_SHARE * 2**30 / turn.of)
+    reader = RowReader(store, source.files, cache_bytes, keep_rows=keep_rows, columns=source.columns)
+    micro = (refs[start : start + cfg.micro_batch] for refs in order for start in range(0, len(refs), cfg.micro_batch))
+    for refs in islice(micro, turn.first, None, turn.of):
+        yield source.prepare(
+            [
+                _with_draw(
+                    reader.read(slot=ref.slot, file=ref.file, row=ref.group * per_group + ref.row),
+                    partial(draw, epoch=ref.epoch, cfg=cfg, seed=seed),
+                )
+                for ref in refs
+            ]
+        )
 
 
 def validation_batches(store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int) -> Iterator[P]:
@@ -97,7 +107,8 @@ def _fixed_batches(
     store: Store, source: RowSource[P], places: Sequence[Place], draws: Sequence[Callable[..., Draws]], *, size: int
 ) -> Iterator[P]:
     """Prepared micro-batches of up to `size` of these rows, one draw each, in order."""
-    reader = RowReader(store, source.files, cache_bytes=0)  # rows are read in order, so one group at a time is enough
+    # rows are read in order, so one group at a time is enough
+    reader = RowReader(store, source.files, cache_bytes=0, columns=source.columns)
     rows = list(zip(places, draws, strict=True))
     for start in range(0, len(rows), size):
         yield source.prepare(
@@ -117,12 +128,14 @@ def _with_draw(row: StoredRow, draw_of: Callable[..., Draws]) -> tuple[StoredRow
 
 
 class TrainInput(Generic[P]):
-    """Micro-batches of one rank, float32 and on the training device; a thread prepares them ahead."""
+    """Micro-batches of one rank, float32 and on the training device, prepared ahead: by a thread, or by
+    `train.input_processes` processes, from which the thread takes them."""
 
     def __init__(self, store: Store, source: RowSource[P], *, cfg: TrainConfig, seed: int, share: Share) -> None:
         self._store, self._source, self._cfg, self._seed = store, source, cfg, seed
-        prepared = micro_batches(store, source, cfg=cfg, seed=seed, share=share)
-        self._prepared = Prefetched(prepared, depth=PREFETCHED_BATCHES)
+        make = partial(micro_batches, store, source, cfg=cfg, seed=seed, share=share)
+        prepared = in_processes(make, cfg.input_processes) if cfg.input_processes else make()
+        self._prepared = Prefetched(map(source.pin, prepared), depth=PREFETCHED_BATCHES)
 
     def next(self) -> Batch:
         return self._source.finish(self._prepared.next())

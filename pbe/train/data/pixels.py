@@ -53,6 +53,7 @@ class PixelRows:
         require_same_rows(encoded, triplets)
         self.files = slot_files(triplets)
         self.rows_per_group, self.stored_per_group = int(encoded.config["rows_per_group"]), TRIPLETS_PER_GROUP
+        self.columns: Sequence[str] | None = None
         self._codec, self._backbone, self._tokens, self._device = codec, backbone, tokens, device
         self._data_seed = int(encoded.config["seed"])  # not train.seed: references are drawn as in encode
         # the number of stored draws affects a row's later draws, such as its timestep
@@ -61,6 +62,9 @@ class PixelRows:
 
     def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> list[PixelRow]:
         return [self._decoded(row, draw) for row, draw in rows]
+
+    def pin(self, prepared: list[PixelRow]) -> list[PixelRow]:
+        return prepared
 
     def finish(self, prepared: list[PixelRow]) -> Batch:
         sources = np.stack([row.source for row in prepared])

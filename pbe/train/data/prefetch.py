@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -18,6 +20,8 @@ class Prefetched(Generic[T]):
         self._thread.start()
 
     def _fill(self, items: Iterator[T]) -> None:
+        # Of this thread only. With more, OpenMP's second team spins on the cores of the training thread's.
+        torch.set_num_threads(1)
         try:
             for item in items:
                 if not self._put(item):

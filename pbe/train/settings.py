@@ -135,8 +135,8 @@ class TrainConfig(Settings):
         0,
         ge=0,
         le=64,
-        description="processes of each worker that prepare its encoded batches, and share its memory for cached rows; "
-        "0: a thread, enough for some thousand rows a second. Ours",
+        description="processes of each worker that prepare its encoded batches, each in some hundred MB and with its "
+        "part of the memory for cached rows; 0: a thread, enough for some thousand rows a second. Ours",
     )
     init: Weights  # or: random, sd; an adapter's folder, with trainable: {lora: ...}
     trainable: Trainable = Field(

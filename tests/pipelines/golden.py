@@ -54,6 +54,7 @@ READS = {
 HOW_IT_RUNS = (
     "per_", "download", "kernels", "batch_rows", "compile", "max_reject_frac", "retry_rejected", "keep_checkpoints",
     "max_failures", "actors", "score_",
+    "input_processes",
 )  # fmt: skip
 VARIANT, BASELINES = "full", ("copy_paste", "poisson")
 # of the standard deviation, or of 1 + a metric's value. Without SIMD instructions values differ by 0.0001, those of

@@ -129,4 +129,6 @@ def encoded_of(
         store.write_bytes(path, codec_bytes(networks.codec))
         patch_px, channels = networks.codec.patch_px, networks.codec.channels
         config["codec"] = {"kind": "patch", "path": path, "patch_px": patch_px, "channels": channels}
+    else:
+        config["codec"] = {"kind": "kl"}
     return make_manifest("encode", config=config, version=1, units=units)

@@ -2,15 +2,21 @@
 
 import io
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -19,6 +25,7 @@ import torch
 
 from pbe.data.schema import array_bytes, array_shape, array_value, encoded_schema, holds_array, is_optional
 from pbe.data.slots import group_rows, slot_files, slot_name
+from pbe.places import repo_root
 from pbe.store import Manifest, Store, StoreError, make_manifest
 from pbe.train.data.batch import Batch, joined
 from pbe.train.data.draws import RowForm, draw
@@ -26,6 +33,7 @@ from pbe.train.data.encoded import EncodedRows
 from pbe.train.data.input import TrainInput, micro_batches, validation_batches
 from pbe.train.data.order import Share
 from pbe.train.data.prefetch import Prefetched
+from pbe.train.data.processes import InputProcessError, Turn, in_processes
 from pbe.train.data.reader import Group, RowReader, StoredRow
 from pbe.train.settings import TrainConfig
 from tests.train.ranks import tiny_config
@@ -116,9 +124,12 @@ def _arrays(row: pa.Table) -> dict[str, np.ndarray]:
     return {field.name: array_value(field, row.column(field.name)[0].as_py()) for field in arrays}
 
 
-def _examples(count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None) -> dict[str, np.ndarray]:
+def _examples(
+    count: int, cfg: TrainConfig = CFG, row: pa.Table | None = None, codec: str = "kl"
+) -> dict[str, np.ndarray]:
     """One row's examples in `count` epochs, stacked by name."""
-    source = EncodedRows(_no_units(), tokens=cfg.exemplar.tokens, device=CPU)
+    encoded = make_manifest("encode", config=CONFIG | {"codec": {"kind": codec}}, version=1, units=[])
+    source = EncodedRows(encoded, tokens=cfg.exemplar.tokens, device=CPU)
     draws = [partial(draw, "a", 0, epoch=epoch, cfg=cfg, seed=SEED) for epoch in range(count)]
     stored = StoredRow(Group(_row() if row is None else row), 0, (0, 0, 0))
     batch = source.prepare([(stored, drawn) for drawn in draws])
@@ -278,7 +289,7 @@ def test_x0_and_masked_latent_are_samples_of_their_posteriors_with_separate_nois
 
 
 def test_a_posterior_without_spread_gives_its_mean_and_shares_all_other_draws() -> None:
-    row, drawn, other = _arrays(_row()), _examples(50, row=_row(std=0.0)), _examples(50)
+    row, drawn, other = _arrays(_row()), _examples(50, row=_row(std=0.0), codec="patch"), _examples(50)
     assert np.array_equal(drawn["x0"], np.stack([row["source_mean"]] * 50))
     for name in ("noise", "timestep", "drop_condition", "drop_context", "keep_mask_latent", "exemplar_tokens"):
         np.testing.assert_array_equal(drawn[name], other[name])
@@ -342,6 +353,8 @@ def test_prefetching_computes_in_one_thread_and_leaves_the_others_theirs() -> No
     try:
         prefetched = Prefetched(iter(torch.get_num_threads, None), depth=1)
         assert prefetched.next() == 1 and torch.get_num_threads() == 2
+        with ThreadPoolExecutor() as later:
+            assert later.submit(torch.get_num_threads).result() == 2
         prefetched.close()
     finally:
         torch.set_num_threads(before)
@@ -395,9 +408,7 @@ def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_processes_prepare_the_same_batches_in_the_same_order(
-    store: Store, encoded: Manifest, processes: int
-) -> None:
+def test_processes_prepare_the_same_batches_in_the_same_order(store: Store, encoded: Manifest, processes: int) -> None:
     before = multiprocessing.active_children()
     batches = {count: _inputs(store, encoded, processes=count, start=1, count=9) for count in (0, processes)}
     assert len(batches[0]) == 9 and _row_bytes(batches[processes]) == _row_bytes(batches[0])
@@ -405,7 +416,7 @@ def test_processes_prepare_the_same_batches_in_the_same_order(
 
 
 def test_an_error_in_a_process_is_the_one_of_the_thread(store: Store, encoded: Manifest, tmp_path: Path) -> None:
-    damaged = next(path for path in sorted((tmp_path).rglob("*.parquet")) if path.stat().st_size > 1000)
+    damaged = next(path for path in sorted(tmp_path.rglob("*.parquet")) if path.stat().st_size > 1000)
     damaged.write_bytes(damaged.read_bytes()[:500])
     said = []
     for processes in (0, 2):
@@ -413,6 +424,65 @@ def test_an_error_in_a_process_is_the_one_of_the_thread(store: Store, encoded: M
             _inputs(store, encoded, processes=processes, start=0, count=40)
         said.append(str(caught.value))
     assert said[0] == said[1] and "Traceback" not in said[1]
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def endless(turn: Turn, *, bytes_each: int = 1, fail: str = "") -> Iterator[bytes]:
+    """Items for input processes, whose first turn fails after two."""
+    for number in count(turn.first, turn.of):
+        if fail and number >= 2 and turn.first == 0:
+            raise UnpicklableError("two", "arguments") if fail == "unpicklable" else KeyError("the cause")
+        yield number.to_bytes(2, "little") * bytes_each
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind", "said"), [("unpicklable", RuntimeError, "two arguments"), ("key", KeyError, "in endless")]
+)
+def test_a_bug_in_a_process_ends_the_input_with_its_traceback(fail: str, kind: type[Exception], said: str) -> None:
+    with closing(in_processes(partial(endless, fail=fail), 2)) as items:
+        assert [next(items), next(items)] == [b"\0\0", b"\1\0"]
+        with pytest.raises(kind) as caught:
+            next(items)
+    assert said in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def test_a_killed_process_is_an_error_that_names_the_setting() -> None:
+    with closing(in_processes(endless, 1)) as items:
+        next(items)
+        [process] = multiprocessing.active_children()
+        process.kill()
+        with pytest.raises(InputProcessError, match=r"train\.input_processes was killed"):
+            for _ in items:
+                pass
+
+
+def test_processes_end_with_a_training_process_that_is_killed() -> None:
+    """While their pipe is full: DataLoader alone leaves them waiting for ever."""
+    code = (
+        "import multiprocessing, os, time; from functools import partial\n"
+        "from pbe.train.data.processes import in_processes; from tests.train.test_batches import endless\n"
+        "items = in_processes(partial(endless, bytes_each=100_000), 2); next(items); time.sleep(2)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True); os.kill(os.getpid(), 9)"
+    )
+    env = os.environ | {"PYTHONPATH": str(repo_root())}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, timeout=100)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 30
+    while any(_is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _inputs(store: Store, encoded: Manifest, *, processes: int, start: int, count: int) -> list[Batch]:
@@ -484,7 +554,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
         )
         for shard in range(4)
     ]
-    return store, make_manifest("encode", config=CONFIG | {"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units)
+    return store, make_manifest(
+        "encode", config=CONFIG | {"rows_per_group": BIG_ROWS_PER_GROUP}, version=1, units=units
+    )
 
 
 def _epoch(

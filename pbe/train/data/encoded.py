@@ -26,7 +26,9 @@ class EncodedRows:
         # all standard deviations of the patch codec are 0: half of the bytes
         self._has_spread = encoded.config["codec"]["kind"] != "patch"
         names = encoded_schema((1, 1, 1), (1, 1, 1)).names
-        self.columns: Sequence[str] | None = names if self._has_spread else [name for name in names if not name.endswith("_std")]
+        self.columns: Sequence[str] | None = (
+            names if self._has_spread else [name for name in names if not name.endswith("_std")]
+        )
         self._device = device
 
     def prepare(self, rows: Sequence[tuple[StoredRow, Draw]]) -> Batch:

@@ -296,8 +296,8 @@ def test_a_group_of_triplets_is_read_once_per_visit_without_any_cache(
     seen: set[tuple[str, ...]] = set()
 
     class Counting(RowReader):
-        def __init__(self, store: Store, files: Sequence[Sequence[File]], cache_bytes: int, *, keep_rows: int) -> None:
-            super().__init__(store, files, 0, keep_rows=keep_rows)
+        def __init__(self, store: Store, files: Sequence[Sequence[File]], _: int, **rest: Any) -> None:
+            super().__init__(store, files, 0, **rest)
 
         def _read_group(self, key: tuple[int, int, int]) -> Group:
             read.append(key)

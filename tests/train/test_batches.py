@@ -408,11 +408,14 @@ def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_processes_prepare_the_same_batches_in_the_same_order(store: Store, encoded: Manifest, processes: int) -> None:
+def test_processes_prepare_the_same_batches_in_the_same_order(
+    store: Store, encoded: Manifest, processes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = multiprocessing.active_children()
     batches = {count: _inputs(store, encoded, processes=count, start=1, count=9) for count in (0, processes)}
     assert len(batches[0]) == 9 and _row_bytes(batches[processes]) == _row_bytes(batches[0])
     assert multiprocessing.active_children() == before
+    assert "terminate called" not in capfd.readouterr().err
 
 
 def test_an_error_in_a_process_is_the_one_of_the_thread(store: Store, encoded: Manifest, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ One thread prepares some thousand rows a second and delays the loop meanwhile; a
 starts the processes, moves tensors through shared memory and keeps the order.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -47,7 +48,7 @@ def in_processes(make: Callable[..., Iterator[T]], count: int) -> Generator[T, N
         num_workers=count,
         prefetch_factor=AHEAD,
         multiprocessing_context="spawn",
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_end_well,
         generator=torch.Generator(),  # else it draws a seed from the global one
     )
     items = iter(loader)
@@ -104,8 +105,13 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _end_with_parent(_: int) -> None:
-    """End this process as soon as the training process is gone: DataLoader's would wait for ever on a full pipe."""
+def _end_well(_: int) -> None:
+    """In a new process: make it end with the training process, and in silence.
+
+    Once the training process is gone, DataLoader's would wait for ever on a full pipe. At its own end, Python would
+    stop the thread that fills the pipe amid C++ code, which prints "terminate called without an active exception".
+    """
+    atexit.register(os._exit, 0)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

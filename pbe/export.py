@@ -1,8 +1,8 @@
 """`pbe export`: writes a trained model as a folder to publish, in the hub's layout, with a model card.
 
 Weights go through `load_model` and `save_model`, so the result is complete and in safetensors. With `half` the UNet is
-rounded to float16, which takes half the space; it is read back as float32. The card states what is
-known: data digest, settings from dvc.lock, metrics of exactly these weights. It omits what is not known.
+rounded to float16, which takes half the space; it is read back as float32. The card states what is known: data digest,
+settings from dvc.lock, metrics of exactly these weights, or of them before rounding. It omits what is not known.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class ExportError(UserError):
 def export_model(root: Path, name: str, out: Path, *, half: bool = False) -> Model:
     """Write the model of variant `name` (models/<name> below root) or of folder `name` to `out`, which is new or empty.
 
-    An error leaves nothing behind. Raises ExportError, ModelError, WeightsError.
+    half: the UNet in float16. An error leaves nothing behind. Raises ExportError, ModelError, WeightsError.
     """
     source = root / "models" / name if (root / "models" / name).is_dir() else Path(name)
     if not source.is_dir():

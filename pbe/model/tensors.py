@@ -75,12 +75,10 @@ def save_tensors(
     metadata: of the file; with two keys or more its bytes vary, because safetensors writes them in any order.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_non_finite(tensors, f"{path}: not written")
     plain = {name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in tensors.items()}
-    if dtype != torch.float32:
-        refuse_non_finite(tensors, f"{path}: not written")
-        if beyond := [name for name, value in plain.items() if not _is_finite(value)]:
-            raise WeightsError(f"{path}: not written: {some_names(beyond)} has values beyond {dtype}; keep float32")
-    refuse_non_finite(plain, f"{path}: not written")
+    if beyond := [name for name, value in plain.items() if not _is_finite(value)]:
+        raise WeightsError(f"{path}: not written: {some_names(beyond)} has values beyond {dtype}; keep float32")
     save_file(plain, path, metadata=dict(metadata))
 
 

@@ -92,7 +92,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def save_model(folder: Path, model: Model, *, unet_dtype: torch.dtype = torch.float32) -> None:
-    """Write a model folder: the UNet in `unet_dtype`, all else in float32. Raises WeightsError for NaN."""
+    """Write a model folder: the UNet in `unet_dtype`, all else in float32. Raises WeightsError for NaN, and for
+    weights beyond `unet_dtype`."""
     unet = model.network.unet
     _write_json(folder / "unet" / "config.json", _plain(unet.config) | {"_class_name": "UNet2DConditionModel"})
     save_tensors(folder / "unet" / f"{STEM}.safetensors", unet.state_dict(), dtype=unet_dtype)

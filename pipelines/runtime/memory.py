@@ -61,11 +61,7 @@ def shortage(error: BaseException) -> str | None:
             program = Path(command.split()[0]).name if command.strip() else "?"  # its arguments may hold secrets
             problem += f", {size} of them by process {number}, {program}"
         return f"{problem}), so Ray ended some of this work"
-    if (
-        "a process of train.input_processes was killed" in text
-        or "Worker exit type: SYSTEM_ERROR" in text
-        or "The worker died unexpectedly" in text
-    ):
+    if "Worker exit type: SYSTEM_ERROR" in text or "The worker died unexpectedly" in text:
         return "a process of this work was killed, by the kernel if memory was short (`dmesg` says so there)"
     return None
 

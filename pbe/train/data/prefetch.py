@@ -17,14 +17,14 @@ class Prefetched(Generic[T]):
         self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True, name="pbe-prefetch")
-        threads, self._counted = torch.get_num_threads(), threading.Event()
+        self._started, thread_count = threading.Event(), torch.get_num_threads()
         self._thread.start()
-        self._counted.wait()
-        torch.set_num_threads(threads)  # the thread's one is also the default of threads to come
+        self._started.wait()
+        torch.set_num_threads(thread_count)  # its 1 became the default of threads to come
 
     def _fill(self, items: Iterator[T]) -> None:
         torch.set_num_threads(1)  # with more, this thread's OpenMP team spins on the cores of the training thread's
-        self._counted.set()
+        self._started.set()
         try:
             for item in items:
                 if not self._put(item):

@@ -218,6 +218,14 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ({"encode.codec.patch_px": 0}, "params.yaml: encode.codec.patch_px = 0: input should be greater than"),
         ({"encode.backbone.kind": "clip"}, "params.yaml: encode.backbone.weights: required key is missing"),
         ({"train.exemplar.tokens": "all"}, "params.yaml: variants.full: train.exemplar.tokens = 'all' needs encode."),
+        (
+            {"train.perceptual_weight": 3.0, "train.objective": "eps"},
+            "params.yaml: train: perceptual_weight needs the photo that a prediction implies, which objective eps",
+        ),
+        (
+            {"train.perceptual_weight": 3.0, "encode.codec": {"kind": "pretrained", "weights": "sd"}},
+            "params.yaml: variants.full: train.perceptual_weight = 3 decodes every row of every step, for which",
+        ),
         ({"train.condition": "text"}, "params.yaml: train: unet.class_embedding reads one token, and the first of a"),
         (
             {"train.condition": "text", "train.unet.class_embedding": False},

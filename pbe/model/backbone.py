@@ -9,6 +9,7 @@ Shapes: B images, 1280 channels, 7 x 7 = 49 cells of 32 px.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -115,9 +116,26 @@ class EfficientNetLite(nn.Module):
         """(B, 3, 224, 224) float32 in [0, 1] to (B, 1280), with a gradient."""
         return self._map_of_pixels(pixels).mean((2, 3))
 
+    def feature_maps(self, pixels: Tensor, blocks: Collection[int]) -> list[Tensor]:
+        """Feature maps after these blocks, in their order, of (B, 3, S, S) float32 pixels in [0, 1]; with a gradient.
+
+        S may differ from `input_px`: a block at stride s gives maps of about S/s cells a side.
+        """
+        found = []
+        x = self._scaled(pixels)
+        x = self.network._swish(self.network._bn0(self.network._conv_stem(x)))
+        for index, block in enumerate(self.network._blocks[: max(blocks) + 1]):
+            x = block(x)
+            if index in blocks:
+                found.append(x)
+        return found
+
     def _map_of_pixels(self, pixels: Tensor) -> Tensor:
-        scaled = (pixels - 0.5) / 0.5
-        return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last))
+        return self.network.extract_features(self._scaled(pixels))
+
+    @staticmethod
+    def _scaled(pixels: Tensor) -> Tensor:
+        return ((pixels - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
 def load_backbone(name: BackboneName) -> EfficientNetLite:

@@ -187,6 +187,12 @@ class TrainConfig(Settings):
     min_snr_gamma: Annotated[Float, Field(gt=0)] | None = Field(
         None, description="gamma of min-SNR loss weights, e.g. 5; null: none, as upstream"
     )
+    perceptual_weight: Float = Field(
+        0.0,
+        ge=0,
+        description="weight of the perceptual loss, which compares the predicted photo with the true one by "
+        "EfficientNet-lite0 (pbe/train/perceptual.py), beside the squared error; 0: none, as upstream",
+    )
     ema_decay: Annotated[Float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="decay per step of an exponential moving average of the weights, e.g. 0.9999, smaller in the first "
@@ -305,6 +311,11 @@ class TrainConfig(Settings):
                 raise ValueError(
                     "optimizer adamw_8bit needs float32 masters, which precision bf16_pure lacks: set precision: bf16"
                 )
+        if self.perceptual_weight and self.objective == "eps":
+            raise ValueError(
+                "perceptual_weight needs the photo that a prediction implies, which objective eps leaves undetermined "
+                "where noise is all there is: set objective: x0 or v, or perceptual_weight: 0"
+            )
         if self.ema_decay is not None and self.steps == 0:
             raise ValueError("ema_decay averages over steps, and steps is 0: set ema_decay: null, or steps above 0")
         if self.ema_decay is not None and self.precision == "bf16_pure":

@@ -56,6 +56,7 @@ from pbe.train.engine import (
 )
 from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
+from pbe.train.perceptual import PerceptualLoss
 from pbe.train.ranks import Ranks
 from pbe.train.scoring import Scoring
 from pbe.train.settings import LoraTrainable, TrainConfig
@@ -103,7 +104,8 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
         store_frozen_in_bfloat16(model)
     codec = open_codec(store, spec.encoded.config["codec"])
     grey_latent = codec.posterior(torch.zeros(1, 3, spec.card.image_px, spec.card.image_px))[0].to(device)
-    diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(spec.card.scheduler).to(device), device)
+    perceptual = PerceptualLoss(codec, device) if cfg.perceptual_weight else None
+    diffusion = Diffusion(cfg, grey_latent, alphas_cumprod(spec.card.scheduler).to(device), device, perceptual)
 
     # resume
     start, history, window = 0, [], (0, 0.0)

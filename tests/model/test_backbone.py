@@ -65,6 +65,15 @@ def test_features_equal_a_plain_forward_of_the_package(backbone: EfficientNetLit
     torch.testing.assert_close(tokens[:, 1 + 7 * 2 + 5], expected[:, :, 2, 5], atol=1e-3, rtol=0)
 
 
+def test_feature_maps_lead_to_the_features(backbone: EfficientNetLite, photos: Tensor) -> None:
+    network, last = backbone.network, len(backbone.network._blocks) - 1
+    with torch.no_grad():
+        early, late = backbone.feature_maps(photos.float() / 255, (0, last))
+        head = network._swish(network._bn1(network._conv_head(late)))
+    torch.testing.assert_close(head.mean((2, 3)), backbone(photos))
+    assert early.shape[2:] == (112, 112) and late.shape[2:] == (7, 7)
+
+
 def test_scaling_is_the_one_the_weights_were_trained_with(backbone: EfficientNetLite, photos: Tensor) -> None:
     classifier = _plain_network(backbone.name)._fc
     with torch.no_grad():

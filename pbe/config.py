@@ -180,11 +180,6 @@ def _check_variant(params: Params, name: str, cfg: TrainConfig, file: str) -> No
             f"{file}: variants.{name}: train.exemplar.tokens = 'all' needs encode.backbone.tokens: all, so that they "
             "are stored, or train.input: pixels"
         )
-    if cfg.perceptual_weight and params.encode.codec.kind != "patch":
-        raise ParamsError(
-            f"{file}: variants.{name}: train.perceptual_weight = {cfg.perceptual_weight:g} decodes every row of every "
-            "step, for which AutoencoderKL is too large; set encode.codec.kind: patch, or train.perceptual_weight: 0"
-        )
     halvings, codec = len(cfg.unet.block_channels) - 1, params.encode.codec
     # AutoencoderKL's cell size is in its weights; the train stage checks it
     latent_px = params.materialize.image_px // codec.patch_px if codec.kind == "patch" else 0

@@ -31,6 +31,8 @@ def refuse_what_cannot_train(
     refuse_too_few_rows(encoded, cfg.batch)
     _refuse_empty_streams(encoded, cfg.streams)
     _refuse_odd_latents(stage, cfg, encoded)
+    if cfg.perceptual_weight:
+        refuse_perceptual_loss_through(encoded)
     refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
     if triplets is not None:
         refuse_unfit_parts(stage.store, triplets, TRIPLETS)
@@ -94,6 +96,18 @@ def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> No
             f"train@{stage.variant}: latents of {latent_px} px cannot be halved {halvings} times, as the levels of "
             "train.unet.block_channels ask; change materialize.image_px"
         )
+
+
+def refuse_perceptual_loss_through(encoded: Manifest) -> None:
+    """Raise StageError if its codec is AutoencoderKL, BackboneError if the loss's network is not installed."""
+    from pbe.model.backbone import weights_digest
+
+    if encoded.config["codec"]["kind"] != "patch":
+        raise StageError(
+            "train.perceptual_weight: decodes every row at every step, for which AutoencoderKL is too large; set it to "
+            "0, or encode.codec to a patch codec"
+        )
+    weights_digest("efficientnet_lite0")
 
 
 def refuse_too_few_rows(encoded: Manifest, batch: int) -> None:

@@ -222,10 +222,6 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             {"train.perceptual_weight": 3.0, "train.objective": "eps"},
             "params.yaml: train: perceptual_weight needs the photo that a prediction implies, which objective eps",
         ),
-        (
-            {"train.perceptual_weight": 3.0, "encode.codec": {"kind": "pretrained", "weights": "sd"}},
-            "params.yaml: variants.full: train.perceptual_weight = 3 decodes every row of every step, for which",
-        ),
         ({"train.condition": "text"}, "params.yaml: train: unet.class_embedding reads one token, and the first of a"),
         (
             {"train.condition": "text", "train.unet.class_embedding": False},

@@ -62,6 +62,7 @@ from pbe.model.weights import Model  # noqa: E402
 from pbe.store import Store, load_manifest  # noqa: E402
 from pbe.train.data.batch import Batch  # noqa: E402
 from pbe.train.loss import Diffusion, row_losses  # noqa: E402
+from pbe.train.perceptual import PerceptualLoss  # noqa: E402
 from tests.benchmarks.device import add_device  # noqa: E402
 
 WARMUP_FRAC = 0.03
@@ -190,7 +191,8 @@ def trained(trial: Trial, crops: Crops, *, seconds: float, device: torch.device)
         network.unet.compile()
     scheduler = scheduler_config(cfg.beta_schedule, cfg.objective)
     grey = codec.posterior(torch.zeros(1, 3, side, side))[0]
-    diffusion = Diffusion(cfg, grey.to(device), alphas_cumprod(scheduler).to(device), device)
+    perceptual = PerceptualLoss(codec, device) if cfg.perceptual_weight else None
+    diffusion = Diffusion(cfg, grey.to(device), alphas_cumprod(scheduler).to(device), device, perceptual)
     optimizer = torch.optim.AdamW(
         network.parameters(), cfg.lr, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
     )

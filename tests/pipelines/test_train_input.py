@@ -13,7 +13,12 @@ from pbe.settings import Dtype
 from pbe.store import Manifest, Record, Store, StoreError, make_manifest
 from pipelines.runtime.cures import with_cure
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train_preflight import refuse_too_few_rows, refuse_unfit_parts, stored_schema
+from pipelines.train_preflight import (
+    refuse_perceptual_loss_through,
+    refuse_too_few_rows,
+    refuse_unfit_parts,
+    stored_schema,
+)
 from tests.train.ranks import CHANNELS, LATENT_PX, WIDTH, tiny_encoded
 
 
@@ -47,6 +52,13 @@ def test_no_rows_at_all_are_refused(encoded: Manifest) -> None:
 def test_fewer_rows_than_a_batch_are_refused(encoded: Manifest) -> None:
     with pytest.raises(StageError, match=r"train\.batch = 49, .* only 48 rows .* lower train\.batch"):
         refuse_too_few_rows(encoded, 49)
+
+
+def test_a_perceptual_loss_through_autoencoder_kl_is_refused(encoded: Manifest) -> None:
+    refuse_perceptual_loss_through(encoded)
+    of_vae = make_manifest("encode", config={"codec": {"kind": "autoencoder_kl"}}, version=1, units=[])
+    with pytest.raises(StageError, match=r"train\.perceptual_weight: .* for which AutoencoderKL is too large; set it"):
+        refuse_perceptual_loss_through(of_vae)
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
+from pbe.cli import default_model
 from pbe.cli.__main__ import main
 from pbe.data import images
 from pbe.places import repo_root
@@ -46,6 +47,20 @@ def _options(args: dict[str, str]) -> list[str]:
 
 def _pixels(path: str) -> np.ndarray:
     return images.decode(Path(path).read_bytes())
+
+
+def test_without_a_model_it_takes_the_trained_one_or_the_repositorys(
+    args: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(default_model, "repo_root", lambda: tmp_path)
+    folder = Path(args.pop("model"))
+    assert _run(args) == 1
+    assert "neither models/full nor models/pretrained/small" in capsys.readouterr().err
+    for name in ("models/pretrained/small", "models/full"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(folder)
+        assert _run(args) == 0
+        assert capsys.readouterr().err == f"model: {name}\n"
 
 
 def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pbe.cli.arguments import at_least, box, read_file, refuse_unwritable_png
+from pbe.cli.default_model import KEPT, TRAINED, default_model
 
 # in the rows of a table, or not with one
 IN_ROWS = {"photo", "mask", "box", "reference", "caption", "reference_box", "recipe", "grid"}
@@ -26,7 +27,9 @@ def add_edit_parser(commands: Any) -> None:
     what.add_argument("--caption", help='its description, e.g. "a photo of a red car", for a model trained on text')
     edit.add_argument("--reference-box", type=box, metavar="X0,Y0,X1,Y1", help="the part of the reference to use")
     edit.add_argument(
-        "--model", action="append", help="model folder, e.g. models/full, or org/name@revision on the hub"
+        "--model",
+        action="append",
+        help=f"model folder, or org/name@revision on the hub; default: {TRAINED} if trained, otherwise {KEPT}",
     )
     edit.add_argument(
         "--out", type=Path, required=True, help="PNG to write; with --n or --table a folder, or a PNG with --grid"
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         needed = {"a photo": args.photo, "--mask or --box": args.mask or args.box}
         needed |= {"--reference or --caption": args.reference if args.caption is None else args.caption}
-        if missing := [name for name, value in {**needed, "--model": args.model}.items() if value is None]:
+        if missing := [name for name, value in needed.items() if value is None]:
             raise ValueError(f"an edit needs {' and '.join(missing)}; or --recipe FILE, or --table FILE")
     if args.table is None:
         if args.actors is not None:
@@ -88,11 +91,10 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"--{name} several times: only with --table")
     if args.recipe is not None:
         return _again(args)
+    args.model = args.model or [default_model()]
     if args.table is not None:
         from pbe.cli.edit_table import run_table
 
-        if args.model is None:
-            raise ValueError("--table needs --model")
         return run_table(args, args.on_ray)
     return _edit(args)
 

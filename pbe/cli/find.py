@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pbe.cli.arguments import at_least, box, read_file, refuse_unwritable_png
+from pbe.cli.default_model import default_model
 from pbe.errors import printable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def add_index_parser(commands: Any) -> None:
     index = commands.add_parser("index", help="embed the boxes of a data set, so that `pbe find` finds exemplars")
     index.add_argument("--out", type=Path, default=Path("exemplars.index"), help="file to write; default: %(default)s")
-    index.add_argument("--model", type=Path, help="model or CLIP folder with the backbone; default: models/full")
+    index.add_argument("--model", type=Path, help="model or CLIP folder with the backbone; default: as for pbe edit")
     index.add_argument("--photos", help="folder of photos, local or s3://, instead of this run's data")
     index.add_argument("--boxes", help="their boxes: CSV of OpenImages, COCO JSON, or a folder of such files")
     index.set_defaults(run=run_index)
@@ -55,7 +56,7 @@ def run_index(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: name a file in a folder that exists")
     root, bar = repo_root(), sys.stderr.isatty()
-    model = (args.model or root / "models" / "full").resolve()
+    model = Path(args.model or default_model()).resolve()
     backbone, pad_px = load_exemplar_backbone(model)
     device = default_device()
     embedder, store = Embedder(backbone.to(device), pad_px, device, str(model)), Store(storage_uri())

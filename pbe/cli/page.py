@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.cli.arguments import at_least
-
-OWN_MODEL = "models/full"
+from pbe.cli.default_model import KEPT, TRAINED, default_model
 
 
 def add_page_parser(commands: Any) -> None:
@@ -16,7 +15,7 @@ def add_page_parser(commands: Any) -> None:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help="folders, or org/name@revision on the hub; default: models/full",
+        help=f"folders, or org/name@revision on the hub; default: {TRAINED} if trained, otherwise {KEPT}",
     )
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; other than loopback with --auth-file")
     page.add_argument(
@@ -41,18 +40,10 @@ def run(args: argparse.Namespace) -> None:
     from pbe.page.serve import serve
 
     serve(
-        args.model or [_own_model()],
+        args.model or [default_model()],
         host=args.host,
         port=args.port,
         allowed=args.allow_host,
         auth_file=args.auth_file,
         index=args.index,
     )
-
-
-def _own_model() -> str:
-    from pbe.places import repo_root
-
-    if not (repo_root() / OWN_MODEL / "pbe.json").is_file():
-        raise ValueError(f"no {OWN_MODEL} here: `make repro` makes it; or name a model by --model")
-    return str(repo_root() / OWN_MODEL)

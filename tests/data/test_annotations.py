@@ -626,6 +626,7 @@ NAN = {"id": 8, "file_name": math.nan, "name": math.nan}
         {"id": [1]},
         {"id": True},
         {"id": "\ud800"},
+        {"id": 10**400},
         NAMELESS,
         NAMELESS | {"name": math.nan},
     ],

@@ -155,9 +155,11 @@ class _ById:
 def _key(own: object) -> Key | None:
     if isinstance(own, str):
         return (True, own.strip()) if _is_text(own) else None
-    if isinstance(own, bool) or not isinstance(own, (int, float)) or not math.isfinite(own):
+    if isinstance(own, float) and math.isfinite(own):
+        own = int(own) if own.is_integer() else own
+    elif not isinstance(own, int) or isinstance(own, bool):
         return None
-    return False, str(int(own) if own == int(own) else own)
+    return False, str(own)
 
 
 def _plain(text: str) -> str:

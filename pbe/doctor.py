@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
@@ -249,15 +250,17 @@ def _cluster(address: str) -> Iterator[Finding]:
         request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             there = json.load(answer)
+        if not isinstance(there, dict) or "ray_version" not in there:
+            raise ValueError("what answers is another server")
     except urllib.error.HTTPError as error:
         error.close()
         advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's" if error.code in (401, 403) else ""
         yield Finding("fail", "RAY_ADDRESS", f"{address}: answers {error.code} {error.reason}", advice)
         return
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         yield Finding("fail", "RAY_ADDRESS", f"{address}: no Ray head answers ({one_line(error)})")
         return
-    theirs, ours = str(there.get("ray_version")), importlib.metadata.version("ray")
+    theirs, ours = str(there["ray_version"]), importlib.metadata.version("ray")
     if theirs == ours:
         yield Finding("ok", "RAY_ADDRESS", f"{address}: Ray {theirs}, as here")
     else:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 
@@ -270,11 +271,34 @@ def _head(ray_version: str, token: str | None = None) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize(("address", "said"), [("http://127.0.0.1:9", "no Ray head answers"), ("ray://x:1", "http://")])
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:9", "no Ray head answers"),
+        ("http://127.0.0.1:port", "no Ray head answers"),
+        ("ray://x:1", "http://"),
+    ],
+)
 def test_a_cluster_that_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch, address: str, said: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     finding = _found(root, "RAY_ADDRESS")
     assert finding.level == "fail" and said in str(finding)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.0 200 OK\r\n\r\n[]", b"HTTP/1.0 200 OK\r\n\r\n{}"]
+)
+def test_an_address_of_another_server(root: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    class Other(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with TCPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_address[1]}")
+        finding = _found(root, "RAY_ADDRESS")
+    assert finding.level == "fail" and "no Ray head answers" in finding.found
 
 
 def test_a_cluster_of_another_ray_and_a_storage_it_cannot_see(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,7 @@ def _git(root: Path) -> Finding:
     """Ask git itself, which knows worktrees, submodules and folders inside a repository."""
     try:
         asked = _ask_git(root, "rev-parse", "--is-inside-work-tree")
+        ignored = _ask_git(root, "check-ignore", "-q", "dvc.yaml").returncode == 0
     except FileNotFoundError:  # DVC reads repositories without it
         known = any((folder / ".git").exists() for folder in (root, *root.parents))
         if known:
@@ -153,7 +154,7 @@ def _git(root: Path) -> Finding:
         damaged = (root / ".git").exists()
         advice = "Put that repository back, or remove .git and `git init`" if damaged else "`git init`"
         return Finding("fail", "git", f"{root}: {said}", f"{advice}; `dvc repro` needs it")
-    if _ask_git(root, "check-ignore", "-q", "dvc.yaml").returncode == 0:
+    if ignored:
         return Finding("fail", "git", f"a repository around {root} ignores it", "`git init`; `dvc repro` needs its own")
     return Finding("ok", "git", "repository")
 

@@ -1,6 +1,7 @@
 """`pbe doctor`: each possible problem, made for real, is a line that says what to do."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -144,6 +145,18 @@ def test_where_dvc_cannot_work_doctor_says_what_to_do(
 def test_without_a_git_program_a_repository_is_enough(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(root))
     assert _repository(root)["git"].level == "warn"
+
+
+@pytest.mark.parametrize("slow", ["rev-parse", "check-ignore"])
+def test_a_git_that_does_not_answer(root: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    program = root / "bin" / "git"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nif [ "$1" = {slow} ]; then exec sleep 60; fi\necho true\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("pbe.doctor.ANSWER_S", 0.5)
+    finding = _repository(root)["git"]
+    assert finding.level == "fail" and "does not answer within 0.5 s" in finding.found
 
 
 @pytest.mark.parametrize(

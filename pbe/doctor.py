@@ -41,7 +41,6 @@ PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "diffusers", "transformers",
 ANSWER_S = 10.0  # a Ray head that takes longer counts as dead
 DRILL_S = 180.0
 SHARED_MEMORY_GIB, OPEN_FILES, SOCKET_PATH_CHARS = 2.0, 4096, 60
-ADAM_BYTES = 12  # float32 weight and two moments: what a checkpoint holds per parameter
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,16 @@ def _checkpoint_gib(root: Path, params: Params) -> float | None:
         network = new_network(architecture)
     choose_trainable(network, params.train.trainable, seed=0)
     trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in trained) * ADAM_BYTES / 2**30
+    return sum(parameter.numel() for parameter in trained) * checkpoint_bytes(params.train) / 2**30
+
+
+def checkpoint_bytes(train: TrainConfig) -> int:
+    """Bytes of a checkpoint per trained parameter: weight, master, two moments and average. At most: bf16_pure and
+    adamw_8bit take less."""
+    narrow = train.precision in ("bf16", "bf16_pure")
+    weight = 0 if train.zero_stage == 3 else 2 if narrow else 4
+    master = 0 if train.zero_stage == 0 and not narrow else 4
+    return weight + master + 8 + (4 if train.ema_decay is not None else 0)
 
 
 def _paths(params: Params) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ import pytest
 
 from pbe.cli.__main__ import main
 from pbe.config import Params, load_params
-from pbe.doctor import Finding, examine, profiles_for, repository, tracking, wanted_cpus
+from pbe.doctor import Finding, checkpoint_bytes, examine, profiles_for, repository, tracking, wanted_cpus
 from pbe.places import repo_root
 from pipelines.commands.profile import full_text
 from tests.profiles import FOLDER
@@ -262,6 +262,20 @@ def test_a_card_is_told_the_profiles_that_fit_it(card_gib: float, fit: str, too_
     finding = profiles_for(repo_root(), card_gib)
     assert finding.found == f"{fit} those for one card; too large: {too_large}"
     assert (finding.level == "warn") is (fit == "none of")
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "size"),
+    [
+        *(("fp32", 0, 12), ("fp32", 1, 16), ("bf16_autocast", 2, 16), ("fp32", 3, 12)),
+        *(("bf16", 0, 14), ("bf16", 1, 14), ("bf16", 2, 14), ("bf16", 3, 12)),
+    ],
+)
+def test_a_checkpoint_takes_what_deepspeed_writes(precision: str, stage: int, size: int) -> None:
+    """Measured: one rank, 262,656 parameters, files of save_engine."""
+    train = load_params().train.model_copy(update={"precision": precision, "zero_stage": stage, "ema_decay": None})
+    assert checkpoint_bytes(train) == size
+    assert checkpoint_bytes(train.model_copy(update={"ema_decay": 0.99})) == size + 4
 
 
 @contextmanager

@@ -18,9 +18,8 @@ import tempfile
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -67,11 +66,11 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
         yield Finding("ok", "params.yaml", f"variants {', '.join(params.variants)}")
     except UserError as error:
         yield Finding("fail", "params.yaml", one_line(error), "Checks that need it are skipped")
-    yield from _guarded("storage", _storage)
-    yield from _guarded("MLflow", tracking)
+    yield from _guarded("storage", _storage())
+    yield from _guarded("MLflow", tracking())
     if params is not None:
-        yield from _guarded("processors", lambda: _processors(params))
-        yield from _guarded("disk", lambda: _disk(root, params))
+        yield from _guarded("processors", _processors(params))
+        yield from _guarded("disk", _disk(root, params))
         yield from _paths(params)
     if gpu:
         yield from _gpus(root)
@@ -79,10 +78,10 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
         yield from _drill(params.train, gpu=gpu, ranks=ranks)
 
 
-def _guarded(check: str, findings: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _guarded(check: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     """Turn errors that the user can fix into findings."""
     try:
-        yield from findings()
+        yield from findings
     except (UserError, OSError) as error:
         yield Finding("fail", check, one_line(error))
 
@@ -331,7 +330,7 @@ def _paths(params: Params) -> Iterator[Finding]:
             if named.get(key) != name:
                 named[f"variants.{variant}.{key}"] = name
     for key, name in named.items():
-        yield from _guarded(key, partial(_path, key, name))
+        yield from _guarded(key, _path(key, name))
 
 
 def _path(key: str, name: str) -> Iterator[Finding]:

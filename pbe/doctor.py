@@ -53,6 +53,11 @@ class Finding:
         return f"{self.level:4} {self.check}: {self.found}" + (f". {self.advice}" if self.advice else "")
 
 
+def _verdict(good: object, check: str, found: str, otherwise: Level, advice: str = "") -> Finding:
+    """ok if good; else of level `otherwise`, with advice."""
+    return Finding("ok", check, found) if good else Finding(otherwise, check, found, advice)
+
+
 def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     """Yield findings as they are made. ranks: also train with this many, on the GPUs with `gpu`, else on the CPU."""
     yield from _versions(root)
@@ -94,8 +99,8 @@ def _versions(root: Path) -> Iterator[Finding]:
         pins = {name.lower(): version.strip() for name, _, version in lines}
     else:
         yield Finding("warn", "versions", "no requirements.lock here", "Run pbe doctor in the repository")
-    level: Level = "ok" if sys.version_info >= (3, 11) else "fail"
-    yield Finding(level, "Python", platform.python_version(), "" if level == "ok" else "pbe needs 3.11 or newer")
+    new = sys.version_info >= (3, 11)
+    yield _verdict(new, "Python", platform.python_version(), "fail", "pbe needs 3.11 or newer")
     for name in PACKAGES:
         try:
             version = importlib.metadata.version(name)
@@ -111,7 +116,7 @@ def _versions(root: Path) -> Iterator[Finding]:
 
 
 def repository(root: Path) -> Iterator[Finding]:
-    """Whether DVC can run in `root`: it needs its own folder there and, unless it is told otherwise, git."""
+    """Whether DVC can run in `root`: it needs its own folder there and, without core.no_scm, git."""
     if (root / ".dvc").is_dir():
         yield Finding("ok", "DVC", "repository")
     else:
@@ -164,19 +169,18 @@ def _ask_git(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def _limits() -> Iterator[Finding]:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = files != resource.RLIM_INFINITY and files < OPEN_FILES
-    advice = f"Ray needs at least {OPEN_FILES}: run `ulimit -n {OPEN_FILES}` before pbe" if few else ""
-    yield Finding("warn" if few else "ok", "open files", str(files), advice)
+    enough = files == resource.RLIM_INFINITY or files >= OPEN_FILES
+    advice = f"Ray needs at least {OPEN_FILES}: run `ulimit -n {OPEN_FILES}` before pbe"
+    yield _verdict(enough, "open files", str(files), "warn", advice)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free_gib = shutil.disk_usage(shared).free / 2**30
-        small = free_gib < SHARED_MEMORY_GIB
-        advice = "Ray falls back to slow disk: in a container, start it with a larger --shm-size" if small else ""
-        yield Finding("warn" if small else "ok", "shared memory", f"{free_gib:.1f} GiB free", advice)
+        advice = "Ray falls back to slow disk: in a container, start it with a larger --shm-size"
+        found = f"{free_gib:.1f} GiB free"
+        yield _verdict(free_gib >= SHARED_MEMORY_GIB, "shared memory", found, "warn", advice)
     temp = tempfile.gettempdir()
-    long = len(temp) > SOCKET_PATH_CHARS
-    advice = "Ray's sockets in it need short paths: set TMPDIR to a shorter one" if long else ""
-    yield Finding("fail" if long else "ok", "temporary folder", temp, advice)
+    advice = "Ray's sockets in it need short paths: set TMPDIR to a shorter one"
+    yield _verdict(len(temp) <= SOCKET_PATH_CHARS, "temporary folder", temp, "fail", advice)
 
 
 def _storage() -> Iterator[Finding]:
@@ -212,12 +216,12 @@ def _processors(params: Params) -> Iterator[Finding]:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_gib = psutil.virtual_memory().available / 2**30
-    yield Finding("ok" if memory_gib > 4 else "warn", "memory", f"{memory_gib:.1f} GiB free")
+    yield _verdict(memory_gib > 4, "memory", f"{memory_gib:.1f} GiB free", "warn")
     for stage, wanted in wanted_cpus(params).items():
         # local Ray gets at least four CPUs (pipelines/runtime/local_ray.py)
-        level: Level = "ok" if wanted <= max(cores, 4) else "fail"
-        advice = "" if level == "ok" else f"it would be refused: lower the {stage} settings in params.yaml"
-        yield Finding(level, f"CPUs of {stage}", f"asks for {wanted:g}, this machine has {cores}", advice)
+        found = f"asks for {wanted:g}, this machine has {cores}"
+        advice = f"it would be refused: lower the {stage} settings in params.yaml"
+        yield _verdict(wanted <= max(cores, 4), f"CPUs of {stage}", found, "fail", advice)
 
 
 def wanted_cpus(params: Params) -> dict[str, float]:
@@ -280,13 +284,11 @@ def _disk(root: Path, params: Params) -> Iterator[Finding]:
             continue
         copies = params.train.keep_checkpoints + 1 if name == "storage" else 1
         wanted = copies * needs_gib
-        level: Level = "ok" if free_gib > wanted else "fail"
-        advice = "" if level == "ok" else "free some space, or set PBE_STORAGE or TMPDIR to a larger disk"
         found = f"{free_gib:.1f} GiB free, {copies} checkpoints of one variant take {wanted:.1f}"
-        yield Finding(level, f"disk of the {name}", found, advice)
+        advice = "free some space, or set PBE_STORAGE or TMPDIR to a larger disk"
+        yield _verdict(free_gib > wanted, f"disk of the {name}", found, "fail", advice)
     if needs_gib is None:
-        found = "unknown until the encode stage has run with this version"
-        yield Finding("ok", "size of a checkpoint", found)
+        yield Finding("ok", "size of a checkpoint", "unknown until the encode stage has run with this version")
 
 
 def _checkpoint_gib(root: Path, params: Params) -> float | None:
@@ -360,7 +362,7 @@ def profiles_for(root: Path, card_gib: float) -> Finding:
     fit = [name for name in by_size if sizes[name] <= card_gib / 0.95]
     rest = [name for name in by_size if name not in fit]
     found = f"{', '.join(fit) or 'none'} of those for one card" + (f"; too large: {', '.join(rest)}" if rest else "")
-    return Finding("ok" if fit else "warn", "profiles that fit", found, "" if fit else "Set train.offload: all")
+    return _verdict(fit, "profiles that fit", found, "warn", "Set train.offload: all")
 
 
 def _gpus(root: Path) -> Iterator[Finding]:
@@ -372,13 +374,12 @@ def _gpus(root: Path) -> Iterator[Finding]:
         yield Finding("fail", "GPU", found, "Install a CUDA build of torch that fits the driver of `nvidia-smi`")
         return
     driver = _nvidia_smi()
-    yield Finding("ok" if driver else "warn", "driver", driver or "nvidia-smi does not answer")
+    yield _verdict(driver, "driver", driver or "nvidia-smi does not answer", "warn")
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
         found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}"
-        advice = "" if bf16 else "no bfloat16 units: set train.precision to fp32"
-        yield Finding("ok" if bf16 else "warn", f"GPU {index}", found, advice)
+        yield _verdict(bf16, f"GPU {index}", found, "warn", "no bfloat16 units: set train.precision to fp32")
     yield profiles_for(root, torch.cuda.get_device_properties(0).total_memory / 2**30)
     try:
         query = torch.randn(1, 8, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -388,7 +389,7 @@ def _gpus(root: Path) -> Iterator[Finding]:
     except RuntimeError as error:
         yield Finding("fail", "sdpa", one_line(error), "Set train.kernels.sdpa to false")
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-    yield Finding("ok" if nccl else "fail", "nccl", nccl or "not in this build of torch")
+    yield _verdict(nccl, "nccl", nccl or "not in this build of torch", "fail")
 
 
 def _nvidia_smi() -> str:
@@ -405,24 +406,23 @@ def _drill(cfg: TrainConfig, *, gpu: bool, ranks: int | None) -> Iterator[Findin
 
     from pbe.drill import DrillError, run_drill
 
+    gpus = torch.cuda.device_count()
     if gpu and not torch.cuda.is_available():
         yield Finding("warn", "training drill", "not run: there is no GPU; `pbe doctor --ranks 2` runs it on the CPU")
         return
-    world = ranks or torch.cuda.device_count()
-    if gpu and world > torch.cuda.device_count():
-        found = f"{world} ranks, {torch.cuda.device_count()} GPUs"
-        yield Finding("fail", "training drill", found, "nccl needs one GPU per rank")
+    world = ranks or gpus
+    if gpu and world > gpus:
+        yield Finding("fail", "training drill", f"{world} ranks, {gpus} GPUs", "nccl needs one GPU per rank")
         return
-    where = "nccl" if gpu else "gloo"
+    check = f"training drill ({'nccl' if gpu else 'gloo'})"
     try:
         drill = run_drill(cfg, world=world, on_gpu=gpu, timeout_s=DRILL_S)
     except DrillError as error:
-        yield Finding("fail", f"training drill ({where})", one_line(error))
+        yield Finding("fail", check, one_line(error))
         return
     took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in drill.seconds.items())
     found = (
         f"ZeRO 2, {cfg.precision}, {drill.world} ranks, saved, resumed on {drill.resumed_world}: "
         f"loss {drill.straight:.5f} and {drill.resumed:.5f} ({took})"
     )
-    advice = "" if drill.agrees else "A resumed run would differ: please report this"
-    yield Finding("ok" if drill.agrees else "fail", f"training drill ({where})", found, advice)
+    yield _verdict(drill.agrees, check, found, "fail", "A resumed run would differ: please report this")

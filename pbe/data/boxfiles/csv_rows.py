@@ -31,8 +31,6 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-
-
 _NO_TEXT = {
     b"PK\x03\x04": "an Excel workbook or a zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
@@ -54,9 +52,14 @@ class Dialect:
     @property
     def remark(self) -> str:
         """What is unlike OpenImages' own files; "" for nothing."""
-        said = [self.encoding.upper().removesuffix("-LE").removesuffix("-BE")] if self.encoding != "utf-8" else []
-        said += [f"{DELIMITERS[self.delimiter]} between cells"] if self.delimiter != "," else []
-        return ", ".join([*said, "carriage returns as line ends"] if self.carriage_returns else said)
+        unlike = []
+        if self.encoding != "utf-8":
+            unlike.append(self.encoding.upper().removesuffix("-LE").removesuffix("-BE"))
+        if self.delimiter != ",":
+            unlike.append(f"{DELIMITERS[self.delimiter]} between cells")
+        if self.carriage_returns:
+            unlike.append("carriage returns as line ends")
+        return ", ".join(unlike)
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,15 @@ def read_dialect(tree: FileTree, name: str, wanted: Collection[str]) -> Dialect:
     text = first[mark_bytes:].decode(encoding, "replace")
     carriage_returns = "\n" not in text and "\r" in text
     lines = text.replace("\r\n", "\n").split("\r" if carriage_returns else "\n")
-    told = re.fullmatch(r'"?sep=(.)"?', lines[0])  # Excel's own first line
-    line = lines[1] if told and len(lines) > 1 else lines[0]
+    has_separator = re.fullmatch(r'"?sep=."?', lines[0]) is not None  # Excel's own first line
+    line = lines[1] if has_separator and len(lines) > 1 else lines[0]
     if not line.strip():
-        what = "its first line is empty; put the header there" if first else "the file is empty"
-        raise SourceError(f"{where}: {what}")
+        raise _no_header(first, where)
     headers = {delimiter: _header(line, delimiter, wanted) for delimiter in DELIMITERS}
     delimiter = max(headers, key=lambda key: len(set(wanted) & set(headers[key])))  # the first, if none finds more
-    repeated = sorted(column for column in wanted if headers[delimiter].count(column) > 1)
-    if repeated:
-        raise SourceError(f"{where}: the header contains {', '.join(map(repr, repeated))} more than once")
-    return Dialect(encoding, mark_bytes, carriage_returns, delimiter, headers[delimiter], 3 if told else 2)
+    _refuse_repeated(wanted, headers[delimiter], where)
+    first_row = 3 if has_separator else 2
+    return Dialect(encoding, mark_bytes, carriage_returns, delimiter, headers[delimiter], first_row)
 
 
 def _encoding_of(first: bytes) -> tuple[str, int]:
@@ -118,10 +119,28 @@ def _encoding_of(first: bytes) -> tuple[str, int]:
     return "utf-16-le" if beginning[1::2].count(0) > beginning[::2].count(0) else "utf-16-be", 0
 
 
+def _no_header(first: bytes, where: str) -> SourceError:
+    """first: the beginning of the file."""
+    what = "its first line is empty; put the header there" if first else "the file is empty"
+    return SourceError(f"{where}: {what}")
+
+
+def _refuse_repeated(columns: Collection[str], header: Sequence[str], where: str) -> None:
+    """Raise SourceError if the header has one of these columns twice."""
+    repeated = sorted({column for column in columns if header.count(column) > 1})
+    if repeated:
+        raise SourceError(f"{where}: the header contains {', '.join(map(repr, repeated))} more than once")
+
+
+def _split_line(line: str, delimiter: str) -> list[str]:
+    """Cells of a line, in which quotes may hold delimiters. Raises csv.Error for a cell of more than 128 KiB."""
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+
+
 def _header(line: str, delimiter: str, wanted: Collection[str]) -> tuple[str, ...]:
     try:
-        cells = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
-    except csv.Error:  # a cell of more than 128 KiB
+        cells = _split_line(line, delimiter)
+    except csv.Error:
         cells = []
     spelled = {_plain(name): name for name in wanted if name not in cells}
     return tuple(spelled.get(_plain(cell), cell) for cell in cells)
@@ -196,8 +215,8 @@ def _split(
 def _cells(text: str, dialect: Dialect) -> tuple[str, ...]:
     """Cells of an irregular row: delimiters inside quotes are text, and empty cells after the last are none."""
     try:
-        cells = [cell.strip() for cell in next(csv.reader([text], delimiter=dialect.delimiter), [])]
-    except csv.Error:  # a cell of more than 128 KiB
+        cells = _split_line(text, dialect.delimiter)
+    except csv.Error:
         return (text[:_SHOWN],)
     while len(cells) > len(dialect.header) and not cells[-1]:
         cells.pop()
@@ -320,19 +339,15 @@ def two_columns(data: bytes) -> Iterator[list[str]]:
 def csv_header(tree: FileTree, name: str) -> list[str]:
     """Column names of a CSV. Raises SourceError for an empty file or a repeated name."""
     with tree.open(name) as stream:
-        first = stream.read(1 << 16)
+        first = stream.read(SAMPLE_BYTES)
+    where = tree.path_of(name)
     try:
-        header = [
-            cell.strip() for cell in next(csv.reader([first.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")]), [])
-        ]
+        header = _split_line(first.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r"), ",")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{tree.path_of(name)}: not a CSV in UTF-8: {one_line(error)}") from None
+        raise SourceError(f"{where}: not a CSV in UTF-8: {one_line(error)}") from None
     if not header:
-        what = "its first line is empty; put the header there" if first else "the file is empty"
-        raise SourceError(f"{tree.path_of(name)}: {what}")
-    repeated = sorted({cell for cell in header if header.count(cell) > 1})
-    if repeated:
-        raise SourceError(f"{tree.path_of(name)}: the header contains {', '.join(map(repr, repeated))} more than once")
+        raise _no_header(first, where)
+    _refuse_repeated(header, header, where)
     return header
 
 

@@ -1,7 +1,7 @@
 """Rows of a CSV file in the dialect that its beginning shows: encoding, line ends, delimiter, names of the columns.
 
 The dialect is decided once per file. OpenImages' own (UTF-8, commas, line feeds, names as spelled) costs nothing: its
-bytes go to pyarrow as they are, block by block. An odd row costs no other row.
+bytes go to pyarrow as they are, block by block. An unreadable row costs no other row.
 """
 
 import codecs
@@ -23,7 +23,7 @@ BLOCK_BYTES = 8 << 20  # of text parsed at a time
 SAMPLE_BYTES = 1 << 16  # of the beginning, which decides
 ROW_BYTES_MAX = 16 << 20
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_SHOWN = 120  # characters of an odd row in its detail
+_SHOWN = 120  # characters of an unreadable row in its detail
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is the beginning of it
@@ -63,13 +63,21 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class OddRow:
+class UnreadableRow:
     """A row that cannot be split into cells. text: its beginning."""
 
     line: int
     text: str
     why: str
     cells: tuple[str, ...] = ()
+
+    @property
+    def detail(self) -> str:
+        return f"{self.why}: {self.text}"
+
+    def cell(self, place: int) -> str:
+        """Without quotes; "" where the row is too short."""
+        return self.cells[place].strip().strip('"') if place < len(self.cells) else ""
 
 
 @dataclass(frozen=True)
@@ -151,13 +159,19 @@ def _plain(name: str) -> str:
 
 
 def read_rows(
-    tree: FileTree, name: str, dialect: Dialect, columns: Sequence[str], odd: list[OddRow], *, block_bytes: int
+    tree: FileTree,
+    name: str,
+    dialect: Dialect,
+    columns: Sequence[str],
+    unreadable: list[UnreadableRow],
+    *,
+    block_bytes: int,
 ) -> Iterator[Rows]:
     """Yield the named columns as text, block by block, without rows in which they all are empty.
 
     A row ends at every line end, so that a stray quote spoils only its own row; quotes around a cell are removed. Rows
     with delimiters inside quotes, or with empty cells after the last, come at the end. Rows of another width, and those
-    with a byte in these columns that is no text, go to `odd`.
+    with a byte in these columns that is no text, go to `unreadable`.
     """
     places = [dialect.header.index(column) for column in columns]
     mended: list[tuple[int, tuple[str, ...]]] = []
@@ -166,14 +180,14 @@ def read_rows(
         cells, irregular = _split(block.data, dialect, places, columns)
         count = cells.num_rows + len(irregular)
         lines = line + np.delete(np.arange(count), [row.number - 1 for row in irregular])
-        odd += [replace(row, line=line + row.line) for row in block.unreadable]
+        unreadable += [replace(row, line=line + row.line) for row in block.unreadable]
         for row in irregular:
             at, split = line + row.number - 1, _cells(row.text, dialect)
             if len(split) == len(dialect.header):
                 mended.append((at, split))
             elif any(split):
                 why = f"{row.actual_columns} cells where the header has {row.expected_columns}"
-                odd.append(OddRow(at, row.text[:_SHOWN], why, split))
+                unreadable.append(UnreadableRow(at, row.text[:_SHOWN], why, split))
         blank = np.ones(cells.num_rows, bool)
         for column in cells.columns:
             blank &= np.asarray(pc.equal(column, ""))
@@ -241,7 +255,7 @@ class _Block:
     """data: whole lines in UTF-8. unreadable: rows that are blank in `data`; their line counts from its first."""
 
     data: bytes
-    unreadable: tuple[OddRow, ...] = ()
+    unreadable: tuple[UnreadableRow, ...] = ()
 
 
 def _blocks(tree: FileTree, name: str, dialect: Dialect, places: Sequence[int], block_bytes: int) -> Iterator[_Block]:
@@ -255,7 +269,7 @@ def _blocks(tree: FileTree, name: str, dialect: Dialect, places: Sequence[int], 
         block = _Block(data)
         if too_long:
             why = f"a row of more than {ROW_BYTES_MAX >> 20} MB"
-            block = _Block(b"\n", (OddRow(0, data[:_SHOWN].decode(errors="replace"), why),))
+            block = _Block(b"\n", (UnreadableRow(0, data[:_SHOWN].decode(errors="replace"), why),))
         elif not data.isascii():
             block = _in_utf8(data, dialect, places)
         yield block
@@ -315,7 +329,7 @@ def _in_utf8(data: bytes, dialect: Dialect, places: Sequence[int]) -> _Block:
             lines[number] = text.encode()
             if len(cells) != len(dialect.header) or any("\ufffd" in cells[place] for place in places):
                 why = f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
-                unreadable.append(OddRow(number, text[:_SHOWN], why, tuple(cells)))
+                unreadable.append(UnreadableRow(number, text[:_SHOWN], why, tuple(cells)))
                 lines[number] = b""
     return _Block(b"\n".join([*lines, b""]), tuple(unreadable))
 

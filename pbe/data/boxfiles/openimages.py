@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.data.boxfiles.coordinates import ALLOWED, FRACTION_SLACK, clip, inside
-from pbe.data.boxfiles.csv_rows import Dialect, OddRow, Rows, read_dialect, read_rows
+from pbe.data.boxfiles.csv_rows import Dialect, Rows, UnreadableRow, read_dialect, read_rows
 from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.photo_names import PhotoNames, clean_ids, invalid_ids
 from pbe.data.captions import written_caption
@@ -57,12 +57,12 @@ def csv_tables(
     if dialect.remark:
         findings.remarks.append(f"{name}: read with {dialect.remark}")
     optional = [column for column in _MAY_LACK if column in dialect.header]
-    odd: list[OddRow] = []
-    for rows in read_rows(tree, name, dialect, [*BOX_COLUMNS, *optional], odd, block_bytes=block_bytes):
+    unreadable: list[UnreadableRow] = []
+    for rows in read_rows(tree, name, dialect, [*BOX_COLUMNS, *optional], unreadable, block_bytes=block_bytes):
         if rows.cells.num_rows:
             yield _typed(rows, name, split, photos, findings)
-    if odd:
-        yield _odd_rows(odd, name, split, dialect)
+    if unreadable:
+        yield _unreadable_rows(unreadable, name, split, dialect)
 
 
 def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Findings) -> pa.Table:
@@ -203,16 +203,16 @@ def first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: i
     return reason, detail
 
 
-def _odd_rows(odd: Sequence[OddRow], file: str, split: int, dialect: Dialect) -> pa.Table:
+def _unreadable_rows(unreadable: Sequence[UnreadableRow], file: str, split: int, dialect: Dialect) -> pa.Table:
     """Rejected lines with too many or too few cells: decimal commas between commas, a truncated file, a comment."""
-    place, count = dialect.header.index("ImageID"), len(odd)
-    ids = pa.array([row.cells[place].strip().strip('"') if place < len(row.cells) else "" for row in odd], pa.string())
+    place, count = dialect.header.index("ImageID"), len(unreadable)
+    ids = pa.array([row.cell(place) for row in unreadable], pa.string())
     flag = pa.array(np.full(count, -1, np.int8))
     nothing = pa.nulls(count, pa.float64())
     return _annotations(
         image_id=clean_ids(ids),
         file=pa.repeat(file, count),
-        line=pa.array([row.line for row in odd], pa.int64()),
+        line=pa.array([row.line for row in unreadable], pa.int64()),
         split=pa.array(np.full(count, split, np.int8)),
         listed_split=pa.array(np.full(count, split, np.int8)),
         label=pa.repeat("", count),
@@ -220,5 +220,5 @@ def _odd_rows(odd: Sequence[OddRow], file: str, split: int, dialect: Dialect) ->
         **dict.fromkeys(COORDINATES, nothing),
         **dict.fromkeys(FLAG_COLUMNS, flag),
         reason=pa.repeat("box_unparsable", count),
-        detail=pa.array([f"{row.why}: {row.text}" for row in odd]),
+        detail=pa.array([row.detail for row in unreadable]),
     )

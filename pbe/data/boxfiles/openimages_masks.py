@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.data.boxfiles.coordinates import ALLOWED, FRACTION_SLACK, clip, inside
-from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, Dialect, OddRow, Rows, read_dialect, read_rows
+from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, Dialect, Rows, UnreadableRow, read_dialect, read_rows
 from pbe.data.boxfiles.openimages import first_problem, numbers
 from pbe.data.boxfiles.photo_names import clean_ids, invalid_ids
 from pbe.data.files import FileTree, SourceError
@@ -47,15 +47,15 @@ def mask_rows(tree: FileTree, name: str, *, block_bytes: int = BLOCK_BYTES) -> I
         raise SourceError(
             f"{tree.path_of(name)}: not an OpenImages segmentation CSV, its header lacks {', '.join(missing)}"
         )
-    odd: list[OddRow] = []
-    for rows in read_rows(tree, name, dialect, MASK_COLUMNS, odd, block_bytes=block_bytes):
+    unreadable: list[UnreadableRow] = []
+    for rows in read_rows(tree, name, dialect, MASK_COLUMNS, unreadable, block_bytes=block_bytes):
         if rows.cells.num_rows:
             yield _typed(rows)
-        if odd:  # each block's at once: a file of nothing else must not fill the memory
-            yield _unsplit(odd, dialect)
-            odd.clear()
-    if odd:
-        yield _unsplit(odd, dialect)
+        if unreadable:  # each block's at once: a file of nothing else must not fill the memory
+            yield _unsplit(unreadable, dialect)
+            unreadable.clear()
+    if unreadable:
+        yield _unsplit(unreadable, dialect)
 
 
 def places_of_boxes(masks: pa.Table, boxes: pa.Table) -> list[int | None]:
@@ -111,12 +111,12 @@ def _typed(rows: Rows) -> pa.Table:
     return pa.table(columns, schema=MASK_ROWS)
 
 
-def _unsplit(odd: Sequence[OddRow], dialect: Dialect) -> pa.Table:
+def _unsplit(unreadable: Sequence[UnreadableRow], dialect: Dialect) -> pa.Table:
     """Lines with too many or too few cells, or with bytes that are no text."""
     place = dialect.header.index("ImageID")
-    ids = [row.cells[place].strip().strip('"') if place < len(row.cells) else "" for row in odd]
-    empty, nothing = pa.repeat("", len(odd)), pa.nulls(len(odd), pa.float64())
-    problem = pa.array([f"{row.why}: {row.text}" for row in odd])
-    lines = pa.array([row.line for row in odd], pa.int64())
+    ids = [row.cell(place) for row in unreadable]
+    empty, nothing = pa.repeat("", len(unreadable)), pa.nulls(len(unreadable), pa.float64())
+    problem = pa.array([row.detail for row in unreadable])
+    lines = pa.array([row.line for row in unreadable], pa.int64())
     columns = [clean_ids(pa.array(ids, pa.string())), empty, *[nothing] * len(BOX_ENDS), empty, lines, problem]
     return pa.table(columns, schema=MASK_ROWS)

@@ -1,4 +1,4 @@
-"""COCO instances JSON as ANNOTATIONS tables. One odd entry costs no other."""
+"""COCO instances JSON as ANNOTATIONS tables. An unusable entry costs no other."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from pbe.data.schema import ANNOTATIONS, FLAGS
 from pbe.errors import one_line
 
 ENDS = ("xmin", "xmax", "ymin", "ymax")
-_SHOWN = 80  # characters of an odd value in a message
+_SHOWN = 80  # characters of an unusable value in a message
 EndsPx = tuple[float, float, float, float]  # as ENDS
 Key = tuple[bool, str]  # of an id: whether it is a text, and how it reads
 
@@ -50,21 +50,20 @@ class _Row:
     detail: str | None = None
 
 
-class _OddEntryError(Exception):
+class _EntryError(Exception):
     """Says why an annotation is not usable."""
 
 
 def coco_tables(
     tree: FileTree, name: str, split: int, names: PhotoNames, findings: Findings, *, with_masks: bool = False
 ) -> Iterator[pa.Table]:
-    """Yield one table; iscrowd becomes is_group_of. with_masks: segmentations are kept, as the masks of their boxes.
+    """Yield one table; iscrowd becomes is_group_of. with_masks: the boxes have their segmentations as masks.
 
     Boxes are in fractions of the size that the file states of the photo, and in pixels where it states none: `findings`
     says which. Raises SourceError for a file that is no COCO instances JSON, or whose boxes are fractions already.
     """
     where = tree.path_of(name)
-    coco = load_coco(tree, name)
-    _require_lists(coco, where, "images", "categories", "annotations")
+    coco = _load(tree, name, "images", "categories", "annotations")
     images = _ById(coco["images"], "images", "file_name", where)
     classes = _ById(coco["categories"], "categories", "name", where)
     photos = _photos(images, name, names, findings)
@@ -83,41 +82,40 @@ def labels_by_id(tree: FileTree, name: str, ids: Collection[int]) -> dict[int, s
     Raises SourceError for a file that is no COCO instances JSON, and where one of them has no class, or two.
     """
     where = tree.path_of(name)
-    coco = load_coco(tree, name)
-    _require_lists(coco, where, "categories", "annotations")
+    coco = _load(tree, name, "categories", "annotations")
     classes, wanted = _ById(coco["categories"], "categories", "name", where), set(ids)
     labels: dict[int, str] = {}
     for entry in coco["annotations"]:
-        own = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(own, int) or own not in wanted:
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(number, int) or number not in wanted:
             continue
         try:
             label = _label(entry.get("category_id"), classes)
-        except _OddEntryError as error:
-            raise SourceError(f"{where}: annotation {own}: {error}") from None
-        if labels.setdefault(own, label) != label:
-            raise SourceError(f"{where}: annotation {own} is both {labels[own]!r} and {label!r}")
+        except _EntryError as error:
+            raise SourceError(f"{where}: annotation {number}: {error}") from None
+        if labels.setdefault(number, label) != label:
+            raise SourceError(f"{where}: annotation {number} is both {labels[number]!r} and {label!r}")
     return labels
 
 
-def _require_lists(coco: Mapping[str, Any], where: str, *keys: str) -> None:
-    for key in keys:
-        if not isinstance(coco.get(key), list):
-            raise SourceError(f"{where}: not a COCO instances JSON: it has no list of {key}")
+def _load(tree: FileTree, name: str, *keys: str) -> dict[str, Any]:
+    """Parse a COCO file; bytes that are not UTF-8 become lone surrogates.
 
-
-def load_coco(tree: FileTree, name: str) -> dict[str, Any]:
-    """Parse a COCO file; bytes that are not UTF-8 become lone surrogates. Raises SourceError for anything else."""
-    data = tree.read(name)
+    Raises SourceError for anything else, and for a file without a list under one of `keys`.
+    """
+    data, where = tree.read(name), tree.path_of(name)
     try:
         try:
             coco = json.loads(data, strict=False)  # a line end within a name costs nothing
         except UnicodeDecodeError:
             coco = json.loads(data.decode(errors="surrogateescape"), strict=False)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{tree.path_of(name)}: not a JSON file: {one_line(error)}") from None
+        raise SourceError(f"{where}: not a JSON file: {one_line(error)}") from None
     if not isinstance(coco, dict):
-        raise SourceError(f"{tree.path_of(name)}: not a COCO instances JSON: it must be a mapping")
+        raise SourceError(f"{where}: not a COCO instances JSON: it must be a mapping")
+    for key in keys:
+        if not isinstance(coco.get(key), list):
+            raise SourceError(f"{where}: not a COCO instances JSON: it has no list of {key}")
     return coco
 
 
@@ -143,23 +141,23 @@ class _ById:
         for key in self.entries:
             self._alike.setdefault(_plain(key[1]), []).append(key)
 
-    def key_of(self, own: object) -> Key | None:
-        """Key of `own`, or of the one entry whose id reads alike; None for what is no id, or reads like several."""
-        key = _key(own)
+    def key_of(self, named: object) -> Key | None:
+        """Key of this id, or of the only entry that reads alike; None for what is no id, or reads like several."""
+        key = _key(named)
         alike = self._alike.get(_plain(key[1]), []) if key else []
         if key in self.entries or not alike:
             return key
         return alike[0] if len(alike) == 1 else None
 
 
-def _key(own: object) -> Key | None:
-    if isinstance(own, str):
-        return (True, own.strip()) if _is_text(own) else None
-    if isinstance(own, float) and math.isfinite(own):
-        own = int(own) if own.is_integer() else own
-    elif not isinstance(own, int) or isinstance(own, bool):
+def _key(named: object) -> Key | None:
+    if isinstance(named, str):
+        return (True, named.strip()) if _is_text(named) else None
+    if isinstance(named, float) and math.isfinite(named):
+        named = int(named) if named.is_integer() else named
+    elif not isinstance(named, int) or isinstance(named, bool):
         return None
-    return False, str(own)
+    return False, str(named)
 
 
 def _plain(text: str) -> str:
@@ -201,7 +199,7 @@ def _size(entry: Mapping[str, Any]) -> SizePx | None:
     """The stated width and height; None where they are missing, zero or no numbers."""
     try:
         width, height = (_number(entry.get(side)) for side in ("width", "height"))
-    except _OddEntryError:
+    except _EntryError:
         return None
     return (width, height) if width > 0 and height > 0 else None
 
@@ -234,21 +232,21 @@ def _row(
         mask = json.dumps(entry["segmentation"]) if with_masks and entry.get("segmentation") else None
         ends_px, caption = _ends_px(entry), _caption(entry.get("caption"))
         return _Row(number, photo.image_id, label, int(crowd), photo.size, ends_px, mask, caption)
-    except _OddEntryError as error:
+    except _EntryError as error:
         return _Row(number, photo.image_id, reason="box_unparsable", detail=f"annotation {number}: {error}")
 
 
-def _label(own: object, classes: _ById) -> str:
+def _label(category_id: object, classes: _ById) -> str:
     """The class's name; its id where the file has no name for it."""
-    key = classes.key_of(own)
+    key = classes.key_of(category_id)
     if key is None:
-        raise _OddEntryError(f"category_id {_shown(own)} is no id, or that of several categories")
+        raise _EntryError(f"category_id {_shown(category_id)} is no id, or that of several categories")
     name = classes.entries.get(key, {}).get("name")
     if name is None or name == "":
         return key[1]
     text = name if isinstance(name, str) else str(name)
     if not _is_text(text):
-        raise _OddEntryError(f"the name of category {key[1]} is not in UTF-8: {_shown(text)}")
+        raise _EntryError(f"the name of category {key[1]} is not in UTF-8: {_shown(text)}")
     return text
 
 
@@ -256,27 +254,28 @@ def _caption(said: object) -> str | None:
     if said is None:
         return None
     if not isinstance(said, str):
-        raise _OddEntryError(f"caption {_shown(said)} is no text")
+        raise _EntryError(f"caption {_shown(said)} is no text")
     try:
         return written_caption(said)
     except ValueError as error:
-        raise _OddEntryError(str(error)) from None
+        raise _EntryError(str(error)) from None
 
 
 def _ends_px(entry: Mapping[str, Any]) -> EndsPx:
     """Ends of the bbox, or where there is none, of the segmentation."""
     box = entry.get("bbox")
-    if isinstance(box, list) and len(box) == len(ENDS) and any(value is not None for value in box):
+    is_empty = not box or (isinstance(box, list) and all(value is None for value in box))
+    if not is_empty:
+        if not isinstance(box, list) or len(box) != len(ENDS):
+            raise _EntryError(f"bbox {_shown(box)} is not [x, y, width, height]")
         x, y, width, height = (_number(value) for value in box)
         return x, x + width, y, y + height
-    if box and not (isinstance(box, list) and all(value is None for value in box)):
-        raise _OddEntryError(f"bbox {_shown(box)} is not [x, y, width, height]")
     shape = entry.get("segmentation")
     if isinstance(shape, dict):
         return _ends_of_runs(shape)
     if isinstance(shape, list) and shape:
         return _ends_of_polygons(shape)
-    raise _OddEntryError("it has neither bbox nor segmentation")
+    raise _EntryError("it has neither bbox nor segmentation")
 
 
 def _ends_of_polygons(shape: Sequence[Any]) -> EndsPx:
@@ -284,10 +283,10 @@ def _ends_of_polygons(shape: Sequence[Any]) -> EndsPx:
     points: list[float] = []
     for ring in rings:
         if not isinstance(ring, list) or len(ring) % 2:
-            raise _OddEntryError(f"segmentation {_shown(ring)} is no polygon [x, y, x, y, ...]")
+            raise _EntryError(f"segmentation {_shown(ring)} is no polygon [x, y, x, y, ...]")
         points += [_number(value) for value in ring]
     if len(points) < 2 * POLYGON_POINTS_MIN:
-        raise _OddEntryError(f"segmentation {_shown(shape)} has fewer than {POLYGON_POINTS_MIN} points")
+        raise _EntryError(f"segmentation {_shown(shape)} has fewer than {POLYGON_POINTS_MIN} points")
     return min(points[::2]), max(points[::2]), min(points[1::2]), max(points[1::2])
 
 
@@ -296,13 +295,13 @@ def _ends_of_runs(shape: Mapping[str, Any]) -> EndsPx:
     try:
         lengths, (height, _) = run_lengths(shape)
     except ValueError as error:
-        raise _OddEntryError(str(error)) from None
+        raise _EntryError(str(error)) from None
     ends = np.cumsum(lengths)
     filled = (np.arange(len(lengths)) % 2 == 1) & (lengths > 0)
     first, last = (ends - lengths)[filled], ends[filled] - 1
     if not len(first):
-        raise _OddEntryError("its segmentation is empty")
-    across = first // height != last // height  # such a run goes on at the next column's top
+        raise _EntryError("its segmentation is empty")
+    across = first // height != last // height  # such a run continues at the next column's top
     top, bottom = np.where(across, 0, first % height), np.where(across, height - 1, last % height)
     return float(first.min() // height), float(last.max() // height + 1), float(top.min()), float(bottom.max() + 1)
 
@@ -314,12 +313,12 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise _OddEntryError(f"{_shown(value)} is not a number")
+        raise _EntryError(f"{_shown(value)} is not a number")
     return number
 
 
 def _shown(value: object) -> str:
-    """An odd value in a message."""
+    """An unusable value in a message."""
     return one_line(ascii(value), _SHOWN)
 
 
@@ -372,4 +371,4 @@ def _table(rows: Sequence[_Row], file: str, split: int, findings: Findings) -> p
         "reason": reasons,
         "detail": details,
     }
-    return pa.table([columns[field.name] for field in ANNOTATIONS], schema=ANNOTATIONS)
+    return pa.table(columns, schema=ANNOTATIONS)

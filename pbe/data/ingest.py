@@ -19,18 +19,15 @@ from pbe.data.pairs import PairRejected, pictures_of, read_reference
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
+    FLAGS,
     IMAGES,
     MASK_REASONS,
     PAIRS,
     REJECTS,
     SPLITS,
-    STATED,
     table_from_rows,
     with_optional,
 )
-
-FLAGS = ("is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside")
-
 
 SHA256_DIGITS = 64
 NO_IDS = ("", ".", "..")  # what remains of a file name like .jpg
@@ -118,8 +115,7 @@ def read_shard(
         copies = known.setdefault(row["image_id"], [])
         if all(row["address"] != copy.address for copy in copies):  # a list may contain duplicates
             copies.append(Photo(**row))
-    rows = (STATED.empty_table() if stated is None else stated).to_pylist()
-    statements = {(row["image_id"], row["file"]): row for row in rows}
+    statements = {(row["image_id"], row["file"]): row for row in (stated.to_pylist() if stated is not None else ())}
     boxes = _usable_boxes(annotations, known, statements, address_without_photo, shard)
     wanted = sorted(known.items()) if lists_all else sorted((key, known[key]) for key in boxes)
 
@@ -152,10 +148,10 @@ def read_shard(
         if not placed:
             shard.reject("images", found.photo.address, "image_without_box", "every line about it was rejected")
             continue
-        row = found.row or {}
-        if image_codec.other_colours(row["bytes"]):
-            shard.counts["images_converted_to_srgb"] = shard.counts.get("images_converted_to_srgb", 0) + 1
-        kept_images.append(row | {"split": mine[0]["split"]})
+        assert found.row is not None
+        if image_codec.other_colours(found.row["bytes"]):
+            shard.count("images_converted_to_srgb")
+        kept_images.append(found.row | {"split": mine[0]["split"]})
         kept_boxes += [box | {"box_index": index} for index, box in enumerate(placed)]
         kept_pairs += _pairs(placed, fetched, limits, shard)
     tables = {
@@ -184,7 +180,7 @@ def _usable_boxes(
             shard.count("masks_in")
             shard.reject("masks", row["file"], row["reason"], row["detail"])
             continue
-        shard.counts["boxes_in"] += 1
+        shard.count("boxes_in")
         image_id, split = row["image_id"], SPLITS[row["split"]]
         seen[row["file"], image_id] += 1
         place = row["line"] if row["line"] is not None else f"{image_id}#{seen[row['file'], image_id]}"
@@ -223,7 +219,7 @@ def _problem(statements: Statements, image_id: str, file: str) -> str | None:
 def _pairs(
     boxes: Sequence[dict[str, Any]], read: Callable[[str], bytes], limits: PhotoLimits, shard: _Shard
 ) -> Iterator[dict[str, Any]]:
-    """Rows of PAIRS of the boxes of one photo; a box whose reference cannot be used stays without."""
+    """Rows of PAIRS of the boxes of one photo; where a reference cannot be used, its box has none."""
     for index, box in enumerate(boxes):
         if box["pair"] is None:
             continue
@@ -313,23 +309,25 @@ def _fetched(
 
 
 def _addresses(box: Mapping[str, Any]) -> list[str]:
-    mask = [picture_of(box["mask"])] if box["mask"] is not None else []
-    return [address for address in (*mask, *(pictures_of(box["pair"]) if box["pair"] else ())) if address]
+    addresses = [picture_of(box["mask"])] if box["mask"] is not None else []
+    if box["pair"]:
+        addresses += pictures_of(box["pair"])
+    return [address for address in addresses if address]
 
 
 def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) -> _Read:
     """Read a photo as an IMAGES row without its split; only decoding it in full shows that it is readable."""
     hashed = len(photo.version) == SHA256_DIGITS
     try:
-        try:
-            data = read(photo.image_id, photo.address)
-        except PhotoError as error:
-            if hashed and error.reason == "image_unreadable":  # it was readable when it was hashed
-                raise PhotoError("image_changed", str(error)) from None
-            raise
-        sha256 = hashlib.sha256(data).hexdigest()
-        if hashed and sha256 != photo.version:  # the part's name depends on the hashed bytes
-            raise PhotoError("image_changed", f"{photo.address}: not the bytes that were there when ingest began")
+        data = read(photo.image_id, photo.address)
+    except PhotoError as error:
+        changed = hashed and error.reason == "image_unreadable"  # it was readable when it was hashed
+        return _Read(photo, None, PhotoError("image_changed", str(error)) if changed else error)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if hashed and sha256 != photo.version:  # the part's name depends on the hashed bytes
+        detail = f"{photo.address}: not the bytes that were there when ingest began"
+        return _Read(photo, None, PhotoError("image_changed", detail))
+    try:
         picture = image_codec.open_picture(data, max_bytes=len(data), max_pixels=limits.max_pixels)  # `read` bounds it
         orientation = picture.header.exif_orientation if limits.exif == "apply" else 1
         decoded = image_codec.decode(data, exif_orientation=orientation, convert=False)
@@ -337,8 +335,6 @@ def _read(photo: Photo, read: Callable[[str, str], bytes], limits: PhotoLimits) 
         large = isinstance(error, image_codec.ImageTooLargeError)
         reason = "image_too_large" if large else "image_unreadable"
         return _Read(photo, None, PhotoError(reason, f"{photo.address}: {error}"))
-    except PhotoError as error:
-        return _Read(photo, None, error)
     height_px, width_px = decoded.shape[:2]
     row = {
         "image_id": photo.image_id,

@@ -20,8 +20,6 @@ import pyarrow as pa
 
 from pbe.settings import Dtype
 
-_STORED: dict[Dtype, str] = {"float16": "<f2", "float32": "<f4"}
-
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
@@ -358,6 +356,9 @@ def encoded_schema(
     )
 
 
+_STORED: dict[Dtype, str] = {"float16": "<f2", "float32": "<f4"}
+
+
 def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16", *, optional: bool = False) -> pa.Field:
     """Field of arrays stored as fixed-size binary; its metadata holds their shape and type."""
     stored = _STORED[dtype]
@@ -368,7 +369,7 @@ def array_field(name: str, shape: tuple[int, ...], dtype: Dtype = "float16", *, 
 
 def holds_array(field: pa.Field) -> bool:
     """Return whether the field is an `array_field`."""
-    return bool(field.metadata) and b"shape" in field.metadata
+    return b"shape" in (field.metadata or {})
 
 
 def array_shape(field: pa.Field) -> tuple[int, ...]:
@@ -378,12 +379,12 @@ def array_shape(field: pa.Field) -> tuple[int, ...]:
 
 def array_bytes(field: pa.Field, value: np.ndarray) -> bytes:
     """Encode `value`, which has the field's shape, as the field stores it. Raises ValueError if that holds no array."""
-    return value.astype(_array_metadata(field)[b"dtype"].decode()).tobytes()
+    return value.astype(_array_dtype(field)).tobytes()
 
 
 def array_value(field: pa.Field, stored: bytes) -> np.ndarray:
     """Decode to a float32 array of the field's shape. Raises ValueError if the field holds no array."""
-    flat = np.frombuffer(stored, _array_metadata(field)[b"dtype"].decode())
+    flat = np.frombuffer(stored, _array_dtype(field))
     return flat.reshape(array_shape(field)).astype(np.float32)
 
 
@@ -394,13 +395,17 @@ def array_column(table: pa.Table, name: str) -> np.ndarray:
     array.
     """
     field = table.schema.field(name)
-    shape, stored = array_shape(field), np.dtype(_array_metadata(field)[b"dtype"].decode())
+    shape, stored = array_shape(field), _array_dtype(field)
     chunks = table.column(name).chunks
     if not chunks:
         return np.empty((0, *shape), stored)
     [chunk] = chunks
     values = np.frombuffer(chunk.buffers()[1], stored)
     return values.reshape(-1, *shape)[chunk.offset : chunk.offset + len(chunk)]
+
+
+def _array_dtype(field: pa.Field) -> np.dtype:
+    return np.dtype(_array_metadata(field)[b"dtype"].decode())
 
 
 def _array_metadata(field: pa.Field) -> dict[bytes, bytes]:
@@ -420,6 +425,15 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.
         values = [row.get(field.name) for row in rows]
         columns.append(_joined(values) if field.type == pa.binary() else pa.array(values, field.type))
     return without_empty(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
+    present = [value for value in values if value is not None]
+    ends = np.cumsum([0, *map(len, present)])
+    if len(present) < len(values) or ends[-1] > np.iinfo(np.int32).max:  # pyarrow splits it into chunks
+        return pa.array(values, pa.binary())
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(present))]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def is_optional(field: pa.Field) -> bool:
@@ -448,15 +462,6 @@ def with_optional(table: pa.Table, schema: pa.Schema) -> pa.Table:
         if is_optional(field) and field.name not in table.schema.names:
             table = table.add_column(min(index, table.num_columns), field, pa.nulls(table.num_rows, field.type))
     return table
-
-
-def _joined(values: list[bytes | None]) -> pa.Array | pa.ChunkedArray:
-    present = [value for value in values if value is not None]
-    ends = np.cumsum([0, *map(len, present)])
-    if len(present) < len(values) or ends[-1] > np.iinfo(np.int32).max:  # pyarrow splits it into chunks
-        return pa.array(values, pa.binary())
-    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(present))]
-    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def require(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -44,11 +44,11 @@ GONE = "That picture is gone; load the page again."
 BUSY = "The page is busy: too many edits wait. Try again in a minute."
 
 
-def told(handler: Callable[..., Any], outputs: int, *, emptied: int = 0) -> Callable[..., Any]:
-    """The handler, whose errors become the last of its outputs, a line in the page.
+def guarded(handler: Callable[..., Any], outputs: int, *, emptied: int = 0) -> Callable[..., Any]:
+    """The handler, with its errors as the last of its outputs, a line in the page.
 
-    Of the others the first `emptied` become empty, the rest stay as they are. What errors that are not the
-    visitor's say of this machine, they say to its terminal alone.
+    Of the other outputs the first `emptied` become empty, the rest stay as they are. Errors that are not the visitor's
+    may say something of this machine; only its terminal shows them.
     """
 
     @functools.wraps(handler)
@@ -149,17 +149,14 @@ class Handlers:
         """Outputs: gallery of exemplars, status."""
         assert self.index is not None, "without an index the page has no such button"
         visitor = self._visitor(request)
-        if alike and visitor.reference is None:
-            raise PageError("Choose a reference first, to find others like it; or choose a class.")
-        like = visitor.reference.pixels if alike and visitor.reference is not None else None
-        if like is None and label == ANY_CLASS:
+        like, backbone = None, None
+        if alike:
+            if visitor.reference is None:
+                raise PageError("Choose a reference first, to find others like it; or choose a class.")
+            like, backbone = visitor.reference.pixels, self.index.backbone()
+        elif label == ANY_CLASS:
             raise PageError('Choose a class, or tick "Like the reference above".')
-        hits = self.index.find(
-            like=like,
-            label=None if label == ANY_CLASS else label,
-            k=EXEMPLARS,
-            backbone=None if like is None else self.index.backbone(),
-        )
+        hits = self.index.find(like=like, label=None if label == ANY_CLASS else label, k=EXEMPLARS, backbone=backbone)
         found, thumbs = [], []
         for hit in hits:
             try:

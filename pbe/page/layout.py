@@ -10,7 +10,7 @@ import numpy as np
 from pbe.diffusion.settings import SamplerName
 from pbe.edit import DEFAULT_SAMPLING
 from pbe.page.components import FileInput, PictureInput, hole_brush
-from pbe.page.handlers import ANY_CLASS, BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, status, told
+from pbe.page.handlers import ANY_CLASS, BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, guarded, status
 from pbe.page.uploads import limits_text, shown
 from pbe.recipe import PROTOCOLS
 
@@ -129,18 +129,18 @@ def make_page(act: Handlers) -> gr.Blocks:
 
         of_photo = [photo, brush, mask, line]
         taken = photo.input(
-            told(act.take_photo, 4, emptied=1), photo, of_photo, show_progress_on=photo, trigger_mode=EACH
+            guarded(act.take_photo, 4, emptied=1), photo, of_photo, show_progress_on=photo, trigger_mode=EACH
         )
         taken.failure(act.refuse_picture, None, [photo, line], queue=False, show_progress="hidden")
         sample_taken = sample_photos.select(
-            told(act.take_sample_photo, 4), None, of_photo, show_progress="hidden", trigger_mode=EACH
+            guarded(act.take_sample_photo, 4), None, of_photo, show_progress="hidden", trigger_mode=EACH
         )
-        result_taken = again.click(told(act.take_result, 4), None, of_photo, show_progress="hidden")
+        result_taken = again.click(guarded(act.take_result, 4), None, of_photo, show_progress="hidden")
         result_taken.then(None, js=SCROLL.format("true", "#brush"))
         kind_shown = kind.change(
             act.show_kind, kind, [brush, box, mask, hole_view], queue=False, show_progress="hidden"
         )
-        read_mask = told(act.take_mask, 2, emptied=1)
+        read_mask = guarded(act.take_mask, 2, emptied=1)
         mask_taken = mask.upload(read_mask, mask, [mask, line], show_progress_on=mask, trigger_mode=EACH)
         mask_cleared = mask.clear(read_mask, mask, [mask, line], show_progress="hidden", trigger_mode=EACH)
         for done in (taken, sample_taken, result_taken, kind_shown, mask_taken, mask_cleared):
@@ -149,22 +149,22 @@ def make_page(act: Handlers) -> gr.Blocks:
 
         of_reference = [reference, line]
         reference.input(
-            told(act.take_reference, 2, emptied=1),
+            guarded(act.take_reference, 2, emptied=1),
             reference,
             of_reference,
             show_progress_on=reference,
             trigger_mode=EACH,
         ).failure(act.refuse_picture, None, of_reference, queue=False, show_progress="hidden")
         sample_references.select(
-            told(act.take_sample_reference, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH
+            guarded(act.take_sample_reference, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH
         )
-        find.click(told(act.find_exemplars, 2), [label, alike], [exemplars, line], show_progress_on=exemplars)
-        exemplars.select(told(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
+        find.click(guarded(act.find_exemplars, 2), [label, alike], [exemplars, line], show_progress_on=exemplars)
+        exemplars.select(guarded(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
 
         new_seed.click(act.new_seed, None, seed, queue=False, show_progress="hidden")
         # first the click, which says what the edit is of, however long it waits
         run = edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden").then(
-            told(act.edit, 6),
+            guarded(act.edit, 6),
             [kind, brush, box, scale, count, seed, steps, sampler, protocol, model],
             [results, gallery, compare, png, recipe, line],
             concurrency_limit=1,
@@ -176,7 +176,7 @@ def make_page(act: Handlers) -> gr.Blocks:
         run.failure(act.refuse_edit, None, [edit, cancel, line], queue=False, show_progress="hidden")
         cancel.click(act.stop, None, [edit, cancel, line], queue=False, cancels=[run], show_progress="hidden")
         gallery.select(
-            told(act.choose, 4), None, [compare, png, recipe, line], show_progress="hidden", trigger_mode=EACH
+            guarded(act.choose, 4), None, [compare, png, recipe, line], show_progress="hidden", trigger_mode=EACH
         )
         blocks.load(None, js=NAME_COMPARED)
         blocks.unload(act.leave)

@@ -13,7 +13,7 @@ import pytest
 
 from pbe.data import images
 from pbe.page import handlers
-from pbe.page.handlers import BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, told
+from pbe.page.handlers import BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, guarded
 from pbe.page.layout import make_page
 from pbe.page.models import Models
 from pbe.page.samples import open_samples
@@ -49,7 +49,7 @@ def _picture(seed: int, width_px: int = 40) -> Upload:
 def _edit(act: Handlers, seed: int = 5) -> list[Any]:
     """The edit of a box, once the queue begins it."""
     settings = (5.0, EDITS, seed, 2, OWN_SAMPLER, "ours", act.models.labels[0])
-    return told(act.edit, 6)(BOX, b"", "8,6,25,20", *settings, ADA, lambda *given, **named: None)
+    return guarded(act.edit, 6)(BOX, b"", "8,6,25,20", *settings, ADA, lambda *given, **named: None)
 
 
 def _click(index: int) -> Any:
@@ -154,7 +154,7 @@ def test_the_view_shows_the_hole_that_the_edit_would_use(act: Handlers, tmp_path
     for name, size in (("fits.png", 40), ("wide.png", 41)):
         mask = np.pad(level, ((0, 0), (0, size - 40)))
         (tmp_path / name).write_bytes(images.encode_png(np.repeat(mask[..., None], 3, axis=2)))
-    take_mask = told(act.take_mask, 2, emptied=1)
+    take_mask = guarded(act.take_mask, 2, emptied=1)
     take_mask(tmp_path / "fits.png", ADA)
     by_mask = act.show_hole(MASK, "5,10,15,20", ADA)
     by_box = act.show_hole(BOX, "5,10,15,20", ADA)

@@ -58,7 +58,7 @@ class NonFiniteEditError(UserError, FloatingPointError):
 
 
 def model_folder(model: Path | str) -> Path:
-    """The folder of a model that is named so, or as org/name@revision on the hub. Raises WeightsError."""
+    """The folder of this path, or of org/name@revision on the hub. Raises WeightsError."""
     if Path(model).exists() or not is_on_hub(str(model)):
         return Path(model)
     return weights_folder(str(model), parts=["unet", "vae", "image_encoder", "scheduler", *TEXT_PARTS])
@@ -108,9 +108,9 @@ class Editor:
     ) -> "Editor":
         """Open a model folder, or org/name@revision on the hub, or an adapter's folder (pbe/model/adapter.py).
 
-        base: the model that the adapter was trained on, named likewise; the adapter is merged into it. device: "cuda"
-        by default if available, else "cpu". dtype: of the networks (pbe/model/precision.py); by default float32, on a
-        GPU bfloat16, or float16 where it has no bfloat16. The sampler's own steps are in float32 always. Upstream's
+        base: the model that the adapter was trained on, named likewise; the adapter is merged into it. device: by
+        default "cuda" if available, else "cpu". dtype: of the networks (pbe/model/precision.py); by default float32, on
+        a GPU bfloat16, or float16 where it has no bfloat16. The sampler's own steps are always in float32. Upstream's
         scripts compute in float16 by autocast, which leaves some layers in float32. compile_unet: torch.compile, which
         takes minutes at the first edit and again if the number of edits per forward or their size changes. Raises
         AdapterError, ModelError, WeightsError.
@@ -202,8 +202,8 @@ class Editor:
         for start in range(0, len(tasks), BATCH_ROWS):
             batch, cuts = tasks[start : start + BATCH_ROWS], all_cuts[start : start + BATCH_ROWS]
             fills = self._fill(
-                np.stack([cut.source for cut in cuts]),
-                np.stack([cut.hole_mask for cut in cuts]),
+                np.stack([part.source for part in cuts]),
+                np.stack([part.hole_mask for part in cuts]),
                 [task.reference for task in batch],
                 seeds=[task.seed for task in batch],
                 sampling=sampling,
@@ -237,15 +237,7 @@ class Editor:
             )
         for reference in references:
             self._check_reference(reference)
-        fills = self._fill(
-            sources,
-            hole_masks,
-            references,
-            seeds=seeds,
-            sampling=sampling,
-            protocol=protocol,
-            on_step=None,
-        )
+        fills = self._fill(sources, hole_masks, references, seeds=seeds, sampling=sampling, protocol=protocol)
         return np.where(hole_masks[..., None] > 0, fills, sources) if protocol.paste_back else fills
 
     def _fill(
@@ -257,7 +249,7 @@ class Editor:
         seeds: Sequence[int],
         sampling: Sampling,
         protocol: EditProtocol,
-        on_step: OnStep | None,
+        on_step: OnStep | None = None,
     ) -> np.ndarray:
         """The decoded squares (B, S, S, 3) uint8, before pasting back. Waits for the device once, at its end."""
         with float32_products(tf32=self.dtype == "tf32"):
@@ -301,10 +293,9 @@ class Editor:
         if not finite:
             others = {"float16": "bfloat16 or float32", "bfloat16": "float32", "tf32": "float32"}
             other = others.get(self.dtype)
-            narrow = f", or {self.dtype} is too narrow for it: try dtype {other}" if other else ""
             raise NonFiniteEditError(
                 f"the model gives NaN or infinite values (seeds {', '.join(map(str, seeds))}); its weights are damaged"
-                f"{narrow}"
+                + (f", or {self.dtype} is too narrow for it: try dtype {other}" if other else "")
             )
         return edited
 
@@ -368,8 +359,10 @@ def _check_task(task: EditTask) -> None:
 def _cuts(tasks: Sequence[EditTask], side_px: int, context_factor: float, protocol: EditProtocol) -> list[Cut]:
     """The cut of each task; tasks that share a photo and a hole share the cut."""
     made: dict[tuple[int, int], Cut] = {}
+    cuts = []
     for task in tasks:
         key = id(task.photo), id(task.hole_mask)
         if key not in made:
             made[key] = cut(task.photo, task.hole_mask, side_px, context_factor, protocol)
-    return [made[id(task.photo), id(task.hole_mask)] for task in tasks]
+        cuts.append(made[key])
+    return cuts

@@ -39,6 +39,7 @@ from pbe.train.settings import Trainable, TrainConfig  # noqa: E402
 from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16  # noqa: E402
 
 GIB = 2**30
+PRECISIONS = ("fp32", "bf16_autocast", "bf16")
 STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = (1, 4, 8)
 CARDS = {"openimages-24gb": 24, "openimages-12gb": 12, "finetune-8gb": 8}  # profiles, and GB of their card
@@ -335,9 +336,7 @@ def trainable(text: str) -> Trainable:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("infra/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", action="store_true", help="the profiles for one card, whose settings are their own")
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16_autocast", "bf16"], help="train.precision; default: each of these"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="train.precision; default: each of these")
     parser.add_argument("--ema", action="store_true", help="with train.ema_decay set")
     parser.add_argument(
         "--offload", choices=["none", "optimizer", "all"], default="none", help="train.offload; default: none"
@@ -345,13 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--optimizer", choices=MOMENT_BYTES, default="adamw", help="train.optimizer; default: adamw")
     parser.add_argument("--trainable", type=trainable, default="all", help="train.trainable, in YAML; default: all")
     args = parser.parse_args(arguments)
-    settings = {key: value for key, value in vars(args).items() if key != "cards"}
     if args.cards:
-        if any(value != parser.get_default(key) for key, value in settings.items()):
+        if any(value != parser.get_default(key) for key, value in vars(args).items() if key != "cards"):
             parser.error("--cards takes the settings of the profiles, so no other option goes with it")
         print(table(card_rows()))
         return 0
-    precisions = [args.precision] if args.precision else ["fp32", "bf16_autocast", "bf16"]
+    precisions = [args.precision] if args.precision else PRECISIONS
     print(table(memory_rows(precisions, args.trainable, ema=args.ema, offload=args.offload, optimizer=args.optimizer)))
     return 0
 

@@ -659,9 +659,9 @@ def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path)
 
 def test_a_last_row_of_bad_bytes_alone_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pbe.data.annotations.BLOCK_BYTES", len(HEADER) + 1)
-    for end in ("", "\n"):
-        rows = _read(tmp_path, f"{HEADER}\n".encode() + b"\xff" + end.encode())
-        assert [(row["line"], row["reason"]) for row in rows] == [(2, "box_unparsable")]
+    for end in ("", "\n", "\r\n"):
+        (row,) = _read(tmp_path, f"{HEADER}\n".encode() + b"\xff" + end.encode())
+        assert (row["line"], row["reason"]) == (2, "box_unparsable") and row["detail"].endswith(": \ufffd")
 
 
 def test_coco_boxes_in_fractions_are_one_message(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def _in_utf8(data: bytes, dialect: Dialect, places: Sequence[int]) -> _Block:
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            text = line.decode(errors="replace")
+            text = line.removesuffix(b"\r").decode(errors="replace")
             cells = text.split(dialect.delimiter)
             lines[number] = text.encode()
             if len(cells) != len(dialect.header) or any("\ufffd" in cells[place] for place in places):

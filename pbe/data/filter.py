@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from pbe.data.boxes import area_frac
 from pbe.data.duplicates import Nearest
-from pbe.data.schema import REJECTS, Flag
+from pbe.data.schema import ENDS, REJECTS, Flag
 from pbe.settings import Float, Frac, Int, Settings
 
 NO_PHOTO = Nearest(0.0, "")
@@ -206,7 +206,7 @@ def _measured(boxes: pa.Table, sizes: pa.Table, nearest: Mapping[str, Nearest]) 
     if place.null_count:
         raise ValueError("a box names an image that is not among the images of its part")
     photo_width_px, photo_height_px = (sizes.column(name).take(place).to_numpy() for name in ("width_px", "height_px"))
-    xmin, xmax, ymin, ymax = corners = tuple(boxes.column(name).to_numpy() for name in ("xmin", "xmax", "ymin", "ymax"))
+    xmin, xmax, ymin, ymax = corners = tuple(boxes.column(name).to_numpy() for name in ENDS)
     found = [nearest.get(image_id, NO_PHOTO) for image_id in boxes.column("image_id").to_pylist()]
     return MeasuredBoxes(
         table=boxes,

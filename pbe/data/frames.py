@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pbe.data.boxfiles.coordinates import ALLOWED, clip, inside, pixel_slack
+from pbe.data.schema import ENDS
 
-COORDINATES = ("xmin", "xmax", "ymin", "ymax")
 # where a point of the stored picture is in the upright one, and back, in fractions, by EXIF orientation
 Move = Callable[[Any, Any], tuple[Any, Any]]  # of floats or arrays
 _TO_UPRIGHT: Mapping[int, Move] = {
@@ -58,7 +58,7 @@ class Placed:
 
 def place(box: Mapping[str, Any], stated: Mapping[str, Any], frame: Frame) -> Placed:
     """Put a box of BOXES onto its photo. stated: its file's row of STATED. Raises NotOnPhotoError."""
-    ends = tuple(box[name] for name in COORDINATES)
+    ends = tuple(box[name] for name in ENDS)
     if stated["width_px"] is None:
         return _from_pixels(ends, frame)
     if not is_turned((stated["width_px"], stated["height_px"]), frame, f"{box['file']} states"):

@@ -13,12 +13,13 @@ from pbe.data import images as image_codec
 from pbe.data.boxfiles.findings import EVERY_FILE
 from pbe.data.descriptor import descriptor
 from pbe.data.download import PhotoError
-from pbe.data.frames import COORDINATES, Frame, NotOnPhotoError, place
+from pbe.data.frames import Frame, NotOnPhotoError, place
 from pbe.data.object_masks import MaskRejected, ObjectMask, ends_of, picture_of, read_mask, refuse_outside
 from pbe.data.pairs import PairRejected, pictures_of, read_reference
 from pbe.data.schema import (
     ANNOTATIONS,
     BOXES,
+    ENDS,
     FLAGS,
     IMAGES,
     MASK_REASONS,
@@ -205,7 +206,7 @@ def _usable_boxes(
             detail = f"{key} puts '{image_id}' into {split}, an earlier line into {mine[0]['split']}"
             shard.reject("boxes", key, "box_in_other_split", detail)
         else:
-            names = ("label", "label_name", "xmin", "xmax", "ymin", "ymax", *FLAGS, "mask", "pair", "caption")
+            names = ("label", "label_name", *ENDS, *FLAGS, "mask", "pair", "caption")
             box = {"key": key, "file": row["file"], "image_id": image_id, "split": split}
             mine.append(box | {name: row[name] for name in names})
     return boxes
@@ -255,7 +256,7 @@ def _placed(
                 shard.count("boxes_clipped")
             if placed.turned:
                 shard.count("boxes_turned")
-            box = box | dict(zip(COORDINATES, placed.ends, strict=True))
+            box = box | dict(zip(ENDS, placed.ends, strict=True))
         if (complete := _with_mask(box, stated, photo.frame, read, shard)) is not None:
             out.append(complete)
     return out
@@ -274,7 +275,7 @@ def _with_mask(
     size = (stated["width_px"], stated["height_px"]) if stated and stated["width_px"] else None
     try:
         mask = read_mask(box["mask"], stated=size, frame=frame, read=read)
-        ends = ends_of(mask) if box["xmin"] is None else tuple(box[name] for name in COORDINATES)
+        ends = ends_of(mask) if box["xmin"] is None else tuple(box[name] for name in ENDS)
         refuse_outside(mask, ends)
     except MaskRejected as problem:
         shard.reject("masks", box["key"], problem.reason, str(problem))
@@ -283,7 +284,7 @@ def _with_mask(
         shard.reject("boxes", box["key"], "box_without_mask", "its mask was rejected, and it has no coordinates")
         return None
     shard.count("masks_kept")
-    return box | dict(zip(COORDINATES, ends, strict=True)) | {"mask": ObjectMask.of(mask).packed()}
+    return box | dict(zip(ENDS, ends, strict=True)) | {"mask": ObjectMask.of(mask).packed()}
 
 
 def _fetched(

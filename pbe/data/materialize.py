@@ -13,7 +13,7 @@ from pbe.data.boxes import Box, pixel_box
 from pbe.data.masks import pack_mask
 from pbe.data.object_masks import ObjectMask
 from pbe.data.rng import row_rng
-from pbe.data.schema import BOXES, REJECTS, TRIPLETS, table_from_rows, with_optional
+from pbe.data.schema import BOXES, ENDS, REJECTS, TRIPLETS, table_from_rows, with_optional
 from pbe.data.settings import MaterializeConfig
 from pbe.data.slots import slot_name
 from pbe.data.triplets import (
@@ -46,7 +46,7 @@ def triplet_tables(
     one. pairs: PAIRS, other pictures of boxes' objects.
     """
     boxes_of: dict[str, list[dict[str, Any]]] = {}
-    columns = ["image_id", "box_index", "label_name", "xmin", "xmax", "ymin", "ymax", "caption"]
+    columns = ["image_id", "box_index", "label_name", *ENDS, "caption"]
     for box in with_optional(boxes, BOXES).select(columns).to_pylist():
         boxes_of.setdefault(box["image_id"], []).append(box)
     # plan all photos before decoding any: each decoded photo pushes this code and its data out of the CPU caches

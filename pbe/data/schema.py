@@ -22,6 +22,7 @@ from pbe.settings import Dtype
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+ENDS = ("xmin", "xmax", "ymin", "ymax")  # of a box
 Flag = Literal["is_occluded", "is_truncated", "is_group_of", "is_depiction", "is_inside"]
 FLAGS: tuple[Flag, ...] = get_args(Flag)  # of a box: 1 yes, 0 no, -1 unknown (OpenImages)
 HoleKind = Literal["box", "bezier", "segmentation"]
@@ -96,10 +97,7 @@ ANNOTATIONS = pa.schema(
         pa.field("listed_split", pa.int8(), nullable=False),  # what the file says: where OpenImages keeps the photo
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
-        pa.field("xmin", pa.float64()),
-        pa.field("xmax", pa.float64()),
-        pa.field("ymin", pa.float64()),
-        pa.field("ymax", pa.float64()),
+        *(pa.field(end, pa.float64()) for end in ENDS),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         # the object's mask as the source has it: JSON of a COCO segmentation, or {"file": NAME} below ingest.boxes
         pa.field("mask", pa.string(), metadata=OPTIONAL),
@@ -162,10 +160,7 @@ BOXES = pa.schema(
         pa.field("box_index", pa.int32(), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
-        pa.field("xmin", pa.float64(), nullable=False),
-        pa.field("xmax", pa.float64(), nullable=False),
-        pa.field("ymin", pa.float64(), nullable=False),
-        pa.field("ymax", pa.float64(), nullable=False),
+        *(pa.field(end, pa.float64(), nullable=False) for end in ENDS),
         *(pa.field(flag, pa.int8(), nullable=False) for flag in FLAGS),
         # the object's mask, of the photo's size: object_masks.ObjectMask.packed. Only ingest's boxes have it
         pa.field("mask", pa.binary(), metadata=OPTIONAL),

@@ -25,7 +25,7 @@ from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.files import SourceError, file_tree
 from pbe.data.index import by_shard
 from pbe.data.ingest import PhotoLimits, read_shard
-from pbe.data.schema import ANNOTATIONS, STATED, with_optional, without_empty
+from pbe.data.schema import ANNOTATIONS, ENDS, STATED, with_optional, without_empty
 from pbe.data.schema import PHOTOS as LISTED
 from pbe.data.settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from pbe.data.sources import FolderSource
@@ -52,12 +52,11 @@ EMBEDDED = pa.schema(
         pa.field("photo", pa.int32(), nullable=False),  # row of the part's photos
         pa.field("box_index", pa.int32(), nullable=False),
         pa.field("label_name", pa.string(), nullable=False),
-        *(pa.field(side, pa.float64(), nullable=False) for side in ("xmin", "xmax", "ymin", "ymax")),
+        *(pa.field(side, pa.float64(), nullable=False) for side in ENDS),
         # little-endian float16
         pa.field("vector", pa.binary(), nullable=False, metadata={b"compression": b"none"}),
     ]
 )
-_SIDES = ["xmin", "xmax", "ymin", "ymax"]
 
 
 class BuildError(UserError, ValueError):
@@ -185,7 +184,7 @@ def _cut_ahead(pool: ThreadPoolExecutor, shard: _Shard, embedder: Embedder) -> G
         row = 0
         for photos, boxes in shard.tables:
             boxes_of: dict[str, list[dict[str, Any]]] = {}
-            for box in boxes.select(["image_id", "box_index", "label_name", *_SIDES]).to_pylist():
+            for box in boxes.select(["image_id", "box_index", "label_name", *ENDS]).to_pylist():
                 boxes_of.setdefault(box["image_id"], []).append(box)
             for number, photo in enumerate(photos.drop_columns(["bytes"]).to_pylist()):
                 if photo["image_id"] in boxes_of:
@@ -254,7 +253,7 @@ class _RunTables:
     boxes: File
 
     def __iter__(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        boxes = self.store.read_table(self.boxes, columns=["image_id", "box_index", "label_name", *_SIDES])
+        boxes = self.store.read_table(self.boxes, columns=["image_id", "box_index", "label_name", *ENDS])
         footer = self.store.read_footer(self.photos)
         parquet = self.store.open_parquet(self.photos, footer)
         groups = parquet.num_row_groups

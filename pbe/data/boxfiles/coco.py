@@ -15,10 +15,9 @@ from pbe.data.boxfiles.photo_names import PhotoNames, invalid_ids
 from pbe.data.captions import written_caption
 from pbe.data.files import FileTree, SourceError
 from pbe.data.object_masks import POLYGON_POINTS_MIN, run_lengths
-from pbe.data.schema import ANNOTATIONS, FLAGS
+from pbe.data.schema import ANNOTATIONS, ENDS, FLAGS
 from pbe.errors import one_line
 
-ENDS = ("xmin", "xmax", "ymin", "ymax")
 _SHOWN = 80  # characters of an unusable value in a message
 EndsPx = tuple[float, float, float, float]  # as ENDS
 Key = tuple[bool, str]  # of an id: whether it is a text, and how it reads

@@ -70,6 +70,8 @@ class Params(Settings):
             )
         if "card" in self.variants or "card" in self.baselines:
             raise ValueError("'card' is a reserved name (metrics.json uses it); rename the variant or baseline")
+        if "pretrained" in self.variants:
+            raise ValueError("'pretrained' is a reserved name (models/pretrained is in git); rename the variant")
         folders = [name for name, baseline in self.baselines.items() if isinstance(baseline, FolderBaseline)]
         if folders and self.edit.holes[0] != "box":
             raise ValueError(

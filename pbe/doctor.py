@@ -54,7 +54,7 @@ class Finding:
 
 
 def _verdict(good: object, check: str, found: str, otherwise: Level, advice: str = "") -> Finding:
-    """ok if good; else of level `otherwise`, with advice."""
+    """`ok` if `good`, otherwise a finding of level `otherwise` with the advice."""
     return Finding("ok", check, found) if good else Finding(otherwise, check, found, advice)
 
 

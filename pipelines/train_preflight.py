@@ -99,15 +99,18 @@ def _refuse_odd_latents(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> No
 
 
 def refuse_perceptual_loss_through(encoded: Manifest) -> None:
-    """Raise StageError if its codec is AutoencoderKL, BackboneError if the loss's network is not installed."""
-    from pbe.model.backbone import weights_digest
+    """Raise StageError if the rows' codec is AutoencoderKL, or the loss's network is not installed."""
+    from pbe.model.backbone import BackboneError, weights_digest
 
     if encoded.config["codec"]["kind"] != "patch":
         raise StageError(
-            "train.perceptual_weight: decodes every row at every step, for which AutoencoderKL is too large; set it to "
-            "0, or encode.codec to a patch codec"
+            "train.perceptual_weight decodes every row at every step, which takes too long with AutoencoderKL; set it "
+            "to 0, or use a patch codec in encode.codec"
         )
-    weights_digest("efficientnet_lite0")
+    try:
+        weights_digest("efficientnet_lite0")
+    except BackboneError as error:
+        raise StageError(f"train.perceptual_weight: {error}") from None
 
 
 def refuse_too_few_rows(encoded: Manifest, batch: int) -> None:

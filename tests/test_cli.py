@@ -18,6 +18,7 @@ from pbe.cli import default_model
 from pbe.cli.__main__ import main
 from pbe.data import images
 from pbe.places import repo_root
+from pbe.recipe import read_recipe
 from tests.icc import WIDE
 
 
@@ -55,12 +56,15 @@ def test_without_a_model_it_takes_the_trained_one_or_the_repositorys(
     monkeypatch.setattr(default_model, "repo_root", lambda: tmp_path)
     folder = Path(args.pop("model"))
     assert _run(args) == 1
-    assert "neither models/full nor models/pretrained/small" in capsys.readouterr().err
+    assert "no models/full and no models/pretrained/small" in capsys.readouterr().err
     for name in ("models/pretrained/small", "models/full"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(folder)
         assert _run(args) == 0
         assert capsys.readouterr().err == f"model: {name}\n"
+        assert read_recipe(Path(args["out"])).model == str(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert _run(args) == 0 and read_recipe(Path(args["out"])).model == "models/full"
 
 
 def test_it_writes_what_the_editor_returns(args: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
         ({"train.exemplar.tokens": "all"}, "params.yaml: variants.full: train.exemplar.tokens = 'all' needs encode."),
         (
             {"train.perceptual_weight": 3.0, "train.objective": "eps"},
-            "params.yaml: train: perceptual_weight needs the photo that a prediction implies, which objective eps",
+            "params.yaml: train: perceptual_weight needs the photo that a prediction implies, and with objective",
         ),
         ({"train.condition": "text"}, "params.yaml: train: unet.class_embedding reads one token, and the first of a"),
         (

@@ -117,7 +117,7 @@ class EfficientNetLite(nn.Module):
         return self._map_of_pixels(pixels).mean((2, 3))
 
     def feature_maps(self, pixels: Tensor, blocks: Collection[int]) -> list[Tensor]:
-        """Feature maps after these blocks, in their order, of (B, 3, S, S) float32 pixels in [0, 1]; with a gradient.
+        """Feature maps after these blocks, in order, of (B, 3, S, S) float32 pixels, about [0, 1]; with a gradient.
 
         S may differ from `input_px`: a block at stride s gives maps of about S/s cells a side.
         """

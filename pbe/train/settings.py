@@ -185,7 +185,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16_autocast", "bf16", "bf16_pure"]
     objective: Objective
     min_snr_gamma: Annotated[Float, Field(gt=0)] | None = Field(
-        None, description="gamma of min-SNR loss weights, e.g. 5; null: none, as upstream"
+        None, description="gamma of min-SNR weights of the squared error, e.g. 5; null: none, as upstream"
     )
     perceptual_weight: Float = Field(
         0.0,
@@ -313,8 +313,8 @@ class TrainConfig(Settings):
                 )
         if self.perceptual_weight and self.objective == "eps":
             raise ValueError(
-                "perceptual_weight needs the photo that a prediction implies, which objective eps leaves undetermined "
-                "where noise is all there is: set objective: x0 or v, or perceptual_weight: 0"
+                "perceptual_weight needs the photo that a prediction implies, and with objective eps a prediction at "
+                "full noise implies none: set objective: x0 or v, or perceptual_weight: 0"
             )
         if self.ema_decay is not None and self.steps == 0:
             raise ValueError("ema_decay averages over steps, and steps is 0: set ema_decay: null, or steps above 0")

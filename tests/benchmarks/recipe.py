@@ -11,8 +11,8 @@ clock on a GPU (--device cuda). Its codec and latents, made before, are not coun
 Then it edits the first --items of the bench with exemplars and with foreign references, from the same noise, and prints
 one line: steps, loss, gain and win rate (share of items with a positive gain) with 95 % intervals by photo, Frechet
 distance to the unedited crops, both by EfficientNet-lite2, which conditions nothing, and the hole's PSNR from its own
-object. Losses of different objectives or codecs cannot be compared. --pictures FOLDER keeps sheets of edits. Nothing is
-asserted.
+object. Losses of different objectives, perceptual weights or codecs cannot be compared. --pictures FOLDER keeps sheets
+of edits. Nothing is asserted.
 """
 
 import argparse

@@ -64,7 +64,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """A row that cannot be split into cells. text: its beginning."""
+    """A row with a wrong number of cells, or with bytes that are no text. text: its beginning."""
 
     line: int
     text: str

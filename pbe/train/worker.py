@@ -44,6 +44,7 @@ from pbe.train.checkpoints import RAW, UNLOGGED, CheckpointError, Run, Saver, ne
 from pbe.train.data.batch import Batch
 from pbe.train.data.input import open_input
 from pbe.train.data.order import Share
+from pbe.train.divergence import jump
 from pbe.train.ema import Ema
 from pbe.train.engine import (
     full_parameters,
@@ -225,6 +226,8 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
                 point["peak_memory_gib"] = max(ranks.all_gather(peak_memory_gib(device)))
                 history.append(point)
                 if ranks.rank == 0:
+                    if (before := jump([point["loss"] for point in history])) is not None:
+                        print(_jump_message(before, point, run.name, saver.newest), flush=True)
                     log(point, grid if validates else None)
 
             # save
@@ -376,6 +379,16 @@ def _non_finite_message(step: int, rows: Sequence[str], *, seen_rows: int) -> st
     return (
         f"train: the loss is not finite at step {step + 1}; the state before that step is saved as step {step}. "
         f"{len(rows)} of {seen_rows} rows: {shown}. {advice}"
+    )
+
+
+def _jump_message(before: float, point: Mapping[str, float], run_name: str, newest: int | None) -> str:
+    cure = "lower train.lr"
+    if newest:
+        cure += f" and continue from before it, by train.resume_from: {run_name}@{newest}"
+    return (
+        f"train: the loss jumped from {before:.4g} to {point['loss']:.4g} at step {int(point['step'])}; if it stays "
+        f"there, training has diverged: {cure}"
     )
 
 

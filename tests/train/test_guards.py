@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,9 @@ from tests.train.ranks import (
     ARCH,
     RankDiedError,
     encoded_rows,
+    loss_curve,
     run_ranks,
+    take_said,
     tiny_config,
     tiny_encoded,
     tiny_spec,
@@ -27,6 +31,22 @@ from tests.train.ranks import (
 )
 
 pytestmark = pytest.mark.timeout(180)
+
+
+def train_with_a_rate_that_explodes(spec: Any) -> None:
+    from pbe.train import worker
+
+    with patch.object(worker, "learning_rate", lambda cfg, step: 0.3 if step == 20 else 1e-3):
+        worker.train_worker(spec, torch.device("cpu"))
+
+
+def test_a_loss_that_jumps_is_said_once_with_the_checkpoint_before(place: tuple[Path, Store, Manifest]) -> None:
+    folder, store, encoded = place
+    spec = tiny_spec(store, encoded, tiny_config(steps=27, checkpoint_every=16), "jumps")
+    run_ranks(train_with_a_rate_that_explodes, spec, world=1, tmp=folder)
+    [line] = [line for line in take_said(folder).splitlines() if "jumped" in line]
+    assert "at step 22; if it stays there" in line and line.endswith("by train.resume_from: jumps@16")
+    assert loss_curve(store, "jumps")[21] > 2 * loss_curve(store, "jumps")[20]
 
 
 def _with_a_nan(store: Store, encoded: Manifest) -> Manifest:

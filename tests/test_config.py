@@ -198,6 +198,10 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             {"train.trainable": {"lora": {}}},
             "params.yaml: train: trainable lora freezes the rest of the UNet, and init random would freeze noise",
         ),
+        (
+            {"variants.pretrained": {}},
+            "params.yaml: params: 'pretrained' is a reserved name (models/pretrained is in git)",
+        ),
         ({"train.batch": 33}, "params.yaml: train: streams 2 must divide batch 33"),
         (
             {"train.micro_batch": 5},

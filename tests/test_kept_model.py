@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pbe.cli.default_model import KEPT
+from pbe.diffusion.sampling import Sampling
 from pbe.edit import Editor
 from pbe.page.samples import Samples, open_samples
 from pbe.places import repo_root
@@ -35,22 +36,23 @@ def test_its_card_names_its_files() -> None:
     assert sum(path.stat().st_size for path in files.values()) < SIZE_MAX_BYTES
 
 
-def test_fills_take_after_their_references(samples: Samples) -> None:
-    """In holes of seven photos, two fills each: their mean colours are nearer to their own reference than exchanged."""
-    editor = Editor.load(FOLDER, device="cpu")
-    wins = []
-    for photo, (one, other) in zip(
+def test_fills_take_the_colours_of_their_references(samples: Samples) -> None:
+    """Two fills of each photo's hole from one noise: they differ along the line between their references' mean colours.
+
+    By 28 to 34 of 255 levels with other seeds and guidance scales; by 0 if the model does not follow references.
+    """
+    editor, sampling = Editor.load(FOLDER, device="cpu"), Sampling(guidance_scale=3.0, steps=20)
+    shifts = []
+    for photo, pair in zip(
         samples.photos, itertools.pairwise([*samples.references, *samples.references]), strict=False
     ):
         height_px, width_px = photo.pixels.shape[:2]
         hole_mask = np.zeros((height_px, width_px), np.uint8)
         hole_mask[height_px // 4 : 3 * height_px // 4, width_px // 3 : 2 * width_px // 3] = 1
         fills = [
-            editor.edit(photo.pixels, hole_mask, reference.pixels, seed=7)[0][hole_mask > 0].mean(0)
-            for reference in (one, other)
+            editor.edit(photo.pixels, hole_mask, reference.pixels, seed=7, sampling=sampling)[0][hole_mask > 0].mean(0)
+            for reference in pair
         ]
-        colours = [reference.pixels.reshape(-1, 3).mean(0) for reference in (one, other)]
-        own = sum(np.linalg.norm(fill - colour) for fill, colour in zip(fills, colours, strict=True))
-        exchanged = sum(np.linalg.norm(fill - colour) for fill, colour in zip(fills, colours[::-1], strict=True))
-        wins.append(bool(own < exchanged))
-    assert np.mean(wins) > 0.7, wins
+        line = np.subtract(*(reference.pixels.reshape(-1, 3).mean(0) for reference in pair))
+        shifts.append(float(np.subtract(*fills) @ line / np.linalg.norm(line)))
+    assert np.mean(shifts) > 15, shifts

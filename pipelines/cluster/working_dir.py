@@ -37,6 +37,7 @@ from pipelines.runtime.stage import STAGES, VARIANT_STAGES, Stage, StageError, o
 
 CODE_FOLDERS = ("pbe", "pipelines")
 CODE_SUFFIXES = (".py", ".csv", ".j2", ".yaml")
+KEPT_MODELS = "models/pretrained/"  # in git, and small: a job gets the one that its settings name
 SETTINGS = "params.yaml"
 SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
 MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES
@@ -57,8 +58,8 @@ ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # equal content, equal bytes
 
 @dataclass(frozen=True)
 class Package:
-    """Files by their path below the job's folder; and of those that are inputs, manifests and counts of earlier stages,
-    their SHA-256.
+    """Files by their path below the job's folder; and of those that are inputs, their SHA-256: manifests and counts of
+    earlier stages, and a kept model that the settings name.
     """
 
     files: Mapping[str, bytes]
@@ -76,7 +77,7 @@ class Package:
 
 
 def pack(stage: Stage) -> Package:
-    """Collect the files that this stage's job needs. Inputs are the JSON files of earlier stages below data/."""
+    """Collect the files that this stage's job needs. Raises StageError for code that is a link out of the project."""
     files = {}
     for name in CODE_FOLDERS:
         for file in sorted((stage.root / name).rglob("*")):
@@ -90,12 +91,20 @@ def pack(stage: Stage) -> Package:
                 files[inner.as_posix()] = file.read_bytes()
     files[SETTINGS] = (stage.root / SETTINGS).read_bytes()
     inputs = {}
-    for source in _input_folders(stage):
-        for file in sorted(source.glob("*.json")):
-            inner = file.relative_to(stage.root)
-            files[inner.as_posix()] = file.read_bytes()
-            inputs[inner.as_posix()] = hashlib.sha256(files[inner.as_posix()]).hexdigest()
+    for file in [*_manifests(stage), *_kept_model_files(stage)]:
+        inner = file.relative_to(stage.root).as_posix()
+        files[inner] = file.read_bytes()
+        inputs[inner] = hashlib.sha256(files[inner]).hexdigest()
     return Package(files, inputs)
+
+
+def _manifests(stage: Stage) -> list[Path]:
+    return [file for folder in _input_folders(stage) for file in sorted(folder.glob("*.json"))]
+
+
+def _kept_model_files(stage: Stage) -> list[Path]:
+    named = {path for _, path in _paths_of(stage) if _is_kept_model(path)}
+    return [file for name in sorted(named) for file in sorted((stage.root / name).rglob("*")) if file.is_file()]
 
 
 def _input_folders(stage: Stage) -> list[Path]:
@@ -223,9 +232,15 @@ def _is_seen_there(path: str) -> bool:
         return True
     if path.startswith("pbe/") and Path(path).suffix in CODE_SUFFIXES:
         return True
+    if _is_kept_model(path):
+        return True
     from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
 
     return is_on_hub(path)
+
+
+def _is_kept_model(path: str) -> bool:
+    return path.startswith(KEPT_MODELS) and ".." not in Path(path).parts
 
 
 def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:

@@ -20,6 +20,7 @@ from pbe.store import Manifest, Store
 from pipelines import evaluate, features
 from pipelines.runtime.parts import Unit
 from pipelines.runtime.stage import StageError
+from tests.profiles import profile
 
 
 def test_links_to_photos_of_one_name_are_several_photos(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def edits(**config: object) -> Manifest:
 
 
 def test_edits_of_other_settings_are_not_scored() -> None:
-    params = load_params()
+    params = profile("scratch")
     stage = SimpleNamespace(params=params)
     made = params.edit_variant("baseline").model_dump(mode="json")
     assert evaluate._differences(stage, edits(**made), "baseline") == ""  # type: ignore[arg-type]

@@ -224,12 +224,12 @@ def test_a_mistake_is_named_and_changes_nothing(name: str, root: str, message: s
     assert (checkout / "params.yaml").read_text() == "seed: 1\n"
 
 
-def test_the_ablation_trains_nothing_again_that_the_sample_has_trained() -> None:
-    sample, ablation = profile("sample"), profile("ablation")
-    assert list(sample.variants) == ["full", "baseline", "untrained"] and len(ablation.variants) == 6
-    assert sample.variants.items() < ablation.variants.items()
+def test_the_ablation_trains_nothing_again_that_scratch_has_trained() -> None:
+    scratch, ablation = profile("scratch"), profile("ablation")
+    assert list(scratch.variants) == ["full", "baseline", "untrained"] and len(ablation.variants) == 6
+    assert scratch.variants.items() < ablation.variants.items()
     for section in ("seed", "ingest", "filter", "materialize", "encode", "train", "bench"):
-        assert getattr(sample, section) == getattr(ablation, section)
+        assert getattr(scratch, section) == getattr(ablation, section)
 
 
 def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_profile(
@@ -238,17 +238,17 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     params_command.main()
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["train.lr"].split(None, 1) == [
-        "0.002",
-        "# AdamW's learning rate. Upstream: 1e-5 (fine-tuning); ours trains from scratch",
+        "0.0003",
+        "# AdamW's learning rate. Upstream: 1e-5; ours is small",
     ]
     assert lines["train.adam_eps"].split(None, 1) == [
         "1.0e-08",
         "# (default) AdamW's epsilon. Upstream (torch's default)",
     ]
-    assert lines["encode.codec"].startswith("{kind: patch, patch_px: 8") and "AutoencoderKL" in lines["encode.codec"]
-    assert lines["variants.untrained"] == "{train: {steps: 0, workers: 1}}"
+    assert lines["encode.codec"].startswith("{kind: pretrained, weights: ") and "AutoencoderKL" in lines["encode.codec"]
+    assert lines["variants.before"] == "{train: {steps: 0, workers: 1}} # the model as it comes"
     params_command.main("tiny")
     out = capsys.readouterr().out
-    assert "train.steps: 400; tiny: 12\n" in out and "variants.baseline: {" in out and "train.seed" not in out
+    assert "train.steps: 200; tiny: 12\n" in out and "variants.before: {" in out and "train.seed" not in out
     params_command.main("sample")
     assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

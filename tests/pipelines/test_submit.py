@@ -118,6 +118,22 @@ def test_only_the_whitelist_travels(stage: Stage, tmp_path: Path) -> None:
     assert (tmp_path / "package" / "pbe" / "model.py").read_text() == "x = 1"
 
 
+def test_a_kept_model_travels_to_the_stages_that_name_it_and_counts_for_their_names(project: Path) -> None:
+    weights = project / "models" / "pretrained" / "small" / "codec" / "codec.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    tiny = profile("tiny")
+    codec = {"codec": {"kind": "pretrained", "weights": "models/pretrained/small"}}
+    named = tiny.model_copy(update={"encode": EncodeConfig.model_validate(tiny.encode.model_dump() | codec)})
+    path, encode = weights.relative_to(project).as_posix(), open_fake(project, "encode", params=named)
+    working_dir.refuse_what_cannot_travel(encode, LOOPBACK)
+    assert working_dir.pack(encode).files[path] == b"weights"
+    assert path not in working_dir.pack(open_fake(project, "materialize", params=named)).files
+    before = job_name(encode)
+    weights.write_bytes(b"others")
+    assert job_name(encode) != before
+
+
 def test_equal_files_make_equal_packages(stage: Stage) -> None:
     assert working_dir.pack(stage).zipped("job-1") == working_dir.pack(stage).zipped("job-1")
     assert working_dir.pack(stage).zipped("job-1") != working_dir.pack(stage).zipped("job-2")
@@ -180,7 +196,7 @@ def test_the_shell_reads_the_entrypoint_as_it_was_meant(project: Path, variant: 
 
 def test_the_name_says_stage_and_variant(project: Path) -> None:
     assert job_name(open_fake(project, "ingest")).startswith("pbe-ingest-")
-    assert job_name(open_fake(project, "train", "base")).startswith("pbe-train-base-")
+    assert job_name(open_fake(project, "train", "full")).startswith("pbe-train-full-")
 
 
 def job_name(stage: Stage) -> str:

@@ -22,16 +22,16 @@ from pbe.data.rng import row_rng
 from pbe.diffusion.sampling import Condition, Sampling, sample
 from pbe.encode import encode_masked, encode_references, to_device, to_images
 from pbe.errors import UserError
-from pbe.model.adapter import AdapterError, is_adapter, load_adapted, read_adapter
+from pbe.model.adapter import AdapterError, load_adapted, read_adapter
+from pbe.model.folder import ModelError, is_adapter
 from pbe.model.hub import is_on_hub, weights_folder
 from pbe.model.precision import TORCH_DTYPES, default_dtype, float32_products
 from pbe.model.settings import EditDtype
 from pbe.model.text import PARTS as TEXT_PARTS
 from pbe.model.text import TextEncoder
-from pbe.model.weights import Model, ModelError, load_model
+from pbe.model.weights import Model, load_model
 from pbe.protocol import CONTEXT_FACTOR, OURS, Cut, EditProtocol, cut, fit_reference, paste
 
-DEFAULT_SAMPLING = Sampling()
 BATCH_ROWS = 8  # edits per forward
 GREY = 128  # of the photo that `warm` edits
 
@@ -64,6 +64,11 @@ def model_folder(model: Path | str) -> Path:
     return weights_folder(str(model), parts=["unet", "vae", "image_encoder", "scheduler", *TEXT_PARTS])
 
 
+def default_sampling(guidance_scale: float | None) -> Sampling:
+    """Upstream's settings, at the guidance scale that a model's card names, if it names one."""
+    return Sampling() if guidance_scale is None else Sampling(guidance_scale)
+
+
 def _opened(folder: Path, base: Path | str | None) -> Model:
     if base is not None:
         if not is_adapter(folder):
@@ -85,6 +90,7 @@ class Editor:
     ) -> None:
         """Takes ownership of the model: its networks are moved to `device` and converted to `dtype`."""
         self.card = model.card
+        self.default_sampling = default_sampling(model.card.guidance_scale)
         self.dtype: EditDtype = dtype or default_dtype(device)
         self._device = device
         torch_dtype = TORCH_DTYPES[self.dtype]
@@ -119,7 +125,7 @@ class Editor:
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(_opened(folder, base), torch.device(name), dtype=dtype, compile_unet=compile_unet)
 
-    def warm(self, *, n: int = 1, sampling: Sampling = DEFAULT_SAMPLING, size_px: int | None = None) -> None:
+    def warm(self, *, n: int = 1, sampling: Sampling | None = None, size_px: int | None = None) -> None:
         """Edit a grey photo in at most two steps, so that the first edit takes no longer than those after it.
 
         It compiles, lets cuDNN choose its kernels and fills torch's memory pools, for the sizes that it is given: n
@@ -130,6 +136,7 @@ class Editor:
         photo = np.full((side, side, 3), GREY, np.uint8)
         hole_mask = np.zeros((side, side), np.uint8)
         hole_mask[side // 4 : -(side // 4), side // 4 : -(side // 4)] = 1
+        sampling = sampling or self.default_sampling
         short = replace(sampling, steps=min(2, sampling.steps))
         reference = "" if self.card.condition == "text" else photo
         self.edit(photo, hole_mask, reference, seed=0, n=min(n, BATCH_ROWS), sampling=short, size_px=size_px)
@@ -147,7 +154,7 @@ class Editor:
         *,
         seed: int,
         n: int = 1,
-        sampling: Sampling = DEFAULT_SAMPLING,
+        sampling: Sampling | None = None,
         size_px: int | None = None,
         context_factor: float | None = None,
         protocol: EditProtocol = OURS,
@@ -156,9 +163,10 @@ class Editor:
         """n edits (H, W, 3) uint8 of one photo. Edit k uses seed + k and is the same for any n.
 
         photo (H, W, 3) uint8; hole_mask (H, W), non-zero in the hole; reference (h, w, 3) uint8, or a caption for a
-        model that is conditioned on text. size_px: side at which the network works; None: the model's own.
-        context_factor: how much around the hole the network sees; see `edit_batch`. on_step: called after every
-        forward. Raises ValueError for n < 1, and the errors of `edit_batch`.
+        model that is conditioned on text. sampling: None: upstream's, at the guidance scale that the model's card
+        names. size_px: side at which the network works; None: the model's own. context_factor: how much around the hole
+        the network sees; see `edit_batch`. on_step: called after every forward. Raises ValueError for n < 1, and the
+        errors of `edit_batch`.
         """
         if n < 1:
             raise ValueError(f"n = {n}: must be at least 1")
@@ -175,7 +183,7 @@ class Editor:
         self,
         tasks: Sequence[EditTask],
         *,
-        sampling: Sampling = DEFAULT_SAMPLING,
+        sampling: Sampling | None = None,
         size_px: int | None = None,
         context_factor: float | None = None,
         protocol: EditProtocol = OURS,
@@ -183,12 +191,13 @@ class Editor:
     ) -> list[np.ndarray]:
         """One edit (H, W, 3) uint8 per task, BATCH_ROWS at a time; photos may differ in size.
 
-        With `protocol.paste_back` an edit equals its photo outside the hole. size_px: side at which the network works;
-        None: the model's own. context_factor: side of the edited square / longer side of the box around all holes, from
-        1, which leaves a rim of one pixel, to inf, the largest square of the photo; None: CONTEXT_FACTOR. on_step:
-        called after every forward of BATCH_ROWS tasks; PLMS does one more than its steps. Raises ValueError if a hole
-        is empty or the whole photo, if shapes do not match, or for a context_factor below 1 or with a protocol that
-        edits the whole photo; ReferenceKindError, CaptionError, SamplerError, NonFiniteEditError.
+        With `protocol.paste_back` an edit equals its photo outside the hole. sampling: None: `default_sampling`.
+        size_px: side at which the network works; None: the model's own. context_factor: side of the edited square /
+        longer side of the box around all holes, from 1, which leaves a rim of one pixel, to inf, the largest square of
+        the photo; None: CONTEXT_FACTOR. on_step: called after every forward of BATCH_ROWS tasks; PLMS does one more
+        than its steps. Raises ValueError if a hole is empty or the whole photo, if shapes do not match, or for a
+        context_factor below 1 or with a protocol that edits the whole photo; ReferenceKindError, CaptionError,
+        SamplerError, NonFiniteEditError.
         """
         side = self.card.image_px if size_px is None else size_px
         self._check_size(side)
@@ -197,6 +206,7 @@ class Editor:
             _check_task(task)
             self._check_reference(task.reference)
         factor = CONTEXT_FACTOR if context_factor is None else context_factor
+        sampling = sampling or self.default_sampling
         all_cuts = _cuts(tasks, side, factor, protocol)
         edits = []
         for start in range(0, len(tasks), BATCH_ROWS):

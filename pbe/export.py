@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from pbe.errors import UserError
-from pbe.model.adapter import is_adapter, read_adapter
+from pbe.model.adapter import read_adapter
+from pbe.model.folder import is_adapter
 from pbe.model.weights import ADAPTER_FOLDER, Model, load_model, new_folder, opens_in_diffusers, save_model
 
 OPEN_IN_DIFFUSERS = """In diffusers, without pbe:

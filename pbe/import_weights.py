@@ -19,13 +19,14 @@ from torch import Tensor
 from pbe.diffusion.schedule import alphas_cumprod
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import one_line
-from pbe.model.adapter import LORA_FILE, MAPPER_FILE, is_adapter, load_adapted, read_adapter
+from pbe.model.adapter import LORA_FILE, MAPPER_FILE, load_adapted, read_adapter
 from pbe.model.card import ModelCard
-from pbe.model.clip import STEMS, ClipBackbone, clip_tensors
+from pbe.model.clip import ClipBackbone, clip_tensors
+from pbe.model.folder import STEM, STEMS, is_adapter
 from pbe.model.ldm import IMAGE_PX, LdmParts, ldm_parts
 from pbe.model.tensors import WeightsError, check_fit, read_folder, read_tensors, weight_files_of
 from pbe.model.unet import ConditionedUNet
-from pbe.model.vae import STEM, KlCodec
+from pbe.model.vae import KlCodec
 from pbe.model.weights import MAPPER_PARTS, REFERENCE_PAD_PX, Model, load_model, new_folder, save_model
 
 ALPHAS_TOLERANCE = 1e-3  # between two ways to compute the schedule; the rounding of the file's type comes on top

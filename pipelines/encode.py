@@ -17,9 +17,12 @@ import pyarrow as pa
 from pbe.data import images
 from pbe.data.schema import TRIPLETS, require
 from pbe.data.slots import slot_files
-from pbe.model.backbone import Backbone
-from pbe.model.codec import CODEC_FILE, codec_bytes, codec_from_bytes, fit_patch_codec
+from pbe.model.backbone import Backbone, load_backbone
+from pbe.model.codec import codec_bytes, codec_from_bytes, fit_patch_codec
+from pbe.model.folder import CODEC_FILE, STEM, STEMS
+from pbe.model.hub import part_folder, weights_folder
 from pbe.model.settings import EncodeConfig, PatchCodecConfig
+from pbe.model.weight_store import store_weights
 from pbe.store import File, Manifest, Record, Store, digest, load_manifest, make_manifest, save_manifest
 from pipelines.runtime.parts import Unit, run_units, torch_device
 from pipelines.runtime.progress import with_progress
@@ -63,10 +66,6 @@ def main(stage: Stage) -> None:
 
 def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
     """Return the manifest's entry for the codec: fitted now, or copied to the storage from the named weights."""
-    from pbe.model.hub import part_folder, weights_folder
-    from pbe.model.vae import STEM, load_vae
-    from pbe.model.weight_store import store_weights
-
     cfg, image_px = stage.params.encode.codec, stage.params.materialize.image_px
     if cfg.kind == "patch":
         path = _fit_codec(stage, triplets, cfg)
@@ -74,6 +73,8 @@ def _codec_entry(stage: Stage, triplets: Manifest) -> dict[str, Any]:
     whole = weights_folder(cfg.weights, parts=["vae", ""])
     if (whole / CODEC_FILE).is_file():
         return _copied_codec(stage, whole / CODEC_FILE)
+    from pbe.model.vae import load_vae  # imports diffusers, for seconds
+
     folder = part_folder(whole, "vae")
     vae = load_vae(folder)
     if image_px % vae.patch_px:
@@ -93,16 +94,13 @@ def _copied_codec(stage: Stage, file: Path) -> dict[str, Any]:
 
 
 def _backbone_entry(stage: Stage) -> dict[str, Any]:
-    from pbe.model.backbone import load_backbone
-    from pbe.model.clip import STEMS, load_clip
-    from pbe.model.hub import part_folder, weights_folder
-    from pbe.model.weight_store import store_weights
-
     cfg, reference_px = stage.params.encode.backbone, stage.params.materialize.reference_px
     if cfg.kind == "efficientnet_lite0":
         backbone: Backbone = load_backbone(cfg.kind)
         entry = {"kind": cfg.kind, "digest": backbone.digest}
     else:
+        from pbe.model.clip import load_clip  # imports transformers, for seconds
+
         folder = part_folder(weights_folder(cfg.weights, parts=["image_encoder", ""]), "image_encoder")
         backbone = load_clip(folder)
         entry = {"kind": "clip", "path": store_weights(stage.store, folder, "clip", *STEMS)}

@@ -275,12 +275,9 @@ def _initial_weights(
     adapter of them that it starts from, if `train.init` is one."""
     if cfg.init == "random":
         return None, None
-    from pbe.model.adapter import is_adapter
-    from pbe.model.clip import STEMS
-    from pbe.model.codec import CODEC_FILE
+    from pbe.model.folder import CODEC_FILE, STEM, STEMS, is_adapter
     from pbe.model.hub import STABLE_DIFFUSION, weights_folder
     from pbe.model.tensors import read_json
-    from pbe.model.vae import STEM
     from pbe.model.weight_store import store_weights
 
     name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
@@ -339,9 +336,8 @@ def adapter_weights(
     Raises StageError, AdapterError, WeightsError.
     """
     from pbe.model.adapter import describe, read_adapter
-    from pbe.model.clip import STEMS
+    from pbe.model.folder import STEM, STEMS
     from pbe.model.hub import weights_folder
-    from pbe.model.vae import STEM
     from pbe.model.weight_store import store_adapter, store_weights, stored_codec_sha256
 
     adapter = read_adapter(folder)
@@ -608,7 +604,19 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
         scheduler=scheduler_config(cfg.beta_schedule, cfg.objective),
         run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
         condition=cfg.condition,
+        guidance_scale=_guidance_scale_of(cfg.init),
     )
+
+
+def _guidance_scale_of(init: str) -> float | None:
+    """That of the model that `train.init` names, if its card names one."""
+    if init == "random":
+        return None
+    from pbe.model.folder import guidance_scale_of
+    from pbe.model.hub import STABLE_DIFFUSION, weights_folder
+
+    name = STABLE_DIFFUSION if init == "sd" else init
+    return guidance_scale_of(weights_folder(name, parts=["unet", "image_encoder"]))
 
 
 def _write_outputs(

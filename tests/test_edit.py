@@ -27,10 +27,11 @@ from pbe.model.architecture import Architecture
 from pbe.model.backbone import EfficientNetLite
 from pbe.model.card import ModelCard
 from pbe.model.codec import PatchCodec
+from pbe.model.folder import ModelError
 from pbe.model.precision import TORCH_DTYPES
 from pbe.model.settings import EditDtype
 from pbe.model.unet import new_network
-from pbe.model.weights import Model, ModelError, save_model
+from pbe.model.weights import Model, save_model
 from pbe.protocol import CONTEXT_FACTOR, DIFFUSERS, OURS, UPSTREAM, EditProtocol, Fit, _window, fit_reference
 from tests.tiny_weights import clip_of, mapper_of, paper_model, vae_of
 

@@ -42,6 +42,7 @@ def test_fills_take_the_colours_of_their_references(samples: Samples) -> None:
     By 28 to 34 of 255 levels with other seeds and guidance scales; by 0 if the model does not follow references.
     """
     editor, sampling = Editor.load(FOLDER, device="cpu"), Sampling(guidance_scale=3.0, steps=20)
+    assert editor.default_sampling.guidance_scale == 3
     shifts = []
     for photo, pair in zip(
         samples.photos, itertools.pairwise([*samples.references, *samples.references]), strict=False

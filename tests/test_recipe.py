@@ -74,6 +74,20 @@ def test_an_edit_is_made_again_from_its_png_and_from_json(
         assert (folder / "again.png").read_bytes() == edit.read_bytes()
 
 
+def test_an_edit_without_a_scale_has_that_of_the_models_card(folder: Path) -> None:
+    table = "photo,box,reference\nin/photo.png,8 5 25 15,in/reference.png\n"
+    (folder / "edits.csv").write_text(table.replace("8 5 25 15", '"8,5,25,15"'))
+    card = folder / "models" / "tiny" / "pbe.json"
+    said = json.loads(card.read_text())
+    for scale, options in ((5.0, []), (2.5, []), (1.0, ["--scale", "1"])):
+        card.write_text(json.dumps(said | ({"guidance_scale": 2.5} if scale == 2.5 else {})))
+        _edit("--box", "8,5,25,15", "--out", "one.png", *options)
+        named = ["--model", "models/tiny", "--steps", "2", "--out", f"of-{scale:g}"]
+        assert main(["edit", "--table", "edits.csv", *named, *options]) == 0
+        (made,) = (folder / f"of-{scale:g}").glob("*.png")
+        assert read_recipe(folder / "one.png").guidance_scale == read_recipe(made).guidance_scale == scale
+
+
 def test_pictures_are_found_where_they_were_or_beside_the_recipe(folder: Path) -> None:
     _edit("--mask", "in/mask.png", "--out", "edited.png")
     assert read_recipe(folder / "edited.png").photo.name == "in/photo.png"

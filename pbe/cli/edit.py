@@ -113,7 +113,8 @@ def _edit(args: argparse.Namespace) -> int:
     from pbe.data import images
     from pbe.data.contact import edits_sheet
     from pbe.data.inputs import decode_picture, hole_of_box, hole_of_mask
-    from pbe.edit import BATCH_ROWS, DEFAULT_SAMPLING, Editor, model_folder
+    from pbe.edit import BATCH_ROWS, Editor, default_sampling, model_folder
+    from pbe.model.folder import guidance_scale_of
     from pbe.model.weights import weights_sha256
     from pbe.recipe import Picture, png_with_recipe, protocol_of, recipes_of
     from pbe.store import write_whole
@@ -132,13 +133,11 @@ def _edit(args: argparse.Namespace) -> int:
         if args.mask
         else hole_of_box(args.box, photo, f"--box in {args.photo}")
     )
-    sampling = replace(
-        DEFAULT_SAMPLING,
-        guidance_scale=DEFAULT_SAMPLING.guidance_scale if args.scale is None else args.scale[0],
-        steps=DEFAULT_SAMPLING.steps if args.steps is None else args.steps,
-        sampler=args.sampler,
-    )
     model = args.model[0]
+    scale = guidance_scale_of(model_folder(model)) if args.scale is None else args.scale[0]
+    sampling = replace(default_sampling(scale), sampler=args.sampler)
+    if args.steps is not None:
+        sampling = replace(sampling, steps=args.steps)
     editor = Editor.load(model, dtype=args.dtype)
     with tqdm(total=sampling.steps * -(-args.n // BATCH_ROWS), unit="step", disable=not sys.stderr.isatty()) as bar:
         edits = editor.edit(

@@ -23,16 +23,18 @@ def run_table(args: argparse.Namespace, on_ray: "OnRay | None") -> int:
     from tqdm import tqdm
 
     from pbe.diffusion.sampling import Sampling
-    from pbe.edit import DEFAULT_SAMPLING, model_folder
+    from pbe.edit import default_sampling, model_folder
     from pbe.edit_table.results import ResultsFolder
     from pbe.edit_table.rows import Defaults, read_table
     from pbe.edit_table.work import EditSettings, Work, edit_here, pending_of
+    from pbe.model.folder import guidance_scale_of
     from pbe.model.weights import weights_sha256
 
     actors = _actors(args, on_ray)
-    scales = args.scale or [DEFAULT_SAMPLING.guidance_scale]
+    default = default_sampling(guidance_scale_of(model_folder(args.model[0])))
+    scales = args.scale or [default.guidance_scale]
     settings = EditSettings(
-        steps=DEFAULT_SAMPLING.steps if args.steps is None else args.steps,
+        steps=default.steps if args.steps is None else args.steps,
         sampler=args.sampler,
         size_px=args.size,
         context_factor=args.context,

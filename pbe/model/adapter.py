@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pbe.errors import UserError, one_line
 from pbe.model.card import ModelCard
+from pbe.model.folder import ADAPTER_FILE, STEM
 from pbe.model.settings import LoraConfig
 from pbe.model.tensors import (
     check_fit,
@@ -37,11 +38,9 @@ from pbe.model.tensors import (
     save_tensors,
 )
 from pbe.model.unet import ConditionedUNet
-from pbe.model.vae import STEM
 from pbe.model.weights import Model, load_model
 from pbe.store import write_json
 
-ADAPTER_FILE = "adapter.json"
 LORA_FILE, MAPPER_FILE = "pytorch_lora_weights.safetensors", "mapper.safetensors"
 FILES = (ADAPTER_FILE, LORA_FILE, MAPPER_FILE)
 _CARRIERS = (nn.Linear, nn.Conv2d)  # layers that may get an update
@@ -72,10 +71,6 @@ class Adapter:
     base: Base
     lora: LoraConfig
     card: ModelCard
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_FILE).is_file()
 
 
 def add_lora(unet: UNet2DConditionModel, cfg: LoraConfig, *, seed: int) -> None:

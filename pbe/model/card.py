@@ -17,3 +17,4 @@ class ModelCard:
     scheduler: dict[str, Any]  # diffusers' config: betas, prediction type, spacing of the timesteps
     run: dict[str, Any]  # variant, digest, steps, data digest; empty for imported weights
     condition: Condition = "exemplar"  # text: of the settings above, those of references have no effect
+    guidance_scale: float | None = None  # the default of the model's edits; None: upstream's

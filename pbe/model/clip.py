@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from pbe.model.folder import STEMS
 from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_folder, read_json
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]; upstream open-images.py, OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
-STEMS = ("model", "pytorch_model")  # of the weight files
 _PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # the misspelling is CLIP's
 
 

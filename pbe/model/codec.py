@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pbe.errors import UserError
 from pbe.model.tensors import WeightsError, refuse_non_finite
 
-CODEC_FILE = "codec/codec.safetensors"  # the patch codec's, in a model folder
 FIT_SCALE = 64  # of filtered values that the fit sums as integers: to 1/128 of a level
 FIT_PIXELS = 1 << 19  # of crops that the fit takes at a time
 

@@ -14,10 +14,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pbe.errors import one_line
-from pbe.model.clip import STEMS
+from pbe.model.folder import STEM, STEMS
 from pbe.model.tensors import WeightsError, load_strictly, read_folder, read_json
 from pbe.model.unet import ConditionedUNet, widened
-from pbe.model.vae import STEM
 from pbe.model.weight_store import stored_folder
 from pbe.model.weights import MAPPER_PARTS
 from pbe.store import Store

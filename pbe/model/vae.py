@@ -6,9 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from pbe.model.folder import STEM
 from pbe.model.tensors import folder_digest, new_loaded, read_folder, read_json
-
-STEM = "diffusion_pytorch_model"
 
 
 class KlCodec(nn.Module):

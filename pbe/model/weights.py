@@ -31,9 +31,10 @@ from torch import nn
 from pbe.errors import UserError, one_line
 from pbe.model.backbone import Backbone, load_backbone
 from pbe.model.card import ModelCard
-from pbe.model.clip import MEAN, STD, STEMS, ClipBackbone, clip_tensors, load_clip, loaded_clip, vision_config
-from pbe.model.codec import CODEC_FILE, Codec, PatchCodec, codec_bytes, codec_from_bytes
+from pbe.model.clip import MEAN, STD, ClipBackbone, clip_tensors, load_clip, loaded_clip, vision_config
+from pbe.model.codec import Codec, PatchCodec, codec_bytes, codec_from_bytes
 from pbe.model.exemplar import CaptionContext, ExemplarMapper
+from pbe.model.folder import CARD_FILE, CODEC_FILE, STEM, STEMS, ModelError, read_card
 from pbe.model.tensors import (
     WeightsError,
     folder_digest,
@@ -45,16 +46,12 @@ from pbe.model.tensors import (
 )
 from pbe.model.text import TextEncoder, load_text_encoder, save_text_encoder
 from pbe.model.unet import ConditionedUNet
-from pbe.model.vae import STEM, KlCodec, load_vae
+from pbe.model.vae import KlCodec, load_vae
 
 MAPPER_PARTS = ("projection.", "mapper.", "final_layer_norm.", "proj_out.", "uncond_vector")
 CLIP_LAYERS_PER_BLOCK = 5  # diffusers: (layers + 1) // 5 mapper blocks
 ADAPTER_FOLDER = "adapter"
 REFERENCE_PAD_PX = 10  # upstream open-images.py
-
-
-class ModelError(UserError, ValueError):
-    """A model folder is missing or incomplete, or its parts do not match; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,8 @@ def save_model(folder: Path, model: Model, *, unet_dtype: torch.dtype = torch.fl
     if opens_in_diffusers(model):
         _write_json(folder / "model_index.json", _model_index(card.scheduler))
     unsaid = {"scheduler"} | ({"condition"} if card.condition == "exemplar" else set())
-    _write_json(folder / "pbe.json", {name: value for name, value in vars(card).items() if name not in unsaid})
+    unsaid |= {"guidance_scale"} if card.guidance_scale is None else set()
+    _write_json(folder / CARD_FILE, {name: value for name, value in vars(card).items() if name not in unsaid})
 
 
 def _save_image_encoder(folder: Path, exemplar: nn.Module, backbone: Backbone) -> None:
@@ -230,8 +228,7 @@ def load_exemplar_backbone(folder: Path) -> tuple[Backbone, int]:
             "(models/<variant>), or one with a CLIP model"
         )
     _, backbone = _read_encoder(folder / "image_encoder")
-    sizes = read_json(folder / "pbe.json") if (folder / "pbe.json").is_file() else {}
-    return backbone, int(sizes.get("reference_pad_px", REFERENCE_PAD_PX))
+    return backbone, int(read_card(folder).get("reference_pad_px", REFERENCE_PAD_PX))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -244,7 +241,7 @@ def weights_sha256(folder: Path) -> str:
         else:
             files.append(folder / CODEC_FILE)
         files.append(folder / "scheduler" / "scheduler_config.json")
-        files += [path for path in (folder / "pbe.json",) if path.is_file()]
+        files += [path for path in (folder / CARD_FILE,) if path.is_file()]
         digest = hashlib.sha256()
         for path in files:
             with path.open("rb") as stream:
@@ -264,7 +261,7 @@ def _read_model(folder: Path) -> Model:
             f"{folder}/unet: {unet.config.in_channels} channels in, {unet.config.out_channels} out; Paint by Example "
             f"with {codec.channels} latent channels has {2 * codec.channels + 1} in, {codec.channels} out"
         )
-    said = read_json(folder / "pbe.json") if (folder / "pbe.json").is_file() else {}
+    said = read_card(folder)
     exemplar: ExemplarMapper | CaptionContext
     backbone: Backbone | TextEncoder
     if said.get("condition") == "text":

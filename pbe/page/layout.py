@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import gradio as gr
 import numpy as np
 
+from pbe.diffusion.sampling import Sampling
 from pbe.diffusion.settings import SamplerName
-from pbe.edit import DEFAULT_SAMPLING
 from pbe.page.components import FileInput, PictureInput, hole_brush
 from pbe.page.handlers import ANY_CLASS, BOX, BRUSH, MASK, OWN_SAMPLER, Handlers, guarded, status
 from pbe.page.uploads import limits_text, shown
@@ -88,7 +88,8 @@ def make_page(act: Handlers) -> gr.Blocks:
                     )  # fmt: skip
                 gr.Markdown("## 3. Edit")
                 scale = gr.Slider(
-                    1, SCALE_MAX, value=DEFAULT_SAMPLING.guidance_scale, step=0.5, label="Similarity to the reference",
+                    1, SCALE_MAX, value=act.models.guidance_scale(act.models.labels[0]), step=0.5,
+                    label="Similarity to the reference",
                     info="The guidance scale: 1 is none, 3 to 7 is usual", elem_id="scale",
                 )  # fmt: skip
                 count = gr.Slider(1, EDITS_MAX, value=4, step=1, label="Number of edits", elem_id="count")
@@ -96,9 +97,7 @@ def make_page(act: Handlers) -> gr.Blocks:
                     seed = gr.Number(value=42, precision=0, label="Seed", elem_id="seed", min_width=120)
                     new_seed = gr.Button("New seed", elem_id="new-seed", min_width=120)
                 with gr.Accordion("More settings", open=False, elem_id="more"):
-                    steps = gr.Slider(
-                        1, STEPS_MAX, value=DEFAULT_SAMPLING.steps, step=1, label="Steps", elem_id="steps"
-                    )
+                    steps = gr.Slider(1, STEPS_MAX, value=Sampling().steps, step=1, label="Steps", elem_id="steps")
                     sampler = gr.Dropdown([OWN_SAMPLER, *get_args(SamplerName)], value=OWN_SAMPLER, label="Sampler")
                     protocol = gr.Dropdown(
                         list(PROTOCOLS), value="ours", label="Protocol",
@@ -161,6 +160,7 @@ def make_page(act: Handlers) -> gr.Blocks:
         find.click(guarded(act.find_exemplars, 2), [label, alike], [exemplars, line], show_progress_on=exemplars)
         exemplars.select(guarded(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
 
+        model.change(act.models.guidance_scale, model, scale, queue=False, show_progress="hidden")
         new_seed.click(act.new_seed, None, seed, queue=False, show_progress="hidden")
         # first the click, which says what the edit is of, however long it waits
         run = edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden").then(

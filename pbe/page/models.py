@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.edit import Editor, model_folder
+from pbe.edit import Editor, default_sampling, model_folder
+from pbe.model.folder import guidance_scale_of
 from pbe.model.weights import weights_sha256
 from pbe.page.uploads import PageError
 
@@ -32,15 +33,23 @@ class Models:
     def labels(self) -> list[str]:
         return list(self._names)
 
+    def guidance_scale(self, label: str) -> float:
+        """Where the slider begins for a model; one of the hub has upstream's. Raises PageError, ModelError."""
+        return default_sampling(guidance_scale_of(Path(self._name(label)))).guidance_scale
+
     def load(self, label: str) -> Loaded:
         """Raises PageError for a label that is not offered, and the errors of Editor.load."""
-        if label not in self._names:
-            raise PageError("This page does not offer that model.")
+        name = self._name(label)
         if self._loaded is None or self._loaded.label != label:
             self._loaded = None  # two large models may not fit
-            folder = model_folder(self._names[label])
+            folder = model_folder(name)
             self._loaded = Loaded(label, weights_sha256(folder), Editor.load(folder))
         return self._loaded
+
+    def _name(self, label: str) -> str:
+        if label not in self._names:
+            raise PageError("This page does not offer that model.")
+        return self._names[label]
 
 
 def _label(name: str) -> str:

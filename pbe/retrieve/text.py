@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 
 from pbe.errors import one_line
 from pbe.model.backbone import Backbone
-from pbe.model.clip import STEMS, ClipBackbone
+from pbe.model.clip import ClipBackbone
+from pbe.model.folder import STEMS
 from pbe.model.tensors import WeightsError, new_loaded, read_folder, read_json
 from pbe.retrieve.embed import FindError
 

@@ -12,7 +12,6 @@ from pbe.edit import Editor
 from pbe.export import export_model
 from pbe.import_weights import import_weights
 from pbe.model.adapter import (
-    ADAPTER_FILE,
     FILES,
     LORA_FILE,
     Adapter,
@@ -24,10 +23,10 @@ from pbe.model.adapter import (
     merge_lora,
     save_adapter,
 )
+from pbe.model.folder import ADAPTER_FILE, STEM
 from pbe.model.settings import LoraConfig
 from pbe.model.tensors import WeightsError, folder_digest
 from pbe.model.unet import ConditionedUNet
-from pbe.model.vae import STEM
 from pbe.model.weights import load_model, save_model
 from tests.tiny_weights import lively, state_of, tiny_exemplar, tiny_unet, write_paint_by_example
 

@@ -8,8 +8,8 @@ import torch
 
 from pbe.model.clip import ClipBackbone
 from pbe.model.codec import PatchCodec, codec_bytes
+from pbe.model.folder import STEM
 from pbe.model.tensors import WeightsError
-from pbe.model.vae import STEM
 from pbe.model.weight_store import open_backbone, open_codec, store_weights, store_whole_model, stored_folder
 from pbe.store import Store
 from tests.tiny_weights import REFERENCE_PX, tiny_clip, tiny_vae, write_clip, write_stable_diffusion

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pbe.errors import UserError
-from pbe.model.weights import ModelError, load_model, save_model
+from pbe.model.folder import ModelError, guidance_scale_of
+from pbe.model.weights import load_model, save_model
 from tests.memory import in_memory_of
 from tests.tiny_weights import CONTEXT_WIDTH, IMAGE_PX, REFERENCE_PX, clip_of, mapper_of, paper_model, state_of
 
@@ -49,6 +50,14 @@ def _refused(folder: Path, *words: str) -> None:
     message = str(caught.value)
     assert isinstance(caught.value, UserError) and "\n" not in message and str(folder) in message
     assert all(word in message for word in words), message
+
+
+def test_a_guidance_scale_that_is_no_number_is_refused(model_folder: Path) -> None:
+    card = json.loads((model_folder / "pbe.json").read_text())
+    assert "guidance_scale" not in card and guidance_scale_of(model_folder) is None
+    for scale in ("3", True, [3.0]):
+        (model_folder / "pbe.json").write_text(json.dumps(card | {"guidance_scale": scale}))
+        _refused(model_folder, f"pbe.json: guidance_scale = {scale!r}: must be a finite number")
 
 
 @pytest.mark.parametrize("kind", ["model_folder", "paper_folder"])

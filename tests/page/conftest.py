@@ -100,6 +100,7 @@ def tiny_model(
         tokens="class",
         scheduler=scheduler_config("squaredcos_cap_v2", "x0"),
         run={"variant": "tiny", "steps": 0},
+        guidance_scale=2.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -120,7 +121,7 @@ def damaged_model(tiny_model: Path) -> Path:
     with torch.no_grad():
         next(model.network.parameters()).fill_(1e30)
     folder = tiny_model.with_name("damaged")
-    save_model(folder, model)
+    save_model(folder, replace(model, card=replace(model.card, guidance_scale=None)))
     return folder
 
 

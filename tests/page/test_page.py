@@ -75,6 +75,11 @@ class Visit:
             else:
                 raise AssertionError(f"the slider {name} does not take {number}")
 
+    def has_scale(self, scale: str) -> None:
+        """The slider of the guidance scale begins where the model's card says."""
+        is_there = "scale => document.querySelector('#scale input[type=number]').value === scale"
+        self.page.wait_for_function(is_there, arg=scale)
+
     def says(self, text: str) -> None:
         self.page.locator("#status", has_text=text).wait_for()
 
@@ -275,13 +280,16 @@ def test_an_exemplar_of_the_index_becomes_the_reference(visit: Visit, index_file
 
 def test_a_damaged_model_or_a_wrong_number_is_one_line_and_edit_is_usable_again(visit: Visit) -> None:
     visit.ready(steps=2, count=1)
+    visit.has_scale("2.5")
     visit.page.locator("#seed input").fill("-1")
     visit.edit()
     visit.says("The seed is a whole number from 0")
     visit.page.locator("#seed input").fill("1")
-    for model, answer in {"models/damaged": "NaN or infinite values", "models/tiny": "The edit is ready"}.items():
+    answers = {("models/damaged", "5"): "NaN or infinite values", ("models/tiny", "2.5"): "The edit is ready"}
+    for (model, scale), answer in answers.items():
         visit.page.get_by_label("Model").click()
         visit.page.get_by_role("option", name=model).click()
+        visit.has_scale(scale)
         visit.edit()
         visit.says(answer)
         assert visit.page.locator("#status").inner_text().count("\n") == 0

@@ -138,3 +138,26 @@ def test_stages_without_a_diffusion_network_import_neither_diffusers_nor_transfo
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+def test_what_starts_a_fine_tuning_imports_neither(tmp_path: Path) -> None:
+    """Of a model with a patch codec and EfficientNet; they would cost each of the stages encode and train 8 seconds."""
+    program = f"""
+import sys
+from types import SimpleNamespace
+from pbe.config import load_params
+from pbe.places import repo_root
+from pbe.store import Store
+from pipelines import encode, train
+from pipelines.runtime.stage import Stage
+
+stage = Stage("train", "full", load_params(), Store({str(tmp_path)!r}), repo_root())
+cfg = stage.params.train_variant("full")
+assert cfg.init == "models/pretrained/small"
+codec, _ = encode._codec_entry(stage, None), encode._backbone_entry(stage)
+train._initial_weights(stage, cfg, SimpleNamespace(config={{"codec": codec}}))
+assert train._guidance_scale_of(cfg.init) == 3
+print({{"diffusers", "transformers"}} & sys.modules.keys())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.endswith("\nset()\n"), run.stdout + run.stderr

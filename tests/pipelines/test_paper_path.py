@@ -210,11 +210,14 @@ def test_an_export_is_fine_tuned_when_train_init_names_it(paper: Project) -> Non
     (paper.folder / "models/full").rename(paper.folder / "published")
     sd = next(line.strip() for line in (paper.folder / "params.yaml").read_text().splitlines() if "init:" in line)
     paper.edit_params(sd, "init: published")
+    card = paper.folder / "published/pbe.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"guidance_scale": 2.5}))
     paper.run("pipelines", "train", "--variant", "full")
     before, now = load_model(paper.folder / "published"), _model(paper, "full")
     pairs = zip(before.network.parameters(), now.network.parameters(), strict=True)
     moved = max(float((new - old).abs().max().detach()) for old, new in pairs)
     assert 0 < moved < 2 * STEPS * LR  # the mapper too: a random one would be far off
+    assert now.card.guidance_scale == 2.5
     run = json.loads((paper.folder / "data/train/full/manifest.json").read_text())["run"]
     assert len(list((paper.folder / ".store/runs").iterdir())) == 4
     assert (paper.folder / ".store/runs" / run).is_dir()

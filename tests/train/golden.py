@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.model.clip import STEMS
-from pbe.model.vae import STEM
+from pbe.model.folder import STEM, STEMS
 from pbe.model.weight_store import store_weights
 from pbe.store import Manifest, Store
 from pbe.train.spec import TrainSpec

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pbe.model.vae import STEM
+from pbe.model.folder import STEM
 from pbe.store import Manifest, Store
 from pbe.train.checkpoints import RAW
 from pbe.train.engine import deepspeed_config

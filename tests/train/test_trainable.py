@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.diffusion.settings import BetaSchedule, Objective
-from pbe.model.adapter import ADAPTER_FILE, FILES, LORA_FILE
+from pbe.model.adapter import FILES, LORA_FILE
+from pbe.model.folder import ADAPTER_FILE, STEM
 from pbe.model.tensors import WeightsError
 from pbe.model.unet import new_network, use_float32_group_norm
-from pbe.model.vae import STEM
 from pbe.model.weight_store import store_adapter
 from pbe.places import repo_root
 from pbe.store import Manifest, Store

@@ -11,7 +11,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from pbe.data.images import centre_square, resize_antialiased
 from pbe.evaluate.features.extractors import CPU, Preprocessing, in_batches
-from pbe.model.clip import MEAN, STD, STEMS, clip_tensors, vision_config
+from pbe.model.clip import MEAN, STD, clip_tensors, vision_config
+from pbe.model.folder import STEMS
 from pbe.model.tensors import WeightsError, folder_digest, new_loaded, read_folder, read_json
 
 PROJECTION = "visual_projection.weight"

@@ -25,7 +25,7 @@ from transformers import (
 from pbe.data.images import centre_square, resize
 from pbe.errors import one_line
 from pbe.evaluate.features.extractors import CPU, SQUASH_RULE, Preprocessing, in_batches
-from pbe.model.clip import STEMS
+from pbe.model.folder import STEMS
 from pbe.model.tensors import WeightsError, folder_digest, read_folder, read_json, some_names
 
 RESIZED_PX, INPUT_PX = 256, 224  # DINOv2's make_classification_eval_transform, DINO's eval_linear.py

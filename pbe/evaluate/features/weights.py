@@ -44,7 +44,7 @@ class ExtractorError(UserError, ValueError):
 def store_extractor(store: Store, cfg: ExtractorConfig) -> Entry:
     """Copy the weights that params.yaml names to the storage once. Raises WeightsError, ExtractorError."""
     if isinstance(cfg, ClipExtractorConfig | DinoExtractorConfig):
-        from pbe.model.clip import STEMS
+        from pbe.model.folder import STEMS
 
         try:
             folder = weights_folder(cfg.weights, parts=[""])

@@ -9,7 +9,7 @@ from pbe.errors import UserError
 from pbe.evaluate.features.clip import ClipExtractor, load_clip_extractor
 from pbe.evaluate.rivals.fill import Rival, RivalError
 from pbe.evaluate.settings import BlendedImageBaseline, ByDiffusion, ByModel, DiffusersBaseline, HarmoniseBaseline
-from pbe.model.clip import STEMS
+from pbe.model.folder import STEMS
 from pbe.model.hub import weights_folder, whole_model
 from pbe.model.network_file import open_network, store_network
 from pbe.model.weight_store import store_weights, store_whole_model, stored_folder

@@ -238,7 +238,7 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     params_command.main()
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["train.lr"].split(None, 1) == [
-        "0.0003",
+        "0.0007",
         "# AdamW's learning rate. Upstream: 1e-5; ours is small",
     ]
     assert lines["train.adam_eps"].split(None, 1) == [
@@ -249,6 +249,6 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
     assert lines["variants.before"] == "{train: {steps: 0, workers: 1}} # the model as it comes"
     params_command.main("tiny")
     out = capsys.readouterr().out
-    assert "train.steps: 200; tiny: 12\n" in out and "variants.before: {" in out and "train.seed" not in out
+    assert "train.steps: 130; tiny: 12\n" in out and "variants.before: {" in out and "train.seed" not in out
     params_command.main("sample")
     assert capsys.readouterr().out == f"0 of {len(lines)} settings differ from profile sample\n"

@@ -113,6 +113,8 @@ def main(stage: Stage) -> None:
     more = [triplets.digest] if triplets is not None and learns_triplets else []
     more += [text.path, *cfg.text.captions] if text is not None else []
     more += [adapter.path] if adapter is not None else []
+    scale = _guidance_scale_of(cfg.init)
+    more += [scale] if scale is not None else []
     identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *more])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)

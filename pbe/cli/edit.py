@@ -48,7 +48,9 @@ def add_edit_parser(commands: Any) -> None:
     edit.add_argument("--n", type=at_least(1, int), default=1, help="number of edits, with seeds SEED, SEED + 1 ...")
     edit.add_argument("--grid", action="store_true", help="photo with its hole, reference and edits in one picture")
     edit.add_argument("--seed", type=at_least(0, int), default=42)
-    edit.add_argument("--scale", type=float, action="append", help="guidance scale, 1 = none")
+    edit.add_argument(
+        "--scale", type=float, action="append", help="guidance scale, 1 = none; default: the model's, or 5"
+    )
     edit.add_argument("--steps", type=int, default=None, help="sampling steps")
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
     edit.add_argument(

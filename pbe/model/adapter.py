@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pbe.errors import UserError, one_line
 from pbe.model.card import ModelCard
-from pbe.model.folder import ADAPTER_FILE, STEM
+from pbe.model.folder import ADAPTER_FILE, STEM, read_card
 from pbe.model.settings import LoraConfig
 from pbe.model.tensors import (
     check_fit,
@@ -123,7 +123,8 @@ def save_adapter(folder: Path, network: ConditionedUNet, adapter: Adapter) -> No
         metadata={LORA_ADAPTER_METADATA_KEY: header},  # without it diffusers takes the rank for alpha
     )
     save_tensors(folder / MAPPER_FILE, network.exemplar.state_dict())
-    lora, card = adapter.lora.model_dump(mode="json"), vars(adapter.card)
+    lora = adapter.lora.model_dump(mode="json")
+    card = {name: value for name, value in vars(adapter.card).items() if value is not None}
     write_json(folder / ADAPTER_FILE, {"base": vars(adapter.base), "lora": lora, "card": card})
 
 
@@ -138,7 +139,8 @@ def _updates(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """What an adapter's folder says about itself. Raises AdapterError, WeightsError."""
+    """What an adapter's folder says about itself. Raises AdapterError, ModelError, WeightsError."""
+    read_card(folder)  # for its check
     said = read_json(folder / ADAPTER_FILE)
     try:
         return Adapter(Base(**said["base"]), LoraConfig.model_validate(said["lora"]), ModelCard(**said["card"]))

@@ -26,14 +26,18 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The values of the card; of a published folder, which has none, an empty one.
+    """The values of the card of a model or of an adapter; of a published folder, which has none, an empty one.
 
     Raises ModelError for a guidance scale that is not a finite number, WeightsError for a damaged file.
     """
-    path = folder / CARD_FILE
+    path = folder / (ADAPTER_FILE if is_adapter(folder) else CARD_FILE)
     if not path.is_file():
         return {}
     said = read_json(path)
+    if is_adapter(folder):
+        said = said.get("card")
+        if not isinstance(said, dict):
+            return {}  # read_adapter says what is wrong
     scale = said.get("guidance_scale")
     if scale is not None and not (type(scale) in (int, float) and math.isfinite(scale)):
         raise ModelError(f"{path}: guidance_scale = {scale!r}: must be a finite number")

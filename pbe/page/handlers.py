@@ -177,6 +177,10 @@ class Handlers:
 
     # ---- edit
 
+    def take_model(self, label: str, *, scale_max: float) -> list[Any]:
+        """Outputs: guidance scale, status."""
+        return [self.models.guidance_scale(label, scale_max), gr.skip()]
+
     def new_seed(self) -> int:
         return random.SystemRandom().randrange(SEED_MAX)
 

@@ -1,5 +1,6 @@
 """The page: what stands where, and which handler answers. Gradio's Blocks."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -88,7 +89,7 @@ def make_page(act: Handlers) -> gr.Blocks:
                     )  # fmt: skip
                 gr.Markdown("## 3. Edit")
                 scale = gr.Slider(
-                    1, SCALE_MAX, value=act.models.guidance_scale(act.models.labels[0]), step=0.5,
+                    1, SCALE_MAX, value=act.models.guidance_scale(act.models.labels[0], SCALE_MAX), step=0.5,
                     label="Similarity to the reference",
                     info="The guidance scale: 1 is none, 3 to 7 is usual", elem_id="scale",
                 )  # fmt: skip
@@ -160,7 +161,8 @@ def make_page(act: Handlers) -> gr.Blocks:
         find.click(guarded(act.find_exemplars, 2), [label, alike], [exemplars, line], show_progress_on=exemplars)
         exemplars.select(guarded(act.take_exemplar, 2), None, of_reference, show_progress="hidden", trigger_mode=EACH)
 
-        model.change(act.models.guidance_scale, model, scale, queue=False, show_progress="hidden")
+        take_model = guarded(functools.partial(act.take_model, scale_max=SCALE_MAX), 2)
+        model.change(take_model, model, [scale, line], queue=False, show_progress="hidden")
         new_seed.click(act.new_seed, None, seed, queue=False, show_progress="hidden")
         # first the click, which says what the edit is of, however long it waits
         run = edit.click(act.busy, None, [edit, cancel], queue=False, show_progress="hidden").then(

@@ -33,9 +33,13 @@ class Models:
     def labels(self) -> list[str]:
         return list(self._names)
 
-    def guidance_scale(self, label: str) -> float:
-        """Where the slider begins for a model; one of the hub has upstream's. Raises PageError, ModelError."""
-        return default_sampling(guidance_scale_of(Path(self._name(label)))).guidance_scale
+    def guidance_scale(self, label: str, scale_max: float) -> float:
+        """At which a model's edits begin, from 1 to scale_max; one of the hub has upstream's.
+
+        Raises PageError, ModelError, WeightsError.
+        """
+        scale = default_sampling(guidance_scale_of(Path(self._name(label)))).guidance_scale
+        return min(max(scale, 1), scale_max)
 
     def load(self, label: str) -> Loaded:
         """Raises PageError for a label that is not offered, and the errors of Editor.load."""

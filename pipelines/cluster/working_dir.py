@@ -38,6 +38,8 @@ from pipelines.runtime.stage import STAGES, VARIANT_STAGES, Stage, StageError, o
 CODE_FOLDERS = ("pbe", "pipelines")
 CODE_SUFFIXES = (".py", ".csv", ".j2", ".yaml")
 KEPT_MODELS = "models/pretrained/"  # in git, and small: a job gets the one that its settings name
+KEPT_MODEL_MAX_BYTES = 30_000_000
+KEPT_MODEL_SUFFIXES = (".json", ".safetensors")
 SETTINGS = "params.yaml"
 SUBMITTER_VARIABLE = "PBE_SUBMITTER"  # versions of the machine that sent the job
 MARK_VARIABLE = "PBE_SUBMITTER_MARK"  # its empty file in NODES
@@ -103,8 +105,12 @@ def _manifests(stage: Stage) -> list[Path]:
 
 
 def _kept_model_files(stage: Stage) -> list[Path]:
-    named = {path for _, path in _paths_of(stage) if _is_kept_model(path)}
-    return [file for name in sorted(named) for file in sorted((stage.root / name).rglob("*")) if file.is_file()]
+    named = {path for _, path in _paths_of(stage) if _is_kept_model(stage, path)}
+    return [file for name in sorted(named) for file in _files_of_model(stage.root / name)]
+
+
+def _files_of_model(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix in KEPT_MODEL_SUFFIXES and file.is_file())
 
 
 def _input_folders(stage: Stage) -> list[Path]:
@@ -211,7 +217,7 @@ def reads_outside(stage: Stage) -> bool:
 def _refuse_what_stays_here(stage: Stage) -> None:
     """Raises StageError for a file or folder inside the project that the stage would look for on the cluster."""
     for key, path in _paths_of(stage):
-        if not _is_seen_there(path):
+        if not _is_seen_there(path) and not _is_kept_model(stage, path):
             raise _does_not_travel(stage, key, path)
 
 
@@ -232,15 +238,18 @@ def _is_seen_there(path: str) -> bool:
         return True
     if path.startswith("pbe/") and Path(path).suffix in CODE_SUFFIXES:
         return True
-    if _is_kept_model(path):
-        return True
     from pbe.model.hub import is_on_hub  # needs torch, which most commands do not
 
     return is_on_hub(path)
 
 
-def _is_kept_model(path: str) -> bool:
-    return path.startswith(KEPT_MODELS) and ".." not in Path(path).parts
+def _is_kept_model(stage: Stage, path: str) -> bool:
+    """Return whether a setting names a small model inside the project, without a link out of it."""
+    if not path.startswith(KEPT_MODELS):
+        return False
+    files, root = _files_of_model(stage.root / path), stage.root.resolve()
+    inside = all(file.resolve().is_relative_to(root / KEPT_MODELS) for file in files)
+    return bool(files) and inside and sum(file.stat().st_size for file in files) <= KEPT_MODEL_MAX_BYTES
 
 
 def _does_not_travel(stage: Stage, key: str, path: str) -> StageError:

@@ -136,6 +136,10 @@ def _lay(over: CommentedMap, tree: CommentedMap) -> None:
                 old.get("kind"),
             )
         ):
+            if old.fa.flow_style() and not value.fa.flow_style():
+                old.fa.set_block_style()  # comments of its keys would break a line in braces
+                tree.ca.items.pop(key, None)
+                old.ca.comment = None  # ruamel.yaml keeps the comment that ends the line in both places
             _lay(value, old)
         elif key in tree:
             tree[key] = value

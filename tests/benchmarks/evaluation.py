@@ -83,7 +83,7 @@ def new_editor(crops: np.ndarray, device: torch.device) -> Editor:
         latent_channels=16,
         latent_px=IMAGE_PX // 4,
         backbone_width=1280,
-        unet=UNetConfig(),  # the sample profile's
+        unet=UNetConfig(),  # as profile scratch has it
         exemplar=ExemplarConfig(),
     )
     card = ModelCard(

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pbe.config import Params, load_params
+from pbe.config import Params
 from pbe.data import images
 from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
@@ -35,6 +35,7 @@ from pbe.train.data.order import Share
 from pbe.train.loss import Diffusion, row_losses
 from pbe.train.settings import TrainConfig
 from tests.benchmarks.device import add_device, now, one_thread, open_device
+from tests.profiles import profile
 from tests.tiny_weights import lively
 from tests.train.pixels import SEED, SLOTS, Networks, encoded_of, triplets_of
 
@@ -43,9 +44,9 @@ WARM_UP_ROUNDS = 1  # the first calls of a kernel select its algorithm
 
 def measure(rounds: int, device: torch.device) -> tuple[float, float]:
     """(time of a micro-batch from pixels / from stored arrays, largest loss difference with float32 arrays)."""
-    params = load_params()
+    params = profile("scratch")
     codec_cfg = params.encode.codec
-    assert codec_cfg.kind == "patch" and params.encode.backbone.kind == "efficientnet_lite0", "the sample profile's"
+    assert codec_cfg.kind == "patch" and params.encode.backbone.kind == "efficientnet_lite0", "those of profile scratch"
     threads = torch.get_num_threads()
     one_thread(device)
     try:

@@ -1,6 +1,6 @@
 """Which settings learn most in the same time? python tests/benchmarks/recipe.py PROJECT [--seconds 600] TRIAL...
 
-PROJECT: folder of a project whose stages `encode` and `bench` have run, with the patch codec and class tokens. TRIAL:
+PROJECT: folder of a project of profile scratch or speedrun, whose stages `encode` and `bench` have run. TRIAL:
 NAME or NAME:KEY=VALUE;KEY=VALUE... of `train`, `encode.codec` and `edit`: the project's params.yaml, changed there.
 
     python tests/benchmarks/recipe.py . --seconds 600 plain "v:train.objective=v;train.lr=1e-3"
@@ -166,7 +166,8 @@ def trained(trial: Trial, crops: Crops, *, seconds: float, device: torch.device)
     """Train one trial; its Editor, and what to print of the training."""
     params, cfg = trial.params, trial.params.train
     codec_cfg = params.encode.codec
-    assert isinstance(codec_cfg, PatchCodecConfig)
+    if not isinstance(codec_cfg, PatchCodecConfig):
+        raise SystemExit("encode.codec: trials fit their own patch codec; use a project of profile scratch or speedrun")
     codec, _ = fit_patch_codec(
         crops.sources[: codec_cfg.fit_crops], patch_px=codec_cfg.patch_px, channels=codec_cfg.channels
     )

@@ -44,7 +44,7 @@ LATENT_PX = 16
 
 
 def config(steps: int) -> TrainConfig:
-    sample = profile("sample").train
+    scratch = profile("scratch").train
     changes = {
         "steps": steps,
         "workers": 1,
@@ -56,7 +56,7 @@ def config(steps: int) -> TrainConfig:
         "validation_rows": 1,
         "grid_rows": 0,
     }
-    return TrainConfig.model_validate(sample.model_dump() | changes)
+    return TrainConfig.model_validate(scratch.model_dump() | changes)
 
 
 def architecture(cfg: TrainConfig) -> Architecture:

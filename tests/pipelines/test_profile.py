@@ -77,6 +77,7 @@ train:
   codec: {kind: a, size: 1}      # the kind
   lr: 1                         # per step
   unet: {width: 3}              # wide
+  mapper: {width: 5, blocks: 1} # both
 
 variants:
   full: {}                      # all
@@ -94,6 +95,8 @@ train:
   steps: null                   # new
   codec: {kind: b, weights: "@ROOT@/w"}
   unet: {depth: 2}
+  mapper:
+    width: 6                    # wider
 
 variants:
   full: {}
@@ -107,6 +110,9 @@ train:
   lr: 2                         # per epoch
   steps: null                   # new
   unet: {depth: 2, width: 3}    # wide
+  mapper:
+    width: 6                    # wider
+    blocks: 1
 
 variants:
   full: {}

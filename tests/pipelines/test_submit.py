@@ -132,6 +132,35 @@ def test_a_kept_model_travels_to_the_stages_that_name_it_and_counts_for_their_na
     before = job_name(encode)
     weights.write_bytes(b"others")
     assert job_name(encode) != before
+    for train in (open_fake(project, "train", "full", params=trained_from(name)) for name in ("small", "typo")):
+        named = train.params.train.init
+        if named.endswith("small"):
+            working_dir.refuse_what_cannot_travel(train, LOOPBACK)
+            assert path in working_dir.pack(train).files
+        else:
+            with pytest.raises(StageError, match=f"train.init = {named} does not travel"):
+                working_dir.refuse_what_cannot_travel(train, LOOPBACK)
+
+
+def trained_from(name: str) -> Params:
+    tiny = profile("tiny")
+    return tiny.model_copy(update={"train": tiny.train.model_copy(update={"init": f"models/pretrained/{name}"})})
+
+
+@pytest.mark.parametrize("kind", ["large", "link"])
+def test_a_large_model_and_a_link_do_not_travel(project: Path, tmp_path: Path, kind: str) -> None:
+    weights = project / "models" / "pretrained" / "mine" / "unet.safetensors"
+    weights.parent.mkdir(parents=True)
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(b"secret")
+        weights.symlink_to(tmp_path / "elsewhere")
+    else:
+        with weights.open("wb") as stream:
+            stream.truncate(working_dir.KEPT_MODEL_MAX_BYTES + 1)
+    train = open_fake(project, "train", "full", params=trained_from("mine"))
+    with pytest.raises(StageError, match=r"train\.init = models/pretrained/mine does not travel"):
+        working_dir.refuse_what_cannot_travel(train, LOOPBACK)
+    assert not any(path.startswith("models/") for path in working_dir.pack(train).files)
 
 
 def test_equal_files_make_equal_packages(stage: Stage) -> None:

@@ -88,6 +88,17 @@ def test_an_edit_without_a_scale_has_that_of_the_models_card(folder: Path) -> No
         assert read_recipe(folder / "one.png").guidance_scale == read_recipe(made).guidance_scale == scale
 
 
+def test_a_table_of_models_with_different_scales_asks_for_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "edits.csv").write_text('photo,box,reference\nin/photo.png,"8,5,25,15",in/reference.png\n')
+    shutil.copytree(folder / "models" / "tiny", folder / "models" / "other")
+    card = folder / "models" / "other" / "pbe.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"guidance_scale": 2.5}))
+    table = ["edit", "--table", "edits.csv", "--model", "models/tiny", "--model", "models/other", "--out", "out"]
+    assert main([*table, "--steps", "2"]) != 0
+    assert "scales differ (5 of models/tiny, 2.5 of models/other); name one" in capsys.readouterr().err
+    assert main([*table, "--steps", "2", "--scale", "3"]) == 0
+
+
 def test_pictures_are_found_where_they_were_or_beside_the_recipe(folder: Path) -> None:
     _edit("--mask", "in/mask.png", "--out", "edited.png")
     assert read_recipe(folder / "edited.png").photo.name == "in/photo.png"

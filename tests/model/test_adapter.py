@@ -21,9 +21,10 @@ from pbe.model.adapter import (
     load_adapted,
     load_adapter,
     merge_lora,
+    read_adapter,
     save_adapter,
 )
-from pbe.model.folder import ADAPTER_FILE, STEM
+from pbe.model.folder import ADAPTER_FILE, STEM, ModelError, guidance_scale_of
 from pbe.model.settings import LoraConfig
 from pbe.model.tensors import WeightsError, folder_digest
 from pbe.model.unet import ConditionedUNet
@@ -48,7 +49,7 @@ def merged(tmp_path: Path, base: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     lively(model.network.exemplar, 9)
     unet = f"parts/weights/unet-{folder_digest(base / 'unet', STEM)}"
-    card = replace(model.card, run={"variant": "mine"})
+    card = replace(model.card, run={"variant": "mine"}, guidance_scale=2.5)
     named = Base(name="models/base", unet=unet, image_encoder="parts/weights/image_encoder-0", codec_sha256=None)
     save_adapter(folder / "adapter", model.network, Adapter(named, CFG, card))
     merge_lora(model.network.unet)
@@ -93,6 +94,15 @@ def test_the_editor_asks_for_the_base_and_checks_it(tmp_path: Path, base: Path, 
     with pytest.raises(AdapterError, match="no adapter, so it has no base"):
         Editor.load(merged, base=base, device="cpu")
     assert Editor.load(merged / "adapter", base=base, device="cpu").card.run == {"variant": "mine"}
+
+
+def test_its_card_names_a_guidance_scale_for_whoever_continues_it(base: Path, merged: Path) -> None:
+    assert guidance_scale_of(merged / "adapter") == load_adapted(merged / "adapter", base).card.guidance_scale == 2.5
+    file = merged / "adapter" / ADAPTER_FILE
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"card": said["card"] | {"guidance_scale": "2.5"}}))
+    with pytest.raises(ModelError, match=r"adapter\.json: guidance_scale = '2\.5': must be a finite number"):
+        read_adapter(merged / "adapter")
 
 
 def test_import_merges_it_into_its_base(tmp_path: Path, base: Path, merged: Path) -> None:

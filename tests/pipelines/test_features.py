@@ -141,7 +141,7 @@ def test_stages_without_a_diffusion_network_import_neither_diffusers_nor_transfo
 
 
 def test_what_starts_a_fine_tuning_imports_neither(tmp_path: Path) -> None:
-    """Of a model with a patch codec and EfficientNet; they would cost each of the stages encode and train 8 seconds."""
+    """Of a model with a patch codec and EfficientNet: 8 seconds of `encode`, and of a training that had finished."""
     program = f"""
 import sys
 from types import SimpleNamespace

@@ -114,7 +114,7 @@ def main(stage: Stage) -> None:
     more += [text.path, *cfg.text.captions] if text is not None else []
     more += [adapter.path] if adapter is not None else []
     scale = _guidance_scale_of(cfg.init)
-    more += [scale] if scale is not None else []
+    more += [f"guidance_scale {scale:g}"] if scale is not None else []  # stands in the export
     identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *more])
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)

@@ -33,7 +33,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / (ADAPTER_FILE if is_adapter(folder) else CARD_FILE)
     if not path.is_file():
         return {}
-    said = read_json(path)
+    said: Any = read_json(path)
     if is_adapter(folder):
         said = said.get("card")
         if not isinstance(said, dict):

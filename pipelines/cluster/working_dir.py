@@ -94,9 +94,9 @@ def pack(stage: Stage) -> Package:
     files[SETTINGS] = (stage.root / SETTINGS).read_bytes()
     inputs = {}
     for file in [*_manifests(stage), *_kept_model_files(stage)]:
-        inner = file.relative_to(stage.root).as_posix()
-        files[inner] = file.read_bytes()
-        inputs[inner] = hashlib.sha256(files[inner]).hexdigest()
+        path = file.relative_to(stage.root).as_posix()
+        files[path] = file.read_bytes()
+        inputs[path] = hashlib.sha256(files[path]).hexdigest()
     return Package(files, inputs)
 
 

@@ -133,12 +133,12 @@ def test_a_kept_model_travels_to_the_stages_that_name_it_and_counts_for_their_na
     weights.write_bytes(b"others")
     assert job_name(encode) != before
     for train in (open_fake(project, "train", "full", params=trained_from(name)) for name in ("small", "typo")):
-        named = train.params.train.init
-        if named.endswith("small"):
+        init = train.params.train.init
+        if init.endswith("small"):
             working_dir.refuse_what_cannot_travel(train, LOOPBACK)
             assert path in working_dir.pack(train).files
         else:
-            with pytest.raises(StageError, match=f"train.init = {named} does not travel"):
+            with pytest.raises(StageError, match=f"train.init = {init} does not travel"):
                 working_dir.refuse_what_cannot_travel(train, LOOPBACK)
 
 

@@ -31,12 +31,12 @@ def run_table(args: argparse.Namespace, on_ray: "OnRay | None") -> int:
     from pbe.model.weights import weights_sha256
 
     actors = _actors(args, on_ray)
-    defaults = {model: default_sampling(guidance_scale_of(model_folder(model))) for model in args.model}
-    own = {model: default.guidance_scale for model, default in defaults.items()}
-    if not args.scale and len(set(own.values())) > 1:
-        said = ", ".join(f"{scale:g} of {model}" for model, scale in own.items())
+    defaults = [default_sampling(guidance_scale_of(model_folder(model))) for model in args.model]
+    default = defaults[0]
+    if not args.scale and any(other != default for other in defaults):
+        pairs = zip(args.model, defaults, strict=True)
+        said = ", ".join(f"{sampling.guidance_scale:g} of {model}" for model, sampling in pairs)
         raise ValueError(f"the models' guidance scales differ ({said}); name one, or several, with --scale")
-    default = defaults[args.model[0]]
     scales = args.scale or [default.guidance_scale]
     settings = EditSettings(
         steps=default.steps if args.steps is None else args.steps,

@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def main(stage: Stage) -> None:
                 text.tokens if text else None,
                 adapter.path if adapter else None,
             )
-            judge = score_judge(stage, cfg) if cfg.score_every else None
+            judge = score_judge(stage, cfg) if cfg.score_every and cfg.steps else None
             track.resume_run(tracking_uri(), run_id)
             _train(stage, cfg, encoded, triplets, initial, adapter, text, judge, run, run_id, origin)
         else:
@@ -438,17 +438,7 @@ def _train(
     run_id: str,
     origin: tuple[str, int] | None,
 ) -> None:
-    import ray
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     write_plan(stage.store, stage.title, "run", [run.name], total=cfg.steps)
-    start_ray()
-    refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
-    uri = tracking_uri()
-    # on the driver's own node, which may offer no CPUs: on another it would go with that node, and rank 0 calls it
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     spec = TrainSpec(
         cfg=cfg,
         seed=_seed(stage, cfg),
@@ -469,16 +459,34 @@ def _train(
         text=text.path if text else None,
         adapter=adapter.path if adapter else None,
         base_name=adapter.base_name if adapter else cfg.init,
-        tracking_uri=uri,
+        tracking_uri=tracking_uri(),
         mlflow_run_id=run_id,
-        on_progress=_Put(progress),
         open_judge=judge,
     )
+    if not cfg.steps:
+        from pbe.train.export import export_initial  # imported here: torch and diffusers take seconds
+
+        export_initial(spec)
+        return
+    _train_on_ranks(stage, spec, run)
+
+
+def _train_on_ranks(stage: Stage, spec: TrainSpec, run: Run) -> None:
+    import ray
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    cfg = spec.cfg
+    start_ray()
+    refuse_unmet("train", Demand(cfg.per_worker, "train.per_worker", cfg.workers, "train.workers"))
+    # on the driver's own node, which may offer no CPUs: on another it would go with that node, and rank 0 calls it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     stage.store.delete_file(f"{run.folder}/stopped.json")
     with ExitStack() as stack:
         stack.enter_context(ProgressBar(progress, total=cfg.steps, label=f"train@{stage.variant}"))
-        stack.enter_context(track.system_metrics(uri, run_id))
-        _fit(stage, spec, run)
+        stack.enter_context(track.system_metrics(tracking_uri(), spec.mlflow_run_id))
+        _fit(stage, replace(spec, on_progress=_Put(progress)), run)
         _raise_what_stopped(stage, run)
 
 

@@ -38,7 +38,7 @@ def refuse_what_cannot_train(
         refuse_unfit_parts(stage.store, triplets, TRIPLETS)
         if caption_tokens is not None and "caption" in cfg.text.captions:
             refuse_no_captions(stage, triplets)
-    if initial is not None:
+    if initial is not None and cfg.steps:  # without steps this process loads them, and no worker
         _refuse_unfit_weights(stage, cfg, encoded, initial, caption_tokens, adapter)
 
 

@@ -31,7 +31,7 @@ class TrainSpec:
     origin: tuple[str, int] | None  # run and step of the checkpoint that `train.resume_from` names
     tracking_uri: str | None  # None: no logging
     mlflow_run_id: str
-    on_progress: Callable[[Mapping[str, float]], None] | None  # rank 0 calls it with every point of the loss curve
+    on_progress: Callable[[Mapping[str, float]], None] | None = None  # rank 0 calls it with each point of the curve
     text: str | None = None  # storage path of the text encoder, for train.condition: text
     open_judge: "Callable[[Store, torch.device], Judge] | None" = None  # for train.score_every
     adapter: str | None = None  # storage path of the adapter to go on with, whose base is `initial`

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,12 @@ import torch.distributed as dist
 
 from pbe import track
 from pbe.data.images import encode_png
-from pbe.data.schema import array_value
-from pbe.data.slots import slot_files
 from pbe.diffusion.schedule import alphas_cumprod
 from pbe.errors import UserError
-from pbe.model.adapter import Adapter, Base, load_adapter, merge_lora, save_adapter
-from pbe.model.card import ModelCard
-from pbe.model.exemplar import ExemplarMapper
-from pbe.model.initial import load_stored
 from pbe.model.precision import float32_products
-from pbe.model.unet import ConditionedUNet, new_network, use_float32_group_norm
-from pbe.model.weight_store import (
-    open_backbone,
-    open_codec,
-    open_text_encoder,
-    stored_codec_sha256,
-    stored_folder,
-)
-from pbe.model.weights import ADAPTER_FOLDER, Model, save_model
-from pbe.store import Manifest, Store
+from pbe.model.unet import ConditionedUNet, use_float32_group_norm
+from pbe.model.weight_store import open_codec, open_text_encoder
+from pbe.store import Store
 from pbe.train.checkpoints import RAW, UNLOGGED, CheckpointError, Run, Saver, newest_whole
 from pbe.train.data.batch import Batch
 from pbe.train.data.input import open_input
@@ -55,18 +41,19 @@ from pbe.train.engine import (
     to_universal,
     use_settings,
 )
+from pbe.train.export import export_trained
 from pbe.train.finite import OnHost, count_non_finite
 from pbe.train.loss import Diffusion, row_losses
+from pbe.train.network import freeze, initial_network
 from pbe.train.perceptual import PerceptualLoss
 from pbe.train.ranks import Ranks
 from pbe.train.scoring import Scoring
-from pbe.train.settings import LoraTrainable, TrainConfig
+from pbe.train.settings import TrainConfig
 from pbe.train.spec import TrainSpec
 from pbe.train.timing import StepTimer, peak_memory_gib
-from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16
+from pbe.train.trainable import store_frozen_in_bfloat16
 from pbe.train.validation import Validation
 
-STATISTICS_ROWS = 2048  # references whose statistics standardise the exemplar features
 LAPS = ("data_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s", "validation_s")
 
 
@@ -85,22 +72,11 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
     run = Run(store, spec.run_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl sends objects through the current device
-    torch.manual_seed(spec.seed)  # same initial weights on every rank
-    model = new_network(spec.arch)
     text = open_text_encoder(store, spec.text) if spec.text is not None else None
-    if isinstance(model.exemplar, ExemplarMapper):
-        if model.exemplar.projection is not None:
-            model.exemplar.set_statistics(_reference_features(store, spec.encoded))
-    elif text is not None:
-        model.exemplar.set_empty(text([""]))
-    if spec.initial is not None:
-        load_stored(model, store, spec.initial)
+    model = initial_network(spec, store, text)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     _use_kernels(model, cfg, device)
-    choose_trainable(model, cfg.trainable, seed=spec.seed)
-    if spec.adapter is not None:
-        with stored_folder(store, spec.adapter) as at:
-            load_adapter(model, at)
+    freeze(model, spec, store)
     if cfg.precision == "bf16_autocast":
         store_frozen_in_bfloat16(model)
     codec = open_codec(store, spec.encoded.config["codec"])
@@ -239,47 +215,13 @@ def train_worker(spec: TrainSpec, device: torch.device) -> None:
 
     # finish
     with nullcontext() if ema is None else ema.as_masters():
-        exported = {"": full_parameters(engine)}
+        trained = {"": full_parameters(engine)}
     if cfg.ema_keep_raw:
-        exported[RAW] = full_parameters(engine)
+        trained[RAW] = full_parameters(engine)
     if ranks.rank == 0:
-        cpu = torch.device("cpu")
-        encoder = open_backbone(store, spec.encoded.config["backbone"]) if text is None else text.to(cpu)
-        with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-            for inner, parameters in exported.items():
-                network, folder = _trained_network(spec, store, parameters | buffers), Path(local) / inner
-                card = spec.card if ema is None else _card_of_weights(spec.card, cfg, raw=inner == RAW)
-                if isinstance(cfg.trainable, LoraTrainable):
-                    save_adapter(folder / ADAPTER_FOLDER, network, _adapter(spec, store, cfg.trainable, card))
-                    merge_lora(network.unet)
-                save_model(folder, Model(network, codec.to(cpu), encoder, card))
-            store.copy_tree_in(Path(local), f"{run.folder}/export")
-        run.write_json("history.json", {"history": history})
-        run.write_json(
-            "finished.json",
-            {"steps": cfg.steps, "world": ranks.world, "loss": history[-1]["loss"] if history else None},
-        )
+        tensors = {inner: found | buffers for inner, found in trained.items()}
+        export_trained(spec, store, tensors, codec, text, history=history)
     dist.barrier()
-
-
-def _trained_network(spec: TrainSpec, store: Store, tensors: Mapping[str, torch.Tensor]) -> ConditionedUNet:
-    """A network with these trained parameters and buffers, and what was frozen from its source."""
-    network = new_network(spec.arch)
-    if spec.cfg.trainable != "all":
-        assert spec.initial is not None
-        load_stored(network, store, spec.initial)
-        choose_trainable(network, spec.cfg.trainable, seed=spec.seed)
-    frozen = {name: value for name, value in network.named_parameters() if not value.requires_grad}
-    network.load_state_dict(frozen | dict(tensors))
-    return network
-
-
-def _adapter(spec: TrainSpec, store: Store, trainable: LoraTrainable, card: ModelCard) -> Adapter:
-    assert spec.initial is not None
-    unet, image_encoder = spec.initial
-    assert image_encoder is not None
-    base = Base(spec.base_name, unet, image_encoder, stored_codec_sha256(store, spec.encoded.config["codec"]))
-    return Adapter(base, trainable.lora, card)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
@@ -291,12 +233,6 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.lr * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _card_of_weights(card: ModelCard, cfg: TrainConfig, *, raw: bool) -> ModelCard:
-    """The card with what of two models of one training this is."""
-    said = "of the last step" if raw else f"averaged over steps (EMA, decay {cfg.ema_decay})"
-    return replace(card, run=card.run | {"weights": said})
 
 
 def _use_kernels(model: ConditionedUNet, cfg: TrainConfig, device: torch.device) -> None:
@@ -421,20 +357,6 @@ class _Log:
                 print(f"train: step {int(point['step'])} is not logged to MLflow yet: {error}", flush=True)
         if grid is not None:
             self._run.store.write_bytes(f"{self._run.folder}/{UNLOGGED}/{seen:012d}.png", encode_png(grid))
-
-
-def _reference_features(store: Store, encoded: Manifest) -> torch.Tensor:
-    """(N, width) clean class tokens of the first rows in manifest order, the same on every rank."""
-    rows: list[np.ndarray] = []
-    for files in slot_files(encoded):
-        for file in files:
-            table = store.read_table(file, columns=["exemplar_tokens"])
-            field = table.schema.field("exemplar_tokens")
-            # copies, because a view would keep all tokens of its row
-            rows += [array_value(field, value.as_py())[0, 0].copy() for value in table.column(0)]
-        if len(rows) >= STATISTICS_ROWS:
-            break
-    return torch.from_numpy(np.stack(rows[:STATISTICS_ROWS]))
 
 
 def _mean_over_ranks(loss: float, seconds: dict[str, float], *, steps: int, device: torch.device) -> dict[str, float]:

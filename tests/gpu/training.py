@@ -146,7 +146,7 @@ def measured_on(device: torch.device) -> Iterator[None]:
         engines.append(make_engine(*args, **kwargs))
         return engines[-1]
 
-    with patch.object(worker, "new_network", new), patch.object(worker, "make_engine", make):
+    with patch("pbe.train.network.new_network", new), patch.object(worker, "make_engine", make):
         try:
             yield
         finally:

@@ -252,7 +252,7 @@ def test_params_shows_every_setting_with_its_source_and_what_differs_from_a_prof
         "# (default) AdamW's epsilon. Upstream (torch's default)",
     ]
     assert lines["encode.codec"].startswith("{kind: pretrained, weights: ") and "AutoencoderKL" in lines["encode.codec"]
-    assert lines["variants.before"] == "{train: {steps: 0, workers: 1}} # the model as it comes"
+    assert lines["variants.before"] == "{train: {steps: 0}}         # the model as it comes"
     params_command.main("tiny")
     out = capsys.readouterr().out
     assert "train.steps: 130; tiny: 12\n" in out and "variants.before: {" in out and "train.seed" not in out

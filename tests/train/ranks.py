@@ -207,14 +207,12 @@ def train(spec: TrainSpec) -> None:
 
 
 def train_with_broken_weights(spec: TrainSpec) -> None:
-    from pbe.train import worker
-
     def broken(arch: Architecture) -> ConditionedUNet:
         network = new_network(arch)
         network.unet.conv_out.bias.data[0] = float("inf")
         return network
 
-    with patch.object(worker, "new_network", broken):
+    with patch("pbe.train.network.new_network", broken):
         train(spec)
 
 

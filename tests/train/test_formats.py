@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 from pbe.model.architecture import Architecture
 from pbe.model.unet import ConditionedUNet, new_network
 from pbe.store import Manifest, Store
-from pbe.train import worker
 from pbe.train.engine import deepspeed_config
 from pbe.train.spec import TrainSpec
 from tests.profiles import profile
@@ -140,7 +139,7 @@ def dtypes_seen_as_on_a_gpu(spec: TrainSpec) -> list[torch.dtype]:
     def enabled(*device_type: str) -> bool:
         return asked(*device_type) if device_type else True
 
-    with patch.object(worker, "new_network", watched), patch.object(torch, "is_autocast_enabled", enabled):
+    with patch("pbe.train.network.new_network", watched), patch.object(torch, "is_autocast_enabled", enabled):
         train(spec)
     return seen
 

@@ -16,8 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe import track
@@ -30,7 +28,7 @@ from pbe.model.card import ModelCard
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
 from pbe.train.checkpoints import UNLOGGED, Run
-from pbe.train.settings import LoraTrainable, TrainConfig
+from pbe.train.settings import TrainConfig
 from pbe.train.spec import TrainSpec
 from pipelines.cluster.lease import hold
 from pipelines.runtime.capacity import Demand, ray_resources, refuse_unmet
@@ -44,6 +42,7 @@ from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, load_train_manifest, training_named
 from pipelines.runtime.tracking import after_results
 from pipelines.train_preflight import refuse_what_cannot_train
+from pipelines.train_weights import StartingPoint, score_judge, starting_point
 
 if TYPE_CHECKING:
     import torch
@@ -76,22 +75,6 @@ EXECUTION_ONLY = {
 }
 
 
-@dataclass(frozen=True)
-class StoredText:
-    """A text encoder's path in the storage, and the number of its tokens."""
-
-    path: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter's path in the storage, and the name of the model that it belongs to."""
-
-    path: str
-    base_name: str
-
-
 def main(stage: Stage) -> None:
     assert stage.variant is not None
     track.check(tracking_uri())
@@ -106,16 +89,8 @@ def main(stage: Stage) -> None:
             why = "input = pixels" if cfg.input == "pixels" else "condition = text"
             why = why if learns_triplets else f"score_every = {cfg.score_every}"
             raise StageError(f"train.{why}: {error}; run `dvc repro encode` first") from None
-    initial, adapter = _initial_weights(stage, cfg, encoded)
-    text = _text_encoder(stage, cfg) if cfg.condition == "text" else None
-    # of the weights their content counts, not where they were found
-    settings = cfg.identity(without=EXECUTION_ONLY | {"init", "seed", "text"})
-    more = [triplets.digest] if triplets is not None and learns_triplets else []
-    more += [text.path, *cfg.text.captions] if text is not None else []
-    more += [adapter.path] if adapter is not None else []
-    scale = _guidance_scale_of(cfg.init)
-    more += [f"guidance_scale {scale:g}"] if scale is not None else []  # stands in the export
-    identity = digest(["train", VERSION, _seed(stage, cfg), settings, initial, encoded.digest, *more])
+    start = starting_point(stage, cfg, encoded)
+    identity = training_digest(cfg, _seed(stage, cfg), encoded, triplets if learns_triplets else None, start)
     run = Run(stage.store, f"{stage.variant}-{identity}")
     origin = origin_of(stage, cfg, run)
     began = training_named(stage, cfg.init)  # before training: it may be missing, or change meanwhile
@@ -125,29 +100,32 @@ def main(stage: Stage) -> None:
         run_id = _open_mlflow_run(stage, cfg, encoded, run, identity, origin)
         if run.finished(with_raw=cfg.ema_keep_raw) is None:  # the previous holder may have finished it
             stack.enter_context(_shown_as_failed(run_id))
-            refuse_what_cannot_train(
-                stage,
-                cfg,
-                encoded,
-                triplets,
-                initial,
-                text.tokens if text else None,
-                adapter.path if adapter else None,
-            )
+            refuse_what_cannot_train(stage, cfg, encoded, triplets, start)
             judge = score_judge(stage, cfg) if cfg.score_every and cfg.steps else None
             track.resume_run(tracking_uri(), run_id)
-            _train(stage, cfg, encoded, triplets, initial, adapter, text, judge, run, run_id, origin)
+            _train(stage, cfg, encoded, triplets, start, judge, run, run_id, origin)
         else:
             print(f"train@{stage.variant}: run {run.name} is finished already; exporting it again")
     finished = run.finished(with_raw=cfg.ema_keep_raw)
     if finished is None:
         raise StageError(f"train@{stage.variant}: run {run.name} ended without a result; see the log above")
     history = (run.read_json("history.json") or {"history": []})["history"]
-    named = (*(initial or ()), adapter.path if adapter else None, text.path if text else None)
-    read = [path for path in named if path is not None]
-    _write_outputs(stage, run, run_id, identity, read, origin, began, finished, history)
+    _write_outputs(stage, run, run_id, identity, start.paths, origin, began, finished, history)
     with after_results(stage):
         _log_result(stage, run, run_id, history, origin)
+
+
+def training_digest(
+    cfg: TrainConfig, seed: int, encoded: Manifest, learned_triplets: Manifest | None, start: StartingPoint
+) -> str:
+    """What names a training: all that shapes its export, wherever and on however many workers it runs."""
+    # of the weights their content counts, not where they were found
+    settings = cfg.identity(without=EXECUTION_ONLY | {"init", "seed", "text"})
+    more = [learned_triplets.digest] if learned_triplets is not None else []
+    more += [start.text.path, *cfg.text.captions] if start.text is not None else []
+    more += [start.adapter.path] if start.adapter is not None else []
+    more += [f"guidance_scale {start.guidance_scale:g}"] if start.guidance_scale is not None else []
+    return digest(["train", VERSION, seed, settings, start.initial, encoded.digest, *more])
 
 
 def fetch_export(stage: Stage) -> None:
@@ -270,169 +248,12 @@ def _shown_as_failed(run_id: str) -> Iterator[None]:
         raise
 
 
-def _initial_weights(
-    stage: Stage, cfg: TrainConfig, encoded: Manifest
-) -> tuple[tuple[str, str | None] | None, StoredAdapter | None]:
-    """Storage paths of the UNet and of the image encoder that training starts from, None for random weights, and the
-    adapter of them that it starts from, if `train.init` is one."""
-    if cfg.init == "random":
-        return None, None
-    from pbe.model.folder import CODEC_FILE, STEM, STEMS, is_adapter
-    from pbe.model.hub import STABLE_DIFFUSION, weights_folder
-    from pbe.model.tensors import read_json
-    from pbe.model.weight_store import store_weights
-
-    name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
-    folder = weights_folder(name, parts=["unet", "image_encoder"])
-    if is_adapter(folder):
-        return adapter_weights(stage, cfg, encoded, folder)
-    codec = encoded.config["codec"]
-    if (folder / CODEC_FILE).is_file() and (folder / CODEC_FILE).read_bytes() != stage.store.read_bytes(codec["path"]):
-        raise StageError(
-            f"train.init = {cfg.init}: its codec is not the one that encoded these rows; set "
-            f"encode.codec: {{kind: pretrained, weights: {cfg.init}}}"
-        )
-    unet = store_weights(stage.store, folder / "unet", "unet", STEM)
-    has_encoder = (folder / "image_encoder").is_dir()
-    if cfg.condition == "text" and has_encoder:
-        raise StageError(
-            f"train.init = {cfg.init}: a Paint by Example model, whose UNet reads exemplars; train.condition = text "
-            "starts from Stable Diffusion (sd) or random"
-        )
-    if cfg.trainable != "all" and not has_encoder:
-        raise StageError(
-            f"train.init = {cfg.init}: not a Paint by Example model: the UNet's new input channels start at zero, and "
-            f"train.trainable = {_what_trains(cfg)} would leave them there; set train.trainable: all"
-        )
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if has_encoder and scheduler.is_file():
-        refuse_other_objective(cfg, read_json(scheduler))
-    encoder = store_weights(stage.store, folder / "image_encoder", "image_encoder", *STEMS) if has_encoder else None
-    mapper = f", {encoder}" if encoder else "; the mapper is random" if cfg.condition == "exemplar" else ""
-    print(f"train@{stage.variant}: starts from {name}: {unet}{mapper}")
-    return (unet, encoder), None
-
-
-def refuse_other_objective(cfg: TrainConfig, scheduler: Mapping[str, Any]) -> None:
-    """Raise StageError where weights that stay as they are would be used as if they predicted something else.
-
-    scheduler: the config of the model that `train.init` names. A whole network may be trained to another objective.
-    """
-    if cfg.steps and cfg.trainable == "all":
-        return
-    from pbe.diffusion.schedule import objective_of
-
-    objective, beta_schedule = objective_of(scheduler), scheduler.get("beta_schedule", cfg.beta_schedule)
-    if (objective, beta_schedule) != (cfg.objective, cfg.beta_schedule):
-        raise StageError(
-            f"train.init = {cfg.init}: it predicts {objective} under the noise schedule {beta_schedule}; set "
-            f"train.objective: {objective} and train.beta_schedule: {beta_schedule}"
-        )
-
-
-def adapter_weights(
-    stage: Stage, cfg: TrainConfig, encoded: Manifest, folder: Path
-) -> tuple[tuple[str, str | None], StoredAdapter]:
-    """`_initial_weights` for the folder of an adapter, whose base is in the storage or where its name says.
-
-    Raises StageError, AdapterError, WeightsError.
-    """
-    from pbe.model.adapter import describe, read_adapter
-    from pbe.model.folder import STEM, STEMS
-    from pbe.model.hub import weights_folder
-    from pbe.model.weight_store import store_adapter, store_weights, stored_codec_sha256
-
-    adapter = read_adapter(folder)
-    if not isinstance(cfg.trainable, LoraTrainable) or cfg.trainable.lora != adapter.lora:
-        raise StageError(
-            f"train.init = {cfg.init}: an adapter; to train it further, set train.trainable: {describe(adapter.lora)}, "
-            "or name the merged model, whose folder contains the adapter"
-        )
-    refuse_other_objective(cfg, adapter.card.scheduler)
-    base = adapter.base
-    if base.codec_sha256 != stored_codec_sha256(stage.store, encoded.config["codec"]):
-        raise StageError(
-            f"train.init = {cfg.init}: its codec is not the one that encoded these rows; set "
-            f"encode.codec: {{kind: pretrained, weights: {base.name}}}"
-        )
-    if not all(stage.store.exists(f"{path}/record.json") for path in (base.unet, base.image_encoder)):
-        source = weights_folder(base.name, parts=["unet", "image_encoder"])
-        unet = store_weights(stage.store, source / "unet", "unet", STEM)
-        encoder = store_weights(stage.store, source / "image_encoder", "image_encoder", *STEMS)
-        if (unet, encoder) != (base.unet, base.image_encoder):
-            raise StageError(
-                f"train.init = {cfg.init}: an adapter of {base.name}, whose weights have changed since; put them back, "
-                "or train a new adapter"
-            )
-    stored = StoredAdapter(store_adapter(stage.store, folder), base.name)
-    print(f"train@{stage.variant}: starts from {stored.path}, an adapter of {base.name}: {base.unet}")
-    return (base.unet, base.image_encoder), stored
-
-
-def _what_trains(cfg: TrainConfig) -> str:
-    return cfg.trainable if isinstance(cfg.trainable, str) else "lora"
-
-
-def _text_encoder(stage: Stage, cfg: TrainConfig) -> StoredText:
-    """Copy the text encoder to the storage, which then has what the workers and the export read."""
-    from pbe.model.hub import weights_folder
-    from pbe.model.text import PARTS, load_text_encoder
-    from pbe.model.weight_store import store_text_encoder
-
-    backbone, name, key = stage.params.encode.backbone, cfg.text.encoder, "train.text.encoder"
-    if name is None and backbone.kind == "clip":
-        name, key = backbone.weights, "encode.backbone.weights"
-    if name is None:
-        raise StageError(
-            f"train@{stage.variant}: train.condition = text needs a text encoder, and encode.backbone is no CLIP; name "
-            "a CLIP or a sentence encoder in train.text.encoder"
-        )
-    try:
-        encoder = load_text_encoder(weights_folder(name, parts=[*PARTS, ""]))
-    except UserError as error:
-        raise StageError(f"train@{stage.variant}: {key} = {name}: {error}") from None
-    if encoder.width != cfg.unet.context_width:
-        raise StageError(
-            f"train@{stage.variant}: {key} = {name}: its tokens have width {encoder.width}; set "
-            f"train.unet.context_width ({cfg.unet.context_width}) to that, or name another text encoder"
-        )
-    path = store_text_encoder(stage.store, encoder)
-    print(f"train@{stage.variant}: text encoder {name}: {path}, {encoder.token_count} tokens of {encoder.width}")
-    return StoredText(path, encoder.token_count)
-
-
-def score_judge(stage: Stage, cfg: TrainConfig) -> "Callable[[Store, torch.device], Judge]":
-    """Copy the weights of `train.score_extractor` to the storage, and return how workers open them.
-
-    They are loaded once here, because workers would fail later, on every rank at once. Raises StageError.
-    """
-    from pbe.evaluate.features.weights import store_extractor
-    from pbe.evaluate.judge import CPU, open_judge
-    from pbe.evaluate.settings import ClipExtractorConfig, EfficientNetExtractorConfig
-    from pbe.model.hub import weights_folder
-
-    named, key = cfg.score_extractor, "train.score_extractor"
-    try:
-        if named.kind == "clip":
-            key = f"{key}.weights = {named.weights}"
-            weights_folder(named.weights, parts=[""])
-            entry = store_extractor(stage.store, ClipExtractorConfig(kind="clip", weights=named.weights, mixture=None))
-        else:
-            entry = store_extractor(stage.store, EfficientNetExtractorConfig(kind=named.kind))
-        open_judge(entry, stage.store, CPU)
-    except UserError as error:
-        raise StageError(f"train@{stage.variant}: {key}: {error}") from None
-    return partial(open_judge, entry)
-
-
 def _train(
     stage: Stage,
     cfg: TrainConfig,
     encoded: Manifest,
     triplets: Manifest | None,
-    initial: tuple[str, str | None] | None,
-    adapter: StoredAdapter | None,
-    text: StoredText | None,
+    start: StartingPoint,
     judge: "Callable[[Store, torch.device], Judge] | None",
     run: Run,
     run_id: str,
@@ -450,15 +271,15 @@ def _train(
             cfg.exemplar,
             image_px=stage.params.materialize.image_px,
             encoded=encoded.config,
-            caption_tokens=text.tokens if text else None,
+            caption_tokens=start.text.tokens if start.text else None,
         ),
-        initial=initial,
-        card=_model_card(stage, cfg, encoded, run),
+        initial=start.initial,
+        card=_model_card(stage, cfg, encoded, start, run),
         run_name=run.name,
         origin=origin,
-        text=text.path if text else None,
-        adapter=adapter.path if adapter else None,
-        base_name=adapter.base_name if adapter else cfg.init,
+        text=start.text.path if start.text else None,
+        adapter=start.adapter.path if start.adapter else None,
+        base_name=start.adapter.base_name if start.adapter else cfg.init,
         tracking_uri=tracking_uri(),
         mlflow_run_id=run_id,
         open_judge=judge,
@@ -604,7 +425,7 @@ class ProgressBar:
             self._bar.update(step - self._bar.n)
 
 
-def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> ModelCard:
+def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, start: StartingPoint, run: Run) -> ModelCard:
     materialize = stage.params.materialize
     return ModelCard(
         image_px=materialize.image_px,
@@ -614,19 +435,8 @@ def _model_card(stage: Stage, cfg: TrainConfig, encoded: Manifest, run: Run) -> 
         scheduler=scheduler_config(cfg.beta_schedule, cfg.objective),
         run={"variant": stage.variant, "name": run.name, "steps": cfg.steps, "dataset_digest": encoded.digest},
         condition=cfg.condition,
-        guidance_scale=_guidance_scale_of(cfg.init),
+        guidance_scale=start.guidance_scale,
     )
-
-
-def _guidance_scale_of(init: str) -> float | None:
-    """That of the model that `train.init` names, if its card names one."""
-    if init == "random":
-        return None
-    from pbe.model.folder import guidance_scale_of
-    from pbe.model.hub import STABLE_DIFFUSION, weights_folder
-
-    name = STABLE_DIFFUSION if init == "sd" else init
-    return guidance_scale_of(weights_folder(name, parts=["unet", "image_encoder"]))
 
 
 def _write_outputs(

@@ -14,6 +14,7 @@ from pbe.store import File, Manifest, Store
 from pbe.train.settings import TrainConfig
 from pipelines.runtime.cures import made_again
 from pipelines.runtime.stage import Stage, StageError
+from pipelines.train_weights import StartingPoint
 
 FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
 
@@ -23,11 +24,9 @@ def refuse_what_cannot_train(
     cfg: TrainConfig,
     encoded: Manifest,
     triplets: Manifest | None,
-    initial: tuple[str, str | None] | None,
-    caption_tokens: int | None,
-    adapter: str | None,
+    start: StartingPoint,
 ) -> None:
-    """caption_tokens: of `architecture_of`. adapter: of TrainSpec. Raises StageError, StoreError, WeightsError."""
+    """Raises StageError, StoreError, WeightsError."""
     refuse_too_few_rows(encoded, cfg.batch)
     _refuse_empty_streams(encoded, cfg.streams)
     _refuse_odd_latents(stage, cfg, encoded)
@@ -36,21 +35,16 @@ def refuse_what_cannot_train(
     refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
     if triplets is not None:
         refuse_unfit_parts(stage.store, triplets, TRIPLETS)
-        if caption_tokens is not None and "caption" in cfg.text.captions:
+        if start.text is not None and "caption" in cfg.text.captions:
             refuse_no_captions(stage, triplets)
-    if initial is not None and cfg.steps:  # without steps this process loads them, and no worker
-        _refuse_unfit_weights(stage, cfg, encoded, initial, caption_tokens, adapter)
+    if cfg.steps:  # without steps this process loads them, and no worker
+        _refuse_unfit_weights(stage, cfg, encoded, start)
 
 
-def _refuse_unfit_weights(
-    stage: Stage,
-    cfg: TrainConfig,
-    encoded: Manifest,
-    initial: tuple[str, str | None],
-    caption_tokens: int | None,
-    adapter: str | None,
-) -> None:
+def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, start: StartingPoint) -> None:
     """Check the weights on a network without memory, before workers start. Raises AdapterError, WeightsError."""
+    if start.initial is None:
+        return
     import torch
 
     from pbe.model.adapter import load_adapter
@@ -66,13 +60,13 @@ def _refuse_unfit_weights(
                 cfg.exemplar,
                 image_px=stage.params.materialize.image_px,
                 encoded=encoded.config,
-                caption_tokens=caption_tokens,
+                caption_tokens=start.text.tokens if start.text else None,
             )
         )
-    load_stored(network, stage.store, initial)
+    load_stored(network, stage.store, start.initial)
     choose_trainable(network, cfg.trainable, seed=0)
-    if adapter is not None:
-        with stored_folder(stage.store, adapter) as folder:
+    if start.adapter is not None:
+        with stored_folder(stage.store, start.adapter.path) as folder:
             load_adapter(network, folder)
 
 

@@ -28,7 +28,7 @@ from pipelines.encode import _backbone_entry, _codec_entry
 from pipelines.features import _extractions_of_real_images, _mixtures
 from pipelines.ingest import _selection, open_source, write_index
 from pipelines.runtime.stage import Stage
-from pipelines.train import _initial_weights, _text_encoder, score_judge
+from pipelines.train_weights import initial_weights, score_judge, text_encoder
 from tests.profiles import profile
 
 # settings of any text that name nothing on this disk
@@ -151,10 +151,10 @@ READERS: dict[str, Callable[[str], object]] = {
     "encode.backbone.weights": lambda name: _backbone_entry(
         _stage({"backbone": {"kind": "clip", "weights": name, "tokens": "class"}}, "encode")
     ),
-    "train.init": lambda name: _initial_weights(
+    "train.init": lambda name: initial_weights(
         stage := _stage({"init": name}, "train"), stage.params.train, NO_MANIFEST
     ),
-    "train.text.encoder": lambda name: _text_encoder(
+    "train.text.encoder": lambda name: text_encoder(
         stage := _stage({"text": {"encoder": name}}, "train"), stage.params.train
     ),
     "train.score_extractor.weights": lambda name: score_judge(

@@ -6,6 +6,7 @@ import random
 import sys
 import tarfile
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -384,3 +385,14 @@ def test_loading_names_what_is_missing_unexpected_and_misshapen() -> None:
     with pytest.raises(WeightsError, match=r"^here: .* missing 1 such as bias; unexpected 1 such as more; .* weight$"):
         load_strictly(module, {"weight": torch.zeros(3, 2), "more": torch.zeros(1)}, "here")
     assert module.weight.sum() == 6  # nothing was loaded in part
+
+
+def test_a_network_without_memory_is_only_compared() -> None:
+    """torch would warn of every tensor, which filled the log of each fine-tuning."""
+    with torch.device("meta"):
+        module = nn.Linear(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_strictly(module, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "here")
+    with pytest.raises(WeightsError, match="missing 1 such as bias"):
+        load_strictly(module, {"weight": torch.ones(2, 3)}, "here")

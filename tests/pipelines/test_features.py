@@ -148,15 +148,16 @@ from types import SimpleNamespace
 from pbe.config import load_params
 from pbe.places import repo_root
 from pbe.store import Store
-from pipelines import encode, train
+from pipelines import encode
 from pipelines.runtime.stage import Stage
+from pipelines.train_weights import starting_point
 
 stage = Stage("train", "full", load_params(), Store({str(tmp_path)!r}), repo_root())
 cfg = stage.params.train_variant("full")
 assert cfg.init == "models/pretrained/small"
 codec, _ = encode._codec_entry(stage, None), encode._backbone_entry(stage)
-train._initial_weights(stage, cfg, SimpleNamespace(config={{"codec": codec}}))
-assert train._guidance_scale_of(cfg.init) == 3
+start = starting_point(stage, cfg, SimpleNamespace(config={{"codec": codec}}))
+assert start.guidance_scale == 3
 print({{"diffusers", "transformers"}} & sys.modules.keys())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -9,7 +9,8 @@ import torch
 from pbe.store import Store
 from pbe.train.settings import TrainConfig
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train import EXECUTION_ONLY, score_judge
+from pipelines.train import EXECUTION_ONLY
+from pipelines.train_weights import score_judge
 from tests.profiles import profile
 from tests.tiny_weights import write_clip, write_clip_extractor
 

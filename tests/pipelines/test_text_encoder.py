@@ -10,7 +10,7 @@ from pbe.model.weight_store import open_text_encoder
 from pbe.store import Store
 from pipelines.commands.profile import full_text
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train import StoredText, _initial_weights, _text_encoder
+from pipelines.train_weights import StoredText, initial_weights, text_encoder
 from tests.profiles import FOLDER, profile
 from tests.tiny_weights import CAPTION_TOKENS, CONTEXT_WIDTH, write_clip, write_paint_by_example
 
@@ -26,7 +26,7 @@ def stage(tmp_path: Path) -> Stage:
 def _found(stage: Stage, **changes: Any) -> StoredText:
     cfg = stage.params.train_variant("text")
     text = cfg.text.model_copy(update=changes)
-    return _text_encoder(stage, cfg.model_copy(update={"text": text}))
+    return text_encoder(stage, cfg.model_copy(update={"text": text}))
 
 
 def test_by_default_it_is_the_backbones_and_its_content_names_it(stage: Stage, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_backbone_that_is_no_clip_needs_one_named(stage: Stage) -> None:
     with pytest.raises(
         StageError, match=r"train@text: .*encode\.backbone is no CLIP; name a CLIP .*train\.text\.encoder"
     ):
-        _text_encoder(offline, cfg)
+        text_encoder(offline, cfg)
 
 
 def test_a_folder_without_text_and_another_width_name_their_key(stage: Stage, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_folder_without_text_and_another_width_name_their_key(stage: Stage, tm
     cfg = stage.params.train_variant("text")
     wide = cfg.model_copy(update={"unet": cfg.unet.model_copy(update={"context_width": 32})})
     with pytest.raises(StageError, match=r"tokens have width 24; set train\.unet\.context_width \(32\) to that"):
-        _text_encoder(stage, wide)
+        text_encoder(stage, wide)
 
 
 def test_a_model_of_exemplars_is_no_beginning(stage: Stage, tmp_path: Path) -> None:
@@ -65,4 +65,4 @@ def test_a_model_of_exemplars_is_no_beginning(stage: Stage, tmp_path: Path) -> N
     cfg = stage.params.train_variant("text").model_copy(update={"init": str(tmp_path / "exemplars")})
     encoded = make_manifest("encode", config={"codec": {"kind": "kl", "path": ""}}, version=1, units=[])
     with pytest.raises(StageError, match="starts from Stable Diffusion"):
-        _initial_weights(stage, cfg, encoded)
+        initial_weights(stage, cfg, encoded)

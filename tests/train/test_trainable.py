@@ -27,7 +27,7 @@ from pbe.train.settings import TrainConfig
 from pbe.train.spec import TrainSpec
 from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train import adapter_weights, refuse_other_objective
+from pipelines.train_weights import adapter_weights, refuse_other_objective
 from tests.profiles import profile
 from tests.train.golden import LORA, PART_STEPS, PARTS, part_curve, part_spec, store_base, verdict
 from tests.train.ranks import (

@@ -19,7 +19,7 @@ FITS  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 .PHONY: help env repro test test-8bit test-all drill bench gpu profile ablation speedrun ui clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## make only the environment
 

@@ -5,6 +5,7 @@ value that was given and what is allowed.
 """
 
 import copy
+import os
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -26,7 +27,7 @@ from pbe.evaluate.settings import (
 )
 from pbe.model.settings import EncodeConfig
 from pbe.places import repo_root
-from pbe.settings import Seed, Settings
+from pbe.settings import Seed, Settings, paths_in
 from pbe.study.settings import StudyConfig
 from pbe.train.settings import TrainConfig
 
@@ -160,6 +161,7 @@ def parse_params(text: str, file: str) -> Params:
         except ValidationError as error:
             raise ParamsError("\n".join(_lines(error, file, TrainConfig, f"variants.{name}.train."))) from None
         _check_variant(params, name, cfg, file)
+        _refuse_own_output(params, name, cfg, file)
         if cfg.condition == "text" and name in (first, params.sweep.variant):
             role = "the first, which all others are compared with" if name == first else "sweep.variant"
             raise ParamsError(
@@ -190,6 +192,17 @@ def _check_variant(params: Params, name: str, cfg: TrainConfig, file: str) -> No
             f"{file}: variants.{name}: latents of {latent_px} px (materialize.image_px / encode.codec.patch_px) cannot "
             f"be halved {halvings} times, as the {halvings + 1} levels of train.unet.block_channels require"
         )
+
+
+def _refuse_own_output(params: Params, name: str, cfg: TrainConfig, file: str) -> None:
+    """DVC deletes models/<variant> before it trains the variant, which would then find no weights there."""
+    output = repo_root() / "models" / name
+    for key, value in [("train.init", cfg.init), *paths_in(params.encode, "encode.")]:
+        if Path(os.path.normpath(repo_root() / value)).is_relative_to(output):
+            raise ParamsError(
+                f"{file}: {key} = {value}: training the variant '{name}' replaces models/{name}; rename the variant, "
+                "or move the model"
+            )
 
 
 def _lines(error: ValidationError, file: str, model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -203,6 +203,18 @@ def test_a_wrong_value_is_one_line_with_file_key_value_and_what_is_allowed(
             "params.yaml: train: trainable lora freezes the rest of the UNet, and init random would freeze noise",
         ),
         (
+            {"train.init": "models/full"},
+            "params.yaml: train.init = models/full: training the variant 'full' replaces models/full; rename the",
+        ),
+        (
+            {"variants.other": {"train": {"init": "./models/other/adapter/"}}},
+            "params.yaml: train.init = ./models/other/adapter/: training the variant 'other' replaces models/other",
+        ),
+        (
+            {"encode.codec": {"kind": "pretrained", "weights": "models/full"}},
+            "params.yaml: encode.codec.weights = models/full: training the variant 'full' replaces models/full",
+        ),
+        (
             {"variants.pretrained": {}},
             "params.yaml: params: 'pretrained' is a reserved name (models/pretrained is in git)",
         ),

@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None, *, on_ray: "OnRay | None" = None) -> int
     show.add_argument("--out", type=Path, required=True, help="PNG to write")
     show.set_defaults(run=_show)
     doctor = commands.add_parser("doctor", help="check this machine and the settings before a run")
-    doctor.add_argument("--gpu", action="store_true", help="also check nccl, bf16, sdpa; train briefly on all GPUs")
+    doctor.add_argument(
+        "--gpu", action="store_true", help="also check nccl, bf16, sdpa, and which profiles fit; train on all GPUs"
+    )
     doctor.add_argument("--ranks", type=at_least(1, int), help="also train briefly with this many ranks (CPU: gloo)")
     doctor.set_defaults(run=_doctor)
     collect = commands.add_parser(

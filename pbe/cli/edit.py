@@ -17,7 +17,7 @@ IN_ROWS = {"photo", "mask", "box", "reference", "caption", "reference_box", "rec
 
 
 def add_edit_parser(commands: Any) -> None:
-    edit = commands.add_parser("edit", help="fill a hole in a photo after a reference image or a caption")
+    edit = commands.add_parser("edit", help="fill a hole in a photo from a reference image or a caption")
     edit.add_argument("photo", type=Path, nargs="?")
     hole = edit.add_mutually_exclusive_group()
     hole.add_argument("--mask", type=Path, help="image of the photo's size, white where the edit goes")
@@ -51,7 +51,7 @@ def add_edit_parser(commands: Any) -> None:
     edit.add_argument(
         "--scale", type=float, action="append", help="guidance scale, 1 = none; default: the model's, or 5"
     )
-    edit.add_argument("--steps", type=int, default=None, help="sampling steps")
+    edit.add_argument("--steps", type=int, default=None, help="sampling steps; default: 50")
     edit.add_argument("--sampler", choices=["pndm", "ddim", "dpm++", "unipc"], help="default: the model's own")
     edit.add_argument(
         "--dtype",

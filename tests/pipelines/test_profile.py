@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 
 from infra.memory import PAPER, architecture
-from pbe.config import load_params
+from pbe.config import load_params, parse_params
 from pbe.data.index import Selection, Selector
 from pbe.data.schema import SPLITS
 from pbe.errors import ParamsError
@@ -183,6 +184,16 @@ def test_the_papers_profiles_have_upstreams_values(name: str) -> None:
     assert params.train.accumulation_steps * params.train.workers * params.train.micro_batch == params.train.batch
     epochs = params.train.steps * params.train.batch / 1_743_042
     assert 39.99 < epochs <= 40
+
+
+def test_the_rows_of_table_3_that_openimages_has_as_a_comment_are_valid() -> None:
+    text = (FOLDER / "openimages.yaml").read_text()
+    rows = "".join(f"{line[2:]}\n" for line in text.splitlines() if line.startswith("#   "))
+    raw = profile("openimages").model_dump(mode="json")
+    raw["variants"] |= yaml.safe_load(rows)
+    params = parse_params(yaml.safe_dump(raw, sort_keys=False), "params.yaml")
+    assert list(params.variants) == ["full", "bottleneck", "augmentation", "prior", "baseline"]
+    assert [params.train_variant(name).init for name in params.variants] == ["sd"] * 4 + ["random"]
 
 
 def test_the_papers_profiles_build_the_papers_network() -> None:

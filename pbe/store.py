@@ -260,12 +260,13 @@ class Store:
             self.copy_file_in(file, f"{relative}/{file.relative_to(source).as_posix()}")
 
     def copy_file_in(self, source: Path, relative: str) -> None:
-        """Upload one file, atomically, without reading it into memory."""
-        if not source.stat().st_size:
-            self.write_bytes(relative, b"")
-            return
-        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.write_bytes(relative, memoryview(data))
+        """Upload one file, atomically, without reading it into memory. Raises StoreError if that fails."""
+        data: bytes | mmap.mmap = b""  # which nothing could be mapped to
+        if source.stat().st_size:
+            with source.open("rb") as stream:
+                # never closed: the frames of a write that failed hold it, and the error of closing would hide theirs
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.write_bytes(relative, memoryview(data))
 
     def move_file_in(self, source: Path, relative: str) -> None:
         """Move one local file into the storage, without copying if both are on one disk."""
@@ -366,7 +367,9 @@ class Store:
                 del table, data  # before the next are made
             if writing is not None:
                 writing.result()
-        return self._write_record(stage, Record(unit, tuple(files), dict(counts), tuple(after)))
+        record = Record(unit, tuple(files), dict(counts), tuple(after))
+        self.write_bytes(f"parts/{stage}/{unit}/record.json", _json_bytes(asdict(record)))
+        return record
 
     def write_unit_by_content(self, stage: str, label: str, tables: Mapping[str, pa.Table]) -> Record:
         """Write a unit named by the digest of its rows, unless the storage has it already.
@@ -374,18 +377,7 @@ class Store:
         A digest of its files' bytes would change with pyarrow, whose version they contain, and rename all later parts.
         """
         unit = f"{label}-{digest([[dataset, _content_sha256(table)] for dataset, table in tables.items()])}"
-        found = self.find_unit(stage, unit)
-        if found is not None:
-            return found
-        data = {dataset: _parquet_bytes(table, rows_per_group=128) for dataset, table in tables.items()}
-        files = [_file_of(stage, unit, dataset, tables[dataset], value) for dataset, value in data.items()]
-        for file, value in zip(files, data.values(), strict=True):
-            self.write_bytes(file.path, value)
-        return self._write_record(stage, Record(unit, tuple(files), counts={}))
-
-    def _write_record(self, stage: str, record: Record) -> Record:
-        self.write_bytes(f"parts/{stage}/{record.unit}/record.json", _json_bytes(asdict(record)))
-        return record
+        return self.find_unit(stage, unit) or self.write_unit(stage, unit, tables, counts={})
 
     def read_table(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one file of a unit. Raises PartError if it is missing or damaged.

@@ -60,6 +60,8 @@ MENDED = {  # counts of boxes that were changed, in words
 }
 # a photo without a usable box, a box without a usable photo: what happened to the other is the cause
 CONSEQUENCES = ("image_without_box", "box_image_rejected")
+# what a file is by itself, and stays; any other reason also follows from boxes, or from other files of its id
+OWN_REASONS = ("image_unreadable", "image_too_large", "image_unpublished")
 
 
 def main(stage: Stage) -> None:
@@ -192,7 +194,7 @@ def _takes_all(source: Source, cfg: IngestConfig) -> bool:
 def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_masks: bool) -> Iterator[pa.Table]:
     """All boxes of all box files, in order; with_masks: with what is known of their masks."""
     # OpenImages' CSVs name their masks, which write_index joins shard by shard
-    pictures = mask_files(tree) if with_masks and not segmentation_files(tree) else MaskFiles()
+    pictures = mask_files(tree, findings) if with_masks and not segmentation_files(tree) else MaskFiles()
     for file in box_files(tree, findings, required=not pictures):
         tables: Iterable[pa.Table] = (
             with_optional(table, ANNOTATIONS)
@@ -339,7 +341,7 @@ def _reader(store: Store, source: Source, cfg: IngestConfig, unit: Unit) -> Call
         for row in store.read_table(before.file("rejects")).to_pylist():
             if row["reason"] in TRANSIENT_REASONS:
                 failed.add(row["key"])
-            else:
+            elif row["reason"] in OWN_REASONS:
                 gone[row["key"]] = (row["reason"], row["detail"])
     return read
 

@@ -155,6 +155,14 @@ def test_a_file_that_cannot_be_written_leaves_no_record(store: Store, name: str)
     assert not store.exists("parts/a/u/record.json")
 
 
+def test_a_file_that_cannot_be_copied_in_says_why(store: Store, tmp_path: Path) -> None:
+    """The failed write still holds the mapped file; closing it raised BufferError instead."""
+    (tmp_path / "weights").write_bytes(b"x")
+    Path(store.path("runs/weights")).mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"runs/weights: cannot be written: Is a directory; finished parts"):
+        store.copy_file_in(tmp_path / "weights", "runs/weights")
+
+
 def test_bytes_are_on_the_disk_before_they_get_their_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     replace, fsync = os.replace, os.fsync

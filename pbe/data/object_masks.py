@@ -7,7 +7,7 @@ the object is stored, as COCO's compressed run lengths (pycocotools): a few hund
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from pbe.data import images
 from pbe.data.boxes import Box
 from pbe.data.boxfiles.coordinates import PIXEL_SLACK
 from pbe.data.frames import Frame, NotOnPhotoError, is_turned, turned_array, turned_points
+from pbe.data.settings import MAX_IMAGE_PIXELS
 from pbe.errors import one_line
 
 Size = tuple[float, float]  # width, height
@@ -50,7 +51,7 @@ def read_mask(said: str, *, stated: Size | None, frame: Frame, read: Callable[[s
         shape = json.loads(said)
         if isinstance(shape, list):
             mask = _of_polygons(shape, stated or (frame.width_px, frame.height_px), frame)
-        elif "file" in shape:
+        elif isinstance(shape, dict) and "file" in shape:
             mask = _on_photo(_of_picture(shape["file"], read, frame), frame)
         else:
             mask = _on_photo(_of_runs(shape, frame), frame)
@@ -188,25 +189,33 @@ def _points(ring: Any) -> np.ndarray:
     return flat.reshape(-1, 2)
 
 
-def _of_runs(shape: Mapping[str, Any], frame: Frame) -> np.ndarray:
+def _of_runs(shape: Any, frame: Frame) -> np.ndarray:
     try:
         lengths, (height_px, width_px) = run_lengths(shape)
     except ValueError as error:
         raise MaskRejected("mask_unreadable", str(error)) from None
-    is_turned((width_px, height_px), frame, "its size is")  # before it takes memory
+    is_turned((width_px, height_px), frame, "its size is")
+    if width_px * height_px > MAX_IMAGE_PIXELS:  # before it takes memory
+        said = f"its size is {width_px} x {height_px} px, more than {MAX_IMAGE_PIXELS} pixels"
+        raise MaskRejected("mask_unreadable", said)
     values = (np.arange(len(lengths)) % 2).astype(np.uint8)
     return np.repeat(values, lengths).reshape(width_px, height_px).T
 
 
-def run_lengths(shape: Mapping[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Lengths of the runs of 0 and 1 in turn, column by column, and (height, width). Raises ValueError."""
-    counts, size = shape.get("counts"), shape.get("size")
+def run_lengths(shape: Any) -> tuple[np.ndarray, tuple[int, int]]:
+    """Lengths of the runs of 0 and 1 in turn, column by column, and (height, width). Raises ValueError.
+
+    shape: {"counts": ..., "size": [height, width]}, or whatever else a file has in its place.
+    """
     try:
-        height_px, width_px = (int(side) for side in size or ())
+        counts = shape["counts"]
+        height_px, width_px = (int(side) for side in shape["size"])
         lengths = np.array(_decoded(counts) if isinstance(counts, str) else counts, np.int64)
-        if lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != height_px * width_px or height_px < 1:
+        # Python's sum: numpy's, of huge counts, overflows to a small number that fits
+        adds_up = lengths.ndim == 1 and (lengths >= 0).all() and sum(lengths.tolist()) == height_px * width_px < 2**63
+        if not adds_up or height_px < 1:
             raise ValueError
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         shown = one_line(ascii(shape), 80)
         raise ValueError(f"segmentation {shown} is no run-length encoded mask: its counts do not add up") from None
     return lengths, (height_px, width_px)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pbe.data.annotations import split_of
 from pbe.data.boxfiles.coordinates import ALLOWED, inside
-from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, UnreadableRow, read_dialect, read_rows
+from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, read_dialect, read_rows
 from pbe.data.boxfiles.photo_names import clean_ids
 from pbe.data.download import PhotoError
 from pbe.data.files import FileTree, SourceError
@@ -130,12 +130,12 @@ class PairsSource:
     def _of_csv(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         dialect = read_dialect(self.tables, name, COLUMNS)
         self._require(name, dialect.header)
-        columns, unreadable = [column for column in COLUMNS if column in dialect.header], list[UnreadableRow]()
-        for rows in read_rows(self.tables, name, dialect, columns, unreadable, block_bytes=BLOCK_BYTES):
+        columns = [column for column in COLUMNS if column in dialect.header]
+        for rows in read_rows(self.tables, name, dialect, columns, block_bytes=BLOCK_BYTES):
             for line, cells in zip(rows.lines.tolist(), rows.cells.to_pylist(), strict=True):
                 yield line, self._row({key: value or None for key, value in cells.items()})
-        for row in unreadable:
-            yield row.line, {"image_id": "", "problem": row.detail, **dict.fromkeys(PICTURES)}
+            for row in rows.unreadable:
+                yield row.line, {"image_id": "", "problem": row.detail, **dict.fromkeys(PICTURES)}
 
     def _of_parquet(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:

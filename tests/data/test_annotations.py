@@ -212,6 +212,18 @@ def test_line_numbers_hold_across_blocks_with_odd_lines_between(
         assert (row["reason"] is None) == bool(number % 7)
 
 
+@pytest.mark.parametrize("line", ["b,too,few", 'b,"Cat, big",0.1,0.5,0.2,0.6'])
+def test_odd_lines_do_not_wait_in_memory_for_the_end_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """Decimal commas between commas, or captions with a comma, may be in every line of millions."""
+    monkeypatch.setattr("pbe.data.annotations.BLOCK_BYTES", 400)
+    (tmp_path / "train.csv").write_text("\n".join([HEADER, *[line] * 400]))
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    rows = [table.num_rows for table in read_annotations(tree, box_files(tree)[0])]
+    assert sum(rows) == 400 and max(rows) <= 400 // len(line) + 2
+
+
 def test_class_names_with_and_without_header_and_only_they_are_no_box_files(tmp_path: Path) -> None:
     (tmp_path / "class-descriptions-boxable.csv").write_text('/m/1,Cat\n/m/2,"Bat, flying"\n')
     (tmp_path / "oidv7-class-descriptions-boxable.csv").write_text("LabelName,DisplayName\n/m/3,Dog\n")
@@ -315,10 +327,12 @@ def test_a_stray_quote_costs_no_other_row(tmp_path: Path, bad: str, image_ids: l
 
 
 def test_a_comma_inside_quotes_is_part_of_its_cell(tmp_path: Path) -> None:
-    lines = [HEADER, GOOD, 'b,"Cat, domestic",0.1,0.5,0.2,0.6', 'c,"Cat ""big""",0.1,0.5,0.2,0.6', "d,x,0,1,0.1"]
-    rows = {row["line"]: row for row in _read(tmp_path, "\n".join(lines) + "\n")}
-    assert [rows[line]["reason"] for line in (2, 3, 4, 5)] == [None, None, None, "box_unparsable"]
-    assert (rows[3]["image_id"], rows[3]["label"], rows[3]["xmax"]) == ("b", "Cat, domestic", 0.5)
+    cells = ('"Cat, domestic"', '"Cat ""big"""', '"Cat, ""big"""', '6""')
+    lines = [HEADER, GOOD, *(f"b,{cell},0.1,0.5,0.2,0.6" for cell in cells), "d,x,0,1,0.1"]
+    *rows, wrong = _read(tmp_path, "\n".join(lines) + "\n")
+    labels = ["/m/1", "Cat, domestic", 'Cat "big"', 'Cat, "big"', '6""']
+    assert [(row["label"], row["xmax"], row["reason"]) for row in rows] == [(label, 0.5, None) for label in labels]
+    assert wrong["reason"] == "box_unparsable"
 
 
 def test_an_endless_cell_of_an_odd_row_costs_no_other_row(tmp_path: Path) -> None:
@@ -421,6 +435,13 @@ def test_one_bad_byte_costs_its_own_row_and_none_in_a_column_that_is_not_read(tm
     ]  # fmt: skip
     assert "byte 0xe9 is not UTF-8; save the file as UTF-8" in rows[1]["detail"]
     assert "6 cells where the header has 7" in rows[4]["detail"]
+
+
+def test_a_zero_byte_costs_its_own_row_and_makes_no_utf16_of_the_file(tmp_path: Path) -> None:
+    rows = _read(tmp_path, f"{HEADER}\nb\0,/m/1,0.1,0.5,0.2,0.6\n{GOOD}\n")
+    assert [(row["line"], row["reason"]) for row in rows] == [(2, "box_image_id_invalid"), (3, None)]
+    (tmp_path / "class-descriptions.csv").write_bytes(b"/m/1,Cat\n/m/2,D\0og\n")
+    assert class_names(FileTree(str(tmp_path), "ingest.boxes"))["/m/1"] == "Cat"
 
 
 def test_half_a_character_of_utf16_costs_its_own_row(tmp_path: Path) -> None:
@@ -611,6 +632,14 @@ def test_a_coco_annotation_may_have_a_caption(tmp_path: Path, said: Any, read: s
     assert (row.get("caption"), row["reason"]) == (read, None)
 
 
+def test_a_coco_segmentation_opens_no_file(tmp_path: Path) -> None:
+    entry = _coco()["annotations"][0] | {"segmentation": {"file": "/etc/logo.png"}}
+    (tmp_path / "instances.json").write_text(json.dumps(_coco(annotations=[entry])))
+    tree = FileTree(str(tmp_path), "ingest.boxes")
+    (table,) = read_annotations(tree, box_files(tree)[0], with_masks=True)
+    assert table.column("mask").to_pylist() == ["{}"]  # which says that it is no mask
+
+
 NAMELESS = {"id": 8, "file_name": None}
 NAN = {"id": 8, "file_name": math.nan, "name": math.nan}
 
@@ -645,13 +674,14 @@ def test_odd_coco_entries_of_images_and_categories_cost_only_their_own_boxes(tmp
     )
 
 
-def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_coco_text_that_is_no_unicode_costs_only_its_own_boxes(tmp_path: Path, mark: bytes) -> None:
     coco = _coco()
     (image,), (entry,) = coco["images"], coco["annotations"]
     coco["images"] = [image, {"id": 10, "file_name": "XX.jpg", "width": 200, "height": 100}]
     coco["categories"] += [{"id": 52, "name": "\ud800"}]
     coco["annotations"] = [entry, entry | {"id": 8, "category_id": 52}, entry | {"id": 9, "image_id": 10}]
-    rows = _read(tmp_path, json.dumps(coco).encode().replace(b"XX", b"\xe9"), "instances.json")
+    rows = _read(tmp_path, mark + json.dumps(coco).encode().replace(b"XX", b"\xe9"), "instances.json")
     assert [row["reason"] for row in rows] == [None, "box_unparsable", "box_image_id_invalid"]
     (row,) = _read(tmp_path, json.dumps(_coco()).replace("bowl", "bo\nwl"), "instances.json")
     assert (row["label"], row["reason"]) == ("bo\nwl", None)

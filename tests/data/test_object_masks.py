@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from pbe.data import images
 from pbe.data.boxes import Box
+from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.mask_files import mask_files
 from pbe.data.files import FileTree, SourceError
 from pbe.data.frames import Frame
@@ -122,6 +123,10 @@ def test_a_polygon_is_drawn_at_the_photos_size_and_turned_with_it() -> None:
         ([["a", "b"]], b"", "mask_unreadable", "is no polygon"),
         ({"size": [HEIGHT, WIDTH], "counts": [3, 4]}, b"", "mask_unreadable", "do not add up"),
         ({"size": [HEIGHT, WIDTH], "counts": "~~~"}, b"", "mask_unreadable", "do not add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**63 - 1, 2**63 - 1, 962]}, b"", "mask_unreadable", "do not add up"),
+        ({"size": [HEIGHT * 10**6, WIDTH * 10**6], "counts": [960 * 10**12]}, b"", "mask_unreadable", "more than"),
+        ("a polygon", b"", "mask_unreadable", "no run-length encoded mask"),
+        (7, b"", "mask_unreadable", "no run-length encoded mask"),
         ({"size": [10**6, 10**6], "counts": [10**12]}, b"", "mask_size_mismatch", "its size is 1e+06"),
         ({"size": [HEIGHT, HEIGHT], "counts": [HEIGHT**2]}, b"", "mask_size_mismatch", "the photo has 40 x 24"),
         ({"file": "m.png"}, b"", "mask_unreadable", "m.png: cannot be read (No such file"),
@@ -229,11 +234,14 @@ def test_without_any_mask_the_tables_have_no_column_for_it() -> None:
 
 
 def test_pictures_are_found_by_photo_and_number_and_what_is_left_says_so(tmp_path: Path) -> None:
-    for name in ("a_1.png", "a_7.png", "dog/b_2_0.png", "c.png"):
+    for name in ("a_1.png", "a_7.png", "dog/b_2_0.png", "c.png", "a_2.jpg", f"d_{10**20}.png"):
         path = tmp_path / "masks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_png(OBJECT * 255))
-    found = mask_files(FileTree(str(tmp_path), "ingest.boxes"))
+    findings = Findings()
+    found = mask_files(FileTree(str(tmp_path), "ingest.boxes"), findings)
+    others = f"masks/a_2.jpg, masks/c.png, masks/d_{10**20}.png"
+    assert findings.remarks == [f"{others}: passed over, a mask is called ID_N.png"]
     boxes = with_optional(table_from_rows([_box(None), _box(None), _box(None, image_id="z")], ANNOTATIONS), ANNOTATIONS)
     masks = found.added_to(boxes).column("mask").to_pylist()
     assert masks[0] is masks[2] is None and json.loads(masks[1])["file"] == "masks/a_1.png"
@@ -252,7 +260,7 @@ def test_two_folders_may_count_a_photos_masks_from_0_unless_boxes_are_meant(tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(_png(OBJECT * 255))
     tree = FileTree(str(tmp_path), "ingest.boxes")
-    assert [row["label"] for row in mask_files(tree).left(0).to_pylist()] == ["cat", "dog"]
+    assert [row["label"] for row in mask_files(tree, Findings()).left(0).to_pylist()] == ["cat", "dog"]
     boxes = with_optional(table_from_rows([_box(None)], ANNOTATIONS), ANNOTATIONS)
     with pytest.raises(SourceError, match=r"masks/cat/a_0\.png and masks/dog/a_0\.png are both mask 0 of a; number"):
-        mask_files(tree).added_to(boxes)
+        mask_files(tree, Findings()).added_to(boxes)

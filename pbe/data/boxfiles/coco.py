@@ -107,7 +107,7 @@ def _load(tree: FileTree, name: str, *keys: str) -> dict[str, Any]:
         try:
             coco = json.loads(data, strict=False)  # a line end within a name costs nothing
         except UnicodeDecodeError:
-            coco = json.loads(data.decode(errors="surrogateescape"), strict=False)
+            coco = json.loads(data.decode("utf-8-sig", errors="surrogateescape"), strict=False)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not a JSON file: {one_line(error)}") from None
     if not isinstance(coco, dict):
@@ -228,7 +228,7 @@ def _row(
     try:
         label = _label(entry.get("category_id"), classes)
         crowd = entry.get("iscrowd") not in (None, 0, "", "0", False)
-        mask = json.dumps(entry["segmentation"]) if with_masks and entry.get("segmentation") else None
+        mask = _mask(entry.get("segmentation")) if with_masks else None
         ends_px, caption = _ends_px(entry), _caption(entry.get("caption"))
         return _Row(number, photo.image_id, label, int(crowd), photo.size, ends_px, mask, caption)
     except _EntryError as error:
@@ -247,6 +247,13 @@ def _label(category_id: object, classes: _ById) -> str:
     if not _is_text(text):
         raise _EntryError(f"the name of category {key[1]} is not in UTF-8: {_shown(text)}")
     return text
+
+
+def _mask(shape: object) -> str | None:
+    """JSON of a segmentation. Only our own rows name a "file": one of a COCO JSON may lie anywhere on this machine."""
+    if isinstance(shape, dict):
+        return json.dumps({key: value for key, value in shape.items() if key != "file"}) if shape else None
+    return json.dumps(shape) if shape else None
 
 
 def _caption(said: object) -> str | None:

@@ -24,6 +24,7 @@ SAMPLE_BYTES = 1 << 16  # of the beginning, which decides
 ROW_BYTES_MAX = 16 << 20
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SHOWN = 120  # characters of an unreadable row in its detail
+_QUOTED = r'^\s*"(.*)"\s*$'  # a cell
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is the beginning of it
@@ -82,10 +83,11 @@ class UnreadableRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a file that follow one another. cells: text by column. lines: (N,) int64, the first line is 1."""
+    """Rows of one block of a file. cells: text by column. lines: (N,) int64, the first line is 1."""
 
     cells: pa.RecordBatch
     lines: np.ndarray
+    unreadable: Sequence[UnreadableRow]
 
 
 def read_dialect(tree: FileTree, name: str, wanted: Collection[str]) -> Dialect:
@@ -117,14 +119,14 @@ def read_dialect(tree: FileTree, name: str, wanted: Collection[str]) -> Dialect:
 
 def _encoding_of(first: bytes) -> tuple[str, int]:
     """Encoding of a file that begins like this, and the number of bytes of its mark. Without one, UTF-16 has a zero in
-    every other byte of its Latin letters."""
+    every other byte of its Latin letters, of which a header and ids consist; fewer zeros are damage in a row."""
     for mark, encoding in _BOMS:
         if first.startswith(mark):
             return encoding, len(mark)
     beginning = first[:200]
-    if b"\0" not in beginning:
-        return "utf-8", 0
-    return "utf-16-le" if beginning[1::2].count(0) > beginning[::2].count(0) else "utf-16-be", 0
+    zeros = {"utf-16-le": beginning[1::2].count(0), "utf-16-be": beginning[::2].count(0)}
+    likeliest = max(zeros, key=lambda encoding: zeros[encoding])
+    return likeliest if 8 * zeros[likeliest] > len(beginning) else "utf-8", 0  # in a quarter of the letters
 
 
 def _no_header(first: bytes, where: str) -> SourceError:
@@ -163,24 +165,23 @@ def read_rows(
     name: str,
     dialect: Dialect,
     columns: Sequence[str],
-    unreadable: list[UnreadableRow],
     *,
     block_bytes: int,
 ) -> Iterator[Rows]:
     """Yield the named columns as text, block by block, without rows in which they all are empty.
 
     A row ends at every line end, so that a stray quote spoils only its own row; quotes around a cell are removed. Rows
-    with delimiters inside quotes, or with empty cells after the last, come at the end. Rows of another width, and those
-    with a byte in these columns that is no text, go to `unreadable`.
+    with delimiters inside quotes, or with empty cells after the last, come at the end of their block. Rows of another
+    width, and those with a byte in these columns that is no text, are `unreadable`.
     """
     places = [dialect.header.index(column) for column in columns]
-    mended: list[tuple[int, tuple[str, ...]]] = []
     line = dialect.first_row
     for block in _blocks(tree, name, dialect, places, block_bytes):
         cells, irregular = _split(block.data, dialect, places, columns)
         count = cells.num_rows + len(irregular)
         lines = line + np.delete(np.arange(count), [row.number - 1 for row in irregular])
-        unreadable += [replace(row, line=line + row.line) for row in block.unreadable]
+        unreadable = [replace(row, line=line + row.line) for row in block.unreadable]
+        mended: list[tuple[int, tuple[str, ...]]] = []
         for row in irregular:
             at, split = line + row.number - 1, _cells(row.text, dialect)
             if len(split) == len(dialect.header):
@@ -193,11 +194,13 @@ def read_rows(
             blank &= np.asarray(pc.equal(column, ""))
         if blank.any():
             cells, lines = cells.filter(pa.array(~blank)), lines[~blank]
-        yield Rows(_without_quotes(cells), lines)
+        cells = _without_quotes(cells)
+        if mended:
+            arrays = [pa.array([split[place] for _, split in mended], pa.string()) for place in places]
+            cells = pa.concat_batches([cells, pa.record_batch(arrays, schema=cells.schema)])
+            lines = np.append(lines, [at for at, _ in mended])
+        yield Rows(cells, lines, unreadable)
         line += count
-    if mended:
-        arrays = [pa.array([split[place] for _, split in mended], pa.string()) for place in places]
-        yield Rows(pa.record_batch(arrays, names=list(columns)), np.array([at for at, _ in mended]))
 
 
 def _split(
@@ -238,12 +241,14 @@ def _cells(text: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _without_quotes(batch: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [
-        pc.replace_substring_regex(column, pattern=r'^\s*"(.*)"\s*$', replacement=r"\1")
-        if pc.any(pc.match_substring(column, '"')).as_py()
-        else column
-        for column in batch.columns
-    ]
+    """Cells without the quotes around them, within which "" is a quote, as in the irregular rows."""
+    columns = []
+    for column in batch.columns:
+        if pc.any(pc.match_substring(column, '"')).as_py():
+            within = pc.replace_substring_regex(column, pattern=_QUOTED, replacement=r"\1")
+            within = pc.replace_substring(within, '""', '"')
+            column = pc.if_else(pc.match_substring_regex(column, _QUOTED), within, column)
+        columns.append(column)
     return pa.record_batch(columns, names=batch.schema.names)
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.openimages_masks import places_of_boxes
-from pbe.data.files import FileInfo, FileTree, SourceError, is_hidden
+from pbe.data.files import FileInfo, FileTree, SourceError, is_hidden, named
 from pbe.data.schema import ANNOTATIONS, FLAGS, table_from_rows, with_optional
 
 FOLDER = "masks/"
 WITHOUT_LABEL = "object"
-_NAME = re.compile(r"(?P<photo>.+)_(?P<number>[0-9]+)\.png", re.IGNORECASE)
+_NAME = re.compile(r"(?P<photo>.+)_(?P<number>[0-9]{1,9})\.png", re.IGNORECASE)
 
 
 @dataclass
@@ -126,17 +127,23 @@ def _reject(image_id: str, mask: Mapping[str, object], reason: str, detail: str)
     return row | dict.fromkeys(FLAGS, -1) | {"reason": reason, "detail": detail}
 
 
-def mask_files(tree: FileTree) -> MaskFiles:
+def mask_files(tree: FileTree, findings: Findings) -> MaskFiles:
     """The pictures in the folder `masks` of ingest.boxes and below it; none if that is a file. Raises SourceError.
 
-    Without box files every picture is an object, so two folders may count a photo's from 0 each.
+    Without box files every picture is an object, so two folders may count a photo's from 0 each. Files with other names
+    are noted in `findings`: nothing else would tell that a cup.png is no mask of the photo cup.
     """
-    found = MaskFiles()
+    found, others = MaskFiles(), list[str]()
     for file in tree.walk() if tree.is_folder else ():
-        match = _NAME.fullmatch(file.name.rpartition("/")[2])
-        if file.name.startswith(FOLDER) and match and not is_hidden(file.name):
+        if not file.name.startswith(FOLDER) or is_hidden(file.name):
+            continue
+        if match := _NAME.fullmatch(file.name.rpartition("/")[2]):
             numbered = found.files[match["photo"]]
             numbered.setdefault(int(match["number"]), []).append(_by_content(tree, file))
+        else:
+            others.append(file.name)
+    if others:
+        findings.remarks.append(f"{named(others)}: passed over, a mask is called ID_N.png")
     return found
 
 

@@ -57,12 +57,11 @@ def csv_tables(
     if dialect.remark:
         findings.remarks.append(f"{name}: read with {dialect.remark}")
     optional = [column for column in _MAY_LACK if column in dialect.header]
-    unreadable: list[UnreadableRow] = []
-    for rows in read_rows(tree, name, dialect, [*BOX_COLUMNS, *optional], unreadable, block_bytes=block_bytes):
+    for rows in read_rows(tree, name, dialect, [*BOX_COLUMNS, *optional], block_bytes=block_bytes):
         if rows.cells.num_rows:
             yield _typed(rows, name, split, photos, findings)
-    if unreadable:
-        yield _unreadable_rows(unreadable, name, split, dialect)
+        if rows.unreadable:
+            yield _unreadable_rows(rows.unreadable, name, split, dialect)
 
 
 def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Findings) -> pa.Table:
@@ -82,12 +81,10 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
         if wrong is not None:
             problem(wrong, "box_unparsable", pc.binary_join_element_wise(theirs, text, "is not a number", " "))
     for ours, theirs in FLAG_COLUMNS.items():
-        if theirs not in cells.schema.names:
-            columns[ours] = pa.array(np.full(count, -1, np.int8))
-            continue
-        columns[ours], wrong_flag = _flags(pc.utf8_trim_whitespace(cells.column(theirs)))
-        said = pc.binary_join_element_wise(theirs, cells.column(theirs), "is not 1, 0 or -1", " ")
-        problem(wrong_flag, "box_unparsable", said)
+        if theirs in cells.schema.names:
+            columns[ours], wrong_flag = _flags(pc.utf8_trim_whitespace(cells.column(theirs)))
+            said = pc.binary_join_element_wise(theirs, cells.column(theirs), "is not 1, 0 or -1", " ")
+            problem(wrong_flag, "box_unparsable", said)
     label = pc.utf8_trim_whitespace(cells.column("LabelName"))
     problem(pc.equal(label, ""), "box_unparsable", "LabelName is empty")
     image_id = photos.ids(cells.column("ImageID"))
@@ -107,23 +104,22 @@ def _typed(rows: Rows, file: str, split: int, photos: PhotoNames, findings: Find
         problem(pc.is_valid(unusable), "box_unparsable", unusable)
 
     reason, detail = first_problem(problems, count)
-    return _annotations(
-        image_id=image_id,
-        file=pa.repeat(file, count),
-        line=pa.array(rows.lines),
-        split=pa.array(np.full(count, split, np.int8)),
-        listed_split=pa.array(np.full(count, split, np.int8)),
-        label=label,
-        label_name=label,
-        **columns,
-        reason=reason,
-        detail=detail,
-    )
+    columns |= {"image_id": image_id, "line": pa.array(rows.lines), "label": label, "reason": reason, "detail": detail}
+    return _annotations(columns, file, split)
 
 
-def _annotations(**columns: pa.Array) -> pa.Table:
+def _annotations(columns: dict[str, pa.Array], file: str, split: int) -> pa.Table:
+    """ANNOTATIONS of a file; flags that it does not state are unknown."""
+    count = len(columns["image_id"])
+    constant = {"file": pa.repeat(file, count)} | dict.fromkeys(FLAG_COLUMNS, _repeat_int8(-1, count))
+    constant |= dict.fromkeys(("split", "listed_split"), _repeat_int8(split, count))
+    columns = constant | columns | {"label_name": columns["label"]}
     schema = pa.schema([field for field in ANNOTATIONS if field.name in columns])
     return with_optional(pa.table([columns[field.name] for field in schema], schema=schema), ANNOTATIONS)
+
+
+def _repeat_int8(value: int, count: int) -> pa.Array:
+    return pa.repeat(pa.scalar(value, pa.int8()), count)
 
 
 def numbers(text: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
@@ -206,19 +202,11 @@ def first_problem(problems: Sequence[tuple[np.ndarray, str, pa.Array]], count: i
 def _unreadable_rows(unreadable: Sequence[UnreadableRow], file: str, split: int, dialect: Dialect) -> pa.Table:
     """Rejected lines with too many or too few cells: decimal commas between commas, a truncated file, a comment."""
     place, count = dialect.header.index("ImageID"), len(unreadable)
-    ids = pa.array([row.cell(place) for row in unreadable], pa.string())
-    flag = pa.array(np.full(count, -1, np.int8))
-    nothing = pa.nulls(count, pa.float64())
-    return _annotations(
-        image_id=clean_ids(ids),
-        file=pa.repeat(file, count),
-        line=pa.array([row.line for row in unreadable], pa.int64()),
-        split=pa.array(np.full(count, split, np.int8)),
-        listed_split=pa.array(np.full(count, split, np.int8)),
-        label=pa.repeat("", count),
-        label_name=pa.repeat("", count),
-        **dict.fromkeys(COORDINATES, nothing),
-        **dict.fromkeys(FLAG_COLUMNS, flag),
-        reason=pa.repeat("box_unparsable", count),
-        detail=pa.array([row.detail for row in unreadable]),
-    )
+    columns = {
+        "image_id": clean_ids(pa.array([row.cell(place) for row in unreadable], pa.string())),
+        "line": pa.array([row.line for row in unreadable], pa.int64()),
+        "label": pa.repeat("", count),
+        "reason": pa.repeat("box_unparsable", count),
+        "detail": pa.array([row.detail for row in unreadable]),
+    }
+    return _annotations(columns | dict.fromkeys(COORDINATES, pa.nulls(count, pa.float64())), file, split)

@@ -47,15 +47,11 @@ def mask_rows(tree: FileTree, name: str, *, block_bytes: int = BLOCK_BYTES) -> I
         raise SourceError(
             f"{tree.path_of(name)}: not an OpenImages segmentation CSV, its header lacks {', '.join(missing)}"
         )
-    unreadable: list[UnreadableRow] = []
-    for rows in read_rows(tree, name, dialect, MASK_COLUMNS, unreadable, block_bytes=block_bytes):
+    for rows in read_rows(tree, name, dialect, MASK_COLUMNS, block_bytes=block_bytes):
         if rows.cells.num_rows:
             yield _typed(rows)
-        if unreadable:  # each block's at once: a file of nothing else must not fill the memory
-            yield _unsplit(unreadable, dialect)
-            unreadable.clear()
-    if unreadable:
-        yield _unsplit(unreadable, dialect)
+        if rows.unreadable:
+            yield _unsplit(rows.unreadable, dialect)
 
 
 def places_of_boxes(masks: pa.Table, boxes: pa.Table) -> list[int | None]:

@@ -32,11 +32,13 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from infra.scaling import PARAMETERS, Parser, profile, table  # noqa: E402
 from pbe.model.architecture import Architecture, architecture_of  # noqa: E402
+from pbe.model.codec import PatchCodec  # noqa: E402
 from pbe.model.settings import ExemplarConfig, UNetConfig  # noqa: E402
 from pbe.model.unet import checkpoint_levels, new_network  # noqa: E402
 from pbe.train.engine import GPU_BUCKET  # noqa: E402
+from pbe.train.perceptual import PerceptualLoss  # noqa: E402
 from pbe.train.settings import Trainable, TrainConfig  # noqa: E402
-from pbe.train.trainable import choose_trainable, store_frozen_in_bfloat16  # noqa: E402
+from pbe.train.trainable import choose_trainable, parameter_counts, store_frozen_in_bfloat16  # noqa: E402
 
 GIB = 2**30
 PRECISIONS = ("fp32", "bf16_autocast", "bf16")
@@ -123,10 +125,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 def live_bytes_of_a_step(
-    arch: Architecture, *, batch: int, precision: str, checkpointed_levels: int, trainable: Trainable = "all"
+    arch: Architecture,
+    *,
+    batch: int,
+    precision: str,
+    checkpointed_levels: int,
+    trainable: Trainable = "all",
+    perceptual_patch_px: int | None = None,
 ) -> int:
-    """Peak bytes of activations in one forward and backward pass."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    """Peak bytes of activations in one forward and backward pass. perceptual_patch_px: also those of the perceptual
+    loss, through a codec with patches of this side."""
+    dtype = torch.bfloat16 if precision in ("bf16", "bf16_pure") else torch.float32
     torch.set_default_dtype(dtype)
     try:
         with unset_fake_temporarily(), torch.device("meta"):  # peft cannot add layers to fake tensors
@@ -136,6 +145,8 @@ def live_bytes_of_a_step(
                 store_frozen_in_bfloat16(model)
     finally:
         torch.set_default_dtype(torch.float32)
+    with unset_fake_temporarily():  # it reads its weights
+        perceptual = None if perceptual_patch_px is None else _perceptual_loss(arch, perceptual_patch_px)
     model.to_empty(device="cpu")
     if checkpointed_levels:
         checkpoint_levels(model.unet, checkpointed_levels)
@@ -150,17 +161,19 @@ def live_bytes_of_a_step(
                 exemplar_tokens=torch.zeros(batch, 1, arch.backbone_width, dtype=dtype),
                 drop_condition=torch.zeros(batch, dtype=torch.bool),
             )
-        prediction.float().pow(2).mean().backward()
+        loss = prediction.float().pow(2).mean()
+        if perceptual is not None:
+            loss = loss + perceptual(prediction.float(), latent.float()).mean()
+        loss.backward()
     return live.peak
 
 
-def parameter_counts(arch: Architecture, trainable: Trainable) -> tuple[int, int]:
-    """The number of all parameters, with those that LoRA adds, and of those that have gradients and moments."""
-    with torch.device("meta"):
-        model = new_network(arch)
-    choose_trainable(model, trainable, seed=0)
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+def _perceptual_loss(arch: Architecture, patch_px: int) -> PerceptualLoss:
+    """That of training, whose memory does not depend on the codec's values."""
+    values = 3 * patch_px**2
+    basis = torch.zeros(arch.latent_channels, values)
+    codec = PatchCodec(torch.zeros(values), basis, torch.ones(()), torch.eye(patch_px))
+    return PerceptualLoss(codec, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -176,14 +189,24 @@ class Activations:
 
 @cache
 def activations_of(
-    arch: Architecture, precision: str, *, checkpointed_levels: int, trainable: Trainable = "all"
+    arch: Architecture,
+    precision: str,
+    *,
+    checkpointed_levels: int,
+    trainable: Trainable = "all",
+    perceptual_patch_px: int | None = None,
 ) -> Activations:
     """1 and 8 rows are counted, other numbers lie on their line: between them that is an upper bound, because a peak is
     the largest of amounts that each grow in proportion to the rows."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         one, eight = (
             live_bytes_of_a_step(
-                arch, batch=rows, precision=precision, checkpointed_levels=checkpointed_levels, trainable=trainable
+                arch,
+                batch=rows,
+                precision=precision,
+                checkpointed_levels=checkpointed_levels,
+                trainable=trainable,
+                perceptual_patch_px=perceptual_patch_px,
             )
             for rows in (1, 8)
         )
@@ -225,6 +248,9 @@ def states(
     weights = width * trained + FROZEN_BYTES[precision] * (count - trained)
     share = trained / ranks
     average, both_moments = 4 if ema else 0, MOMENT_BYTES[optimizer]
+    master = 4
+    if precision == "bf16_pure":  # masters and moments as narrow as the weights; the settings refuse other moments
+        master, both_moments = width, 2 * width
     if stage == 0:
         # fp32: plain AdamW. bf16: float32 masters and, in the step, float32 gradients. Buckets come after backward
         masters = 4 * trained if width == 2 else 0
@@ -235,8 +261,9 @@ def states(
             buckets=0,
             step=width * trained + max(masters, width * min(trained, ALLREDUCE_BUCKET)),
         )
-    moments = (4 + both_moments + average) * share  # a float32 master and two moments, even for float32 weights
-    flat = width * share + (4 * share if width == 2 else 0)  # the step flattens gradients and converts to float32
+    moments = (master + both_moments + average) * share  # a master and two moments, even for float32 weights
+    # the step flattens gradients and converts them to the masters' format
+    flat = width * share + (master * share if master != width else 0)
     # contiguous_gradients: a second copy of this rank's part. overlap_comm: two buckets; off on a single rank
     buckets = (2 if ranks > 1 else 1) * width * bucket
     live = width * min(count, MAX_LIVE)  # stage 3 keeps so many gathered
@@ -250,6 +277,8 @@ def states(
         return States(weights, width * trained if stage == 1 else 0, 0, buckets, 0, on_cpu)
     if stage == 1:
         return States(weights, width * (trained + share), moments, buckets, width * share + flat)
+    if stage == 2 and precision == "bf16":  # gradients are summed in one flat float32 partition, which the step takes
+        return States(weights, 4 * share, moments, buckets, 4 * share)
     if stage == 2:
         return States(weights, width * share, moments, buckets, width * share + flat)
     return States(weights / ranks + live, width * share, moments, width * bucket, flat)
@@ -305,10 +334,15 @@ def states_of(cfg: TrainConfig, arch: Architecture = PAPER) -> States:
     )
 
 
-def peak_of(cfg: TrainConfig, arch: Architecture = PAPER) -> float:
-    """Peak bytes of a GPU's memory while training under `cfg`."""
-    levels = cfg.kernels.checkpointed_levels
-    activations = activations_of(arch, cfg.precision, checkpointed_levels=levels, trainable=cfg.trainable)
+def peak_of(cfg: TrainConfig, arch: Architecture = PAPER, *, patch_px: int = 8) -> float:
+    """Peak bytes of a GPU's memory while training under `cfg`, through a codec with patches of this side."""
+    activations = activations_of(
+        arch,
+        cfg.precision,
+        checkpointed_levels=cfg.kernels.checkpointed_levels,
+        trainable=cfg.trainable,
+        perceptual_patch_px=patch_px if cfg.perceptual_weight else None,
+    )
     return states_of(cfg, arch).peak(activations.of(cfg.micro_batch))
 
 

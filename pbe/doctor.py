@@ -65,9 +65,7 @@ def examine(root: Path, *, gpu: bool, ranks: int | None) -> Iterator[Finding]:
     yield from _limits()
     params = None
     try:
-        params = load_params(root / "params.yaml")
-        for variant in params.variants:
-            params.train_variant(variant)
+        params = load_params(root / "params.yaml")  # and its variants
         yield Finding("ok", "params.yaml", f"variants {', '.join(params.variants)}")
     except UserError as error:
         yield Finding("fail", "params.yaml", one_line(error), "Checks that need it are skipped")
@@ -226,12 +224,12 @@ def _processors(params: Params) -> Iterator[Finding]:
 
 def wanted_cpus(params: Params) -> dict[str, float]:
     """Minimum of Ray CPUs that each stage holds at once (train: the variant that asks for most)."""
-    trains = [params.train_variant(name) for name in params.variants]
+    trains = [train for train in map(params.train_variant, params.variants) if train.steps]  # else without Ray
     return {
         "ingest": params.ingest.per_shard.cpus,
         "materialize": params.materialize.per_shard.cpus,
         "encode": params.encode.actors * params.encode.per_actor.cpus,
-        "train": max(train.workers * train.per_worker.cpus for train in trains),
+        "train": max((train.workers * train.per_worker.cpus for train in trains), default=0),
         "bench": params.bench.actors * params.bench.per_actor.cpus,
         "edit": params.edit.actors * params.edit.per_actor.cpus,
         "evaluate": params.evaluate.actors * params.evaluate.per_actor.cpus,
@@ -273,46 +271,56 @@ def _cluster(address: str) -> Iterator[Finding]:
 
 
 def _disk(root: Path, params: Params) -> Iterator[Finding]:
-    needs_gib = _checkpoint_gib(root, params)
+    needs = gib_of_trainings(root, params)
     for name, folder in (("storage", storage_uri()), ("temporary folder", tempfile.gettempdir())):
         if folder.startswith("s3://"):
             continue
         there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
         free_gib = shutil.disk_usage(there).free / 2**30
-        if needs_gib is None:
+        if needs is None:
             yield Finding("ok", f"disk of the {name}", f"{free_gib:.1f} GiB free")
             continue
-        copies = params.train.keep_checkpoints + 1 if name == "storage" else 1
-        wanted = copies * needs_gib
-        found = f"{free_gib:.1f} GiB free, {copies} checkpoints of one variant take {wanted:.1f}"
-        advice = "free some space, or set PBE_STORAGE or TMPDIR to a larger disk"
+        wanted = needs[name]
+        what = "checkpoints and models of all variants" if name == "storage" else "one checkpoint or model"
+        found = f"{free_gib:.1f} GiB free, {what} take {wanted:.1f}"
+        advice = "free some space (`pbe gc`), or set PBE_STORAGE or TMPDIR to a larger disk"
         yield _verdict(free_gib > wanted, f"disk of the {name}", found, "fail", advice)
-    if needs_gib is None:
+    if needs is None:
         yield Finding("ok", "size of a checkpoint", "unknown until the encode stage has run with this version")
 
 
-def _checkpoint_gib(root: Path, params: Params) -> float | None:
+def gib_of_trainings(root: Path, params: Params) -> dict[str, float] | None:
+    """GiB that training every variant from the beginning takes in the storage, and at a time in the temporary folder.
+
+    None until the encode stage has run. Models are counted without their frozen encoders.
+    """
     manifest = root / "data" / "encode" / "manifest.json"
     if not manifest.is_file():
         return None
-    import torch
-
     from pbe.model.architecture import architecture_of
-    from pbe.model.unet import new_network
-    from pbe.train.trainable import choose_trainable
+    from pbe.train.trainable import parameter_counts
 
-    try:
-        encoded = load_manifest(manifest).config
-        architecture = architecture_of(
-            params.train.unet, params.train.exemplar, image_px=params.materialize.image_px, encoded=encoded
-        )
-    except (KeyError, TypeError):  # from an older version; the next `dvc repro` replaces it
-        return None
-    with torch.device("meta"):
-        network = new_network(architecture)
-    choose_trainable(network, params.train.trainable, seed=0)
-    trained = (parameter for parameter in network.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in trained) * checkpoint_bytes(params.train) / 2**30
+    encoded = load_manifest(manifest).config
+    kept, written = 0.0, [0.0]
+    for name in params.variants:
+        train = params.train_variant(name)
+        try:
+            arch = architecture_of(
+                train.unet,
+                train.exemplar,
+                image_px=params.materialize.image_px,
+                encoded=encoded,
+                caption_tokens=1 if train.condition == "text" else None,  # any number: captions have no parameters
+            )
+        except (KeyError, TypeError):  # from an older version; the next `dvc repro` replaces it
+            return None
+        count, trained = parameter_counts(arch, train.trainable)
+        checkpoint = trained * checkpoint_bytes(train) if train.steps else 0
+        model = 4 * count * (2 if train.ema_keep_raw else 1)
+        kept += train.keep_checkpoints * checkpoint + model
+        written += [checkpoint, model]
+    largest = max(written)  # a checkpoint is written before the oldest goes
+    return {"storage": (kept + largest) / 2**30, "temporary folder": largest / 2**30}
 
 
 def checkpoint_bytes(train: TrainConfig) -> int:

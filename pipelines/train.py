@@ -23,7 +23,6 @@ from pbe.data.images import decode
 from pbe.data.slots import InputError, require_same_rows
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.errors import UserError
-from pbe.model.architecture import architecture_of
 from pbe.model.card import ModelCard
 from pbe.places import tracking_uri
 from pbe.store import Manifest, Store, digest, load_manifest, write_json
@@ -42,7 +41,7 @@ from pipelines.runtime.provenance import provenance_tags
 from pipelines.runtime.stage import Stage, StageError, load_train_manifest, training_named
 from pipelines.runtime.tracking import after_results
 from pipelines.train_preflight import refuse_what_cannot_train
-from pipelines.train_weights import StartingPoint, score_judge, starting_point
+from pipelines.train_weights import StartingPoint, architecture, score_judge, starting_point
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +80,8 @@ def main(stage: Stage) -> None:
     cfg = stage.params.train_variant(stage.variant)
     encoded = load_manifest(stage.input("encode"))
     learns_triplets = cfg.input == "pixels" or cfg.condition == "text"
-    triplets = load_manifest(stage.input("materialize")) if learns_triplets or cfg.score_every else None
+    scores = bool(cfg.score_every and cfg.steps)
+    triplets = load_manifest(stage.input("materialize")) if learns_triplets or scores else None
     if triplets is not None:
         try:
             require_same_rows(encoded, triplets)
@@ -101,7 +101,7 @@ def main(stage: Stage) -> None:
         if run.finished(with_raw=cfg.ema_keep_raw) is None:  # the previous holder may have finished it
             stack.enter_context(_shown_as_failed(run_id))
             refuse_what_cannot_train(stage, cfg, encoded, triplets, start)
-            judge = score_judge(stage, cfg) if cfg.score_every and cfg.steps else None
+            judge = score_judge(stage, cfg) if scores else None
             track.resume_run(tracking_uri(), run_id)
             _train(stage, cfg, encoded, triplets, start, judge, run, run_id, origin)
         else:
@@ -266,13 +266,7 @@ def _train(
         store_uri=stage.store.uri,
         encoded=encoded,
         triplets=triplets,
-        arch=architecture_of(
-            cfg.unet,
-            cfg.exemplar,
-            image_px=stage.params.materialize.image_px,
-            encoded=encoded.config,
-            caption_tokens=start.text.tokens if start.text else None,
-        ),
+        arch=architecture(stage, cfg, encoded, start),
         initial=start.initial,
         card=_model_card(stage, cfg, encoded, start, run),
         run_name=run.name,

@@ -9,12 +9,11 @@ import pyarrow as pa
 
 from pbe.data.schema import TRIPLETS, encoded_schema, is_optional
 from pbe.data.slots import group_rows, slot_files
-from pbe.model.architecture import architecture_of
 from pbe.store import File, Manifest, Store
 from pbe.train.settings import TrainConfig
 from pipelines.runtime.cures import made_again
 from pipelines.runtime.stage import Stage, StageError
-from pipelines.train_weights import StartingPoint
+from pipelines.train_weights import StartingPoint, architecture
 
 FOOTERS_AT_ONCE = 16  # a remote storage answers slowly, but many at a time
 
@@ -28,8 +27,10 @@ def refuse_what_cannot_train(
 ) -> None:
     """Raises StageError, StoreError, WeightsError."""
     refuse_too_few_rows(encoded, cfg.batch)
-    _refuse_empty_streams(encoded, cfg.streams)
     _refuse_odd_latents(stage, cfg, encoded)
+    if not cfg.steps:  # no batch is read, and this process itself loads the weights
+        return
+    _refuse_empty_streams(encoded, cfg.streams)
     if cfg.perceptual_weight:
         refuse_perceptual_loss_through(encoded)
     refuse_unfit_parts(stage.store, encoded, stored_schema(stage, encoded))
@@ -37,8 +38,7 @@ def refuse_what_cannot_train(
         refuse_unfit_parts(stage.store, triplets, TRIPLETS)
         if start.text is not None and "caption" in cfg.text.captions:
             refuse_no_captions(stage, triplets)
-    if cfg.steps:  # without steps this process loads them, and no worker
-        _refuse_unfit_weights(stage, cfg, encoded, start)
+    _refuse_unfit_weights(stage, cfg, encoded, start)
 
 
 def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, start: StartingPoint) -> None:
@@ -54,15 +54,7 @@ def _refuse_unfit_weights(stage: Stage, cfg: TrainConfig, encoded: Manifest, sta
     from pbe.train.trainable import choose_trainable
 
     with torch.device("meta"):
-        network = new_network(
-            architecture_of(
-                cfg.unet,
-                cfg.exemplar,
-                image_px=stage.params.materialize.image_px,
-                encoded=encoded.config,
-                caption_tokens=start.text.tokens if start.text else None,
-            )
-        )
+        network = new_network(architecture(stage, cfg, encoded, start))
     load_stored(network, stage.store, start.initial)
     choose_trainable(network, cfg.trainable, seed=0)
     if start.adapter is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe.errors import UserError
+from pbe.model.architecture import Architecture, architecture_of
 from pbe.store import Manifest, Store
 from pbe.train.settings import LoraTrainable, TrainConfig
 from pipelines.runtime.stage import Stage, StageError
@@ -64,6 +65,17 @@ def starting_point(stage: Stage, cfg: TrainConfig, encoded: Manifest) -> Startin
     return StartingPoint(initial, adapter, text, _guidance_scale_of(cfg.init))
 
 
+def architecture(stage: Stage, cfg: TrainConfig, encoded: Manifest, start: StartingPoint) -> Architecture:
+    """That of the network which training begins with."""
+    return architecture_of(
+        cfg.unet,
+        cfg.exemplar,
+        image_px=stage.params.materialize.image_px,
+        encoded=encoded.config,
+        caption_tokens=start.text.tokens if start.text else None,
+    )
+
+
 def initial_weights(
     stage: Stage, cfg: TrainConfig, encoded: Manifest
 ) -> tuple[tuple[str, str | None] | None, StoredAdapter | None]:
@@ -72,12 +84,10 @@ def initial_weights(
     if cfg.init == "random":
         return None, None
     from pbe.model.folder import CODEC_FILE, STEM, STEMS, is_adapter
-    from pbe.model.hub import STABLE_DIFFUSION, weights_folder
     from pbe.model.tensors import read_json
     from pbe.model.weight_store import store_weights
 
-    name = STABLE_DIFFUSION if cfg.init == "sd" else cfg.init
-    folder = weights_folder(name, parts=["unet", "image_encoder"])
+    name, folder = _model(cfg.init)
     if is_adapter(folder):
         return adapter_weights(stage, cfg, encoded, folder)
     codec = encoded.config["codec"]
@@ -224,7 +234,13 @@ def _guidance_scale_of(init: str) -> float | None:
     if init == "random":
         return None
     from pbe.model.folder import guidance_scale_of
+
+    return guidance_scale_of(_model(init)[1])
+
+
+def _model(init: str) -> tuple[str, Path]:
+    """Name and folder of the model that `train.init` names; not of random."""
     from pbe.model.hub import STABLE_DIFFUSION, weights_folder
 
     name = STABLE_DIFFUSION if init == "sd" else init
-    return guidance_scale_of(weights_folder(name, parts=["unet", "image_encoder"]))
+    return name, weights_folder(name, parts=["unet", "image_encoder"])

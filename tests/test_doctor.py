@@ -18,8 +18,18 @@ import pytest
 
 from pbe.cli.__main__ import main
 from pbe.config import Params, load_params
-from pbe.doctor import Finding, checkpoint_bytes, examine, profiles_for, repository, tracking, wanted_cpus
+from pbe.doctor import (
+    Finding,
+    checkpoint_bytes,
+    examine,
+    gib_of_trainings,
+    profiles_for,
+    repository,
+    tracking,
+    wanted_cpus,
+)
 from pbe.places import repo_root
+from pbe.store import make_manifest, save_manifest
 from pipelines.commands.profile import full_text
 from tests.profiles import FOLDER
 
@@ -276,6 +286,32 @@ def test_a_checkpoint_takes_what_deepspeed_writes(precision: str, stage: int, si
     train = load_params().train.model_copy(update={"precision": precision, "zero_stage": stage, "ema_decay": None})
     assert checkpoint_bytes(train) == size
     assert checkpoint_bytes(train.model_copy(update={"ema_decay": 0.99})) == size + 4
+
+
+def _gib(root: Path, variants: str) -> dict[str, float]:
+    text = full_text(FOLDER, "tiny")
+    (root / "params.yaml").write_text(text[: text.index("\nvariants:")] + f"\nvariants: {variants}\nbaselines: {{}}\n")
+    config = {"codec": {"channels": 48, "patch_px": 8}, "backbone": {"width": 1280}}
+    (root / "data" / "encode").mkdir(parents=True, exist_ok=True)
+    save_manifest(root / "data/encode/manifest.json", make_manifest("encode", config=config, version=1, units=[]))
+    found = gib_of_trainings(root, load_params(root / "params.yaml"))
+    assert found is not None
+    return found
+
+
+def test_the_disk_holds_checkpoints_and_models_of_every_variant(root: Path) -> None:
+    """A model has 4 bytes per parameter; a checkpoint of ZeRO 2 in float32 has 16, two are kept, a third is written."""
+    one = _gib(root, "{full: {}}")
+    parameters = one["temporary folder"] / 16
+    assert one["storage"] == pytest.approx((3 * 16 + 4) * parameters)
+    both = _gib(
+        root, "{full: {}, untrained: {train: {steps: 0}}, averaged: {train: {ema_decay: 0.9, ema_keep_raw: true}}}"
+    )
+    assert both["temporary folder"] == pytest.approx(20 * parameters)
+    assert both["storage"] == pytest.approx((2 * 16 + 4 + 4 + 2 * 20 + 8 + 20) * parameters)
+    untrained = _gib(root, "{full: {train: {steps: 0}}}")
+    assert untrained["temporary folder"] == pytest.approx(4 * parameters)
+    assert wanted_cpus(load_params(root / "params.yaml"))["train"] == 0
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import gradio as gr
 from pbe.data import images
 from pbe.data.contact import with_hole
 from pbe.diffusion.sampling import Sampling
-from pbe.edit import BATCH_ROWS
+from pbe.diffusion.schedule import SamplerError
+from pbe.edit import BATCH_ROWS, NonFiniteEditError, ReferenceKindError
 from pbe.errors import UserError, one_line, printable
 from pbe.page.models import Models
 from pbe.page.samples import Samples
@@ -41,6 +42,7 @@ EXEMPLARS = 12
 SEED_MAX = 2**31 - 1
 CANCELLED = "Cancelled."
 GONE = "That picture is gone; load the page again."
+OF_THE_VISITOR = (PageError, NonFiniteEditError, ReferenceKindError, SamplerError)  # their messages name no folder
 BUSY = "The page is busy: too many edits wait. Try again in a minute."
 
 
@@ -58,10 +60,13 @@ def guarded(handler: Callable[..., Any], outputs: int, *, emptied: int = 0) -> C
             return handler(*inputs, **named)
         except StoppedError:
             said, wrong = CANCELLED, False
-        except (UserError, ValueError) as error:
+        except OF_THE_VISITOR as error:
             said = printable(one_line(error))
         except Exception as error:
-            traceback.print_exception(error)
+            if isinstance(error, UserError):
+                print(f"pbe page: error: {printable(one_line(error))}", flush=True)
+            else:
+                traceback.print_exception(error)
             said = "Something failed on the server; the terminal that runs `pbe page` says what."
         return [*[None] * emptied, *[gr.skip()] * (outputs - 1 - emptied), status(said, wrong=wrong)]
 

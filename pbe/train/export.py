@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pbe.model.adapter import Adapter, Base, merge_lora, save_adapter
+from pbe.model.backbone import Backbone
 from pbe.model.card import ModelCard
 from pbe.model.codec import Codec
 from pbe.model.text import TextEncoder
-from pbe.model.unet import ConditionedUNet
 from pbe.model.weight_store import open_backbone, open_codec, open_text_encoder, stored_codec_sha256
 from pbe.model.weights import ADAPTER_FOLDER, Model, save_model
 from pbe.store import Store
@@ -38,10 +38,12 @@ def export_trained(
     trained: parameters and buffers on the CPU, by the folder of their model inside the export: "" or RAW. history: the
     points of the loss curve.
     """
+    encoder = _encoder(spec, store, text)
     with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
         for inner, tensors in trained.items():
-            network = network_with(spec, store, tensors)
-            _save(Path(local) / inner, spec, store, network, codec, text, _card(spec.card, spec.cfg, raw=inner == RAW))
+            card = _card(spec.card, spec.cfg, raw=inner == RAW)
+            model = Model(network_with(spec, store, tensors), codec.to(CPU), encoder, card)
+            _save(Path(local) / inner, spec, store, model)
         _finish(spec, store, Path(local), history)
 
 
@@ -56,25 +58,21 @@ def export_initial(spec: TrainSpec) -> None:
     network = initial_network(spec, store, text)
     freeze(network, spec, store)
     with tempfile.TemporaryDirectory(prefix="pbe-export-") as local:
-        _save(Path(local), spec, store, network, codec, text, spec.card)
+        _save(Path(local), spec, store, Model(network, codec, _encoder(spec, store, text), spec.card))
         _finish(spec, store, Path(local), [])
 
 
-def _save(
-    folder: Path,
-    spec: TrainSpec,
-    store: Store,
-    network: ConditionedUNet,
-    codec: Codec,
-    text: TextEncoder | None,
-    card: ModelCard,
-) -> None:
+def _encoder(spec: TrainSpec, store: Store, text: TextEncoder | None) -> Backbone | TextEncoder:
+    return open_backbone(store, spec.encoded.config["backbone"]) if text is None else text.to(CPU)
+
+
+def _save(folder: Path, spec: TrainSpec, store: Store, model: Model) -> None:
     """Write the folder of a model, and for LoRA that of the adapter inside it, which is then merged."""
-    encoder = open_backbone(store, spec.encoded.config["backbone"]) if text is None else text.to(CPU)
     if isinstance(spec.cfg.trainable, LoraTrainable):
-        save_adapter(folder / ADAPTER_FOLDER, network, _adapter(spec, store, spec.cfg.trainable, card))
-        merge_lora(network.unet)
-    save_model(folder, Model(network, codec.to(CPU), encoder, card))
+        adapter = _adapter(spec, store, spec.cfg.trainable, model.card)
+        save_adapter(folder / ADAPTER_FOLDER, model.network, adapter)
+        merge_lora(model.network.unet)
+    save_model(folder, model)
 
 
 def _finish(spec: TrainSpec, store: Store, local: Path, history: Sequence[Mapping[str, float]]) -> None:

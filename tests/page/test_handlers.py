@@ -90,6 +90,15 @@ def test_an_edit_waits_for_one_that_was_cancelled_and_may_be_cancelled_itself(
     assert "Cancelled." in answers[0][-1] and "begin" not in capsys.readouterr().out
 
 
+def test_a_model_that_cannot_be_opened_names_its_folder_in_the_terminal_alone(
+    act: Handlers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    act.models = Models([str(tmp_path / "models" / "gone")])
+    said = _edit(act)[-1]
+    assert "the terminal that runs `pbe page` says what" in said and str(tmp_path) not in said
+    assert f"pbe page: error: {tmp_path}" in capsys.readouterr().out
+
+
 @pytest.fixture
 def at_the_end(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Give it what happens after the last step of an edit, before its pictures are written."""

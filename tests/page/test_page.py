@@ -417,6 +417,9 @@ def test_uploads_of_200_megabytes_are_refused_unsent(visit: Visit, server: Serve
     assert status == 413
     status, _, text = request(server, "POST", "/gradio_api/upload", Transfer_Encoding="chunked")
     assert status == 411
+    both = request(server, "POST", "/gradio_api/upload", Transfer_Encoding="chunked", Content_Length="2")
+    status, _, text = both  # the server would read the chunks
+    assert status == 411
     large = tmp_path / "large.png"
     with large.open("wb") as stream:
         stream.truncate(200 << 20)

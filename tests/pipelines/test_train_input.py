@@ -17,8 +17,10 @@ from pipelines.train_preflight import (
     refuse_perceptual_loss_through,
     refuse_too_few_rows,
     refuse_unfit_parts,
+    refuse_what_cannot_train,
     stored_schema,
 )
+from pipelines.train_weights import StartingPoint
 from tests.train.ranks import CHANNELS, LATENT_PX, WIDTH, tiny_encoded
 
 
@@ -106,6 +108,21 @@ def test_a_part_with_other_rows_than_the_manifest_says_is_named(store: Store, en
     manifest = replace(encoded, units=(encoded.units[0], wrong, *encoded.units[2:]))
     with pytest.raises(StageError, match=r"has 6 rows, data/encode/manifest\.json says 7; delete its folder"):
         refuse_unfit_parts(store, manifest, _schema())
+
+
+def test_without_steps_no_part_is_opened(store: Store, encoded: Manifest) -> None:
+    """At the paper's size there are 28,000 of them, and the model as it comes needs none."""
+    stage, random = Stage("train", "full", load_params(), store, Path()), StartingPoint(None, None, None, None)
+    cfg = stage.params.train.model_copy(update={"perceptual_weight": 0.0})
+    config = dict(encoded.config) | {"dtype": "float16", "reference_draws": 2}
+    config["backbone"] = {**config["backbone"], "token_count": 1}
+    for unit in encoded.units:
+        for file in unit.files:
+            _remove(Path(store.path(file.path)))
+    gone = replace(encoded, config=config)
+    refuse_what_cannot_train(stage, cfg.model_copy(update={"steps": 0}), gone, None, random)
+    with pytest.raises(StoreError, match="this part is gone"):
+        refuse_what_cannot_train(stage, cfg, gone, None, random)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

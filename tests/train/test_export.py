@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from pbe.model.weight_store import open_backbone, open_codec
 from pbe.store import Manifest, Store
-from pbe.train.checkpoints import Run
-from pbe.train.export import export_initial
+from pbe.train.checkpoints import RAW, Run
+from pbe.train.export import export_initial, export_trained
+from pbe.train.network import initial_network
 from pbe.train.spec import TrainSpec
 from tests.train.golden import part_spec, store_base
 from tests.train.ranks import run_ranks, tiny_config, tiny_spec, train
@@ -47,3 +50,14 @@ def test_no_steps_leave_what_ranks_would(
         assert of_ranks == of_one, name
     for name in ("finished.json", "history.json"):
         assert on_ranks.read_json(name) == alone.read_json(name)
+
+
+def test_the_average_and_the_last_step_share_their_encoder(place: Place) -> None:
+    """A CLIP has 1.2 GB, which a remote storage would send twice."""
+    _, store, encoded = place
+    spec = tiny_spec(store, encoded, tiny_config(), "both")
+    tensors = initial_network(spec, store, None).state_dict()
+    with patch("pbe.train.export.open_backbone", wraps=open_backbone) as opened:
+        codec = open_codec(store, encoded.config["codec"])
+        export_trained(spec, store, {"": tensors, RAW: tensors}, codec, None, history=[])
+    assert opened.call_count == 1 and Run(store, "both").finished(with_raw=True) is not None

@@ -5,7 +5,7 @@ process of their own, each within a time limit; results are written after every 
 what it has. `--device cpu` rehearses all parts with tiny sizes: its speeds mean nothing. Ends with 1 when a case failed
 or broke a bound of parity.
 
-Parts: card, ladder, cards, peers, stops, encode, edit, parity, doctor, compile.
+Parts: card, ladder, cards, peers, stops, encode, edit, parity, doctor, speedrun, compile.
 """
 
 import argparse
@@ -252,6 +252,15 @@ def doctor(run: Run) -> Rows:
         yield {"case": "pbe doctor", "failed": (errors.strip().splitlines() or ["it said nothing"])[-1]}
 
 
+def speedrun(run: Run) -> Rows:
+    from tests.gpu.speedrun import measure_speedrun
+
+    plain = {"kernels": {"compile": False}}
+    cases = {"without the perceptual loss, not compiled": {**plain, "perceptual_weight": 0.0}, "not compiled": plain}
+    for case, changes in {**cases, "as the profile": {}}.items():
+        yield run.row(case, measure_speedrun, run.work, run.sizes, changes, limit_s=150)
+
+
 def compiled(run: Run) -> Rows:
     """Each runs in a fresh process: after another shape, torch would compile for shapes of any size."""
     from tests.gpu.editing import measure_compiled_edits
@@ -278,6 +287,7 @@ COMMANDS: dict[str, Callable[[Run], Rows]] = {
     "edit": edit,
     "parity": parity,
     "doctor": doctor,
+    "speedrun": speedrun,
     "compile": compiled,
 }
 

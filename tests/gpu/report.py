@@ -15,6 +15,7 @@ HEADINGS = {
     "edit": "Edit",
     "parity": "The same training on CPU and GPU",
     "doctor": "`pbe doctor`",
+    "speedrun": "Profile speedrun",
     "compile": "With torch.compile",
 }
 ABOUT = {
@@ -32,6 +33,8 @@ ABOUT = {
     "stops": "Synchronization points of one optimizer step with four micro-batches, and of one sampling step.",
     "encode": "A row is a photo, two masked photos and all their references.",
     "edit": "At the model's native size: PNDM, guidance scale 5, upstream protocol.",
+    "speedrun": "Rows of noise at 64 px. `training_min`: all of the profile's rows at this rate. `predicted_gib`: "
+    "infra/memory.py.",
     "compile": "`start_s`: time to the end of the first window of steps, or of the first edit with three steps.",
 }
 HIDDEN = ("settings", "places")  # only in the JSON

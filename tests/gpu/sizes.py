@@ -25,6 +25,11 @@ class Sizes:
     edit_steps: int
     edits: tuple[int, ...]  # how many at once
     product_side: int  # of the matrix product that measures peak performance
+    speedrun_batch: int
+
+    def of(self, arch: Architecture, image_px: int) -> "Sizes":
+        """For another network and picture size."""
+        return replace(self, arch=arch, image_px=image_px)
 
 
 PAPER_SIZES = Sizes(
@@ -60,6 +65,7 @@ PAPER_SIZES = Sizes(
     edit_steps=50,
     edits=(1, 8),
     product_side=8192,
+    speedrun_batch=512,
 )
 
 TINY_SIZES = replace(
@@ -95,4 +101,5 @@ TINY_SIZES = replace(
     edit_steps=4,
     edits=(1, 2),
     product_side=256,
+    speedrun_batch=4,
 )

@@ -86,7 +86,7 @@ def test_a_page_says_what_failed_and_what_was_missed() -> None:
 @pytest.mark.slow
 def test_the_program_is_rehearsed(tmp_path: Path) -> None:
     """All parts but doctor and parity, which take minutes here: `make gpu DEVICE=cpu` runs them too."""
-    parts = ["card", "ladder", "cards", "peers", "stops", "encode", "edit", "compile"]
+    parts = ["card", "ladder", "cards", "peers", "stops", "encode", "edit", "speedrun", "compile"]
     command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--out", str(tmp_path), "--only", *parts]
     done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -534,10 +535,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def make_manifest(stage: str, *, config: Mapping[str, Any], version: int, units: Sequence[Record]) -> Manifest:
     """The manifest of finished units, in the order given; counts are summed."""
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for unit in units:
-        for key, value in unit.counts.items():
-            counts[key] = counts.get(key, 0) + value
+        counts.update(unit.counts)
     identity = digest([stage, [[f.dataset, f.sha256] for unit in units for f in unit.files]])
     return Manifest(stage, identity, dict(config), version, tuple(units), dict(sorted(counts.items())))
 

@@ -4,6 +4,7 @@ First the annotations and the list of photos are cut by shard in one streaming p
 driver. Then each shard is a unit: check its boxes, read or download its photos, write them down.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names, without_lines
-from pbe.data.boxfiles.findings import EVERY_FILE, Findings
+from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.mask_files import (
     MaskFiles,
     mask_files,
@@ -76,7 +77,8 @@ def main(stage: Stage) -> None:
     worker = partial(_worker, stage.store, source, cfg)
     records = run_units(stage, "ingest", units, worker=worker, each=cfg.per_shard, key="ingest")
     manifest = make_manifest("ingest", config=_content(cfg), version=VERSION, units=records)
-    counts = _sum(manifest.counts, done)
+    counts = Counter(manifest.counts)
+    counts.update(done)
     assert counts["images_in"] == counts["images_kept"] + counts["images_rejected"]
     assert counts["boxes_in"] == counts["boxes_kept"] + counts["boxes_rejected"]
     save_counts(stage, counts)
@@ -119,8 +121,9 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
         by_shard(_selected(annotated, tree, classes, selector), ANNOTATIONS, cfg.shards) as annotations,
         # after the annotations, because their names decide how photos that share a name are told apart
         by_shard([names.photos()] if source.lists_all else source.photos(), PHOTOS, cfg.shards) as photos,
-        by_shard([_stated(names, findings)], STATED, cfg.shards) as stated,
-        by_shard(_segmentations(tree, segmented, selector.class_ids), MASK_ROWS, cfg.shards) as masks,
+        by_shard([findings.stated(names)], STATED, cfg.shards) as stated,
+        # last, so that no name of a mask's photo rejects a box
+        by_shard(_segmentations(tree, segmented, names, selector.class_ids), MASK_ROWS, cfg.shards) as masks,
     ):
         tables = zip(annotations, photos, stated, masks, strict=True)
         shards = with_progress(tables, "ingest: index", total=cfg.shards, unit="shard")
@@ -137,11 +140,6 @@ def write_index(store: Store, source: Source, cfg: IngestConfig) -> tuple[dict[s
     _say_findings(names, findings)
     _say_missing(selector)
     return {"boxes_not_selected": selector.left_out} | dict(+findings.counts), records
-
-
-def _stated(names: PhotoNames, findings: Findings) -> pa.Table:
-    findings.problems |= {(image_id, EVERY_FILE): problem for image_id, problem in names.ambiguous()}
-    return findings.stated()
 
 
 def _say_findings(names: PhotoNames, findings: Findings) -> None:
@@ -166,14 +164,6 @@ def _say_extras(counts: Mapping[str, int]) -> None:
         print(f"ingest: {kept} of {counts['boxes_kept']} boxes have masks; {found - kept} masks rejected")
     if found := counts.get("pairs_in"):
         print(f"ingest: {counts.get('pairs_kept', 0)} of {found} pairs have their reference")
-
-
-def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for one in counts:
-        for key, value in one.items():
-            out[key] = out.get(key, 0) + value
-    return out
 
 
 def _say_missing(selector: Selector) -> None:
@@ -209,9 +199,11 @@ def _annotations(tree: FileTree, names: PhotoNames, findings: Findings, *, with_
         yield pictures.left(SPLITS.index("train"))
 
 
-def _segmentations(tree: FileTree, names: Iterable[str], class_ids: Collection[str] | None) -> Iterator[pa.Table]:
+def _segmentations(
+    tree: FileTree, files: Iterable[str], names: PhotoNames, class_ids: Collection[str] | None
+) -> Iterator[pa.Table]:
     """MASK_ROWS of the classes that are read."""
-    for table in (table for name in names for table in mask_rows(tree, name)):
+    for table in (table for file in files for table in mask_rows(tree, file, names)):
         if class_ids is not None:
             table = table.filter(pc.is_in(table.column("label"), pa.array(sorted(class_ids), pa.string())))
         yield table

@@ -446,11 +446,6 @@ def without_empty(table: pa.Table) -> pa.Table:
     return table.drop_columns(empty)
 
 
-def without_optional(table: pa.Table) -> pa.Table:
-    """Drop all optional columns."""
-    return table.drop_columns([field.name for field in table.schema if is_optional(field)])
-
-
 def with_optional(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Add the schema's optional columns that `table` lacks, without values, each in its place."""
     for index, field in enumerate(schema):

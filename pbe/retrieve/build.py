@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pbe.data import images
 from pbe.data.annotations import box_files, class_names, read_annotations, with_names, without_lines
-from pbe.data.boxfiles.findings import EVERY_FILE, Findings
+from pbe.data.boxfiles.findings import Findings
 from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.files import SourceError, file_tree
 from pbe.data.index import by_shard
@@ -312,15 +312,11 @@ def _folder_shards(store: Store, photos: str, boxes: str, embedder: Embedder) ->
             for table in read_annotations(tree, file, names, findings):
                 yield without_lines(with_names(with_optional(table, ANNOTATIONS), classes))
 
-    def stated() -> Iterator[pa.Table]:
-        findings.problems |= {(image_id, EVERY_FILE): problem for image_id, problem in names.ambiguous()}
-        yield findings.stated()
-
     missing = 0
     with (
         by_shard(annotations(), ANNOTATIONS, FOLDER_SHARDS) as annotated,
         by_shard([names.photos()], LISTED, FOLDER_SHARDS) as listed,  # after the boxes, which decide on shared names
-        by_shard(stated(), STATED, FOLDER_SHARDS) as said,
+        by_shard([findings.stated(names)], STATED, FOLDER_SHARDS) as said,
     ):
         for number, (rows, known, sizes) in enumerate(zip(annotated, listed, said, strict=True)):
             ids = rows.column("image_id").combine_chunks()

@@ -570,6 +570,16 @@ def test_a_coco_photo_without_a_size_has_boxes_in_pixels(tmp_path: Path, sides: 
     assert findings.sizes == {("a", "instances.json"): (200, 100)}
 
 
+def test_a_coco_id_with_two_sizes_is_ambiguous(tmp_path: Path) -> None:
+    """The first size would count, and scale boxes that were drawn on the other."""
+    (image,) = _coco()["images"]
+    problem = "instances.json states two sizes of it: 200 x 100 px and 400 x 200 px"
+    for again, problems in (({"width": "200", "height": 100.0}, []), ({"width": 400, "height": 200}, [problem])):
+        findings = Findings()
+        _coco_row(tmp_path, findings, images=[image, image | again])
+        assert list(findings.problems.values()) == problems
+
+
 # in 100 rows and 200 columns: rows 10 to 12 of columns 20 and 21; and compressed, by the rule of cocoapi's maskApi.c
 RUNS, COMPRESSED_RUNS = [2010, 3, 97, 3, 17887], "jn13Q30n[a0"
 

@@ -8,7 +8,9 @@ import pyarrow.compute as pc
 import pytest
 
 from pbe.data.boxfiles.openimages_masks import MASK_ROWS, TOLERANCE, mask_rows, places_of_boxes
+from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.files import FileTree, SourceError
+from pbe.data.schema import PHOTOS
 
 HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
 CLICKS = "0.86864,0.95498 0.65197 1;0.89370 0.56579 1;0.94701 0.48968 0"
@@ -18,10 +20,16 @@ def _line(path: str = "a_m04_b0.png", image: str = "a", label: str = "/m/04", en
     return f"{path},{image},{label},b0,{ends},{CLICKS}"
 
 
-def _read(folder: Path, *lines: str, header: str = HEADER, block_bytes: int = 1 << 20) -> pa.Table:
-    (folder / "train-annotations-object-segmentation.csv").write_text("\n".join([header, *lines, ""]))
-    tables = list(mask_rows(FileTree(str(folder), "ingest.masks"), "train-annotations-object-segmentation.csv",
-                            block_bytes=block_bytes))  # fmt: skip
+def _read(
+    folder: Path,
+    *lines: str,
+    header: str = HEADER,
+    photos: PhotoNames | None = None,
+    block_bytes: int = 1 << 20,
+) -> pa.Table:
+    name, tree = "train-annotations-object-segmentation.csv", FileTree(str(folder), "ingest.masks")
+    (folder / name).write_text("\n".join([header, *lines, ""]))
+    tables = list(mask_rows(tree, name, photos or PhotoNames(), block_bytes=block_bytes))
     assert all(table.schema == MASK_ROWS for table in tables)
     return pa.concat_tables([MASK_ROWS.empty_table(), *tables])
 
@@ -34,7 +42,7 @@ def test_every_line_is_a_mask_or_says_why_not(tmp_path: Path) -> None:
         "",
         _line(path="../a.png"),
         _line(label=" "),
-        _line(image="x/y"),
+        _line(image="../y"),
         _line(ends="0.5,0.5,0.2,0.6"),
         _line(ends="0.1,0.5,0.2,nan"),
         _line(image="c.jpg", ends="-0.000001,1.000001,0,1"),
@@ -52,12 +60,19 @@ def test_every_line_is_a_mask_or_says_why_not(tmp_path: Path) -> None:
             4: "2 cells where the header has 10: a.png,a",
             6: "MaskPath ../a.png is no plain name",
             7: "LabelName is empty",
-            8: "ImageID x/y is no plain name",
+            8: "ImageID ../y is no plain name",
             9: "box 0.5 0.5 0.2 0.6 (x x y y)",
             10: "BoxYMax nan is not a number",
         }.items():
             assert bad.pop(line).startswith(said)
         assert not bad and rows.num_rows == 9  # line 5 is empty
+
+
+def test_photos_may_be_named_as_in_box_files(tmp_path: Path) -> None:
+    listed = [{"image_id": "a", "address": f"{folder}/a.jpg", "version": ""} for folder in ("train", "val")]
+    photos = PhotoNames(pa.Table.from_pylist(listed, schema=PHOTOS))
+    rows = _read(tmp_path, _line(image="train/a.jpg"), _line(image="/me/val/a"), "a.png,val/a.jpg", photos=photos)
+    assert rows.column("image_id").to_pylist() == ["train__a", "val__a", "val__a"]
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Which photo a name means: every spelling that fits a single photo, and no photo for what could mean two."""
 
 import unicodedata
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
 
+from pbe.data.boxfiles import photo_names
 from pbe.data.boxfiles.photo_names import WITH_ZEROS, PhotoNames, invalid_ids
 from pbe.data.schema import PHOTOS
 
@@ -106,6 +108,13 @@ def test_a_path_that_fits_comes_before_one_that_does_not() -> None:
     assert _ids(names, "val/p0.jpg", "train/p0.jpg") == ["val/p0", "p0"]
     assert not list(names.ambiguous())
     assert names.missing(pa.array(["val/p0", "p0", "../p0", "a\n/b"])).to_pylist() == [True, False, False, False]
+
+
+def test_where_every_folder_has_the_same_file_a_name_needs_no_look_at_each() -> None:
+    addresses = [f"scene{number}/rgb.png" for number in range(256)]
+    with patch.object(photo_names, "_name_of", wraps=photo_names._name_of) as parse:
+        assert _ids(_names(*addresses), *addresses) == [f"scene{number}__rgb" for number in range(256)]
+    assert parse.call_count < 256 * 20
 
 
 @pytest.mark.parametrize("image_id", ["", "..", "a/b", "a\\b", "a\x00", "a\x7f", "a\x9b31m", "x" * 201])

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pbe.data.schema import array_bytes, array_shape, encoded_schema, without_optional
+from pbe.data.schema import array_bytes, array_shape, encoded_schema, without_empty
 from pbe.data.slots import slot_name
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.model.architecture import Architecture
@@ -53,7 +53,7 @@ def encoded_noise(store: Store, arch: Architecture, *, patch_px: int, rows: int,
     path = "parts/encode/codec.safetensors"
     store.write_bytes(path, codec_bytes(codec))
     latent = (arch.latent_channels, arch.latent_px, arch.latent_px)
-    schema = without_optional(encoded_schema(latent, (DRAWS, 1, arch.backbone_width)).empty_table()).schema
+    schema = without_empty(encoded_schema(latent, (DRAWS, 1, arch.backbone_width)).empty_table()).schema
     rng = np.random.default_rng(23)
     columns: dict[str, list[Any]] = {
         "image_id": [f"row{index}" for index in range(rows)],

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from pbe.data.schema import array_bytes, array_shape, encoded_schema, without_optional
+from pbe.data.schema import array_bytes, array_shape, encoded_schema, without_empty
 from pbe.data.slots import slot_name
 from pbe.diffusion.scheduler_config import scheduler_config
 from pbe.model.architecture import Architecture
@@ -230,7 +230,7 @@ def loss_curve(store: Store, run_name: str) -> list[float]:
 def encoded_rows(
     shard: int, slot: int, count: int, *, channels: int = CHANNELS, latent_px: int = LATENT_PX
 ) -> pa.Table:
-    schema = without_optional(encoded_schema((channels, latent_px, latent_px), (2, 1, WIDTH)).empty_table()).schema
+    schema = without_empty(encoded_schema((channels, latent_px, latent_px), (2, 1, WIDTH)).empty_table()).schema
     rng = np.random.default_rng([shard, slot])
     columns: dict[str, list[Any]] = {
         "image_id": [f"image{shard}_{index}" for index in range(count)],

@@ -122,20 +122,27 @@ def _load(tree: FileTree, name: str, *keys: str) -> dict[str, Any]:
 
 
 class _ById:
-    """Entries by id. 1, 1.0 and "1" mean the same, unless the file has an entry for each."""
+    """Entries by id. 1, 1.0 and "1" mean the same, unless the file has an entry for each.
+
+    entries: the first of each id. again: later ones of the same name, which may say other things.
+    """
 
     def __init__(self, entries: Sequence[Any], what: str, name: str, where: str) -> None:
-        """Raises SourceError if two different entries have one id: boxes could mean either."""
+        """Raises SourceError if entries of two names have one id: boxes could mean either."""
         self.entries: dict[Key, Mapping[str, Any]] = {}
+        self.again = list[tuple[Key, Mapping[str, Any]]]()
         for entry in entries:
             key = _key(entry.get("id")) if isinstance(entry, dict) else None
             if key is None:
                 continue  # no box can name it
             other = self.entries.setdefault(key, entry)
-            if other is not entry and other.get(name) != entry.get(name):  # NaN is not itself
+            if other is entry:
+                continue
+            if other.get(name) != entry.get(name):
                 raise SourceError(
                     f"{where}: {what}: id {entry['id']!r} is both {other.get(name)!r} and {entry.get(name)!r}"
                 )
+            self.again.append((key, entry))
         self._alike: dict[str, list[Key]] = {}
         for key in self.entries:
             self._alike.setdefault(_plain(key[1]), []).append(key)
@@ -180,6 +187,9 @@ def _photos(images: _ById, file: str, names: PhotoNames, findings: Findings) -> 
             findings.problems[image_id, file] = f"{len(keys)} images of {file} are called that (id {shown})"
         elif photos[keys[0]].reason is None:
             findings.state_size(image_id, file, photos[keys[0]].size)
+    for key, entry in images.again:
+        if key in photos and photos[key].reason is None:
+            findings.state_size(photos[key].image_id, file, _size(entry))
     return photos
 
 

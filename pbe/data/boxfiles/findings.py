@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pbe.data.boxfiles.photo_names import PhotoNames
 from pbe.data.schema import STATED
 
 SizePx = tuple[float, float]  # width, height
@@ -31,8 +32,9 @@ class Findings:
         if known != size:
             self.problems[image_id, file] = f"{file} states two sizes of it: {_text(known)} and {_text(size)}"
 
-    def stated(self) -> pa.Table:
-        """STATED table."""
+    def stated(self, names: PhotoNames) -> pa.Table:
+        """STATED table, with what is ambiguous in `names` once all box files are read."""
+        self.problems |= {(image_id, EVERY_FILE): problem for image_id, problem in names.ambiguous()}
         keys = sorted({*self.sizes, *self.problems})
         sizes = [self.sizes.get(key) or (None, None) for key in keys]
         columns = {

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pbe.data.boxfiles.coordinates import ALLOWED, FRACTION_SLACK, clip, inside
 from pbe.data.boxfiles.csv_rows import BLOCK_BYTES, Dialect, Rows, UnreadableRow, read_dialect, read_rows
 from pbe.data.boxfiles.openimages import first_problem, numbers
-from pbe.data.boxfiles.photo_names import clean_ids, invalid_ids
+from pbe.data.boxfiles.photo_names import PhotoNames, invalid_ids
 from pbe.data.files import FileTree, SourceError
 
 BOX_ENDS = {"xmin": "BoxXMin", "xmax": "BoxXMax", "ymin": "BoxYMin", "ymax": "BoxYMax"}
@@ -36,9 +36,10 @@ MASK_ROWS = pa.schema(
 )
 
 
-def mask_rows(tree: FileTree, name: str, *, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
+def mask_rows(tree: FileTree, name: str, photos: PhotoNames, *, block_bytes: int = BLOCK_BYTES) -> Iterator[pa.Table]:
     """Yield MASK_ROWS tables of a file, block by block. Raises SourceError if it lacks columns.
 
+    photos: finds them by name, as for the box files.
     Coordinates are clipped as those of box files are, so that they still fit.
     """
     dialect = read_dialect(tree, name, MASK_COLUMNS)
@@ -49,9 +50,9 @@ def mask_rows(tree: FileTree, name: str, *, block_bytes: int = BLOCK_BYTES) -> I
         )
     for rows in read_rows(tree, name, dialect, MASK_COLUMNS, block_bytes=block_bytes):
         if rows.cells.num_rows:
-            yield _typed(rows)
+            yield _typed(rows, photos)
         if rows.unreadable:
-            yield _unsplit(rows.unreadable, dialect)
+            yield _unsplit(rows.unreadable, dialect, photos)
 
 
 def places_of_boxes(masks: pa.Table, boxes: pa.Table) -> list[int | None]:
@@ -81,7 +82,7 @@ def _ends(table: pa.Table) -> np.ndarray:
     return np.stack([table.column(end).to_numpy() for end in BOX_ENDS])
 
 
-def _typed(rows: Rows) -> pa.Table:
+def _typed(rows: Rows, photos: PhotoNames) -> pa.Table:
     cells, count = rows.cells, rows.cells.num_rows
     problems: list[tuple[np.ndarray, str, pa.Array]] = []
     parsed = {}
@@ -92,7 +93,7 @@ def _typed(rows: Rows) -> pa.Table:
             problems.append((wrong, "", said))
     label = pc.utf8_trim_whitespace(cells.column("LabelName"))
     problems.append((np.asarray(pc.equal(label, "")), "", pa.repeat("LabelName is empty", count)))
-    image_id, path = clean_ids(cells.column("ImageID")), pc.utf8_trim_whitespace(cells.column("MaskPath"))
+    image_id, path = photos.ids(cells.column("ImageID")), pc.utf8_trim_whitespace(cells.column("MaskPath"))
     for column, text in (("ImageID", image_id), ("MaskPath", path)):  # both become names of files
         said = pc.binary_join_element_wise(column, text, "is no plain name", " ")
         problems.append((np.asarray(invalid_ids(text)), "", said))
@@ -107,12 +108,12 @@ def _typed(rows: Rows) -> pa.Table:
     return pa.table(columns, schema=MASK_ROWS)
 
 
-def _unsplit(unreadable: Sequence[UnreadableRow], dialect: Dialect) -> pa.Table:
+def _unsplit(unreadable: Sequence[UnreadableRow], dialect: Dialect, photos: PhotoNames) -> pa.Table:
     """Lines with too many or too few cells, or with bytes that are no text."""
     place = dialect.header.index("ImageID")
     ids = [row.cell(place) for row in unreadable]
     empty, nothing = pa.repeat("", len(unreadable)), pa.nulls(len(unreadable), pa.float64())
     problem = pa.array([row.detail for row in unreadable])
     lines = pa.array([row.line for row in unreadable], pa.int64())
-    columns = [clean_ids(pa.array(ids, pa.string())), empty, *[nothing] * len(BOX_ENDS), empty, lines, problem]
+    columns = [photos.ids(pa.array(ids, pa.string())), empty, *[nothing] * len(BOX_ENDS), empty, lines, problem]
     return pa.table(columns, schema=MASK_ROWS)

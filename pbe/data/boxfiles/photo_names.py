@@ -14,10 +14,11 @@ Where photos of several folders have one name and a path tells them apart, their
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from urllib.parse import unquote
 
 import numpy as np
@@ -65,10 +66,14 @@ class _Name:
     stem: str
     suffix: str
 
-    def shared_folders(self, other: "_Name") -> int | None:
-        """Number of folders, from the last, that both have; None if they differ before one of the two ends."""
-        pairs = list(zip(reversed(self.folders), reversed(other.folders), strict=False))
-        return len(pairs) if all(mine == theirs for mine, theirs in pairs) else None
+    @property
+    def folders_from_last(self) -> tuple[str, ...]:
+        return self.folders[::-1]
+
+    def agrees(self, other: "_Name") -> bool:
+        """True if both have the same folders, from the last, as far as both go."""
+        pairs = zip(self.folders_from_last, other.folders_from_last, strict=False)
+        return all(mine == theirs for mine, theirs in pairs)
 
 
 def _name_of(text: str) -> _Name:
@@ -195,10 +200,18 @@ class PhotoNames:
         return None
 
     def _fitting(self, name: _Name, photos: Sequence[int]) -> int | None:
-        """The only one of `photos` that has the folders of `name`, and its suffix if several have."""
-        shared = {photo: name.shared_folders(self._name(photo)) for photo in photos}
-        most = max((count for count in shared.values() if count is not None), default=None)
-        fitting = [photo for photo, count in shared.items() if count is not None and count == most]
+        """The only one of `photos` that has the folders of `name`, and its suffix if several have.
+
+        photos: as `_sort_by_folders` leaves them. To compare each name with each of them would be quadratic where every
+        folder has an rgb.png.
+        """
+        path, fitting = name.folders_from_last, list[int]()
+        compared = cache(lambda photo: self._name(photo).folders_from_last[: len(path)])  # asked for twice or more
+        for length in range(min(len(path), self._deepest), -1, -1):  # all its folders, or all that a photo has
+            first = bisect_left(photos, path[:length], key=compared)
+            fitting = list(photos[first : bisect_right(photos, path[:length], first, key=compared)])
+            if fitting:
+                break
         if len(fitting) > 1 and name.suffix:
             fitting = [photo for photo in fitting if self._name(photo).suffix == name.suffix] or fitting
             fitting = [photo for photo in fitting if self._name(photo) == name] or fitting  # p0.jpg, not x/p0.jpg
@@ -212,7 +225,7 @@ class PhotoNames:
 
     def _claim(self, photo: int | str, claim: _Claim) -> None:
         before = self._claims.setdefault(photo, claim)
-        if before.name.stem != claim.name.stem or before.name.shared_folders(claim.name) is None:
+        if before.name.stem != claim.name.stem or not before.name.agrees(claim.name):
             self._conflicts.setdefault(photo, (before.name, claim.name))
         elif len(claim.name.folders) > len(before.name.folders):
             self._claims[photo] = claim
@@ -232,6 +245,7 @@ class PhotoNames:
         found: dict[str, list[int]] = {}
         for photo, image_id in enumerate(self._ids):
             found.setdefault(unicodedata.normalize("NFC", image_id), []).append(photo)
+        self._sort_by_folders(found.values())
         return found
 
     @cached_property
@@ -240,7 +254,19 @@ class PhotoNames:
         for photo, image_id in enumerate(self._ids):
             if image_id.isascii() and image_id.isdigit():
                 found.setdefault(int(image_id), []).append(photo)
+        self._sort_by_folders(found.values())
         return found
+
+    def _sort_by_folders(self, alike: Iterable[list[int]]) -> None:
+        """Sort each list of photos by their folders, the last folder first."""
+        for photos in alike:
+            if len(photos) > 1:
+                photos.sort(key=lambda photo: self._name(photo).folders_from_last)
+
+    @cached_property
+    def _deepest(self) -> int:
+        """No photo has more folders; a name may have millions."""
+        return max((len(_SEPARATOR.findall(address)) for address in self._addresses), default=0)
 
     @cached_property
     def _path_ids(self) -> dict[int, str]:

@@ -26,10 +26,11 @@ SHARED_RAY = "PBE_SHARED_RAY"  # set by `shared` for the processes it starts: 12
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 
 
-def init_ray() -> None:
+def init_ray(*, prints_logs: bool = True) -> None:
     """Start Ray for this process, or connect to the one that it shares with others.
 
-    prepare_driver has set the environment, which limits Ray to loopback.
+    prints_logs: whether a process that starts Ray prints what workers and Ray's own processes write. prepare_driver has
+    set the environment, which limits Ray to loopback.
     """
     import ray
 
@@ -51,7 +52,7 @@ def init_ray() -> None:
         _temp_dir=str(folder / "r"),
         logging_level="warning",
         configure_logging=True,
-        log_to_driver=True,
+        log_to_driver=prints_logs,
         runtime_env=runtime_env,
     )
 
@@ -60,7 +61,7 @@ def init_ray() -> None:
 def shared() -> Iterator[None]:
     """Start a local Ray that the processes started in the block share; each would take 4 s to start and end its own."""
     with ended_with():
-        init_ray()
+        init_ray(prints_logs=False)  # the stages print theirs, through their logs
         import ray
 
         os.environ[SHARED_RAY] = ray.get_runtime_context().gcs_address

@@ -76,6 +76,9 @@ prepare_driver()
 with shared():
     for _ in range(2):
         subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+    import ray, time
+    ray.get(ray.remote(lambda: print("from a worker")).remote())
+    time.sleep(2)  # Ray prints such lines within half a second
 """
 JOIN = """
 from pipelines.runtime.environment import prepare_driver
@@ -95,6 +98,7 @@ with ended_with():
 def test_two_stages_share_one_and_nothing_stays(short: Path) -> None:
     done = run(short, JOIN, program=SHARED)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "from a worker" not in done.stdout + done.stderr  # nobody asked this process to print what Ray writes
     sessions = done.stdout.split()
     assert len(sessions) == 2 and len(set(sessions)) == 1
     assert list(short.glob(f"{local_ray.PREFIX}*")) == []
